@@ -1,0 +1,137 @@
+"""The settings of the MAML++ learner, one dataclass, validated where it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+__all__ = ["MAMLConfig"]
+
+
+@dataclass(frozen=True)
+class MAMLConfig:
+    """Every part of MAML++ by its own switch; the defaults are MAML++ for Omniglot as its authors' code runs it.
+
+    MAML is ``MAMLConfig.maml()``; first-order MAML, Meta-SGD and ANIL are ``second_order=False``,
+    ``rates="element"`` and ``adapt="head"``.
+
+    Attributes:
+        steps: inner updates K in training.
+        eval_steps: inner updates in evaluation; None for ``steps``. Steps beyond ``steps`` use the last rate and the
+            last batch-norm row again.
+        inner_lr: initial inner learning rate of every tensor and step.
+        lslr: learn the inner rates (per layer and per step).
+        rates: one rate a parameter ``"tensor"`` (LSLR) or one a parameter ``"element"`` (Meta-SGD).
+        second_order: differentiate through the inner updates.
+        da_epoch: derivative-order annealing: second order only in epochs after this one; -1 for all.
+        msl: multi-step loss, for the first ``msl_epochs`` epochs.
+        msl_epochs: epochs over which its weights move to the last step.
+        bnwb: batch-norm weights and biases per inner step.
+        bnrs: batch-norm running statistics per inner step.
+        adapt: ``"all"``, ``"head"`` (ANIL), or a tuple of parameter-name prefixes: what the inner loop adapts.
+        adapt_norm: adapt batch-norm weights too (needs ``bnwb=False``).
+        eval_stats: normalise target passes in evaluation with ``"batch"`` (published numbers, transductive) or
+            ``"running"`` statistics.
+        loss: ``"cross_entropy"`` or ``"mse"``.
+        meta_lr: Adam's learning rate at epoch 0.
+        min_meta_lr: where cosine annealing ends.
+        cosine_annealing: anneal the meta learning rate by epoch (CA).
+        adam_betas: Adam's betas.
+        epochs: epochs of the whole training (the period of the cosine).
+        iterations_per_epoch: meta-updates an epoch.
+        clamp_meta_gradient: clamp the network's meta-gradients (not those of rates) to plus or minus this; None: no.
+    """
+
+    steps: int = 5
+    eval_steps: int | None = None
+    inner_lr: float = 0.1
+    lslr: bool = True
+    rates: Literal["tensor", "element"] = "tensor"
+    second_order: bool = True
+    da_epoch: int = -1
+    msl: bool = True
+    msl_epochs: int = 10
+    bnwb: bool = True
+    bnrs: bool = True
+    adapt: str | tuple[str, ...] = "all"
+    adapt_norm: bool = False
+    eval_stats: Literal["batch", "running"] = "batch"
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    meta_lr: float = 1e-3
+    min_meta_lr: float = 1e-5
+    cosine_annealing: bool = True
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    epochs: int = 100
+    iterations_per_epoch: int = 500
+    clamp_meta_gradient: float | None = None
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check_choice(field.name, getattr(self, field.name), hints[field.name])
+        for name, least in (("steps", 1), ("eval_steps", 1), ("epochs", 1), ("iterations_per_epoch", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                _check_number(name, value, integer=True)
+                if value < least:
+                    raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in ("da_epoch", "msl_epochs"):
+            _check_number(name, getattr(self, name), integer=True)
+        if self.da_epoch < -1:
+            raise ValueError(f"da_epoch: expected -1 (off) or an epoch, got {self.da_epoch}")
+        if self.msl_epochs < 0:
+            raise ValueError(f"msl_epochs: expected at least 0, got {self.msl_epochs}")
+        for name in ("inner_lr", "meta_lr", "min_meta_lr", "clamp_meta_gradient"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_number(name, value)
+        for name in ("meta_lr", "clamp_meta_gradient"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= self.min_meta_lr <= self.meta_lr:
+            raise ValueError(f"min_meta_lr: expected 0 to meta_lr ({self.meta_lr}), got {self.min_meta_lr}")
+        if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
+            raise ValueError(f"adam_betas: expected two numbers in [0, 1), got {self.adam_betas}")
+        if self.adapt_norm and self.bnwb:
+            raise ValueError("adapt_norm: expected bnwb=False with it (per-step weights cannot adapt), got bnwb=True")
+
+    @classmethod
+    def maml(cls, **changes: Any) -> MAMLConfig:
+        """Plain second-order MAML: every part of MAML++ off but the cosine annealing, as the authors ran it."""
+        off: dict[str, Any] = {"lslr": False, "msl": False, "bnwb": False, "bnrs": False}
+        return cls(**(off | changes))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MAMLConfig:
+        """Builds from plain values (JSON).
+
+        Raises:
+            ValueError: for an unknown key or a value out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{key}: expected one of {', '.join(sorted(known))}")
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _check_number(name: str, value: Any, *, integer: bool = False) -> None:
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+        raise ValueError(f"{name}: expected {'an integer' if integer else 'a number'}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, hint: Any) -> None:
+    """Checks booleans and literals; numbers have their own ranges."""
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {value!r}")
+    choices = get_args(hint)
+    if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

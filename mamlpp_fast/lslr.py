@@ -1,0 +1,111 @@
+"""Learnable inner learning rates: one per parameter tensor and inner step (LSLR), or one per element (Meta-SGD)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast import ops
+
+__all__ = ["LSLR"]
+
+
+class LSLR(nn.Module):
+    """Inner learning rates (MAML++, section 4, LSLR; Meta-SGD with ``rates="element"``).
+
+    No clamp and no sign constraint: negative rates are allowed, as in the paper.
+
+    Args:
+        named_parameters: (name, parameter) of every tensor that adapts, as ``model.named_parameters()`` gives them.
+        num_steps: inner steps K.
+        init_lr: initial value of every rate.
+        rates: ``"tensor"`` for one rate per tensor and step, ``"element"`` for one per element and step.
+        learnable: False keeps the rates fixed.
+
+    Attributes:
+        rates: the rates, [L, K] for L tensors, or [K, P] for P elements in all.
+        names: the L names, in order.
+
+    Raises:
+        ValueError: without parameters or steps.
+    """
+
+    offsets: Tensor
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        num_steps: int,
+        init_lr: float = 0.1,
+        *,
+        rates: Literal["tensor", "element"] = "tensor",
+        learnable: bool = True,
+    ) -> None:
+        super().__init__()
+        named = [(name, p.shape, p.device, p.dtype) for name, p in named_parameters]
+        if not named:
+            raise ValueError("named_parameters: expected at least one parameter, got none")
+        if num_steps < 1:
+            raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+        if rates not in ("tensor", "element"):
+            raise ValueError(f"rates: expected 'tensor' or 'element', got {rates!r}")
+        self.num_steps = num_steps
+        self.kind: Literal["tensor", "element"] = rates
+        self.names = tuple(name for name, *_ in named)
+        self.shapes = tuple(shape for _, shape, *_ in named)
+        self.sizes = tuple(shape.numel() for shape in self.shapes)
+        ends = list(accumulate(self.sizes, initial=0))
+        _, _, device, dtype = named[0]
+        self.register_buffer("offsets", torch.tensor(ends, device=device), persistent=False)
+        shape = (len(named), num_steps) if rates == "tensor" else (num_steps, ends[-1])
+        self.rates = nn.Parameter(
+            torch.full(shape, init_lr, device=device, dtype=dtype), requires_grad=learnable
+        )
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Views of the rates by parameter name: [K], or [K, *shape] when per element."""
+        if self.kind == "tensor":
+            return {name: self.rates[i] for i, name in enumerate(self.names)}
+        parts = self.rates.split(self.sizes, dim=1)
+        return {
+            name: part.unflatten(1, shape) if shape else part.squeeze(1)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Concatenates parameters (or their gradients) of these names into one buffer [P]."""
+        return torch.cat([params[name].reshape(-1) for name in self.names])
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat buffer [P] by parameter name."""
+        return {
+            name: part.view(shape)
+            for name, part, shape in zip(self.names, flat.split(self.sizes), self.shapes, strict=True)
+        }
+
+    def update(self, flat: Tensor, grad: Tensor, step: int) -> Tensor:
+        """One inner update of a flat buffer [P] or [tasks, P] in one kernel: ``flat - rate * grad``.
+
+        Differentiable twice, with respect to all three. Steps beyond the last rate use the last.
+        """
+        row = min(step, self.num_steps - 1)
+        if self.kind == "tensor":
+            return ops.lslr_update(flat, grad, self.rates, self.offsets, row)
+        return ops.lslr_update(flat, grad, self.rates, None, row)
+
+    def forward(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """One inner update of parameters by name, for a loop of one's own.
+
+        Args:
+            params: the current fast weights, by name.
+            grads: their gradients, by name.
+            step: the inner step, from 0.
+        """
+        return self.unflatten(self.update(self.flatten(params), self.flatten(grads), step))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.names)} tensors, num_steps={self.num_steps}, rates={self.kind!r}"

@@ -1,0 +1,128 @@
+"""Modules of MAML++: per-step batch norm on the fused operations, and what a network needs around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamlpp_fast import ops, reference
+from mamlpp_fast.reference import set_eval_stats, set_step
+
+__all__ = [
+    "InertBiasConv2d",
+    "PerStepBatchNorm2d",
+    "convert_batch_norm",
+    "plain_batch_norm",
+    "set_eval_stats",
+    "set_step",
+]
+
+
+class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
+    """:class:`mamlpp_fast.reference.PerStepBatchNorm2d` on the fused kernels: same arguments, state and result.
+
+    Forward, backward and double backward are one operation each, the leaky ReLU included when ``negative_slope`` is
+    given. Inside :func:`plain_batch_norm` it runs PyTorch's own batch norm instead.
+    """
+
+    plain = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plain or (not self.training and self.eval_stats == "running"):
+            return super().forward(x)
+        step = self.row if self.per_step_affine else None
+        if not self.training:
+            return ops.per_step_batch_norm(
+                x, self.weight, self.bias, step=step, eps=self.eps, negative_slope=self.negative_slope
+            )
+        y, mean, var = ops.per_step_batch_norm_with_stats(
+            x, self.weight, self.bias, step=step, eps=self.eps, negative_slope=self.negative_slope
+        )
+        ops.update_running_stats(
+            self.running_mean,
+            self.running_var,
+            mean,
+            var,
+            count=x.numel() // x.shape[1],
+            momentum=self.momentum,
+            step=self.row if self.per_step_stats else None,
+        )
+        return y
+
+
+@contextmanager
+def plain_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Within it, the per-step batch norms of ``model`` run plain PyTorch: the reference path."""
+    modules = [m for m in model.modules() if isinstance(m, PerStepBatchNorm2d)]
+    before = [m.plain for m in modules]
+    for m in modules:
+        m.plain = True
+    try:
+        yield
+    finally:
+        for m, plain in zip(modules, before, strict=True):
+            m.plain = plain
+
+
+class InertBiasConv2d(nn.Conv2d):
+    """A convolution whose bias is kept but takes no gradient, for use in front of batch norm.
+
+    Batch statistics subtract any constant, so the true gradient of such a bias is zero; what autograd computes is
+    rounding noise, which Adam would turn into steps of full size.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.detach()
+        return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def convert_batch_norm(
+    model: nn.Module, num_steps: int, *, per_step_affine: bool = True, per_step_stats: bool = True
+) -> nn.Module:
+    """Replaces every ``nn.BatchNorm2d`` of ``model`` by a :class:`PerStepBatchNorm2d`, in place.
+
+    Weights, biases and running statistics are repeated for each step. Tell the model the inner step with
+    :func:`set_step` (:func:`mamlpp_fast.adapt` does).
+
+    Args:
+        model: the network; returned too (a batch norm itself is returned converted).
+        num_steps: inner steps K.
+        per_step_affine: a weight and bias per step (BNWB).
+        per_step_stats: running statistics per step (BNRS).
+
+    Raises:
+        ValueError: for a batch norm without weights.
+    """
+    if isinstance(model, nn.BatchNorm2d):
+        return _converted(model, num_steps, per_step_affine, per_step_stats)
+    for name, child in model.named_children():
+        new = convert_batch_norm(
+            child, num_steps, per_step_affine=per_step_affine, per_step_stats=per_step_stats
+        )
+        if new is not child:
+            setattr(model, name, new)
+    return model
+
+
+def _converted(old: nn.BatchNorm2d, num_steps: int, per_step_affine: bool, per_step_stats: bool) -> nn.Module:
+    if not old.affine:
+        raise ValueError("model: expected batch norms with weight and bias, got one with affine=False")
+    new = PerStepBatchNorm2d(
+        old.num_features,
+        num_steps,
+        eps=old.eps,
+        momentum=0.1 if old.momentum is None else old.momentum,
+        per_step_affine=per_step_affine,
+        per_step_stats=per_step_stats,
+    ).to(old.weight)
+    new.train(old.training)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = getattr(old, name)
+        if value is not None:
+            getattr(new, name).data.copy_(value.data)
+    for name in ("weight", "bias"):
+        getattr(new, name).requires_grad_(getattr(old, name).requires_grad)
+    return new

@@ -1,0 +1,401 @@
+"""MAML++ in plain PyTorch: the specification that every faster path is held against.
+
+"How to train your MAML", Antoniou, Edwards, Storkey, ICLR 2019 (arXiv:1810.09502). One task at a time, nested
+autograd, any ``nn.Module``. Section and equation numbers below are the paper's. Nothing of the package is imported
+here, so that this file is an independent witness.
+
+Read in order: the schedules (multi-step loss, derivative order, meta learning rate), the per-step batch norm, which
+parameters adapt, the inner loop, the meta-gradient, evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = [
+    "LossFn",
+    "MetaResult",
+    "PerStepBatchNorm2d",
+    "adapted_names",
+    "cosine_annealing",
+    "evaluate_task",
+    "inner_loop",
+    "is_second_order",
+    "meta_gradient",
+    "msl_weights",
+    "set_eval_stats",
+    "set_step",
+]
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+EvalStats = Literal["batch", "running"]
+
+
+class Task(Protocol):
+    """What the functions below read of an episode."""
+
+    @property
+    def support_x(self) -> Tensor: ...
+    @property
+    def support_y(self) -> Tensor: ...
+    @property
+    def target_x(self) -> Tensor: ...
+    @property
+    def target_y(self) -> Tensor: ...
+
+
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+
+def msl_weights(epoch: int, steps: int, msl_epochs: int) -> list[float] | None:
+    """Weights of the target losses after each inner update (multi-step loss, section 4, MSL).
+
+    Equal at epoch 0, then moved linearly to the last step. None from epoch ``msl_epochs`` on: the target loss of the
+    last step alone counts, with weight exactly 1.
+    """
+    if epoch >= msl_epochs:
+        return None
+    floor = 0.03 / steps
+    early = max(1 / steps - epoch / (steps * msl_epochs), floor)
+    last = min(1 / steps + epoch * (steps - 1) / (steps * msl_epochs), 1 - (steps - 1) * floor)
+    return [early] * (steps - 1) + [last]
+
+
+def is_second_order(epoch: int, second_order: bool, da_epoch: int) -> bool:
+    """Derivative-order annealing (section 4, DA): second order only in epochs after ``da_epoch``."""
+    return second_order and epoch > da_epoch
+
+
+def cosine_annealing(epoch: int, epochs: int, lr: float, min_lr: float) -> float:
+    """Meta learning rate of an epoch (section 4, CA), constant within it: lr at epoch 0, min_lr at ``epochs``."""
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+# Per-step batch norm -------------------------------------------------------------------------------------------------
+
+
+class PerStepBatchNorm2d(nn.Module):
+    """Batch norm with weights, biases (BNWB) and running statistics (BNRS) of their own for every inner step.
+
+    Row ``step`` is used by the support pass of inner step ``step`` and by the target pass that follows its update;
+    steps beyond the last row use the last row. In training mode the statistics of the batch normalise, and the running
+    statistics are updated as PyTorch does. In evaluation mode ``eval_stats`` decides: ``"batch"`` (the published
+    numbers; no update) or ``"running"`` (the answer for an image does not depend on the others).
+
+    Args:
+        num_features: channels C of the input [N, C, H, W] (or [N, C]).
+        num_steps: rows K.
+        eps: added to the variance.
+        momentum: share of the new statistics in the running ones.
+        per_step_affine: weight and bias [K, C]; otherwise [C], shared by all steps.
+        per_step_stats: running statistics [K, C]; otherwise [C].
+        negative_slope: when given, a leaky ReLU of that slope follows (0.0: a ReLU).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_steps: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        per_step_affine: bool = True,
+        per_step_stats: bool = True,
+        negative_slope: float | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1 or num_steps < 1:
+            raise ValueError(
+                f"num_features and num_steps: expected at least 1, got {num_features} and {num_steps}"
+            )
+        self.num_features = num_features
+        self.num_steps = num_steps
+        self.eps = eps
+        self.momentum = momentum
+        self.per_step_affine = per_step_affine
+        self.per_step_stats = per_step_stats
+        self.negative_slope = negative_slope
+        self.step = 0
+        self.eval_stats: EvalStats = "batch"
+        affine_shape = (num_steps, num_features) if per_step_affine else (num_features,)
+        stats_shape = (num_steps, num_features) if per_step_stats else (num_features,)
+        self.weight = nn.Parameter(torch.ones(affine_shape))
+        self.bias = nn.Parameter(torch.zeros(affine_shape))
+        self.register_buffer("running_mean", torch.zeros(stats_shape))
+        self.register_buffer("running_var", torch.ones(stats_shape))
+
+    @property
+    def row(self) -> int:
+        """The row of this step: steps beyond the last trained one use the last."""
+        return min(self.step, self.num_steps - 1)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias [C] of the current step."""
+        if self.per_step_affine:
+            return self.weight[self.row], self.bias[self.row]
+        return self.weight, self.bias
+
+    def running_stats(self) -> tuple[Tensor, Tensor]:
+        """Running mean and variance [C] of the current step (views)."""
+        if self.per_step_stats:
+            return self.running_mean[self.row], self.running_var[self.row]
+        return self.running_mean, self.running_var
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.affine()
+        mean, var = self.running_stats()
+        if self.training:
+            y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+        elif self.eval_stats == "batch":
+            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        else:
+            y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        return y if self.negative_slope is None else F.leaky_relu(y, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_features}, num_steps={self.num_steps}, eps={self.eps}, momentum={self.momentum}"
+        for flag in ("per_step_affine", "per_step_stats"):
+            text += "" if getattr(self, flag) else f", {flag}=False"
+        return text if self.negative_slope is None else text + f", negative_slope={self.negative_slope}"
+
+
+def set_step(model: nn.Module, step: int) -> None:
+    """Tells every per-step batch norm of ``model`` which inner step (from 0) the next passes belong to."""
+    for module in model.modules():
+        if isinstance(module, PerStepBatchNorm2d):
+            module.step = step
+
+
+def set_eval_stats(model: nn.Module, stats: EvalStats) -> None:
+    """Chooses the statistics that per-step batch norms normalise with in evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, PerStepBatchNorm2d):
+            module.eval_stats = stats
+
+
+# What adapts ---------------------------------------------------------------------------------------------------------
+
+_NORMS = (PerStepBatchNorm2d, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def adapted_names(
+    model: nn.Module, adapt: str | Sequence[str] = "all", adapt_norm: bool = False
+) -> tuple[str, ...]:
+    """Names of the parameters that the inner loop adapts, in registration order.
+
+    Args:
+        model: any module.
+        adapt: ``"all"``, ``"head"`` (the last module that holds parameters of its own: ANIL), or name prefixes.
+        adapt_norm: whether weights and biases of normalisation layers adapt too (per-step ones never can).
+
+    Raises:
+        ValueError: when nothing is left to adapt, or ``adapt_norm`` meets per-step weights.
+    """
+    chosen: list[str] = []
+    owners = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    for owner in owners:
+        module = model.get_submodule(owner)
+        prefix = f"{owner}." if owner else ""
+        if isinstance(module, _NORMS):
+            if not adapt_norm:
+                continue
+            if isinstance(module, PerStepBatchNorm2d) and module.per_step_affine:
+                raise ValueError(f"adapt_norm: expected one weight shared by all steps, {owner} has one per step")
+        for name, p in module.named_parameters(recurse=False):
+            if not p.requires_grad:
+                continue
+            full = prefix + name
+            if adapt == "head":
+                wanted = owner == owners[-1]
+            else:
+                wanted = adapt == "all" or any(full.startswith(a) for a in adapt)
+            if wanted:
+                chosen.append(full)
+    if not chosen:
+        raise ValueError(f"adapt: expected a choice that leaves parameters to adapt, got {adapt!r}")
+    return tuple(chosen)
+
+
+# The inner loop ------------------------------------------------------------------------------------------------------
+
+
+def inner_loop(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    rates: Mapping[str, Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    *,
+    steps: int,
+    loss_fn: LossFn,
+    second_order: bool,
+) -> Iterator[dict[str, Tensor]]:
+    """Yields the fast weights after each of ``steps`` gradient steps on the support set (eq. 1, LSLR).
+
+    Args:
+        model: called with ``params`` in place of its own parameters of those names.
+        params: the parameters to adapt, by name.
+        rates: inner learning rates by the same names: [K] (a rate per tensor and step: LSLR) or [K, *shape]
+            (a rate per element: Meta-SGD). Steps beyond the last rate use the last.
+        support_x: inputs [n, ...].
+        support_y: labels or targets [n, ...].
+        steps: number of updates.
+        loss_fn: (prediction, target) to a scalar.
+        second_order: whether the updates can be differentiated.
+    """
+    fast = dict(params)
+    for k in range(steps):
+        set_step(model, k)
+        loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+        grads = torch.autograd.grad(
+            loss, list(fast.values()), create_graph=second_order, allow_unused=True
+        )
+        fast = {
+            name: p if g is None else p - rates[name][min(k, len(rates[name]) - 1)] * g
+            for (name, p), g in zip(fast.items(), grads, strict=True)
+        }
+        yield fast
+
+
+# The meta-gradient ---------------------------------------------------------------------------------------------------
+
+
+class MetaResult(NamedTuple):
+    """What one meta-batch gave, besides the gradients.
+
+    Attributes:
+        loss: mean over tasks of the weighted target loss, scalar.
+        task_losses: the same before the mean, [tasks].
+        target_logits: predictions after the last update, [tasks, m, ...].
+    """
+
+    loss: Tensor
+    task_losses: Tensor
+    target_logits: Tensor
+
+
+def task_loss(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    rates: Mapping[str, Tensor],
+    task: Task,
+    *,
+    steps: int,
+    step_weights: Sequence[float] | Tensor | None,
+    loss_fn: LossFn,
+    second_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weighted target loss of one task (eq. 3, MSL; eq. 2 without weights) and the last step's predictions."""
+    total: Tensor | None = None
+    logits: Tensor | None = None
+    loop = inner_loop(
+        model,
+        params,
+        rates,
+        task.support_x,
+        task.support_y,
+        steps=steps,
+        loss_fn=loss_fn,
+        second_order=second_order,
+    )
+    for k, fast in enumerate(loop):
+        if step_weights is None and k < steps - 1:
+            continue
+        logits = functional_call(model, fast, (task.target_x,))
+        loss = loss_fn(logits, task.target_y)
+        if step_weights is not None:
+            loss = step_weights[k] * loss
+        total = loss if total is None else total + loss
+    assert total is not None and logits is not None
+    return total, logits
+
+
+def meta_gradient(
+    model: nn.Module,
+    rates: Mapping[str, Tensor],
+    tasks: Sequence[Task],
+    *,
+    steps: int,
+    step_weights: Sequence[float] | Tensor | None,
+    loss_fn: LossFn = F.cross_entropy,
+    second_order: bool = True,
+) -> MetaResult:
+    """Adds the meta-gradient of a batch of tasks (mean over tasks) to ``.grad`` of parameters and rates.
+
+    Args:
+        model: the network at its meta-parameters, in training mode.
+        rates: inner learning rates; its names say which parameters adapt (see :func:`inner_loop`).
+        tasks: the meta-batch.
+        steps: inner updates K.
+        step_weights: K multi-step-loss weights, or None for the last step's target loss alone.
+        loss_fn: (prediction, target) to a scalar.
+        second_order: False gives first-order MAML: inner gradients are constants, rates still learn.
+    """
+    own = dict(model.named_parameters())
+    params = {name: own[name] for name in rates}
+    losses, logits = [], []
+    for task in tasks:
+        loss, prediction = task_loss(
+            model,
+            params,
+            rates,
+            task,
+            steps=steps,
+            step_weights=step_weights,
+            loss_fn=loss_fn,
+            second_order=second_order,
+        )
+        (loss / len(tasks)).backward()
+        losses.append(loss.detach())
+        logits.append(prediction.detach())
+    task_losses = torch.stack(losses)
+    return MetaResult(task_losses.mean(), task_losses, torch.stack(logits))
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate_task(
+    model: nn.Module,
+    rates: Mapping[str, Tensor],
+    task: Task,
+    *,
+    steps: int,
+    loss_fn: LossFn = F.cross_entropy,
+    eval_stats: EvalStats = "batch",
+) -> Tensor:
+    """Target predictions after every one of ``steps`` updates, [steps, m, ...], for a model in evaluation mode.
+
+    Adaptation always normalises with the statistics of the support set, as in training; ``eval_stats`` chooses those
+    of the target passes. ``steps`` may exceed the number of rates and of batch-norm rows: the last ones are used again.
+    """
+    own = dict(model.named_parameters())
+    params = {name: own[name].detach().requires_grad_() for name in rates}
+    predictions = []
+    with torch.enable_grad():
+        loop = inner_loop(
+            model,
+            params,
+            {name: r.detach() for name, r in rates.items()},
+            task.support_x,
+            task.support_y,
+            steps=steps,
+            loss_fn=loss_fn,
+            second_order=False,
+        )
+        for fast in loop:
+            set_eval_stats(model, eval_stats)
+            with torch.no_grad():
+                predictions.append(functional_call(model, fast, (task.target_x,)))
+            set_eval_stats(model, "batch")
+    return torch.stack(predictions)
