@@ -1,0 +1,35 @@
+"""mamlpp_fast: fast, exact meta-training with MAML++ in PyTorch."""
+
+from mamlpp_fast import ops, reference
+from mamlpp_fast._version import __version__
+from mamlpp_fast.adaptation import adapt
+from mamlpp_fast.config import MAMLConfig
+from mamlpp_fast.engine.graph import graphed
+from mamlpp_fast.episodes import Episode, EpisodeBatch
+from mamlpp_fast.learner import Evaluation, MAMLPlusPlus, NonFiniteLossError, StepMetrics
+from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.models import Conv4, ResNet12
+from mamlpp_fast.nn import InertBiasConv2d, PerStepBatchNorm2d, convert_batch_norm, set_eval_stats, set_step
+
+__all__ = [
+    "LSLR",
+    "Conv4",
+    "Episode",
+    "EpisodeBatch",
+    "Evaluation",
+    "InertBiasConv2d",
+    "MAMLConfig",
+    "MAMLPlusPlus",
+    "NonFiniteLossError",
+    "PerStepBatchNorm2d",
+    "ResNet12",
+    "StepMetrics",
+    "__version__",
+    "adapt",
+    "convert_batch_norm",
+    "graphed",
+    "ops",
+    "reference",
+    "set_eval_stats",
+    "set_step",
+]

@@ -1,0 +1,83 @@
+"""The differentiable inner loop for any module, on one flat buffer of fast weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.reference import LossFn, set_step
+
+__all__ = ["adapt", "inner_steps"]
+
+
+def adapt(
+    model: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    rates: LSLR,
+    *,
+    steps: int | None = None,
+    loss_fn: LossFn = F.cross_entropy,
+    first_order: bool = False,
+) -> dict[str, Tensor]:
+    """Adapts ``model`` to a support set by gradient steps that can be differentiated.
+
+    Equivalent to K times ``theta = theta - rate * autograd.grad(loss, theta, create_graph=True)``. Use the result with
+    ``torch.func.functional_call(model, fast, (target_x,))``; the inner step of per-step batch norms is left at the
+    last one, where the target pass belongs.
+
+    Args:
+        model: any module; its parameters named in ``rates`` adapt, the others take part as they are.
+        support_x: inputs [n, ...].
+        support_y: labels [n] or targets [n, ...].
+        rates: inner learning rates; ``LSLR(model.named_parameters(), num_steps=5)`` for all parameters.
+        steps: number of updates; by default one per step of ``rates``. Later steps use the last rate again.
+        loss_fn: (prediction, target) to a scalar.
+        first_order: treat inner gradients as constants (first-order MAML).
+
+    Returns:
+        The fast weights by parameter name, views of one buffer.
+
+    Raises:
+        ValueError: when ``rates`` names a parameter that ``model`` lacks, or ``steps`` is below 1.
+    """
+    fast: dict[str, Tensor] = {}
+    for fast in inner_steps(  # noqa: B007
+        model, support_x, support_y, rates, steps=steps, loss_fn=loss_fn, first_order=first_order
+    ):
+        pass
+    return fast
+
+
+def inner_steps(
+    model: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    rates: LSLR,
+    *,
+    steps: int | None = None,
+    loss_fn: LossFn = F.cross_entropy,
+    first_order: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """Like :func:`adapt`, but yields the fast weights after every update (for a multi-step loss)."""
+    steps = rates.num_steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    own = dict(model.named_parameters())
+    missing = [name for name in rates.names if name not in own]
+    if missing:
+        raise ValueError(f"rates: expected names of parameters of the model, got {missing[0]!r}")
+    flat = rates.flatten(own)
+    if not flat.requires_grad:
+        flat.requires_grad_()
+    for k in range(steps):
+        set_step(model, k)
+        loss = loss_fn(functional_call(model, rates.unflatten(flat), (support_x,)), support_y)
+        (grad,) = torch.autograd.grad(loss, flat, create_graph=not first_order)
+        flat = rates.update(flat, grad, k)
+        yield rates.unflatten(flat)

@@ -1,0 +1,74 @@
+"""The reference engine: :mod:`mamlpp_fast.reference` as it stands, on PyTorch's own batch norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast import reference
+from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.nn import plain_batch_norm
+from mamlpp_fast.reference import EvalStats, LossFn, MetaResult
+
+__all__ = ["ReferenceEngine"]
+
+
+class ReferenceEngine:
+    """One task at a time through nested autograd: slow, plain, the specification."""
+
+    name = "reference"
+
+    def __init__(self, model: nn.Module, rates: LSLR, loss_fn: LossFn) -> None:
+        self.model = model
+        self.rates = rates
+        self.loss_fn = loss_fn
+
+    def meta_gradient(
+        self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
+    ) -> MetaResult:
+        self.model.train()
+        zero_gradients(self.model, self.rates)
+        with plain_batch_norm(self.model):
+            result = reference.meta_gradient(
+                self.model,
+                self.rates.as_dict(),
+                list(batch),
+                steps=self.rates.num_steps,
+                step_weights=step_weights,
+                loss_fn=self.loss_fn,
+                second_order=second_order,
+            )
+        return result
+
+    def evaluate(self, batch: EpisodeBatch, *, steps: int, stats: EvalStats) -> Tensor:
+        self.model.eval()
+        with plain_batch_norm(self.model):
+            predictions = [
+                reference.evaluate_task(
+                    self.model,
+                    self.rates.as_dict(),
+                    task,
+                    steps=steps,
+                    loss_fn=self.loss_fn,
+                    eval_stats=stats,
+                )
+                for task in batch
+            ]
+        return torch.stack(predictions, dim=1)
+
+
+def zero_gradients(*modules: nn.Module) -> None:
+    """Sets every trainable parameter's gradient to zero in place.
+
+    Those that take no part in a step (biases in front of batch norm, say) so keep an exact zero, and the buffers keep
+    their addresses, which a captured graph needs.
+    """
+    for module in modules:
+        for p in module.parameters():
+            if not p.requires_grad:
+                continue
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                p.grad.detach_().zero_()

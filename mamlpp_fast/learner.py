@@ -1,0 +1,299 @@
+"""The MAML++ learner: a model, its inner rates, the schedules, Adam, and an engine that does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mamlpp_fast import reference
+from mamlpp_fast.adaptation import adapt
+from mamlpp_fast.config import MAMLConfig
+from mamlpp_fast.engine import EngineName, Precision, dtype_of, make_engine
+from mamlpp_fast.episodes import Episode, EpisodeBatch
+from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.nn import convert_batch_norm
+
+__all__ = ["Evaluation", "MAMLPlusPlus", "NonFiniteLossError", "StepMetrics"]
+
+_LOSSES: dict[str, reference.LossFn] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
+class StepMetrics(NamedTuple):
+    """Result of one meta-update, as tensors on the device: reading one waits for it.
+
+    Attributes:
+        loss: weighted target loss, mean over tasks, scalar.
+        accuracy: share of target examples predicted right after the last update, scalar (NaN for regression).
+        task_losses: loss of each task, [tasks].
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    task_losses: Tensor
+
+
+class Evaluation(NamedTuple):
+    """Result of evaluating a batch of tasks.
+
+    Attributes:
+        logits: target predictions after every inner step, [steps, tasks, m, ways].
+        loss: target loss after the last step, [tasks].
+        accuracy: share of target examples predicted right after every step, [steps, tasks] (NaN for regression).
+    """
+
+    logits: Tensor
+    loss: Tensor
+    accuracy: Tensor
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A meta-loss is NaN or infinite; ``iteration`` and ``task`` (position in the batch) say where."""
+
+    def __init__(self, iteration: int, epoch: int, task: int) -> None:
+        super().__init__(f"loss: expected finite, got NaN or infinity at epoch {epoch}, iteration {iteration}, task {task}")
+        self.iteration = iteration
+        self.epoch = epoch
+        self.task = task
+
+
+class MAMLPlusPlus:
+    """Meta-trains any ``nn.Module`` with MAML++ or any part of it ("How to train your MAML", 2018).
+
+    Args:
+        model: the network, called as ``model(x)``. Plain ``nn.BatchNorm2d`` in it are replaced in place by per-step
+            ones as ``config`` asks.
+        config: the settings; MAML++ by default.
+        engine: ``"auto"``, ``"reference"``, ``"autograd"`` or ``"fused"``.
+        precision: ``"float32"``, ``"float64"``, ``"tf32"`` or ``"bfloat16"`` (the last two keep float32 parameters).
+        device: where to train; the model's own by default.
+        loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names.
+
+    Attributes:
+        model: the network at its meta-parameters.
+        rates: the inner learning rates (:class:`mamlpp_fast.LSLR`).
+        iteration: meta-updates made so far; epochs and schedules follow from it.
+        engine: the engine in use; ``engine_reason`` says why it was chosen.
+
+    Raises:
+        ValueError: when the engine asked for cannot serve the model, or the model's per-step rows do not fit ``config``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MAMLConfig | None = None,
+        *,
+        engine: EngineName = "auto",
+        precision: Precision = "float32",
+        device: torch.device | str | None = None,
+        loss_fn: reference.LossFn | None = None,
+    ) -> None:
+        self.config = config = MAMLConfig() if config is None else config
+        self.precision: Precision = precision
+        self.dtype = dtype_of(precision)
+        model = convert_batch_norm(model, config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs)
+        _check_rows(model, config.steps)
+        self.model = model.to(device=device, dtype=self.dtype)
+        self.device = next(self.model.parameters()).device
+        self.loss_fn = _LOSSES[config.loss] if loss_fn is None else loss_fn
+        own = dict(self.model.named_parameters())
+        names = reference.adapted_names(self.model, config.adapt, config.adapt_norm)
+        self.rates = LSLR(
+            ((name, own[name]) for name in names),
+            config.steps,
+            config.inner_lr,
+            rates=config.rates,
+            learnable=config.lslr or config.rates == "element",
+        )
+        self.engine, self.engine_reason = make_engine(
+            engine, self.model, self.rates, config, self.loss_fn, precision
+        )
+        trainable = [p for m in (self.model, self.rates) for p in m.parameters() if p.requires_grad]
+        on_gpu = self.device.type == "cuda"
+        # A tensor learning rate lets the schedule change it inside a captured graph.
+        lr = torch.tensor(config.meta_lr, device=self.device) if on_gpu else config.meta_lr
+        self.optimizer = torch.optim.Adam(
+            trainable, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu
+        )
+        self.iteration = 0
+
+    @property
+    def epoch(self) -> int:
+        return self.iteration // self.config.iterations_per_epoch
+
+    def step_weights(self) -> Tensor | None:
+        """Multi-step-loss weights [K] of this epoch, or None once only the last step counts."""
+        if not self.config.msl:
+            return None
+        weights = reference.msl_weights(self.epoch, self.config.steps, self.config.msl_epochs)
+        return None if weights is None else torch.tensor(weights, dtype=self.dtype, device=self.device)
+
+    def meta_lr(self) -> float:
+        """Adam's learning rate of this epoch."""
+        c = self.config
+        if not c.cosine_annealing:
+            return c.meta_lr
+        return reference.cosine_annealing(min(self.epoch, c.epochs), c.epochs, c.meta_lr, c.min_meta_lr)
+
+    def second_order(self) -> bool:
+        """Whether this epoch differentiates through the inner updates."""
+        return reference.is_second_order(self.epoch, self.config.second_order, self.config.da_epoch)
+
+    def meta_gradient(self, batch: EpisodeBatch) -> StepMetrics:
+        """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`."""
+        batch = batch.to(self.device, self.dtype)
+        result = self.engine.meta_gradient(batch, self.step_weights(), self.second_order())
+        if (limit := self.config.clamp_meta_gradient) is not None:
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad.clamp_(-limit, limit)
+        return StepMetrics(
+            result.loss, self._accuracy(result.target_logits, batch.target_y).mean(), result.task_losses
+        )
+
+    def meta_step(self, batch: EpisodeBatch) -> StepMetrics:
+        """One meta-update: meta-gradients of a batch of tasks, then Adam.
+
+        Args:
+            batch: tasks; moved to the learner's device and dtype.
+
+        Returns:
+            Loss and accuracy of the batch before the update, as device tensors.
+        """
+        metrics = self.meta_gradient(batch)
+        self.apply_gradient()
+        return metrics
+
+    def apply_gradient(self) -> None:
+        """The Adam update for the gradients that :meth:`meta_gradient` left; advances the iteration."""
+        lr = self.meta_lr()
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self.optimizer.step()
+        self.iteration += 1
+
+    def check_finite(self, task_losses: Tensor) -> None:
+        """Raises when a task's loss of the last step is not finite (reads from the device).
+
+        Raises:
+            NonFiniteLossError: names epoch, iteration and task.
+        """
+        bad = (~torch.isfinite(task_losses)).nonzero()
+        if len(bad):
+            last = self.iteration - 1
+            raise NonFiniteLossError(last, last // self.config.iterations_per_epoch, int(bad[0]))
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Callable[[Tensor], Tensor]:
+        """Adapts to one support set, for inference.
+
+        Args:
+            support_x: inputs [n, ...].
+            support_y: labels [n].
+            steps: inner updates; ``config.eval_steps`` (or ``steps``) by default.
+
+        Returns:
+            A function from inputs [m, ...] to predictions [m, ...] of the adapted model, normalising as
+            ``config.eval_stats`` says.
+        """
+        steps = self._eval_steps(steps)
+        self.model.eval()
+        with torch.enable_grad():
+            fast = adapt(
+                self.model,
+                support_x.to(self.device, self.dtype),
+                support_y.to(self.device),
+                self.rates,
+                steps=steps,
+                loss_fn=self.loss_fn,
+                first_order=True,
+            )
+        frozen = {name: t.detach().clone() for name, t in fast.items()}
+
+        def predict(x: Tensor) -> Tensor:
+            self.model.eval()
+            reference.set_step(self.model, steps - 1)
+            reference.set_eval_stats(self.model, self.config.eval_stats)
+            try:
+                with torch.no_grad():
+                    prediction: Tensor = functional_call(self.model, frozen, (x.to(self.device, self.dtype),))
+            finally:
+                reference.set_eval_stats(self.model, "batch")
+            return prediction
+
+        return predict
+
+    def evaluate(self, batch: EpisodeBatch | Episode, *, steps: int | None = None) -> Evaluation:
+        """Adapts to every task of a batch and judges the target predictions; changes no state.
+
+        Args:
+            batch: tasks, or one task.
+            steps: inner updates; ``config.eval_steps`` (or ``steps``) by default. Beyond ``config.steps`` the last
+                rates and batch-norm rows are used again.
+        """
+        if isinstance(batch, Episode):
+            fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
+            batch = EpisodeBatch(*(t.unsqueeze(0) for t in fields))
+        batch = batch.to(self.device, self.dtype)
+        logits = self.engine.evaluate(batch, steps=self._eval_steps(steps), stats=self.config.eval_stats)
+        losses = torch.stack([self.loss_fn(p, y) for p, y in zip(logits[-1], batch.target_y, strict=True)])
+        return Evaluation(logits, losses, self._accuracy(logits, batch.target_y))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from: model, rates, Adam, iteration."""
+        return {
+            "model": self.model.state_dict(),
+            "rates": self.rates.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            ValueError: when the state is of another model or configuration.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.rates.load_state_dict(state["rates"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration = int(state["iteration"])
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"state: expected the state of this model and configuration, {reason}") from error
+
+    def explain(self) -> str:
+        """Says which engine serves this model and why, and what it will do."""
+        text = f"engine {self.engine.name}: {self.engine_reason}"
+        describe = getattr(self.engine, "explain", None)
+        return text if describe is None else f"{text}\n{describe()}"
+
+    def _eval_steps(self, steps: int | None) -> int:
+        if steps is None:
+            steps = self.config.steps if self.config.eval_steps is None else self.config.eval_steps
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        return steps
+
+    def _accuracy(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Share of right answers over the target axis."""
+        if target.is_floating_point():
+            return torch.full(prediction.shape[:-2], float("nan"), device=self.device)
+        return (prediction.argmax(-1) == target).to(torch.float32).mean(-1)
+
+
+def _check_rows(model: nn.Module, steps: int) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, reference.PerStepBatchNorm2d):
+            continue
+        per_step = module.per_step_affine or module.per_step_stats
+        if per_step and module.num_steps != steps:
+            raise ValueError(f"model: expected per-step batch norms of {steps} steps, {name} has {module.num_steps}")
