@@ -1,0 +1,1 @@
+"""Bridges to code, names and files of other MAML implementations."""

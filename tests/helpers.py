@@ -1,0 +1,63 @@
+"""Small networks and tasks that several test files share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+
+
+def random_batch(
+    *,
+    tasks: int = 2,
+    ways: int = 3,
+    shots: int = 2,
+    targets: int = 2,
+    channels: int = 1,
+    size: int = 12,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> mf.EpisodeBatch:
+    """Class-major tasks of noise around one random image a class, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = torch.randn(tasks, ways, 1, channels, size, size, generator=generator, dtype=dtype)
+
+    def side(count: int) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(tasks, ways, count, channels, size, size, generator=generator, dtype=dtype)
+        return prototypes + noise, torch.arange(ways).view(1, ways, 1).expand(tasks, ways, count)
+
+    return mf.EpisodeBatch(*side(shots), *side(targets))
+
+
+def small_conv4(steps: int = 3, *, seed: int = 0, **changes: object) -> mf.Conv4:
+    """A two-stage Conv4 whose every parameter is moved off the value that would hide an error."""
+    torch.manual_seed(seed)
+    arguments = {"image_size": 12, "filters": 4, "stages": 2, "num_steps": steps} | changes
+    model = mf.Conv4(1, 3, **arguments).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.1)
+    return model
+
+
+def small_learner(config: mf.MAMLConfig | None = None, *, engine: str = "reference", **changes: object) -> mf.MAMLPlusPlus:
+    """A float64 learner on :func:`small_conv4`, with rates that differ by tensor and step."""
+    config = mf.MAMLConfig(steps=3) if config is None else config
+    model = small_conv4(config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs, **changes)
+    learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        rates = learner.rates.rates
+        rates.add_(torch.rand(rates.shape, generator=generator, dtype=rates.dtype) * 0.05)
+    return learner
+
+
+def gradients(*modules: nn.Module) -> dict[str, Tensor]:
+    """Copies of all gradients by parameter name."""
+    return {
+        f"{i}.{name}": p.grad.clone()
+        for i, module in enumerate(modules)
+        for name, p in module.named_parameters()
+        if p.grad is not None
+    }

@@ -1,0 +1,112 @@
+"""Recorded runs of the authors' code, by every engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from mamlpp_fast import reference, replay
+from mamlpp_fast.compat.authors import our_name
+
+ENGINES = ("reference", "autograd", "fused")
+
+
+def _files(golden: Path) -> list[Path]:
+    files = sorted(golden.glob("*.npz"))
+    assert len(files) >= 6
+    return files
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_recorded_run_is_repeated_to_1e_9(golden: Path, engine: str) -> None:
+    for file in _files(golden):
+        report = replay.replay(file, engine=engine)  # type: ignore[arg-type]
+        assert report.ok, (file.name, report)
+        assert report.engine == engine
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_float32_stays_within_four_times_plain_pytorch(golden: Path, engine: str) -> None:
+    for file in _files(golden):
+        report = replay.replay(file, engine=engine, dtype="float32")  # type: ignore[arg-type]
+        assert report.ok, (file.name, report)
+
+
+def test_recorded_running_statistics_are_ours_plus_the_leak_of_their_evaluation(golden: Path) -> None:
+    """Spec 1.2: the authors' evaluation updates the running statistics; without it they equal ours."""
+    record = replay._read(golden / "final_loss_epoch50.npz")
+    learner = replay._learner(record, "reference", "float64", torch.device("cpu"))
+    batches = [replay._batch(record, i) for i in range(3)]
+    for batch in batches:
+        learner.meta_step(batch)
+    own = dict(learner.model.named_parameters())
+    rates = learner.rates.as_dict()
+    learner.model.train()
+    for task in batches[2]:
+        loop = reference.inner_loop(
+            learner.model,
+            {name: own[name] for name in rates},
+            rates,
+            task.support_x,
+            task.support_y,
+            steps=5,
+            loss_fn=learner.loss_fn,
+            second_order=False,
+        )
+        *_, fast = loop
+        functional_call(learner.model, fast, (task.target_x,))
+    state = learner.model.state_dict()
+    checked = 0
+    for name, recorded in replay._group(record, "final").items():
+        _, ours = our_name(name)
+        if ".running_" in ours:
+            assert replay._error(state[ours], recorded) < 1e-8, ours  # their biases wander by 1e-9
+            checked += 1
+    assert checked == 8
+
+
+def test_a_wrong_recorded_gradient_fails(golden: Path, tmp_path: Path) -> None:
+    with np.load(golden / "msl_epoch0.npz") as archive:
+        arrays = {k: archive[k] for k in archive.files}
+    key = "grad0/classifier.layer_dict.conv1.conv.weight"
+    arrays[key] = arrays[key] * (1 + 1e-8)
+    np.savez(tmp_path / "changed.npz", **arrays)
+    report = replay.replay(tmp_path / "changed.npz", engine="reference")
+    assert not report.ok
+    assert report.meta_gradient == pytest.approx(1e-8, rel=1e-3)
+
+
+@pytest.mark.parametrize("fault", ["missing", "text", "key", "config", "config-key"])
+def test_files_that_are_no_recorded_run_say_so(golden: Path, tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "run.npz"
+    if fault == "text":
+        path.write_text("not an archive")
+    elif fault != "missing":
+        with np.load(golden / "maml_plain.npz") as archive:
+            arrays = {k: archive[k] for k in archive.files}
+        if fault == "key":
+            del arrays["losses"]
+        elif fault == "config":
+            arrays["config"] = np.array("{")
+        else:
+            config = json.loads(str(arrays["config"]))
+            del config["steps"]
+            arrays["config"] = np.array(json.dumps(config))
+        np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"run\.npz: expected") as error:
+        replay.replay(path)
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_the_authors_code_translate() -> None:
+    rates = "inner_loop_optimizer.names_learning_rates_dict.layer_dict-conv2-norm_layer-weight"
+    assert our_name(rates) == ("rates", "blocks.2.norm.weight")
+    assert our_name("classifier.layer_dict.linear.weights") == ("model", "head.weight")
+    assert our_name("classifier.module.layer_dict.conv0.conv.bias") == ("model", "blocks.0.conv.bias")
+    with pytest.raises(ValueError, match="expected a parameter name"):
+        our_name("classifier.other")
