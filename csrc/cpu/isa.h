@@ -1,0 +1,65 @@
+// Run-time choice among the instruction sets the kernels were compiled for.
+//
+// Every file of csrc/cpu/kernels/ is compiled once per level, its code in `namespace mf::MF_ISA`. A kernel header
+// declares its functions for all levels, the op file calls the right one:
+//
+//   kernels/scale.h     MF_KERNEL(template <typename T> void scale(const T* x, T a, T* y, int64_t n);)
+//   kernels/scale.cpp   namespace mf::MF_ISA {
+//                       template <typename T> void scale(const T* x, T a, T* y, int64_t n) { ... }
+//                       template void scale<float>(const float*, float, float*, int64_t);   // one line per type
+//                       }
+//   scale.cpp           MF_DISPATCH(scale<float>)(x, a, y, n);
+//
+// Levels that the compiler or the processor's family lacks are not compiled; CMakeLists.txt defines MF_HAVE_<LEVEL>.
+#pragma once
+
+#include <cstdint>
+
+namespace mf {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+
+// The best level that is compiled in, that this processor has and that MAMLPP_FAST_ISA (read once) allows.
+// An unknown name in MAMLPP_FAST_ISA is ignored with a warning; a level out of reach falls to the next lower one.
+Isa isa();
+
+const char* isa_name(Isa level);
+
+}  // namespace mf
+
+#ifdef MF_HAVE_AVX2
+#define MF_AVX2(...) __VA_ARGS__
+#else
+#define MF_AVX2(...)
+#endif
+#ifdef MF_HAVE_AVX512
+#define MF_AVX512(...) __VA_ARGS__
+#else
+#define MF_AVX512(...)
+#endif
+#ifdef MF_HAVE_AVX512BF16
+#define MF_AVX512BF16(...) __VA_ARGS__
+#else
+#define MF_AVX512BF16(...)
+#endif
+
+// Declares the same functions in the namespace of every compiled level.
+#define MF_KERNEL(...)                         \
+  namespace mf::portable {                     \
+  __VA_ARGS__                                  \
+  }                                            \
+  MF_AVX2(namespace mf::avx2{__VA_ARGS__})     \
+  MF_AVX512(namespace mf::avx512{__VA_ARGS__}) \
+  MF_AVX512BF16(namespace mf::avx512bf16{__VA_ARGS__})
+
+// The function pointer for this machine; `decltype` of the portable one, so an overload set is refused.
+#define MF_DISPATCH(...)                                                             \
+  ([]() -> decltype(&mf::portable::__VA_ARGS__) {                                    \
+    switch (mf::isa()) {                                                             \
+      MF_AVX512BF16(case mf::Isa::avx512bf16 : return &mf::avx512bf16::__VA_ARGS__;) \
+      MF_AVX512(case mf::Isa::avx512 : return &mf::avx512::__VA_ARGS__;)             \
+      MF_AVX2(case mf::Isa::avx2 : return &mf::avx2::__VA_ARGS__;)                   \
+      default:                                                                       \
+        return &mf::portable::__VA_ARGS__;                                           \
+    }                                                                                \
+  }())
