@@ -1,0 +1,336 @@
+// Direct convolutions: pixels gathered by class for forward and to-input, outer products over pixels for to-weight.
+
+#include "conv_kernels.h"
+#include "conv_micro.h"
+
+namespace mf::MF_ISA::conv {
+namespace {
+
+using mf::conv::Gather;
+using mf::conv::Outer;
+using mf::conv::PixelClass;
+
+/// Source channels reduced in one visit of a block: their weight panel must stay close to the core.
+template <class T>
+int64_t channel_block(int taps, int64_t channels) {
+  constexpr int64_t kPanelBytes = 80 << 10;
+  const int64_t fits = kPanelBytes / static_cast<int64_t>(taps * kPanel<T> * sizeof(T));
+  return divide_up(channels, divide_up(channels, fits > 16 ? fits : 16));
+}
+
+template <class T>
+int64_t packed_elements(const Gather& p) {
+  return round_line<T>(divide_up(p.channels_out, kPanel<T>) * kPanel<T> * p.taps * p.channels_in);
+}
+
+/// Packs the weights of one task to [panel][channel block][tap][channel][panel width].
+template <class T>
+void pack_weights(const Gather& p, const T* w, T* to) {
+  const Panels<T> panels(p.channels_out);
+  const int64_t ci = p.channels_in, co = p.channels_out, step = channel_block<T>(p.taps, ci);
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t width = panels.width(panel), lanes = panels.lanes(panel), o = panels.begin(panel);
+    for (int64_t c = 0; c < ci; c += step) {
+      const int64_t n = c + step < ci ? step : ci - c;
+      for (int tap = 0; tap < p.taps; ++tap) {
+        if (p.transposed) {
+          const T* from = w + (p.taps - 1 - tap) * ci * co;
+          if (lanes < width) memset(to, 0, n * width * sizeof(T));
+          transpose(from + o * ci + c, ci, lanes, n, to, width);
+          to += n * width;
+        } else {
+          const T* from = w + (tap * ci + c) * co + o;
+          for (int64_t k = 0; k < n; ++k, to += width) copy_padded(to, from + k * co, lanes, width);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t last, int64_t task, int64_t panel,
+                  const T* const* packed) {
+  const Panels<T> panels(p.channels_out);
+  const int64_t ci = p.channels_in, step = channel_block<T>(p.taps, ci);
+  const int64_t width = panels.width(panel), lanes = panels.lanes(panel), o = panels.begin(panel);
+  const int64_t total = (last - first) * cls.count, blocks = divide_up(total, kMaxRows);
+  T* out = static_cast<T*>(p.out) + (task * p.images + first) * p.dst_image + o;
+  for (int64_t c = 0; c < ci; c += step) {
+    const int64_t n = c + step < ci ? step : ci - c;
+    Segment segments[mf::conv::kMaxTaps];
+    int count = 0;
+    for (int t = 0; t < cls.taps; ++t) {
+      const Segment next{cls.delta[t] + c, (c * p.taps + cls.tap[t] * n) * width, n};
+      if (count > 0 && segments[count - 1].a + segments[count - 1].len == next.a &&
+          segments[count - 1].b + segments[count - 1].len * width == next.b) {
+        segments[count - 1].len += n;
+      } else {
+        segments[count++] = next;
+      }
+    }
+    int64_t pixel = 0, image = 0, done = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int rows = static_cast<int>(total * (b + 1) / blocks - done);
+      done += rows;
+      int64_t src[kMaxRows];
+      Block<T> block;
+      for (int i = 0; i < rows; ++i) {
+        src[i] = image * p.src_image + cls.src[pixel];
+        block.out[i] = out + image * p.dst_image + cls.dst[pixel];
+        if (++pixel == cls.count) {
+          pixel = 0;
+          ++image;
+        }
+      }
+      const Multiply<T> kernel = pick<T>(rows, panels.vectors(panel));
+      for (int pair = 0; pair < p.pairs; ++pair) {
+        const T* a = static_cast<const T*>(p.a[pair]) + (task * p.images + first) * p.src_image;
+        for (int i = 0; i < rows; ++i) block.rows[i] = a + src[i];
+        const T* weights = packed[pair] + o * p.taps * ci;
+        const bool accumulate = pair > 0 || c > 0;
+        if (lanes == width) {
+          kernel(block, segments, count, 1, weights, width, accumulate);
+        } else {
+          multiply_partial(kernel, block, rows, lanes, segments, count, 1, weights, width, accumulate);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+int64_t gather_scratch(const Gather& p) {
+  return p.pairs * packed_elements<T>(p);
+}
+
+template <class T>
+void gather(const Gather& p, int64_t begin, int64_t end, T* scratch) {
+  T* packed[2] = {scratch, scratch + packed_elements<T>(p)};
+  int64_t ready = -1;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t task = unit / p.parts, part = unit % p.parts;
+    const int64_t first = part * p.images / p.parts, last = (part + 1) * p.images / p.parts;
+    if (task != ready) {
+      const int64_t size = p.taps * p.channels_in * p.channels_out;
+      for (int pair = 0; pair < p.pairs; ++pair)
+        pack_weights<T>(p, static_cast<const T*>(p.w[pair]) + task * size, packed[pair]);
+      ready = task;
+    }
+    for (int64_t panel = 0; panel < divide_up(p.channels_out, kPanel<T>); ++panel)
+      for (int c = 0; c < p.num_classes; ++c)
+        gather_class<T>(p, p.classes[c], first, last, task, panel, packed);
+  }
+}
+
+/// Pixels one visit of an accumulator block reduces: `images` images times `rows` output rows.
+struct Chunk {
+  int64_t images, rows, source_rows;
+};
+
+Chunk chunk_of(const Outer& p) {
+  constexpr int64_t kPixels = 256;
+  const int64_t pixels = p.out_height * p.out_width;
+  Chunk chunk;
+  chunk.images = pixels < kPixels ? kPixels / pixels : 1;
+  if (chunk.images > p.images) chunk.images = p.images;
+  chunk.rows = p.out_height;
+  if (pixels > kPixels + kPixels / 2) {
+    const int64_t fits = kPixels / p.out_width;
+    chunk.rows = fits > 1 ? fits : 1;
+  }
+  chunk.source_rows = (chunk.rows - 1) * p.stride + p.kh;
+  return chunk;
+}
+
+/// Few input channels: rows of the block are (tap, channel) pairs over one padded image, nothing is packed.
+bool few_channels(const Outer& p) { return p.ci <= 4; }
+
+int64_t padded_width(const Outer& p) { return p.width + 2 * p.padding; }
+int64_t padded_height(const Outer& p) { return p.height + 2 * p.padding; }
+
+template <class T>
+int64_t outer_scratch(const Outer& p) {
+  if (few_channels(p)) {
+    return round_line<T>(padded_height(p) * padded_width(p) * p.ci) +
+           p.out_height * p.out_width * kPanel<T> + round_line<T>(p.out_height * sizeof(Segment));
+  }
+  const Chunk chunk = chunk_of(p);
+  const int64_t source = chunk.images * chunk.source_rows * p.width * divide_up(p.ci, kMaxRows) * kMaxRows;
+  const int64_t grad = chunk.images * chunk.rows * p.out_width * divide_up(p.co, kPanel<T>) * kPanel<T>;
+  const int64_t segments = p.kh * p.kw * chunk.rows * p.out_width * sizeof(Segment) / sizeof(T);
+  return round_line<T>(source) + round_line<T>(grad) + round_line<T>(segments);
+}
+
+template <class T>
+void accumulate_block(const Block<T>& block, int rows, int64_t lanes, int vectors, const Segment* segments,
+                      int64_t count, int64_t step_a, const T* panel, int64_t step_b, bool accumulate) {
+  const Multiply<T> kernel = pick<T>(rows, vectors);
+  if (lanes == vectors * kLanes<T>) {
+    kernel(block, segments, count, step_a, panel, step_b, accumulate);
+  } else {
+    multiply_partial(kernel, block, rows, lanes, segments, count, step_a, panel, step_b, accumulate);
+  }
+}
+
+template <class T>
+void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_end, T* scratch) {
+  const Panels<T> panels(p.co);
+  const int64_t pw = padded_width(p), ph = padded_height(p), pixels = p.out_height * p.out_width;
+  T* padded = scratch;
+  T* grad = padded + round_line<T>(ph * pw * p.ci);
+  Segment* segments = reinterpret_cast<Segment*>(grad + pixels * kPanel<T>);
+  const int64_t rows = p.kh * p.kw * p.ci, blocks = divide_up(rows, kMaxRows);
+  T* out = static_cast<T*>(p.out) + task * rows * p.co;
+  memset(padded, 0, ph * pw * p.ci * sizeof(T));
+  for (int pair = 0; pair < p.pairs; ++pair) {
+    for (int64_t n = 0; n < p.images; ++n) {
+      const T* x = static_cast<const T*>(p.x[pair]) + (task * p.images + n) * p.height * p.width * p.ci;
+      const T* g = static_cast<const T*>(p.g[pair]) + (task * p.images + n) * pixels * p.co;
+      for (int64_t y = 0; y < p.height; ++y)
+        memcpy(padded + ((y + p.padding) * pw + p.padding) * p.ci, x + y * p.width * p.ci,
+               p.width * p.ci * sizeof(T));
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        const int64_t lanes = panels.lanes(panel), width = panels.width(panel), o = panels.begin(panel);
+        const bool direct = lanes == width;
+        if (!direct)
+          for (int64_t q = 0; q < pixels; ++q) copy_padded(grad + q * width, g + q * p.co + o, lanes, width);
+        const int64_t step_b = direct ? p.co : width;
+        for (int64_t y = 0; y < p.out_height; ++y)
+          segments[y] = {y * p.stride * pw * p.ci, y * p.out_width * step_b, p.out_width};
+        for (int64_t b = 0, row = 0; b < blocks; ++b) {
+          Block<T> block;
+          const int size = static_cast<int>(rows * (b + 1) / blocks - row);
+          for (int i = 0; i < size; ++i, ++row) {
+            const int64_t tap = row / p.ci;
+            block.rows[i] = padded + ((tap / p.kw) * pw + tap % p.kw) * p.ci + row % p.ci;
+            block.out[i] = out + row * p.co + o;
+          }
+          accumulate_block<T>(block, size, lanes, panels.vectors(panel), segments, p.out_height,
+                              p.stride * p.ci, direct ? g + o : grad, step_b, pair > 0 || n > 0);
+        }
+      }
+    }
+  }
+}
+
+/// Appends the pixel runs of one tap: images are innermost in both packed operands, so a row is a single run.
+int64_t tap_segments(const Outer& p, int64_t tap, int64_t images, int64_t row_begin, int64_t row_end,
+                     int64_t source_begin, int64_t panel_width, Segment* to) {
+  int64_t count = 0;
+  const int64_t dy = tap / p.kw - p.padding, dx = tap % p.kw - p.padding;
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    const int64_t sy = y * p.stride + dy;
+    if (sy < 0 || sy >= p.height) continue;
+    for (int64_t x = 0; x < p.out_width; ++x) {
+      const int64_t sx = x * p.stride + dx;
+      if (sx < 0 || sx >= p.width) continue;
+      const Segment next{((sy - source_begin) * p.width + sx) * images * kMaxRows,
+                         ((y - row_begin) * p.out_width + x) * images * panel_width, images};
+      if (count > 0 && to[count - 1].a + to[count - 1].len * kMaxRows == next.a &&
+          to[count - 1].b + to[count - 1].len * panel_width == next.b) {
+        to[count - 1].len += images;
+      } else {
+        to[count++] = next;
+      }
+    }
+  }
+  return count;
+}
+
+template <class T>
+void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t images, int64_t row_begin,
+                 int64_t row_end, int64_t panel_begin, int64_t panel_end, bool accumulate, T* scratch) {
+  const Panels<T> panels(p.co);
+  const Chunk chunk = chunk_of(p);
+  const int64_t row_blocks = divide_up(p.ci, kMaxRows), taps = p.kh * p.kw;
+  int64_t source_begin = row_begin * p.stride - p.padding;
+  int64_t source_end = (row_end - 1) * p.stride - p.padding + p.kh;
+  if (source_begin < 0) source_begin = 0;
+  if (source_end > p.height) source_end = p.height;
+  const int64_t source_pixels = (source_end - source_begin) * p.width, pixels = (row_end - row_begin) * p.out_width;
+
+  T* source = scratch;
+  T* grad = source + round_line<T>(chunk.images * chunk.source_rows * p.width * row_blocks * kMaxRows);
+  Segment* segments = reinterpret_cast<Segment*>(
+      grad + round_line<T>(chunk.images * chunk.rows * p.out_width * panels.count * kPanel<T>));
+
+  const int64_t source_size = source_pixels * images * kMaxRows;
+  for (int64_t n = 0; n < images; ++n) {
+    const T* x = static_cast<const T*>(p.x[pair]) +
+                 (((task * p.images + first + n) * p.height + source_begin) * p.width) * p.ci;
+    for (int64_t q = 0; q < source_pixels; ++q) {
+      T* to = source + (q * images + n) * kMaxRows;
+      int64_t c = 0;
+      for (; c + kMaxRows <= p.ci; c += kMaxRows, to += source_size)
+        memcpy(to, x + q * p.ci + c, kMaxRows * sizeof(T));
+      for (int64_t i = 0; c + i < p.ci; ++i) to[i] = x[q * p.ci + c + i];
+    }
+    const T* g = static_cast<const T*>(p.g[pair]) +
+                 (((task * p.images + first + n) * p.out_height + row_begin) * p.out_width) * p.co;
+    T* panel_to = grad;
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t width = panels.width(panel);
+      for (int64_t q = 0; q < pixels; ++q)
+        copy_padded(panel_to + (q * images + n) * width, g + q * p.co + panels.begin(panel), panels.lanes(panel),
+                    width);
+      panel_to += pixels * images * width;
+    }
+  }
+  const T* panel_from = grad;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t width = panels.width(panel);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t count = tap_segments(p, tap, images, row_begin, row_end, source_begin, width, segments);
+      T* out = static_cast<T*>(p.out) + (task * taps + tap) * p.ci * p.co + panels.begin(panel);
+      for (int64_t b = 0; b < row_blocks; ++b) {
+        const int rows = static_cast<int>(p.ci - b * kMaxRows < kMaxRows ? p.ci - b * kMaxRows : kMaxRows);
+        Block<T> block;
+        for (int i = 0; i < rows; ++i) {
+          block.rows[i] = source + b * source_size + i;
+          block.out[i] = out + (b * kMaxRows + i) * p.co;
+        }
+        accumulate_block<T>(block, rows, panels.lanes(panel), panels.vectors(panel), segments, count, kMaxRows,
+                            panel_from, width, accumulate);
+      }
+    }
+    panel_from += pixels * images * width;
+  }
+}
+
+template <class T>
+void outer(const Outer& p, int64_t begin, int64_t end, T* scratch) {
+  const int64_t panels = divide_up(p.co, kPanel<T>);
+  const Chunk chunk = chunk_of(p);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t task = unit / p.parts, part = unit % p.parts;
+    const int64_t panel_begin = part * panels / p.parts, panel_end = (part + 1) * panels / p.parts;
+    if (few_channels(p)) {
+      outer_few<T>(p, task, panel_begin, panel_end, scratch);
+      continue;
+    }
+    bool accumulate = false;
+    for (int pair = 0; pair < p.pairs; ++pair)
+      for (int64_t n = 0; n < p.images; n += chunk.images)
+        for (int64_t y = 0; y < p.out_height; y += chunk.rows) {
+          const int64_t images = n + chunk.images < p.images ? chunk.images : p.images - n;
+          const int64_t rows = y + chunk.rows < p.out_height ? y + chunk.rows : p.out_height;
+          outer_chunk<T>(p, task, pair, n, images, y, rows, panel_begin, panel_end, accumulate, scratch);
+          accumulate = true;
+        }
+  }
+}
+
+}  // namespace
+
+}  // namespace mf::MF_ISA::conv
+
+namespace mf::MF_ISA {
+
+template <class T>
+mf::conv::Kernels<T> conv_kernels() {
+  return {conv::gather_scratch<T>, conv::gather<T>, conv::outer_scratch<T>, conv::outer<T>, conv::kPanel<T>};
+}
+template mf::conv::Kernels<float> conv_kernels<float>();
+template mf::conv::Kernels<double> conv_kernels<double>();
+
+}  // namespace mf::MF_ISA

@@ -1,0 +1,86 @@
+// Plain-data interface between csrc/cpu/task_conv2d.cpp and the convolution kernels, which are compiled once per
+// instruction set. Nothing here may instantiate a template of the standard library: the linker would be free to keep
+// the copy built for the widest instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace mf::conv {
+
+constexpr int kMaxTaps = 9;
+
+/// Destination pixels of one image whose valid taps are the same, so that padding costs neither branches nor products.
+struct PixelClass {
+  const int64_t* src;  ///< [count] element offset, in one source image, of the pixel that `delta` is relative to
+  const int64_t* dst;  ///< [count] element offset of the destination pixel in its image
+  int64_t count;
+  int taps;
+  int tap[kMaxTaps];       ///< valid taps in ascending order
+  int64_t delta[kMaxTaps];  ///< element offset of each valid tap's source pixel from `src`
+};
+
+/// out[dst] = sum over pairs, taps, source channels of a[src + delta] * weight: forward and to-input.
+struct Gather {
+  const void* a[2];  ///< [tasks, images, source pixels, channels_in]
+  const void* w[2];  ///< [tasks, taps, Ci, Co]
+  void* out;         ///< [tasks, images, destination pixels, channels_out]
+  int pairs;
+  int64_t tasks, images, parts;  ///< a unit of work is one of `parts` image ranges of a task
+  int64_t channels_in, channels_out;
+  int64_t src_image, dst_image;  ///< elements of one image
+  int taps;
+  bool transposed;  ///< to-input: channels_out of `w` are reduced and taps run backwards
+  const PixelClass* classes;
+  int num_classes;
+};
+
+/// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight.
+struct Outer {
+  const void* x[2];  ///< [tasks, images, height, width, ci]
+  const void* g[2];  ///< [tasks, images, out_height, out_width, co]
+  void* out;         ///< [tasks, kh, kw, ci, co]
+  int pairs;
+  int64_t tasks, images, parts;  ///< a unit of work is one of `parts` ranges of output channels of a task
+  int64_t height, width, ci, out_height, out_width, co;
+  int64_t kh, kw, stride, padding;
+};
+
+/// Stride-1 3x3 convolution in the Winograd domain. `height`, `width` are of the source, `padding` of this product
+/// (2 - p for the gradient to the input). For to-weight, `a` is x, `w` is g and `out` the weight gradient.
+struct Winograd {
+  const void* a[2];
+  const void* w[2];
+  void* out;
+  int pairs;
+  int64_t tasks, images, parts;
+  int64_t height, width, out_height, out_width;
+  int64_t channels_in, channels_out;
+  int64_t padding;
+  bool transposed;
+};
+
+/// Kernels of one instruction set and element type. `run` works on units [begin, end) with `scratch` elements of
+/// private memory aligned to 64 bytes; results never depend on how units are spread over threads.
+template <class T>
+struct Kernels {
+  int64_t (*gather_scratch)(const Gather&);
+  void (*gather)(const Gather&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*outer_scratch)(const Outer&);
+  void (*outer)(const Outer&, int64_t begin, int64_t end, T* scratch);
+  int64_t panel;  ///< output channels a unit of `outer` works on at a time
+};
+
+/// Winograd kernels exist for float alone; `tile` is the output tile, 2 or 4.
+struct WinogradKernels {
+  int64_t (*scratch)(const Winograd&, int tile);
+  void (*run)(const Winograd&, int tile, int64_t begin, int64_t end, float* scratch);
+  int64_t (*weight_scratch)(const Winograd&, int tile);
+  void (*weight_run)(const Winograd&, int tile, int64_t begin, int64_t end, float* scratch);
+  double (*fma_peak)(int64_t iterations);
+};
+
+}  // namespace mf::conv
+
+MF_KERNEL(template <class T> mf::conv::Kernels<T> conv_kernels(); mf::conv::WinogradKernels winograd_kernels();)

@@ -1,0 +1,367 @@
+// Task-batched convolutions on the CPU: checks, geometry, choice of algorithm, threads. Schemas are defined in
+// mamlpp_fast/ops/task_conv2d.py; derivation in docs/derivations/task_conv2d.md.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/conv_kernels.h"
+
+namespace mf {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+template <class T>
+const conv::Kernels<T>& kernels() {
+  static const conv::Kernels<T> chosen = MF_DISPATCH(conv_kernels<T>)();
+  return chosen;
+}
+
+const conv::WinogradKernels& winograd() {
+  static const conv::WinogradKernels chosen = MF_DISPATCH(winograd_kernels)();
+  return chosen;
+}
+
+/// Memory a thread keeps from call to call.
+class Scratch {
+ public:
+  template <class T>
+  T* get(int64_t elements) {
+    const size_t bytes = static_cast<size_t>(elements) * sizeof(T);
+    if (bytes > size_) {
+      const size_t size = (bytes + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(64, size));
+      TORCH_CHECK(memory_ != nullptr, "task_conv2d: out of memory for ", size, " bytes of scratch");
+      size_ = size;
+    }
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+thread_local Scratch kernel_scratch;
+thread_local Scratch widened[4];
+
+struct Shape {
+  int64_t tasks, images, height, width, ci, kh, kw, co, out_height, out_width, stride, padding;
+};
+
+/// Checks one convolution x [T,N,H,W,Ci] * w [T,kh,kw,Ci,Co] = y [T,N,Ho,Wo,Co], whichever of the three is the result.
+Shape check(const Tensor& x, const Tensor& w, const Tensor& y, int64_t stride, int64_t padding) {
+  TORCH_CHECK_VALUE(x.dim() == 5 && w.dim() == 5 && y.dim() == 5,
+                    "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], got ", x.sizes(), ", ",
+                    w.sizes(), " and ", y.sizes());
+  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), w.size(1), w.size(2), w.size(4),
+          0,         0,         stride,    padding};
+  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0 && padding < std::min(s.kh, s.kw),
+                    "stride, padding: expected stride >= 1, 0 <= padding < kernel, got ", stride, ", ", padding);
+  TORCH_CHECK_VALUE(s.kh * s.kw <= conv::kMaxTaps, "w: expected at most ", conv::kMaxTaps, " taps, got ", s.kh, " x ",
+                    s.kw);
+  s.out_height = (s.height + 2 * padding - s.kh) / stride + 1;
+  s.out_width = (s.width + 2 * padding - s.kw) / stride + 1;
+  const std::vector<int64_t> expected{s.tasks, s.images, s.out_height, s.out_width, s.co};
+  TORCH_CHECK_VALUE(s.height + 2 * padding >= s.kh && s.width + 2 * padding >= s.kw && w.size(0) == s.tasks &&
+                        w.size(3) == s.ci && y.sizes() == at::IntArrayRef(expected),
+                    "task_conv2d: expected output ", at::IntArrayRef(expected), " of ", x.sizes(), " and ", w.sizes(),
+                    ", got ", y.sizes());
+  return s;
+}
+
+void check_pair(const Tensor& a, const Tensor& b, const OptTensor& a2, const OptTensor& b2, const Tensor& out) {
+  TORCH_CHECK_VALUE(a2.has_value() == b2.has_value(), "second operand pair: expected both tensors or neither, got one");
+  const auto check_one = [&](const Tensor& t, const Tensor& like) {
+    TORCH_CHECK_VALUE(t.sizes() == like.sizes(), "second operand pair: expected shape ", like.sizes(), ", got ",
+                      t.sizes());
+    TORCH_CHECK_VALUE(t.is_contiguous(), "task_conv2d: expected contiguous tensors, got strides ", t.strides());
+    TORCH_CHECK_TYPE(t.scalar_type() == out.scalar_type() ||
+                         (t.scalar_type() == at::kBFloat16 && out.scalar_type() == at::kFloat),
+                     "task_conv2d: expected operands of ", out.scalar_type(), ", got ", t.scalar_type());
+  };
+  check_one(a, a);
+  check_one(b, b);
+  if (a2.has_value()) {
+    check_one(*a2, a);
+    check_one(*b2, b);
+  }
+  TORCH_CHECK_VALUE(out.is_contiguous(), "out: expected a contiguous tensor, got strides ", out.strides());
+  TORCH_CHECK_TYPE(out.scalar_type() == at::kFloat || out.scalar_type() == at::kDouble,
+                   "out: expected float32 or float64, got ", out.scalar_type());
+}
+
+/// The operand's values, bfloat16 widened into kept memory.
+const void* operand(const Tensor& t, int slot) {
+  if (t.scalar_type() != at::kBFloat16) return t.const_data_ptr();
+  const int64_t n = t.numel();
+  float* to = widened[slot].get<float>(n);
+  const c10::BFloat16* from = t.const_data_ptr<c10::BFloat16>();
+  at::parallel_for(0, n, 1 << 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(from[i]);
+  });
+  return to;
+}
+
+struct Operands {
+  const void* a[2];
+  const void* b[2];
+  int pairs;
+};
+
+Operands operands(const Tensor& a, const Tensor& b, const OptTensor& a2, const OptTensor& b2) {
+  Operands o{{operand(a, 0), nullptr}, {operand(b, 1), nullptr}, 1};
+  if (a2.has_value()) {
+    o.a[1] = operand(*a2, 2);
+    o.b[1] = operand(*b2, 3);
+    o.pairs = 2;
+  }
+  return o;
+}
+
+/// Ranges a task is cut into so that the threads get equal shares; results do not depend on it.
+int64_t parts_for(int64_t tasks, int64_t at_most) {
+  const int64_t threads = at::get_num_threads();
+  return std::max<int64_t>(1, std::min(at_most, threads / std::gcd(tasks, threads)));
+}
+
+/// Runs `work(begin, end, scratch)` over all units with `elements` of scratch for each thread.
+template <class T, class Work>
+void run_units(int64_t units, int64_t elements, const Work& work) {
+  at::parallel_for(0, units, 1,
+                   [&](int64_t begin, int64_t end) { work(begin, end, kernel_scratch.get<T>(elements)); });
+}
+
+/// Pixel classes of one convolution geometry, built once and kept.
+struct Geometry {
+  std::vector<conv::PixelClass> classes;
+  std::vector<std::vector<int64_t>> offsets;
+};
+
+/// Groups destination pixels by their valid taps. Forward: source pixel = dst * stride + tap - padding.
+/// To-input: source pixel = (dst + padding - tap) / stride where that divides, taps counted backwards.
+Geometry build_geometry(const Shape& s, bool to_input) {
+  const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
+  const int64_t source_height = to_input ? s.out_height : s.height, source_width = to_input ? s.out_width : s.width;
+  const int64_t source_channels = to_input ? s.co : s.ci, channels = to_input ? s.ci : s.co;
+  const int64_t taps = s.kh * s.kw;
+  const auto source = [&](int64_t at, int64_t tap, int64_t size) -> int64_t {
+    if (!to_input) {
+      const int64_t p = at * s.stride + tap - s.padding;
+      return p < size ? p : -1;
+    }
+    const int64_t p = at + s.padding - tap;
+    return p >= 0 && p % s.stride == 0 && p / s.stride < size ? p / s.stride : -1;
+  };
+  std::map<int, std::vector<std::pair<int64_t, int64_t>>> by_mask;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x) {
+      int mask = 0;
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t tap = to_input ? taps - 1 - t : t;
+        if (source(y, tap / s.kw, source_height) >= 0 && source(x, tap % s.kw, source_width) >= 0) mask |= 1 << t;
+      }
+      by_mask[mask].emplace_back(y, x);
+    }
+  Geometry geometry;
+  for (const auto& [mask, pixels] : by_mask) {
+    conv::PixelClass cls{};
+    const auto place = [&](int64_t t, const std::pair<int64_t, int64_t>& pixel) {
+      const int64_t tap = to_input ? taps - 1 - t : t;
+      return (source(pixel.first, tap / s.kw, source_height) * source_width +
+              source(pixel.second, tap % s.kw, source_width)) *
+             source_channels;
+    };
+    for (int t = 0; t < taps; ++t)
+      if (mask >> t & 1) {
+        cls.tap[cls.taps] = t;
+        cls.delta[cls.taps] = place(t, pixels.front()) - place(cls.tap[0], pixels.front());
+        ++cls.taps;
+      }
+    std::vector<int64_t> src, dst;
+    for (const auto& pixel : pixels) {
+      src.push_back(cls.taps > 0 ? place(cls.tap[0], pixel) : 0);
+      dst.push_back((pixel.first * width + pixel.second) * channels);
+    }
+    cls.count = static_cast<int64_t>(pixels.size());
+    geometry.offsets.push_back(std::move(src));
+    cls.src = geometry.offsets.back().data();
+    geometry.offsets.push_back(std::move(dst));
+    cls.dst = geometry.offsets.back().data();
+    geometry.classes.push_back(cls);
+  }
+  return geometry;
+}
+
+const Geometry& geometry_of(const Shape& s, bool to_input) {
+  thread_local std::map<std::vector<int64_t>, Geometry> kept;
+  const std::vector<int64_t> key{s.height, s.width, s.ci, s.co, s.kh, s.kw, s.stride, s.padding, to_input};
+  auto found = kept.find(key);
+  if (found == kept.end()) {
+    if (kept.size() >= 256) kept.clear();
+    found = kept.emplace(key, build_geometry(s, to_input)).first;
+  }
+  return found->second;
+}
+
+template <class T>
+void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
+  const Geometry& geometry = geometry_of(s, to_input);
+  conv::Gather p{};
+  for (int i = 0; i < o.pairs; ++i) {
+    p.a[i] = o.a[i];
+    p.w[i] = o.b[i];
+  }
+  p.pairs = o.pairs;
+  p.out = out;
+  p.tasks = s.tasks;
+  p.images = s.images;
+  p.parts = parts_for(s.tasks, s.images);
+  p.channels_in = to_input ? s.co : s.ci;
+  p.channels_out = to_input ? s.ci : s.co;
+  p.src_image = to_input ? s.out_height * s.out_width * s.co : s.height * s.width * s.ci;
+  p.dst_image = to_input ? s.height * s.width * s.ci : s.out_height * s.out_width * s.co;
+  p.taps = static_cast<int>(s.kh * s.kw);
+  p.transposed = to_input;
+  p.classes = geometry.classes.data();
+  p.num_classes = static_cast<int>(geometry.classes.size());
+  const conv::Kernels<T>& k = kernels<T>();
+  run_units<T>(p.tasks * p.parts, k.gather_scratch(p),
+               [&](int64_t begin, int64_t end, T* scratch) { k.gather(p, begin, end, scratch); });
+}
+
+template <class T>
+void outer(const Shape& s, const Operands& o, void* out) {
+  const conv::Kernels<T>& k = kernels<T>();
+  conv::Outer p{};
+  for (int i = 0; i < o.pairs; ++i) {
+    p.x[i] = o.a[i];
+    p.g[i] = o.b[i];
+  }
+  p.pairs = o.pairs;
+  p.out = out;
+  p.tasks = s.tasks;
+  p.images = s.images;
+  p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
+  p.height = s.height;
+  p.width = s.width;
+  p.ci = s.ci;
+  p.out_height = s.out_height;
+  p.out_width = s.out_width;
+  p.co = s.co;
+  p.kh = s.kh;
+  p.kw = s.kw;
+  p.stride = s.stride;
+  p.padding = s.padding;
+  run_units<T>(p.tasks * p.parts, k.outer_scratch(p),
+               [&](int64_t begin, int64_t end, T* scratch) { k.outer(p, begin, end, scratch); });
+}
+
+int64_t winograd_setting() {
+  static const int64_t setting = [] {
+    const char* text = std::getenv("MAMLPP_FAST_WINOGRAD");
+    return text == nullptr ? int64_t{-1} : static_cast<int64_t>(std::atoi(text));
+  }();
+  return setting;
+}
+
+enum class Product { forward, to_input, to_weight };
+
+/// Output tile of the Winograd form for this shape, 0 for the direct form. Measured in bench/bench_task_conv2d.py.
+int winograd_tile(const Shape& s, Product product) {
+  const int64_t setting = winograd_setting();
+  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return 0;
+  if (setting > 0) return setting == 4 ? 4 : 2;
+  const int64_t height = product == Product::to_input ? s.height : s.out_height;
+  const int64_t width = product == Product::to_input ? s.width : s.out_width;
+  (void)height; (void)width; return 0;
+}
+
+void winograd_run(const Shape& s, const Operands& o, Product product, int tile, void* out) {
+  const bool to_input = product == Product::to_input;
+  conv::Winograd p{};
+  for (int i = 0; i < o.pairs; ++i) {
+    p.a[i] = o.a[i];
+    p.w[i] = o.b[i];
+  }
+  p.pairs = o.pairs;
+  p.out = out;
+  p.tasks = s.tasks;
+  p.images = s.images;
+  p.height = to_input ? s.out_height : s.height;
+  p.width = to_input ? s.out_width : s.width;
+  p.out_height = to_input ? s.height : s.out_height;
+  p.out_width = to_input ? s.width : s.out_width;
+  p.channels_in = to_input ? s.co : s.ci;
+  p.channels_out = to_input ? s.ci : s.co;
+  p.padding = to_input ? 2 - s.padding : s.padding;
+  p.transposed = to_input;
+  const conv::WinogradKernels& k = winograd();
+  const bool weight = product == Product::to_weight;
+  p.parts = parts_for(s.tasks, weight ? s.co / 16 : s.images);
+  run_units<float>(p.tasks * p.parts, weight ? k.weight_scratch(p, tile) : k.scratch(p, tile),
+                   [&](int64_t begin, int64_t end, float* scratch) {
+                     (weight ? k.weight_run : k.run)(p, tile, begin, end, scratch);
+                   });
+}
+
+void dispatch(const Shape& s, const Operands& o, Product product, const Tensor& out) {
+  if (out.numel() == 0) return;
+  void* data = out.mutable_data_ptr();
+  if (out.scalar_type() == at::kDouble) {
+    product == Product::to_weight ? outer<double>(s, o, data) : gather<double>(s, o, product == Product::to_input, data);
+    return;
+  }
+  const int tile = winograd_tile(s, product);
+  if (tile > 0) return winograd_run(s, o, product, tile, data);
+  product == Product::to_weight ? outer<float>(s, o, data) : gather<float>(s, o, product == Product::to_input, data);
+}
+
+void task_conv2d(const Tensor& x, const Tensor& w, const OptTensor& x2, const OptTensor& w2, int64_t stride,
+                 int64_t padding, Tensor& out) {
+  const Shape s = check(x, w, out, stride, padding);
+  check_pair(x, w, x2, w2, out);
+  dispatch(s, operands(x, w, x2, w2), Product::forward, out);
+}
+
+void task_conv2d_to_input(const Tensor& g, const Tensor& w, const OptTensor& g2, const OptTensor& w2, int64_t stride,
+                          int64_t padding, Tensor& out) {
+  const Shape s = check(out, w, g, stride, padding);
+  check_pair(g, w, g2, w2, out);
+  dispatch(s, operands(g, w, g2, w2), Product::to_input, out);
+}
+
+void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2, const OptTensor& g2, int64_t stride,
+                           int64_t padding, Tensor& out) {
+  const Shape s = check(x, out, g, stride, padding);
+  check_pair(x, g, x2, g2, out);
+  if (s.images == 0) {
+    out.zero_();
+    return;
+  }
+  dispatch(s, operands(x, g, x2, g2), Product::to_weight, out);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
+  m.impl("task_conv2d", &task_conv2d);
+  m.impl("task_conv2d_to_input", &task_conv2d_to_input);
+  m.impl("task_conv2d_to_weight", &task_conv2d_to_weight);
+}
+
+}  // namespace mf
