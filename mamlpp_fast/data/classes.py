@@ -35,7 +35,7 @@ class ImageClasses:
         source: where the images came from, for messages.
 
     Raises:
-        DataError: for tensors that do not fit together, a class without images, float images that are not finite.
+        DataError: for tensors that do not fit together, a class without images, float images with NaN.
     """
 
     images: Tensor
@@ -178,7 +178,7 @@ class FewShotData:
         dtype: torch.dtype = torch.float32,
         sampling: Literal["counter", "authors"] = "counter",
     ) -> EpisodeSampler:
-        """An :class:`EpisodeSampler` of ``split`` under this data set's protocol (rotations in training only)."""
+        """An :class:`EpisodeSampler` of ``split`` under this protocol (rotations in training only)."""
         from mamlpp_fast.data.sampler import EpisodeSampler
 
         return EpisodeSampler(

@@ -123,7 +123,7 @@ def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
 
 
 def progress(label: str, done: int, total: int) -> None:
-    """A line on standard error that overwrites itself, on terminals only, but for a last plain line elsewhere."""
+    """A line on standard error that overwrites itself; elsewhere than on a terminal only the last one."""
     if sys.stderr.isatty():
         end = "\n" if done >= total else ""
         print(f"\r{label}: {done}/{total}", end=end, file=sys.stderr, flush=True)

@@ -143,11 +143,6 @@ def _probe(root: Path) -> Path | None:
     """The first form of Omniglot in or at ``root``."""
     if root.is_file():
         return root
-    if (root / "images_packed.npy").exists():
-        return None
-    for name in ("omniglot.npz", "omniglot_105.npz"):
-        if (root / name).is_file():
-            return root / name
     for inner in ("", "omniglot-py", "omniglot", "omniglot_dataset", "omniglot/python"):
         folder = root / inner
         if not folder.is_dir():
@@ -192,14 +187,16 @@ def _from_npz(file: Path, size: int, antialiased: bool) -> _Drawings:
     wanted = {"images_packed": (105, 14), "images": (28, 28), "images_maml_packed": (28, 4)}[key]
     if raw.ndim != 4 or raw.dtype != np.uint8 or raw.shape[0] != number or raw.shape[2:] != wanted:
         raise DataError(
-            f"{file}: {key}: expected uint8 [{number}, 20, {wanted[0]}, {wanted[1]}], got {raw.dtype} {list(raw.shape)}"
+            f"{file}: {key}: expected uint8 [{number}, 20, {wanted[0]}, {wanted[1]}], "
+            f"got {raw.dtype} {list(raw.shape)}"
         )
     if size != 28 and not with_105:
         original = file.with_name("omniglot_105.npz")
         if original.is_file():
             return _from_npz(original, size, antialiased)
         raise DataError(
-            f"image_size: {file} holds 28x28 alone, expected 28, got {size} (omniglot_105.npz has the original)"
+            f"image_size: {file} holds 28x28 alone (omniglot_105.npz has the original), "
+            f"expected 28, got {size}"
         )
     if key == "images":
         images = raw
@@ -219,7 +216,7 @@ def _from_npz(file: Path, size: int, antialiased: bool) -> _Drawings:
 
 
 def _nearest(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """What Pillow makes of a 1-bit image whatever filter is asked for: source pixel floor((k + 1/2) * n / size)."""
+    """What Pillow makes of a 1-bit image, whatever the filter: source pixel floor((k + 1/2) * n / size)."""
     rows, columns = (
         ((np.arange(size) + 0.5) * n / size).astype(np.int64) for n in (images.shape[-2], images.shape[-1])
     )

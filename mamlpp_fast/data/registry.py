@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from mamlpp_fast.data import omniglot, strokes
+from mamlpp_fast.data import cifar, folder, miniimagenet, omniglot, strokes
 from mamlpp_fast.data.classes import FewShotData
 from mamlpp_fast.data.errors import DataError
 
@@ -15,6 +15,10 @@ __all__ = ["DATASETS", "load", "protocols"]
 _LOADERS: dict[str, tuple[Callable[..., FewShotData], tuple[str, ...]]] = {
     "strokes": (strokes.load_strokes, tuple(strokes.PROTOCOLS)),
     "omniglot": (omniglot.load_omniglot, tuple(omniglot.PROTOCOLS)),
+    "miniimagenet": (miniimagenet.load_miniimagenet, tuple(miniimagenet.PROTOCOLS)),
+    "cifar-fs": (cifar.load_cifar_fs, tuple(cifar.PROTOCOLS)),
+    "fc100": (cifar.load_fc100, tuple(cifar.PROTOCOLS)),
+    "folder": (folder.load_folder, tuple(folder.PROTOCOLS)),
 }
 DATASETS = tuple(_LOADERS)
 
@@ -48,7 +52,7 @@ def load(
         protocol: ``"default"``, which is the published one, or one of ``protocols(name)``.
         image_size: side of the images in pixels; without it the published one.
         download: allow a download into the cache folder where nothing is found (omniglot).
-        options: what else the data set's own loader takes (``seed`` of strokes).
+        options: what else the data set's own loader takes (``seed`` of strokes, ``channels`` of folder).
 
     Returns:
         the three splits with scaling and augmentation.

@@ -100,8 +100,8 @@ class EpisodeSampler:
         fewest = int(split.class_count.argmin())
         if int(split.class_count[fewest]) < shots + targets:
             raise DataError(
-                f"shots + targets: class '{split.names[fewest]}' of {where} has {int(split.class_count[fewest])} "
-                f"images, got {shots} + {targets}"
+                f"shots + targets: expected at most the {int(split.class_count[fewest])} images of class "
+                f"'{split.names[fewest]}' of {where}, got {shots} + {targets}"
             )
         channels, height, width = split.image_shape
         if rotations and height != width:
@@ -181,7 +181,7 @@ class EpisodeSampler:
         return self._indices(torch.arange(start, start + count, device=self.device))
 
     def _indices(self, task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Mixed twice: task keys must not be an arithmetic progression, as the streams below step by the same constant.
+        # Mixed twice: the streams below step by the same constant, so task keys must not be a progression.
         task_key = _mix(_mix(self._base + (task + 1) * _GOLDEN) + _GOLDEN)
         class_hash = _mix(task_key[:, None] + (self._class_index + 1) * _GOLDEN)
         class_keys = _distinct_keys(class_hash, self._class_index, self._class_bits)
@@ -225,11 +225,11 @@ class EpisodeSampler:
                 x = x.gather(3, order)
             x = x.view(tasks, self.ways * per_class, channels, height, width).to(self.dtype)
             if self._divisor != 1.0:
-                x = x.div_(self._divisor) if x.dtype != self.split.images.dtype else x / self._divisor
+                x.div_(self._divisor)
             if self._mean is not None:
-                x = x - self._mean
+                x.sub_(self._mean)
             if self._std is not None:
-                x = x / self._std
+                x.div_(self._std)
             y = self._labels[:, None].expand(tasks, self.ways, per_class).reshape(tasks, -1)
             return x, y
 

@@ -2,12 +2,13 @@
 
 30 alphabets of 20 characters, each character drawn once by each of 20 hands, 28x28 grey, ink 255. The
 characters of an alphabet are put together from a handful of shared primitives (cubic Bezier curves), so they
-resemble each other; a hand has its own slant, proportions, size, pen width and unsteadiness, and no two drawings of
-a character are equal. Alphabets are never divided between splits: 20 to train, 4 to validate, 6 to test.
+resemble each other; a hand has its own slant, proportions, size, pen width and unsteadiness, and no two
+drawings of a character are equal. Alphabets are never divided between splits: 20 to train, 4 to validate, 6
+to test.
 
 The same seed gives the same bytes on every machine: draws come from numpy's frozen ``RandomState`` as uniform
-numbers, geometry uses only operations that IEEE 754 rounds exactly (no exp, sin or log), and the sums over stroke
-points are sums of integers below 2**24, exact in float32 in any order.
+numbers, geometry uses only operations that IEEE 754 rounds exactly (no exp, sin or log), and the sums over
+stroke points are sums of integers below 2**24, exact in float32 in any order.
 """
 
 from __future__ import annotations
@@ -82,7 +83,14 @@ def load_strokes(
     for split, alphabets in ALPHABETS.items():
         splits[split] = everything.select(range(first, first + alphabets * CHARACTERS), split)
         first += alphabets * CHARACTERS
-    return FewShotData("strokes", protocol, **splits, rotate_train_classes=protocol == "rotated")
+    return FewShotData(
+        "strokes",
+        protocol,
+        splits["train"],
+        splits["val"],
+        splits["test"],
+        rotate_train_classes=protocol == "rotated",
+    )
 
 
 def draw_strokes(seed: int = DEFAULT_SEED, size: int = 28) -> NDArray[np.uint8]:
@@ -104,7 +112,8 @@ def draw_strokes(seed: int = DEFAULT_SEED, size: int = 28) -> NDArray[np.uint8]:
 def _normal(rng: np.random.RandomState, *shape: int) -> Floats:
     """Nearly normal numbers of unit variance from uniform ones (a logarithm may differ between machines)."""
     u = rng.random_sample((4, *shape))
-    return (u[0] + u[1] + u[2] + u[3] - 2.0) * 1.7320508075688772
+    total: Floats = (u[0] + u[1] + u[2] + u[3] - 2.0) * 1.7320508075688772
+    return total
 
 
 def _alphabet(rng: np.random.RandomState) -> tuple[Floats, NDArray[np.bool_]]:
@@ -238,7 +247,7 @@ def _write(rng: np.random.RandomState, curves: Floats, hands: dict[str, Floats])
 
 
 def _trace(curves: Floats, present: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Points along the strokes [characters, hands, points, 2] and the length each stands for [..., points]."""
+    """Points along the strokes [characters, hands, points, 2] and the length each stands for."""
     points = _bezier(curves, _POINTS)
     step = points[..., 1:, :] - points[..., :-1, :]
     length = np.sqrt(step[..., 0] * step[..., 0] + step[..., 1] * step[..., 1])
@@ -253,7 +262,7 @@ def _trace(curves: Floats, present: NDArray[np.bool_]) -> tuple[Floats, Floats]:
 def _rasterize(points: Floats, weights: Floats, width: Floats, size: int) -> NDArray[np.uint8]:
     """Ink of strokes by separable bumps: image[y, x] = sum over points of weight * bump(y) * bump(x).
 
-    The two factors are rounded to integers, so that the sums are exact (see the module's docstring).
+    The two factors are truncated to integers, so that the sums are exact (see the module's docstring).
     """
     centres = (np.arange(size) + 0.5) * (2.0 / size) - 1.0
     radius = np.maximum(2.0 * width, 2.6 / size)[:, None, None]
@@ -270,4 +279,5 @@ def _rasterize(points: Floats, weights: Floats, width: Floats, size: int) -> NDA
     total = np.matmul(down.swapaxes(-1, -2), across)
     # A straight stroke sums to 16/15 on its axis; a little less than half of that is full ink.
     ink = np.minimum(total * np.float32(255.0 / (0.55 * _LEVELS * _LEVELS)), np.float32(255.0))
-    return ink.astype(np.uint8)
+    truncated: NDArray[np.uint8] = ink.astype(np.uint8)
+    return truncated

@@ -1,0 +1,260 @@
+"""mini-ImageNet: from the .npz triple, the common pickles, images with the CSV split, or split folders."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from mamlpp_fast.data import folder
+from mamlpp_fast.data.classes import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SPLITS,
+    FewShotData,
+    ImageClasses,
+    from_arrays,
+)
+from mamlpp_fast.data.errors import DataError
+from mamlpp_fast.data.locate import cache_folder, find, progress, read_npz, write_atomically
+from mamlpp_fast.data.pickles import read_pickle
+
+__all__ = ["PROTOCOLS", "load_miniimagenet"]
+
+PROTOCOLS = {
+    "ravi-larochelle": "64/16/20 classes, 84x84, /255, ImageNet mean and deviation",
+    "unnormalised": "the same without mean and deviation",
+}
+_NPZ = "mini_imagenet_{}.npz"
+_PICKLES = {
+    "train": ("mini-imagenet-cache-train.pkl", "miniImageNet_category_split_train_phase_train.pickle"),
+    "val": ("mini-imagenet-cache-val.pkl", "miniImageNet_category_split_val.pickle"),
+    "test": ("mini-imagenet-cache-test.pkl", "miniImageNet_category_split_test.pickle"),
+}
+_EXPECTED = (
+    "mini_imagenet_{train,val,test}.npz, mini-imagenet-cache-{train,val,test}.pkl, "
+    "miniImageNet_category_split_*.pickle, {train,val,test}.csv with images/, or folders train/, val/, test/"
+)
+
+
+def load_miniimagenet(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    protocol: str = "ravi-larochelle",
+    image_size: int | None = None,
+) -> FewShotData:
+    """Loads mini-ImageNet (Vinyals et al. 2016) in the class split of Ravi & Larochelle (2017).
+
+    Images decoded from .npz files are kept in the cache folder and mapped into memory from there.
+
+    Args:
+        path: a folder, or one file of a triple.
+        protocol: a key of ``PROTOCOLS``.
+        image_size: side in pixels, 84 without it; images of another size are resized (bicubic).
+
+    Raises:
+        DataError: nothing found, a damaged or incomplete archive, a pickle that names more than arrays.
+    """
+    if protocol not in PROTOCOLS:
+        raise DataError(
+            f"protocol: expected one of {', '.join(PROTOCOLS)} for miniimagenet, got '{protocol}'"
+        )
+    size = 84 if image_size is None else image_size
+    if size < 1:
+        raise DataError(f"image_size: expected at least 1, got {size}")
+    place = find("miniimagenet", path, _probe, _EXPECTED)
+    reader = _reader(place)
+    assert reader is not None
+    splits = {split: reader(place, split, size) for split in SPLITS}
+    normalised = protocol == "ravi-larochelle"
+    return FewShotData(
+        "miniimagenet",
+        protocol,
+        splits["train"],
+        splits["val"],
+        splits["test"],
+        mean=IMAGENET_MEAN if normalised else (),
+        std=IMAGENET_STD if normalised else (),
+        is_imagenet=True,
+    )
+
+
+def _probe(root: Path) -> Path | None:
+    base = root.parent if root.is_file() else root
+    for inner in (
+        "",
+        "mini-imagenet",
+        "miniimagenet",
+        "mini_imagenet",
+        "mini_imagenet_full_size",
+        "MiniImagenet",
+    ):
+        if (base / inner).is_dir() and _reader(base / inner) is not None:
+            return base / inner
+    return None
+
+
+def _reader(place: Path) -> Callable[[Path, str, int], ImageClasses] | None:
+    """The reader for what lies in ``place``; one file of a triple settles its kind."""
+    if any((place / _NPZ.format(s)).is_file() for s in SPLITS):
+        return _read_npz
+    if any((place / name).is_file() for s in SPLITS for name in _PICKLES[s]):
+        return _read_pickle
+    if any((place / f"{s}.csv").is_file() for s in SPLITS):
+        return _read_csv
+    if all((place / s).is_dir() for s in SPLITS):
+        return lambda p, split, size: folder.read_classes(p / split, split, size, 3)
+    return None
+
+
+def _read_npz(place: Path, split: str, size: int) -> ImageClasses:
+    file = place / _NPZ.format(split)
+    if not file.is_file():
+        raise DataError(f"miniimagenet: expected '{file}' beside the other splits, found none")
+    a = read_npz(file, ("jpeg_header", "scan", "offset", "label", "wnid"))
+    offset, label = a["offset"], a["label"]
+    number = len(label)
+    if (
+        len(offset) != number + 1
+        or number == 0
+        or int(offset[-1]) != len(a["scan"])
+        or bool((np.diff(offset) < 0).any())
+    ):
+        raise DataError(
+            f"{file}: offset: expected {number + 1} rising numbers up to {len(a['scan'])}, "
+            f"got {len(offset)} up to {int(offset[-1]) if len(offset) else 'none'}"
+        )
+    digest = hashlib.sha256(a["scan"].tobytes() + offset.tobytes() + a["jpeg_header"].tobytes()).hexdigest()[
+        :16
+    ]
+    cached = cache_folder() / f"mini_imagenet_{split}_{size}_{digest}.npy"
+    images = _open_cached(cached, (number, 3, size, size))
+    if images is None:
+        images = _decode_npz(a, f"mini-ImageNet {split}: decoding", str(file), size)
+        try:
+            write_atomically(cached, lambda temporary: _save(temporary, images))
+            images = _open_cached(cached, images.shape)
+        except OSError as error:
+            progress(f"mini-ImageNet {split}: not cached ({error})", 1, 1)
+    return from_arrays(
+        images, label.astype(np.int64), split, names=[str(w) for w in a["wnid"]], source=str(file)
+    )
+
+
+def _open_cached(file: Path, shape: tuple[int, ...]) -> Any:
+    try:
+        # Copy on write: torch takes no array that cannot be written.
+        images = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
+
+
+def _save(file: Path, images: NDArray[np.uint8]) -> None:
+    with open(file, "wb") as stream:
+        np.save(stream, images, allow_pickle=False)
+
+
+def _decode_npz(a: dict[str, NDArray[Any]], label: str, source: str, size: int) -> NDArray[np.uint8]:
+    header, scan, offset = a["jpeg_header"].tobytes(), a["scan"], a["offset"]
+    number = len(a["label"])
+    images = np.empty((number, 3, size, size), np.uint8)
+    for i in range(number):
+        data = header + scan[offset[i] : offset[i + 1]].tobytes() + b"\xff\xd9"
+        images[i] = _decode(data, f"{source}, image {i}", size)
+        if (i + 1) % 500 == 0 or i + 1 == number:
+            progress(label, i + 1, number)
+    return images
+
+
+def _decode(data: bytes, source: str, size: int) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return folder.to_pixels(image, size, 3)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(
+            f"{source}: expected a whole JPEG image, got {' '.join(str(error).split())}"
+        ) from error
+
+
+def _read_pickle(place: Path, split: str, size: int) -> ImageClasses:
+    file = next((place / name for name in _PICKLES[split] if (place / name).is_file()), None)
+    if file is None:
+        raise DataError(
+            f"miniimagenet: expected '{place / _PICKLES[split][0]}' beside the other splits, found none"
+        )
+    content = read_pickle(file)
+    if isinstance(content, dict):
+        content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+    if isinstance(content, dict) and {"image_data", "class_dict"} <= content.keys():
+        images, rows = content["image_data"], content["class_dict"]
+        if not isinstance(rows, dict) or not rows:
+            raise DataError(
+                f"{file}: class_dict: expected a dict of image numbers, got {type(rows).__name__}"
+            )
+        names = sorted(rows, key=str)
+        labels = np.full(len(images), -1, np.int64)
+        for c, name in enumerate(names):
+            index = np.asarray(rows[name], np.int64)
+            if len(index) and (index.min() < 0 or index.max() >= len(images)):
+                raise DataError(
+                    f"{file}: class_dict['{name}']: expected 0 .. {len(images) - 1}, "
+                    f"got {index.min()} .. {index.max()}"
+                )
+            labels[index] = c
+        images, labels = np.asarray(images)[labels >= 0], labels[labels >= 0]
+    elif isinstance(content, dict) and {"data", "labels"} <= content.keys():
+        images, values = content["data"], np.asarray(content["labels"])
+        if values.ndim != 1 or len(values) != len(images):
+            raise DataError(f"{file}: labels: expected {len(images)} numbers, got {list(values.shape)}")
+        unique, labels = np.unique(values, return_inverse=True)
+        names = [str(v) for v in unique]
+    else:
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{file}: expected keys image_data and class_dict, or data and labels, got {keys}")
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise DataError(
+            f"{file}: images: expected uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}"
+        )
+    if images.shape[1:3] != (size, size):
+        resized = [
+            np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC)) for i in images
+        ]
+        images = np.stack(resized)
+    channels_first = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return from_arrays(channels_first, labels, split, names=[str(n) for n in names], source=str(file))
+
+
+def _read_csv(place: Path, split: str, size: int) -> ImageClasses:
+    """The Ravi & Larochelle lists (filename,label) over one folder of images, flat or by class."""
+    file = place / f"{split}.csv"
+    if not file.is_file():
+        raise DataError(f"miniimagenet: expected '{file}' beside the other splits, found none")
+    with open(file, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or rows[0].get("filename") is None or rows[0].get("label") is None:
+        raise DataError(f"{file}: expected columns filename and label with at least one row")
+    by_class: dict[str, list[Path]] = {}
+    for row in rows:
+        name, label = row["filename"], row["label"]
+        places = [
+            place / "images" / name,
+            place / name,
+            place / "images" / label / name,
+            place / label / name,
+        ]
+        image = next((p for p in places if p.is_file()), None)
+        if image is None:
+            raise DataError(f"{file}: expected image '{name}' in '{place / 'images'}', found none")
+        by_class.setdefault(label, []).append(image)
+    return folder.classes_from_files(by_class, split, size, 3, str(file))
