@@ -1,4 +1,4 @@
-"""Package folders, the C++ sources beside the code, and an optional build at install; all else is in pyproject.toml."""
+"""Package folders, C++ sources beside the code, an optional build at install; pyproject.toml has all else."""
 
 import importlib.util
 import os
@@ -15,13 +15,11 @@ ROOT = Path(__file__).resolve().parent
 def build_native() -> None:
     """Fills the user's cache with the library, if this environment has torch; otherwise first use does."""
     if importlib.util.find_spec("torch") is None:
-        print(
-            "mamlpp_fast: no torch in the build environment; native kernels are built on first use",
-            file=sys.stderr,
-        )
+        print("mamlpp_fast: no torch here; native kernels are built on first use", file=sys.stderr)
         return
     spec = importlib.util.spec_from_file_location("_native", ROOT / "mamlpp_fast" / "_native.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     native = importlib.util.module_from_spec(spec)
     sys.modules["_native"] = native
     spec.loader.exec_module(native)
@@ -29,7 +27,7 @@ def build_native() -> None:
 
 
 class BuildPy(build_py):
-    """Adds ``mamlpp_fast/_src`` (CMakeLists.txt and csrc/) to a wheel; an editable install uses the checkout's."""
+    """Adds ``mamlpp_fast/_src`` (CMakeLists.txt, csrc/) to a wheel; an editable install uses the checkout."""
 
     def run(self) -> None:
         super().run()

@@ -1,13 +1,13 @@
 """Finds, builds and loads the C++ library of CPU kernels.
 
-The library is compiled on the first :func:`load` and kept in the user's cache folder under a key of everything that
-decides its content, so each combination of sources, flags, torch, compiler and machine is compiled once. Without it
-every operation still runs, on its closed form in PyTorch.
+The library is compiled on the first :func:`load` and kept in the user's cache folder under a key of all that
+decides its content, so each combination of sources, flags, torch, compiler and machine is compiled once. Without
+it every operation still runs, on its closed form in PyTorch.
 
 Environment:
     MAMLPP_FAST_NATIVE: ``0`` leaves the library out, ``require`` makes its absence an error.
     MAMLPP_FAST_ISA: highest instruction set to use (``portable``, ``avx2``, ``avx512``, ``avx512bf16``).
-    MAMLPP_FAST_CMAKE_ARGS: further arguments for CMake, e.g. ``-DMAMLPP_FAST_SANITIZE=ON``.
+    MAMLPP_FAST_LIBRARY: a library built by hand (with sanitizers, say), loaded instead of the cached one.
     CXX: the C++ compiler.
     XDG_CACHE_HOME: parent of the cache folder, ``~/.cache`` by default.
 """
@@ -64,7 +64,7 @@ class NativeStatus:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """One combination of sources, flags, torch, compiler and machine; ``base`` is the key without the compiler."""
+    """One combination of sources, flags, torch, compiler and machine; ``base`` is the key without compiler."""
 
     source: Path
     arguments: tuple[str, ...]
@@ -113,27 +113,37 @@ def build() -> Path:
 
 
 def _load(mode: str) -> NativeStatus:
-    if mode in ("0", "off"):
+    if mode == "0":
         raise NativeError("disabled by MAMLPP_FAST_NATIVE=0")
     if mode not in ("", "1", "require"):
         raise NativeError(f"MAMLPP_FAST_NATIVE must be 0, 1 or require, got {mode!r}")
+    level = os.environ.get("MAMLPP_FAST_ISA", "")
+    if level not in ("", "portable", *_LEVEL_FLAGS):
+        raise NativeError(
+            f"MAMLPP_FAST_ISA must be one of portable, {', '.join(_LEVEL_FLAGS)}, got {level!r}"
+        )
+    by_hand = os.environ.get("MAMLPP_FAST_LIBRARY")
+    if by_hand:
+        return _open(Path(by_hand))
     recipe = _recipe()
     path = _cached(recipe)
-    fresh = path is None
-    if path is None:
-        path = _build(recipe, retry=mode == "require")
+    if path is not None:
+        try:
+            return _open(path)
+        except NativeError:
+            # What the cache held is damaged: once more from the sources.
+            shutil.rmtree(path.parent, ignore_errors=True)
+    return _open(_build(recipe, retry=mode == "require"))
+
+
+def _open(path: Path) -> NativeStatus:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        if fresh:
-            raise NativeError(f"built, but does not load: {_one_line(str(error))}") from error
-        # What the cache held is damaged: once more from the sources.
-        shutil.rmtree(path.parent, ignore_errors=True)
-        path = _build(recipe, retry=True)
-        try:
-            torch.ops.load_library(path)
-        except OSError as again:
-            raise NativeError(f"built, but does not load: {_one_line(str(again))}") from again
+        cause = _one_line(str(error))
+        if "undefined symbol" in cause:
+            cause = f"built for another torch than {torch.__version__}: {cause}"
+        raise NativeError(f"does not load: {cause}") from error
     return NativeStatus(True, "", path, str(torch.ops.mamlpp_fast.isa()), torch.__version__)
 
 
@@ -153,7 +163,7 @@ def _source() -> Path:
 
 def _compiler() -> str | None:
     named = os.environ.get("CXX")
-    # g++ first: torch's wheels carry GCC's OpenMP run-time, and two run-times in one process share no thread limit.
+    # g++ first: torch's wheels carry GCC's OpenMP run-time, and two run-times share no thread limit.
     candidates = [shlex.split(named)[0]] if named else ["g++", "c++", "clang++"]
     return next((found for found in map(shutil.which, candidates) if found), None)
 
@@ -165,7 +175,7 @@ def _tool(name: str) -> str | None:
 
 
 def _host_levels() -> list[str]:
-    """The instruction sets this processor has (all, where that cannot be read): only those are worth compiling."""
+    """The instruction sets this processor has (all, where that cannot be read): the ones worth compiling."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -185,18 +195,15 @@ def _recipe() -> _Recipe:
         f"-DTORCH_ROOT={Path(torch.__file__).resolve().parent}",
         f"-DMAMLPP_FAST_ISAS={';'.join(_host_levels())}",
         f"-DMAMLPP_FAST_CXX11_ABI={'ON' if torch.compiled_with_cxx11_abi() else 'OFF'}",
-        *shlex.split(os.environ.get("MAMLPP_FAST_CMAKE_ARGS", "")),
     )
     machine = (platform.system(), platform.machine(), *platform.libc_ver())
     base = _digest(files.hexdigest(), *arguments, torch.__version__, str(torch.version.git_version), *machine)
     compiler = _compiler()
-    # The real file's size and date stand for the compiler's version; asking it would start a process on each import.
-    real = os.stat(os.path.realpath(compiler)) if compiler else None
-    which = (
-        _digest(os.path.realpath(compiler), str(real.st_size), str(real.st_mtime_ns))
-        if compiler and real
-        else ""
-    )
+    which = ""
+    if compiler is not None:
+        # Size and date stand for the compiler's version; asking it would start a process on each import.
+        real = os.path.realpath(compiler)
+        which = _digest(real, str(os.stat(real).st_size), str(os.stat(real).st_mtime_ns))
     return _Recipe(source, arguments, compiler, files.hexdigest(), base, f"{base}-{which}")
 
 
@@ -238,9 +245,8 @@ def _build(recipe: _Recipe, *, retry: bool) -> Path:
         what = f"CXX={named} is not a command" if named else "no C++ compiler (g++ or clang++) on PATH"
         raise _missing(recipe, what)
     if cmake is None or ninja is None:
-        raise _missing(
-            recipe, f"{'cmake' if cmake is None else 'ninja'} is missing (pip install cmake ninja)"
-        )
+        name = "cmake" if cmake is None else "ninja"
+        raise _missing(recipe, f"{name} is missing (pip install cmake ninja)")
     try:
         _cache().mkdir(parents=True, exist_ok=True)
         with _exclusive(_cache() / f"{recipe.key}.lock"):
@@ -249,9 +255,8 @@ def _build(recipe: _Recipe, *, retry: bool) -> Path:
                 return done
             failure = _cache() / f"{recipe.key}.failed"
             if failure.is_file() and not retry:
-                raise NativeError(
-                    f"not built: {failure.read_text().splitlines()[0]} (log: {failure}; delete it to retry)"
-                )
+                reason = failure.read_text().partition("\n")[0]
+                raise NativeError(f"not built: {reason} (log: {failure}; delete it to try again)")
             with tempfile.TemporaryDirectory(prefix=f"{recipe.key}.", dir=_cache()) as folder:
                 return _compile(recipe, compiler, cmake, ninja, Path(folder), failure)
     except OSError as error:
@@ -286,10 +291,10 @@ def _compile(recipe: _Recipe, compiler: str, cmake: str, ninja: str, folder: Pat
 
 
 def _first_error(output: str) -> str:
-    lines = [line for line in output.splitlines() if "error" in line.lower()] or output.strip().splitlines()[
-        -1:
-    ]
-    return _one_line(lines[0]) if lines else "no output"
+    lines = output.strip().splitlines()
+    return _one_line(
+        next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
+    )
 
 
 def _one_line(text: str) -> str:

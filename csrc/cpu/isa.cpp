@@ -1,6 +1,5 @@
 #include "isa.h"
 
-#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -48,7 +47,6 @@ Isa choose() {
       return std::min(best, static_cast<Isa>(level));
     }
   }
-  TORCH_WARN("MAMLPP_FAST_ISA must be portable, avx2, avx512 or avx512bf16, got ", wanted);
   return best;
 }
 

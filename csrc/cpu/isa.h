@@ -20,7 +20,7 @@ namespace mf {
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
 // The best level that is compiled in, that this processor has and that MAMLPP_FAST_ISA (read once) allows.
-// An unknown name in MAMLPP_FAST_ISA is ignored with a warning; a level out of reach falls to the next lower one.
+// A level out of reach gives the best one below it; an unknown name is refused by mamlpp_fast/_native.py.
 Isa isa();
 
 const char* isa_name(Isa level);

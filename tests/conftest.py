@@ -1,0 +1,62 @@
+"""Settings every test runs under, and the fixtures more than one test file needs."""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+# Both are read when the package, or Triton, is imported: by any test module, so before all of them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+if any(map(shutil.which, ("g++", "c++", "clang++"))):
+    os.environ.setdefault("MAMLPP_FAST_NATIVE", "require")
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers for a test whichever others run before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, in Python and in ``at::empty`` of C++ alike, so an unwritten element shows.
+
+    PyTorch fills it only while deterministic algorithms are on; with ``warn_only`` an operation that has none
+    warns, and so fails its test rather than taking another path silently.
+    """
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _folder(variable: str, default: Path, what: str) -> Path:
+    folder = Path(os.environ.get(variable) or default)
+    if not folder.is_dir():
+        pytest.skip(f"no {what}: {folder} is not a folder (set {variable})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data sets: ``MAMLPP_FAST_DATA``, else ``../shared/data`` beside the checkout."""
+    return _folder("MAMLPP_FAST_DATA", SHARED / "data", "real data sets")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the recorded runs: ``MAMLPP_FAST_GOLDEN``, else ``../shared/golden`` beside the checkout."""
+    return _folder("MAMLPP_FAST_GOLDEN", SHARED / "golden", "recorded runs")
