@@ -96,7 +96,9 @@ class MAMLConfig:
         if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
             raise ValueError(f"adam_betas: expected two numbers in [0, 1), got {self.adam_betas}")
         if self.adapt_norm and self.bnwb:
-            raise ValueError("adapt_norm: expected bnwb=False with it (per-step weights cannot adapt), got bnwb=True")
+            raise ValueError(
+                "adapt_norm: expected bnwb=False with it (per-step weights cannot adapt), got bnwb=True"
+            )
 
     @classmethod
     def maml(cls, **changes: Any) -> MAMLConfig:

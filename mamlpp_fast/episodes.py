@@ -92,9 +92,7 @@ class EpisodeBatch:
     def __iter__(self) -> Iterator[Episode]:
         return (self[i] for i in range(self.num_tasks))
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> EpisodeBatch:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EpisodeBatch:
         """Moves to ``device``; inputs (and float targets) become ``dtype``, integer labels stay."""
 
         def move(t: Tensor) -> Tensor:

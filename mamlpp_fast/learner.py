@@ -55,7 +55,9 @@ class NonFiniteLossError(ArithmeticError):
     """A meta-loss is NaN or infinite; ``iteration`` and ``task`` (position in the batch) say where."""
 
     def __init__(self, iteration: int, epoch: int, task: int) -> None:
-        super().__init__(f"loss: expected finite, got NaN or infinity at epoch {epoch}, iteration {iteration}, task {task}")
+        super().__init__(
+            f"loss: expected finite, got NaN or infinity at epoch {epoch}, iteration {iteration}, task {task}"
+        )
         self.iteration = iteration
         self.epoch = epoch
         self.task = task
@@ -96,7 +98,9 @@ class MAMLPlusPlus:
         self.config = config = MAMLConfig() if config is None else config
         self.precision: Precision = precision
         self.dtype = dtype_of(precision)
-        model = convert_batch_norm(model, config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs)
+        model = convert_batch_norm(
+            model, config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs
+        )
         _check_rows(model, config.steps)
         self.model = model.to(device=device, dtype=self.dtype)
         self.device = next(self.model.parameters()).device
@@ -191,7 +195,9 @@ class MAMLPlusPlus:
             last = self.iteration - 1
             raise NonFiniteLossError(last, last // self.config.iterations_per_epoch, int(bad[0]))
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Callable[[Tensor], Tensor]:
+    def adapt(
+        self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """Adapts to one support set, for inference.
 
         Args:
@@ -268,7 +274,9 @@ class MAMLPlusPlus:
             self.iteration = int(state["iteration"])
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"state: expected the state of this model and configuration, {reason}") from error
+            raise ValueError(
+                f"state: expected the state of this model and configuration, {reason}"
+            ) from error
 
     def explain(self) -> str:
         """Says which engine serves this model and why, and what it will do."""
@@ -296,4 +304,6 @@ def _check_rows(model: nn.Module, steps: int) -> None:
             continue
         per_step = module.per_step_affine or module.per_step_stats
         if per_step and module.num_steps != steps:
-            raise ValueError(f"model: expected per-step batch norms of {steps} steps, {name} has {module.num_steps}")
+            raise ValueError(
+                f"model: expected per-step batch norms of {steps} steps, {name} has {module.num_steps}"
+            )

@@ -97,7 +97,9 @@ class LSLR(nn.Module):
             return ops.lslr_update(flat, grad, self.rates, self.offsets, row)
         return ops.lslr_update(flat, grad, self.rates, None, row)
 
-    def forward(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    def forward(
+        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], step: int
+    ) -> dict[str, Tensor]:
         """One inner update of parameters by name, for a loop of one's own.
 
         Args:

@@ -84,7 +84,9 @@ class Conv4(nn.Module):
             )
             size, channels = after_conv // 2 if max_pool else after_conv, filters
             if size < 1:
-                raise ValueError(f"image_size: expected at least {2**stages} for {stages} stages, got {image_size}")
+                raise ValueError(
+                    f"image_size: expected at least {2**stages} for {stages} stages, got {image_size}"
+                )
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.Identity() if max_pool else nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(filters * (size * size if max_pool else 1), num_classes)
@@ -154,7 +156,9 @@ class DropBlock(nn.Module):
         block = min(self.block_size, height, width)
         valid = (height - block + 1) * (width - block + 1)
         gamma = self.rate * height * width / (block * block * valid)
-        seeds = (torch.rand(*x.shape[:2], height - block + 1, width - block + 1, device=x.device) < gamma).to(x)
+        seeds = (torch.rand(*x.shape[:2], height - block + 1, width - block + 1, device=x.device) < gamma).to(
+            x
+        )
         dropped = F.max_pool2d(F.pad(seeds, [block - 1] * 4), block, stride=1)
         keep = 1 - dropped
         return x * keep * (keep.numel() / keep.sum().clamp_min(1))

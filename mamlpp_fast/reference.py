@@ -210,7 +210,9 @@ def adapted_names(
             if not adapt_norm:
                 continue
             if isinstance(module, PerStepBatchNorm2d) and module.per_step_affine:
-                raise ValueError(f"adapt_norm: expected one weight shared by all steps, {owner} has one per step")
+                raise ValueError(
+                    f"adapt_norm: expected one weight shared by all steps, {owner} has one per step"
+                )
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad:
                 continue
@@ -257,9 +259,7 @@ def inner_loop(
     for k in range(steps):
         set_step(model, k)
         loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
-        grads = torch.autograd.grad(
-            loss, list(fast.values()), create_graph=second_order, allow_unused=True
-        )
+        grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)
         fast = {
             name: p if g is None else p - rates[name][min(k, len(rates[name]) - 1)] * g
             for (name, p), g in zip(fast.items(), grads, strict=True)

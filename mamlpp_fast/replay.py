@@ -105,7 +105,9 @@ def _judged(report: ReplayReport, ok: bool) -> ReplayReport:
     return ReplayReport(**(report.to_dict() | {"ok": bool(ok)}))
 
 
-def _run(record: Mapping[str, Any], engine: EngineName, dtype: ReplayDtype, device: torch.device) -> ReplayReport:
+def _run(
+    record: Mapping[str, Any], engine: EngineName, dtype: ReplayDtype, device: torch.device
+) -> ReplayReport:
     learner = _learner(record, engine, dtype, device)
     batches = [_batch(record, i) for i in range(3)]
     judged_losses = 3 if dtype == "float64" else 1
@@ -226,8 +228,27 @@ def _group(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 _CONFIG_KEYS = frozenset(
-    "ways image channels filters stages steps inner_lr lslr inner_bn msl msl_epochs second_order da_epoch max_pool "
-    "per_step_bn bn_gamma bn_beta dataset epoch".split()
+    [
+        "ways",
+        "image",
+        "channels",
+        "filters",
+        "stages",
+        "steps",
+        "inner_lr",
+        "lslr",
+        "inner_bn",
+        "msl",
+        "msl_epochs",
+        "second_order",
+        "da_epoch",
+        "max_pool",
+        "per_step_bn",
+        "bn_gamma",
+        "bn_beta",
+        "dataset",
+        "epoch",
+    ]
 )
 
 

@@ -41,7 +41,9 @@ def small_conv4(steps: int = 3, *, seed: int = 0, **changes: object) -> mf.Conv4
     return model
 
 
-def small_learner(config: mf.MAMLConfig | None = None, *, engine: str = "reference", **changes: object) -> mf.MAMLPlusPlus:
+def small_learner(
+    config: mf.MAMLConfig | None = None, *, engine: str = "reference", **changes: object
+) -> mf.MAMLPlusPlus:
     """A float64 learner on :func:`small_conv4`, with rates that differ by tensor and step."""
     config = mf.MAMLConfig(steps=3) if config is None else config
     model = small_conv4(config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs, **changes)

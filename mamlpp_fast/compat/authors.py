@@ -67,6 +67,8 @@ def load_authors_state(learner: MAMLPlusPlus, state: Mapping[str, Tensor]) -> No
     try:
         learner.model.load_state_dict(model)
     except RuntimeError as error:
-        raise ValueError(f"state: expected the network of this learner, {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"state: expected the network of this learner, {' '.join(str(error).split())}"
+        ) from error
     with torch.no_grad():
         learner.rates.rates.copy_(rates)

@@ -80,13 +80,17 @@ def make_engine(
         raise ValueError(f"precision: expected a CUDA device for tf32, got {device}")
     if name == "reference":
         if precision not in ("float64", "float32"):
-            raise ValueError(f"precision: expected float64 or float32 for the reference engine, got {precision}")
+            raise ValueError(
+                f"precision: expected float64 or float32 for the reference engine, got {precision}"
+            )
         return EngineChoice(ReferenceEngine(model, rates, loss_fn), "asked for")
     reason = "asked for"
     if name in ("auto", "fused"):
         try:
             fused = FusedEngine(model, rates, config, loss_fn, precision=precision)
-            return EngineChoice(fused, "every module of the model has fused rules" if name == "auto" else reason)
+            return EngineChoice(
+                fused, "every module of the model has fused rules" if name == "auto" else reason
+            )
         except Unsupported as error:
             if name == "fused":
                 raise ValueError(f"engine: expected a model the fused engine can take, {error}") from error

@@ -17,7 +17,9 @@ _Key = tuple[Any, ...]
 class Graphed:
     """A step captured as a CUDA graph, once for every form of its inputs; made by :func:`graphed`."""
 
-    def __init__(self, step: Callable[..., Any], warmup: int, preserve: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(
+        self, step: Callable[..., Any], warmup: int, preserve: Callable[[], Iterable[Tensor]]
+    ) -> None:
         self.step = step
         self.warmup = warmup
         self.preserve = preserve

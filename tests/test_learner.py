@@ -1,0 +1,142 @@
+"""The learner: engines agree, schedules advance, state goes out and back, errors are named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import gradients, random_batch, small_conv4, small_learner
+from torch import nn
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+from mamlpp_fast.learner import NonFiniteLossError
+
+CONFIGS = {
+    "maml++": mf.MAMLConfig(steps=3),
+    "final": mf.MAMLConfig(steps=3, msl=False),
+    "first-order": mf.MAMLConfig(steps=3, second_order=False),
+    "maml": mf.MAMLConfig.maml(steps=3),
+    "meta-sgd": mf.MAMLConfig(steps=3, rates="element"),
+    "anil": mf.MAMLConfig(steps=3, adapt="head"),
+    "adapt-norm": mf.MAMLConfig(steps=3, bnwb=False, adapt_norm=True),
+}
+
+
+@pytest.mark.parametrize("engine", ["autograd", "auto"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_engines_agree_with_the_reference(name: str, engine: str) -> None:
+    learners = [small_learner(CONFIGS[name], engine=e) for e in ("reference", engine)]
+    for i in range(3):
+        batch = random_batch(seed=i)
+        metrics = [learner.meta_step(batch) for learner in learners]
+        assert_close(metrics[1], metrics[0], rtol=1e-9, atol=1e-10)
+    found = [gradients(learner.model, learner.rates) for learner in learners]
+    assert_close(found[1], found[0], rtol=1e-8, atol=1e-9)
+    states = [dict(learner.model.state_dict()) for learner in learners]
+    assert_close(states[1], states[0], rtol=1e-8, atol=1e-9)
+    evaluations = [learner.evaluate(random_batch(seed=9), steps=4) for learner in learners]
+    assert_close(evaluations[1], evaluations[0], rtol=1e-8, atol=1e-9)
+
+
+def test_any_module_trains_and_auto_says_what_kept_it_from_the_fused_engine() -> None:
+    class Gated(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.sigmoid(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), Gated(), nn.Flatten(), nn.Linear(400, 3))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), precision="float64")
+    assert learner.engine.name == "autograd"
+    assert "2" in learner.engine_reason and "Gated" in learner.engine_reason
+    assert learner.explain().startswith("engine autograd: not fused")
+    losses = [float(learner.meta_step(random_batch()).loss) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="engine: expected a model the fused engine can take"):
+        mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine="fused")
+
+
+def test_regression_with_a_loss_of_ones_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2, inner_lr=0.05, loss="mse"), precision="float64")
+    x = torch.linspace(-3, 3, 10, dtype=torch.float64).view(1, 10, 1).repeat(4, 1, 1)
+    y = torch.sin(x + torch.arange(4).view(4, 1, 1))
+    batch = mf.EpisodeBatch(x, y, x, y)
+    losses = [float(learner.meta_step(batch).loss) for _ in range(60)]
+    assert losses[-1] < losses[0] * 0.9
+    assert learner.evaluate(batch).accuracy.isnan().all()
+
+
+def test_schedules_follow_the_iteration() -> None:
+    learner = small_learner(
+        mf.MAMLConfig(steps=3, msl_epochs=2, da_epoch=1, epochs=10, iterations_per_epoch=5)
+    )
+    assert learner.step_weights() is not None and not learner.second_order()
+    learner.iteration = 10
+    assert learner.epoch == 2 and learner.step_weights() is None and learner.second_order()
+    before = learner.meta_lr()
+    assert 1e-5 < before < 1e-3
+    learner.meta_step(random_batch())
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(before)
+    learner.iteration = 10_000
+    assert learner.meta_lr() == pytest.approx(1e-5)
+
+
+def test_state_round_trip_goes_on_bit_for_bit() -> None:
+    first, second = small_learner(), small_learner()
+    first.meta_step(random_batch())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for learner in (first, second):
+        learner.meta_step(random_batch(seed=1))
+    assert_close(dict(first.model.state_dict()), dict(second.model.state_dict()), rtol=0, atol=0)
+    assert first.iteration == second.iteration == 2
+    other = mf.MAMLPlusPlus(
+        mf.Conv4(1, 3, image_size=12, stages=2, filters=8), mf.MAMLConfig(), engine="reference"
+    )
+    with pytest.raises(ValueError, match="state: expected the state of this model"):
+        other.load_state_dict(first.state_dict())
+
+
+def test_a_non_finite_loss_names_epoch_iteration_and_task() -> None:
+    learner = small_learner(mf.MAMLConfig(steps=3, iterations_per_epoch=2))
+    learner.iteration = 4
+    batch = random_batch(tasks=3)
+    batch.target_x[1] = float("nan")
+    metrics = learner.meta_step(batch)
+    with pytest.raises(NonFiniteLossError, match="epoch 2, iteration 4, task 1") as error:
+        learner.check_finite(metrics.task_losses)
+    assert (error.value.epoch, error.value.iteration, error.value.task) == (2, 4, 1)
+
+
+def test_class_structured_batches_are_flattened() -> None:
+    flat = random_batch(tasks=2, ways=3, shots=2, targets=1)
+    structured = mf.EpisodeBatch(
+        flat.support_x.unflatten(1, (3, 2)),
+        flat.support_y.unflatten(1, (3, 2)),
+        flat.target_x.unflatten(1, (3, 1)),
+        flat.target_y.unflatten(1, (3, 1)),
+    )
+    assert_close(structured.support_x, flat.support_x)
+    assert structured.target_y.shape == (2, 3)
+    with pytest.raises(ValueError, match="support_x and support_y: expected the same"):
+        mf.EpisodeBatch(flat.support_x, flat.support_y[:, :-1], flat.target_x, flat.target_y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "quick"}, "engine: expected one of auto, reference, autograd, fused, got 'quick'"),
+        ({"precision": "float8"}, "precision: expected one of"),
+        ({"precision": "tf32"}, "precision: expected a CUDA device for tf32"),
+        (
+            {"precision": "bfloat16", "engine": "reference"},
+            "precision: expected float64 or float32 for the reference",
+        ),
+    ],
+    ids=["engine", "precision", "tf32", "reference-bf16"],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=message):
+        mf.MAMLPlusPlus(small_conv4(5), **arguments)  # type: ignore[arg-type]

@@ -1,0 +1,98 @@
+"""Per-step batch norm as a module, and its conversion from PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import random_batch
+from torch import nn
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+from mamlpp_fast import reference
+from mamlpp_fast.nn import plain_batch_norm
+
+
+@pytest.mark.parametrize("per_step_affine", [True, False])
+@pytest.mark.parametrize("per_step_stats", [True, False])
+@pytest.mark.parametrize("slope", [None, 0.1])
+def test_fused_and_plain_modules_agree(
+    per_step_affine: bool, per_step_stats: bool, slope: float | None
+) -> None:
+    torch.manual_seed(0)
+    modules = [
+        kind(
+            5,
+            3,
+            per_step_affine=per_step_affine,
+            per_step_stats=per_step_stats,
+            negative_slope=slope,
+        ).double()
+        for kind in (mf.PerStepBatchNorm2d, reference.PerStepBatchNorm2d)
+    ]
+    with torch.no_grad():
+        for p in modules[0].parameters():
+            p.uniform_(-1, 1)
+    modules[1].load_state_dict(modules[0].state_dict())
+    x = torch.randn(4, 5, 6, 6, dtype=torch.float64)
+    for step in (0, 2, 1, 4):
+        for stats, training in (("batch", True), ("batch", False), ("running", False)):
+            outputs = []
+            for module in modules:
+                module.train(training)
+                mf.set_step(module, step)
+                mf.set_eval_stats(module, stats)
+                inputs = [x.clone().requires_grad_(), module.weight, module.bias]
+                y = module(inputs[0])
+                first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+                second = torch.autograd.grad(sum(g.pow(3).sum() for g in first), inputs, allow_unused=True)
+                outputs.append((y, *first, *(s if s is not None else torch.zeros(1) for s in second)))
+            assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-9)
+    assert_close(dict(modules[0].state_dict()), dict(modules[1].state_dict()), rtol=1e-12, atol=1e-12)
+
+
+def test_convert_keeps_values_mode_and_frozen_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3, momentum=0.2), nn.ReLU()).double()
+    model[1].weight.requires_grad_(False)
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    model(x)
+    expected = model(x)
+    converted = mf.convert_batch_norm(model, 3)
+    assert converted is model
+    norm = model[1]
+    assert isinstance(norm, mf.PerStepBatchNorm2d)
+    assert norm.weight.shape == (3, 4) and norm.eps == 1e-3 and norm.momentum == 0.2
+    assert not norm.weight.requires_grad and norm.bias.requires_grad
+    assert_close(model(x), expected)
+    model.eval()
+    mf.set_eval_stats(model, "running")
+    assert model(x[:1]).shape == (1, 4, 6, 6)
+    bare = mf.convert_batch_norm(nn.BatchNorm2d(4), 2)
+    assert isinstance(bare, mf.PerStepBatchNorm2d)
+    with pytest.raises(ValueError, match="expected batch norms with weight and bias"):
+        mf.convert_batch_norm(nn.Sequential(nn.BatchNorm2d(4, affine=False)), 2)
+
+
+def test_plain_batch_norm_is_undone_after_an_error() -> None:
+    model = mf.Conv4(1, 3, image_size=12, stages=2, filters=4)
+    with pytest.raises(RuntimeError, match="stop"), plain_batch_norm(model):
+        assert model.get_submodule("blocks.0.norm").plain
+        raise RuntimeError("stop")
+    assert not model.get_submodule("blocks.0.norm").plain
+
+
+def test_the_learner_converts_plain_batch_norm_and_refuses_other_rows() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine="reference")
+    assert isinstance(model[1], mf.PerStepBatchNorm2d)
+    learner.meta_step(random_batch(dtype=torch.float32))
+    with pytest.raises(ValueError, match="expected per-step batch norms of 5 steps, 1 has 2"):
+        mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=5), engine="reference")
