@@ -117,7 +117,7 @@ class MAMLConfig:
         for key in values:
             if key not in known:
                 raise ValueError(f"{key}: expected one of {', '.join(sorted(known))}")
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class MAMLPlusPlus:
         engine: the engine in use; ``engine_reason`` says why it was chosen.
 
     Raises:
-        ValueError: when the engine asked for cannot serve the model, or the model's per-step rows do not fit ``config``.
+        ValueError: when the engine asked for cannot serve the model, or its per-step rows do not fit ``config``.
     """
 
     def __init__(

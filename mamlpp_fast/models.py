@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -193,8 +194,8 @@ class _ResidualBlock(nn.Module):
 class ResNet12(nn.Module):
     """The residual network of the few-shot literature (Oreshkin et al. 2018; widths of Lee et al. 2019).
 
-    Four residual blocks of three 3x3 convolutions with a 1x1 shortcut, leaky ReLU (slope 0.1) and max-pooling 2x2, then a
-    global average pool and a linear head.
+    Four residual blocks of three 3x3 convolutions with a 1x1 shortcut, leaky ReLU (slope 0.1) and max-pooling 2x2,
+    then a global average pool and a linear head.
 
     Args:
         in_channels: channels of the images.
@@ -232,7 +233,7 @@ class ResNet12(nn.Module):
                     per_step_affine=per_step_affine,
                     per_step_stats=per_step_stats,
                 )
-                for before, after in zip(widths[:-1], widths[1:], strict=True)
+                for before, after in pairwise(widths)
             )
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
