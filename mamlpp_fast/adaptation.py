@@ -19,7 +19,7 @@ def adapt(
     model: nn.Module,
     support_x: Tensor,
     support_y: Tensor,
-    rates: LSLR,
+    rates: LSLR | float,
     *,
     steps: int | None = None,
     loss_fn: LossFn = F.cross_entropy,
@@ -35,8 +35,10 @@ def adapt(
         model: any module; its parameters named in ``rates`` adapt, the others take part as they are.
         support_x: inputs [n, ...].
         support_y: labels [n] or targets [n, ...].
-        rates: inner learning rates; ``LSLR(model.named_parameters(), num_steps=5)`` for all parameters.
-        steps: number of updates; by default one per step of ``rates``. Later steps use the last rate again.
+        rates: inner learning rates, ``LSLR(model, num_steps=5)`` say, which names the parameters that adapt; or one fixed
+            rate for all parameters but those of normalisation layers.
+        steps: number of updates; by default one per step of ``rates`` (1 for a fixed rate). Later steps use the last
+            rate again.
         loss_fn: (prediction, target) to a scalar.
         first_order: treat inner gradients as constants (first-order MAML).
 
@@ -58,13 +60,15 @@ def inner_steps(
     model: nn.Module,
     support_x: Tensor,
     support_y: Tensor,
-    rates: LSLR,
+    rates: LSLR | float,
     *,
     steps: int | None = None,
     loss_fn: LossFn = F.cross_entropy,
     first_order: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Like :func:`adapt`, but yields the fast weights after every update (for a multi-step loss)."""
+    if not isinstance(rates, LSLR):
+        rates = LSLR(model, 1, rates, learnable=False)
     steps = rates.num_steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast import ops
+from mamlpp_fast.reference import adapted_names
 
 __all__ = ["LSLR"]
 
@@ -20,7 +21,8 @@ class LSLR(nn.Module):
     No clamp and no sign constraint: negative rates are allowed, as in the paper.
 
     Args:
-        named_parameters: (name, parameter) of every tensor that adapts, as ``model.named_parameters()`` gives them.
+        adapting: the model, all of whose parameters but those of normalisation layers adapt; or (name, parameter) of
+            every tensor that adapts, as ``model.named_parameters()`` gives them.
         num_steps: inner steps K.
         init_lr: initial value of every rate.
         rates: ``"tensor"`` for one rate per tensor and step, ``"element"`` for one per element and step.
@@ -38,7 +40,7 @@ class LSLR(nn.Module):
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        adapting: nn.Module | Iterable[tuple[str, Tensor]],
         num_steps: int,
         init_lr: float = 0.1,
         *,
@@ -46,9 +48,12 @@ class LSLR(nn.Module):
         learnable: bool = True,
     ) -> None:
         super().__init__()
-        named = [(name, p.shape, p.device, p.dtype) for name, p in named_parameters]
+        if isinstance(adapting, nn.Module):
+            chosen = adapted_names(adapting)
+            adapting = [(name, adapting.get_parameter(name)) for name in chosen]
+        named = [(name, p.shape, p.device, p.dtype) for name, p in adapting]
         if not named:
-            raise ValueError("named_parameters: expected at least one parameter, got none")
+            raise ValueError("adapting: expected at least one parameter, got none")
         if num_steps < 1:
             raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
         if rates not in ("tensor", "element"):

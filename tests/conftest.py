@@ -14,6 +14,9 @@ if any(map(shutil.which, ("g++", "c++", "clang++"))):
 import pytest
 import torch
 
+# Tests are many and tiny: a second thread costs far more in hand-over than it computes.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

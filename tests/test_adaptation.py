@@ -29,8 +29,7 @@ def _textbook(model: mf.Conv4, rates: mf.LSLR, task: mf.Episode) -> dict[str, to
 @pytest.mark.parametrize("kind", ["tensor", "element"])
 def test_adapt_is_the_textbook_loop(kind: str) -> None:
     model, task = small_conv4(), random_batch()[0]
-    names = mf.reference.adapted_names(model)
-    rates = mf.LSLR(((n, p) for n, p in model.named_parameters() if n in names), 3, 0.2, rates=kind).double()  # type: ignore[arg-type]
+    rates = mf.LSLR(model, 3, 0.2, rates=kind)  # type: ignore[arg-type]
     results = []
     for fast in (_textbook(model, rates, task), mf.adapt(model, task.support_x, task.support_y, rates)):
         loss = F.cross_entropy(functional_call(model, fast, (task.target_x,)), task.target_y)
@@ -49,6 +48,13 @@ def test_inner_steps_yields_every_state_and_first_order_cuts_the_graph() -> None
     assert_close(grad, torch.ones_like(grad))
 
 
+def test_a_fixed_rate_is_a_constant_lslr() -> None:
+    model, task = small_conv4(), random_batch()[0]
+    fixed = mf.adapt(model, task.support_x, task.support_y, 0.2, steps=3)
+    learned = mf.adapt(model, task.support_x, task.support_y, mf.LSLR(model, 3, 0.2))
+    assert_close(fixed, learned, rtol=1e-12, atol=1e-12)
+
+
 def test_lslr_shapes_names_and_errors() -> None:
     model = small_conv4()
     rates = mf.LSLR(model.named_parameters(), 3, 0.05, rates="element")
@@ -57,7 +63,7 @@ def test_lslr_shapes_names_and_errors() -> None:
     flat = rates.flatten(dict(model.named_parameters()))
     assert_close(rates.unflatten(flat)["blocks.1.conv.weight"], model.get_parameter("blocks.1.conv.weight"))
     assert not mf.LSLR(model.named_parameters(), 3, learnable=False).rates.requires_grad
-    with pytest.raises(ValueError, match="named_parameters: expected at least one"):
+    with pytest.raises(ValueError, match="adapting: expected at least one"):
         mf.LSLR([], 3)
     with pytest.raises(ValueError, match="num_steps: expected at least 1, got 0"):
         mf.LSLR(model.named_parameters(), 0)
