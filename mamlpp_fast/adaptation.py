@@ -35,7 +35,7 @@ def adapt(
         model: any module; its parameters named in ``rates`` adapt, the others take part as they are.
         support_x: inputs [n, ...].
         support_y: labels [n] or targets [n, ...].
-        rates: inner learning rates, ``LSLR(model, num_steps=5)`` say, which names the parameters that adapt; or one fixed
+        rates: inner learning rates, ``LSLR(model, num_steps=5)`` say, which name the parameters that adapt; or a fixed
             rate for all parameters but those of normalisation layers.
         steps: number of updates; by default one per step of ``rates`` (1 for a fixed rate). Later steps use the last
             rate again.
