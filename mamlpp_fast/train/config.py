@@ -1,0 +1,224 @@
+"""The settings of a whole training run, those of learner, network, data and protocol, in one flat record."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mamlpp_fast.config import MAMLConfig
+from mamlpp_fast.data import DATASETS
+
+__all__ = ["TrainConfig", "parse_settings", "suggestion"]
+
+_AT_LEAST = {
+    "ways": 2,
+    "shots": 1,
+    "targets": 1,
+    "tasks": 1,
+    "filters": 1,
+    "stages": 1,
+    "val_tasks": 1,
+    "test_tasks": 1,
+    "ensemble": 1,
+    "image_size": 1,
+    "val_seed": 0,
+    "test_seed": 0,
+    "seed": 0,
+    "init_seed": 0,
+    "task_seed": 0,
+    "checkpoint_seconds": 0,
+}
+_INTEGERS = _AT_LEAST.keys() - {"checkpoint_seconds"}
+# Settings that decide how a run is carried out, not what it computes.
+_NOT_RESULTS = frozenset({"checkpoint_seconds"})
+
+
+@dataclass(frozen=True)
+class TrainConfig(MAMLConfig):
+    """:class:`mamlpp_fast.MAMLConfig` and everything else that decides the result of a run.
+
+    Attributes:
+        dataset: name of the data set (``mamlpp_fast.data.DATASETS``).
+        data_protocol: split, scaling and augmentation of the data set, by name; ``"default"`` for the published one.
+        image_size: side of the images in pixels; None for the data set's own.
+        sampling: ``"counter"`` or ``"authors"`` (the random draws of the authors' code).
+        ways: classes of a task.
+        shots: support images of a class.
+        targets: target images of a class.
+        tasks: tasks of a meta-batch.
+        model: ``"conv4"`` or ``"resnet12"``.
+        filters: channels of every stage of ``conv4``.
+        stages: stages of ``conv4``.
+        max_pool: max-pooling in ``conv4``, else stride-2 convolutions.
+        norm: ``"batch"`` or ``"layer"`` in ``conv4``.
+        val_tasks: tasks of each epoch's validation, the same ones every epoch.
+        test_tasks: tasks of the final test.
+        ensemble: best checkpoints kept, and averaged in the test.
+        seed: the seed that ``init_seed`` and ``task_seed`` are derived from where they are None.
+        init_seed: seed of the initial parameters.
+        task_seed: seed of the training tasks.
+        val_seed: seed of the validation tasks.
+        test_seed: seed of the test tasks.
+        checkpoint_seconds: time between two checkpoints within an epoch; does not change the result.
+    """
+
+    dataset: str = "strokes"
+    data_protocol: str = "default"
+    image_size: int | None = None
+    sampling: Literal["counter", "authors"] = "counter"
+    ways: int = 5
+    shots: int = 1
+    targets: int = 1
+    tasks: int = 8
+    model: Literal["conv4", "resnet12"] = "conv4"
+    filters: int = 64
+    stages: int = 4
+    max_pool: bool = True
+    norm: Literal["batch", "layer"] = "batch"
+    val_tasks: int = 600
+    test_tasks: int = 600
+    ensemble: int = 5
+    seed: int = 0
+    init_seed: int | None = None
+    task_seed: int | None = None
+    val_seed: int = 1
+    test_seed: int = 2
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            kinds = (int,) if name in _INTEGERS else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                raise ValueError(
+                    f"{name}: expected {'an integer' if len(kinds) == 1 else 'a number'}, got {value!r}"
+                )
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if self.dataset not in DATASETS:
+            hint = suggestion(self.dataset, DATASETS)
+            raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, got {self.dataset!r}{hint}")
+        if self.loss != "cross_entropy":
+            raise ValueError(f"loss: expected cross_entropy to train on classes of images, got {self.loss}")
+
+    @property
+    def iterations(self) -> int:
+        """Meta-updates of the whole run."""
+        return self.epochs * self.iterations_per_epoch
+
+    @property
+    def initial_seed(self) -> int:
+        """The seed of the initial parameters: ``init_seed``, or derived from ``seed``."""
+        return _derived(self.seed, "init") if self.init_seed is None else self.init_seed
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of the training tasks: ``task_seed``, or derived from ``seed``.
+
+        The authors' draws hash their small seeds themselves, so there ``seed`` is passed on.
+        """
+        if self.task_seed is not None:
+            return self.task_seed
+        return self.seed if self.sampling == "authors" else _derived(self.seed, "tasks")
+
+    def learner_config(self) -> MAMLConfig:
+        """The part that the learner takes."""
+        return MAMLConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(MAMLConfig)})
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that two runs with the same result share, as plain values."""
+        return {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in self.to_dict().items()
+            if k not in _NOT_RESULTS
+        }
+
+
+def _derived(seed: int, purpose: str) -> int:
+    """A seed below 2**63 for one purpose: streams of different purposes are independent."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8], "little") >> 1
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Reads ``key=value`` texts into values of the types that :class:`TrainConfig` has.
+
+    Raises:
+        ValueError: for an unknown key or a value that is not of the key's type.
+    """
+    hints = get_type_hints(TrainConfig)
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    values: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise ValueError(f"--set: expected key=value, got {text!r}")
+        if key not in known:
+            raise ValueError(
+                f"--set: expected a setting such as steps or inner_lr, got {key!r}{suggestion(key, known)}"
+            )
+        values[key] = _parse(key, value.strip(), hints[key])
+    return values
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        options = get_args(hint)
+        if type(None) in options and text.lower() in ("none", "null"):
+            return None
+        if str in options:  # str | tuple[str, ...]
+            return tuple(part.strip() for part in text.split(",")) if "," in text else text
+        hint = next(o for o in options if o is not type(None))
+    if hint is bool:
+        known = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
+        if text.lower() not in known:
+            raise ValueError(f"{key}: expected true or false, got {text!r}")
+        return known[text.lower()]
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "an integer" if hint is int else "a number"
+            raise ValueError(f"{key}: expected {kind}, got {text!r}") from None
+    if get_origin(hint) is tuple:
+        try:
+            return tuple(float(part) for part in text.split(","))
+        except ValueError:
+            raise ValueError(f"{key}: expected numbers separated by commas, got {text!r}") from None
+    return text
+
+
+def suggestion(given: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" for a near miss, else nothing."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The settings that differ, as ``steps=3 (was 5)``; empty when none do."""
+    missing = object()
+    parts = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key, missing), theirs.get(key, missing)
+        if mine != other:
+            shown = "absent" if mine is missing else mine
+            parts.append(f"{key}={shown} (was {'absent' if other is missing else other})")
+    return ", ".join(parts)

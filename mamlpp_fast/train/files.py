@@ -1,0 +1,99 @@
+"""Files of a run folder: written whole or not at all, and one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["append_line", "remove_leftovers", "run_lock", "write_json", "write_whole"]
+
+_TEMPORARY = ".tmp"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces ``path`` by ``content`` so that, whatever happens, readers find all of the old or all of the new.
+
+    Raises:
+        OSError: when the folder cannot be written or the disk is full; ``path`` is then untouched.
+    """
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """:func:`write_whole` of indented JSON; numbers that are not finite become null."""
+    write_whole(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+
+
+def append_line(path: Path, value: Any) -> int:
+    """Appends one line of JSON, waits until it is on disk, and returns the file's length in bytes."""
+    with open(path, "ab") as file:
+        file.write((json.dumps(_plain(value)) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files that a killed process left."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Holds the run folder, which is made if need be; the system lets go of it when the process dies.
+
+    Raises:
+        ValueError: when another process holds it.
+        OSError: when the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            who = f"process {owner}" if owner else "another process"
+            raise ValueError(
+                f"--out: expected a folder no other run is using, got {folder}, held by {who}"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

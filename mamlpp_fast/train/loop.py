@@ -1,0 +1,546 @@
+"""The training loop: meta-updates, validation, checkpoints, the final test."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamlpp_fast.engine import EngineName, Precision
+from mamlpp_fast.learner import MAMLPlusPlus, NonFiniteLossError
+from mamlpp_fast.train.build import build_learner, fingerprint, load_data, make_sampler, versions
+from mamlpp_fast.train.checkpoint import CheckpointError, check_fits, load_checkpoint, save_checkpoint
+from mamlpp_fast.train.config import TrainConfig, differences
+from mamlpp_fast.train.evaluate import Score, predict, score
+from mamlpp_fast.train.files import append_line, remove_leftovers, run_lock, write_json
+from mamlpp_fast.train.progress import Curves, Progress
+from mamlpp_fast.train.signals import StopSignal
+
+__all__ = ["NonFiniteParametersError", "train"]
+
+# Iterations between two reads from a GPU; on the CPU every loss is looked at.
+_GPU_WINDOW = 25
+
+
+class NonFiniteParametersError(ArithmeticError):
+    """A meta-update made a parameter NaN or infinite although its losses were finite."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    out: str | Path,
+    preset: str | None = None,
+    data_path: str | Path | None = None,
+    engine: EngineName = "auto",
+    precision: Precision = "float32",
+    device: torch.device | str = "cpu",
+    max_iters: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains, validates each epoch, keeps the best checkpoints and tests; goes on where ``out`` holds a stopped run.
+
+    A run that was killed at any moment ends, started again, with the result of an undisturbed one, bit for bit on the
+    same machine. Uses torch's global random generators.
+
+    Args:
+        config: the settings of the run.
+        out: the run's folder, made if need be.
+        preset: name of the settings, for the record.
+        data_path: where the data set lies; see :func:`mamlpp_fast.data.load`.
+        engine: see :class:`mamlpp_fast.MAMLPlusPlus`, as for precision and device.
+        precision: ditto.
+        device: ditto.
+        max_iters: stop after so many meta-updates in all, then test; a later call goes on.
+        quiet: print nothing.
+
+    Returns:
+        the content of ``summary.json``.
+
+    Raises:
+        ValueError: when ``out`` holds a run with other settings or is in use, or data and settings do not fit.
+        OSError: when ``out`` cannot be written; the last checkpoint stays whole.
+        NonFiniteLossError: names epoch, iteration and task; the last good checkpoint stays.
+        mamlpp_fast.train.signals.Interrupted: after SIGINT or SIGTERM, with everything saved.
+    """
+    folder = Path(out)
+    with run_lock(folder):
+        target = config.iterations if max_iters is None else min(max_iters, config.iterations)
+        identity = config.deciding() | {
+            "engine": engine,
+            "precision": precision,
+            "device": torch.device(device).type,
+        }
+        record = {"preset": preset, "data": None if data_path is None else str(data_path), **identity}
+        _open_folder(folder, identity, record)
+        finished = _finished(folder, target)
+        if finished is not None:
+            if not quiet:
+                print(f"{folder} holds this run, finished after {finished['iterations']} iterations.")
+            return finished
+        trainer = _Trainer(
+            config, folder, preset, data_path, engine, precision, torch.device(device), target, quiet
+        )
+        with StopSignal() as trainer.stop:
+            return trainer.run()
+
+
+def _open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Checks that the folder is free or holds this very run, and clears what a killed process left."""
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    remove_leftovers(folder)
+    remove_leftovers(checkpoints)
+    path = folder / "config.json"
+    if path.exists():
+        stored = read_json(path)
+        plain = json.loads(json.dumps(identity))
+        changed = differences(plain, {k: stored[k] for k in stored if k in plain})
+        if changed:
+            raise ValueError(f"--out: expected a folder without another run, {folder} differs: now {changed}")
+    else:
+        if (checkpoints / "latest.pt").exists():
+            raise ValueError(f"--out: expected a run's folder, {folder} has checkpoints but no config.json")
+        write_json(path, dict(record))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one of a run's JSON files.
+
+    Raises:
+        ValueError: when it is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: expected a run's folder, {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _finished(folder: Path, target: int) -> dict[str, Any] | None:
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    return summary if summary.get("iterations", 0) >= target else None
+
+
+class _Trainer:
+    """One process's share of a run."""
+
+    stop: StopSignal
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        preset: str | None,
+        data_path: str | Path | None,
+        engine: EngineName,
+        precision: Precision,
+        device: torch.device,
+        target: int,
+        quiet: bool,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.preset = preset
+        self.precision: Precision = precision
+        self.device = device
+        self.target = target
+        data = load_data(config, data_path)
+        self.fingerprint = fingerprint(data)
+        self.samplers = {
+            split: make_sampler(config, data, split, device, precision) for split in ("train", "val", "test")
+        }
+        if device.type == "cuda":
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False
+        self.learner = build_learner(
+            config, data.channels, data.image_size, engine=engine, precision=precision, device=device
+        )
+        torch.manual_seed(config.training_seed)
+        self.epochs_done = 0
+        self.best: list[dict[str, Any]] = []
+        self.metrics_bytes = 0
+        self.seconds = 0.0
+        self.train_seconds = 0.0
+        # Sums over the epoch's iterations: loss, accuracy.
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        window = _GPU_WINDOW if device.type == "cuda" else 1
+        self.losses = torch.zeros(window, config.tasks, dtype=self.learner.dtype, device=device)
+        self.unread = 0
+        self.resumed = self._resume()
+        self.clock = self.saved_at = time.perf_counter()
+        self.progress = Progress(target, self.learner.iteration, config.tasks, quiet=quiet)
+        self.curves = Curves(folder / "tensorboard", self.epochs_done)
+
+    @property
+    def latest(self) -> Path:
+        return self.checkpoints / "latest.pt"
+
+    def run(self) -> dict[str, Any]:
+        try:
+            self._introduce()
+            per_epoch = self.config.iterations_per_epoch
+            while True:
+                if self.learner.iteration == (self.epochs_done + 1) * per_epoch:
+                    self._end_epoch()
+                if self.learner.iteration >= self.target:
+                    break
+                self._step()
+            return self._finish()
+        finally:
+            self.progress.close()
+            self.curves.close()
+
+    def _introduce(self) -> None:
+        c, say = self.config, self.progress.say
+        split = self.samplers["train"].split
+        say(
+            f"{self.preset or 'run'}: {c.ways}-way {c.shots}-shot, {c.tasks} tasks a batch, {self.target} iterations; "
+            f"{c.dataset}, {split.num_classes} training classes"
+        )
+        say(self.learner.explain().splitlines()[0] + f"; {self.precision} on {self.device}")
+        if self.resumed:
+            say(f"going on from iteration {self.learner.iteration} in {self.folder}")
+
+    def _step(self) -> None:
+        tasks = self.config.tasks
+        batch = self.samplers["train"].batch(self.learner.iteration * tasks, tasks)
+        metrics = self.learner.meta_step(batch)
+        self.losses[self.unread].copy_(metrics.task_losses)
+        self.sums += torch.stack([metrics.loss.detach(), metrics.accuracy.to(metrics.loss.dtype)])
+        self.unread += 1
+        if self.unread == len(self.losses):
+            self._read()
+        if self.stop.received:
+            self._save()
+            self.stop.interrupt()
+        if time.perf_counter() - self.saved_at >= self.config.checkpoint_seconds:
+            self._save()
+
+    def _read(self) -> None:
+        """Looks at the losses since the last look, and shows them.
+
+        Raises:
+            NonFiniteLossError: names epoch, iteration and task of the first that is not finite.
+        """
+        if self.unread == 0:
+            return
+        first = self.learner.iteration - self.unread
+        bad = (~torch.isfinite(self.losses[: self.unread])).nonzero().tolist()
+        self.unread = 0
+        if bad:
+            row, task = bad[0]
+            iteration = first + row
+            raise NonFiniteLossError(iteration, iteration // self.config.iterations_per_epoch, task)
+        self._tick(training=True)
+        made = self.learner.iteration - self.epochs_done * self.config.iterations_per_epoch
+        loss, accuracy = (self.sums / made).tolist()
+        self.progress.update(self.learner.iteration, self.epochs_done, loss, accuracy)
+
+    def _tick(self, *, training: bool) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        if training:
+            self.train_seconds += now - self.clock
+        self.clock = now
+
+    def _check_parameters(self) -> None:
+        """A checkpoint is only ever written of finite parameters."""
+        modules = {"model": self.learner.model, "rates": self.learner.rates}
+        for kind, module in modules.items():
+            for name, p in module.named_parameters():
+                if not bool(torch.isfinite(p).all()):
+                    last = self.learner.iteration - 1
+                    raise NonFiniteParametersError(
+                        f"{kind}.{name}: expected finite after the update, got NaN or infinity at "
+                        f"epoch {last // self.config.iterations_per_epoch}, iteration {last}, "
+                        f"tasks 0 to {self.config.tasks - 1}"
+                    )
+
+    def _end_epoch(self) -> None:
+        self._read()
+        c, epoch = self.config, self.epochs_done
+        if time.perf_counter() - self.saved_at >= c.checkpoint_seconds:
+            self._save()
+        validation = self._validate()
+        entry = self._save_model(f"epoch-{epoch:04d}.pt", epoch, validation)
+        ranked = _ranked([*self.best, entry])
+        self.best = ranked[: c.ensemble]
+        metrics = self._metrics(epoch, validation, ranked[0] is entry)
+        self.metrics_bytes = append_line(self.folder / "metrics.jsonl", metrics)
+        self.epochs_done += 1
+        self.sums.zero_()
+        self._save()
+        for dropped in ranked[c.ensemble :]:
+            (self.checkpoints / dropped["file"]).unlink(missing_ok=True)
+        self.curves.add(metrics)
+        self._announce(metrics)
+
+    def _announce(self, metrics: Mapping[str, Any]) -> None:
+        rate = self.config.tasks / metrics["seconds_per_iteration"]
+        self.progress.say(
+            f"epoch {metrics['epoch']}: loss {metrics['train_loss']:.4f}, "
+            f"training accuracy {100 * metrics['train_accuracy']:.2f} %, "
+            f"validation {100 * metrics['val_accuracy']:.2f} %{' (best)' if metrics['best'] else ''}, "
+            f"{rate:.1f} tasks/s"
+        )
+
+    def _metrics(self, epoch: int, validation: Score, best: bool) -> dict[str, Any]:
+        """The epoch's line; called while the learner's schedules may already stand at the next epoch."""
+        learner, c = self.learner, self.config
+        made = learner.iteration - epoch * c.iterations_per_epoch
+        loss, accuracy = (self.sums / made).tolist()
+        after = learner.iteration
+        learner.iteration = epoch * c.iterations_per_epoch
+        weights = learner.step_weights()
+        schedule = {
+            "meta_lr": learner.meta_lr(),
+            "second_order": learner.second_order(),
+            "msl_weights": None if weights is None else weights.tolist(),
+        }
+        learner.iteration = after
+        rates = {
+            name: rate.detach().flatten(1).mean(1).tolist() if rate.ndim > 1 else rate.detach().tolist()
+            for name, rate in learner.rates.as_dict().items()
+        }
+        return {
+            "epoch": epoch,
+            "iteration": after,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "val_loss": validation.loss,
+            "val_accuracy": validation.accuracy,
+            "val_accuracy_ci95": validation.ci95,
+            "best": best,
+            **schedule,
+            "inner_rates": rates,
+            "seconds": self.seconds,
+            "seconds_per_iteration": self.train_seconds / max(after, 1),
+        }
+
+    def _validate(self) -> Score:
+        logits, labels = self._predict("val")
+        return self._score(logits, labels, 1)
+
+    def _predict(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        num_tasks = c.val_tasks if split == "val" else c.test_tasks
+        result = predict(self.learner, self.samplers[split], num_tasks, c.tasks, between=self._give_way)
+        self._tick(training=False)
+        return result
+
+    def _give_way(self) -> None:
+        """Stops between evaluation batches; training itself stands at a whole iteration then."""
+        if self.stop.received:
+            if self.learner.iteration > self._saved_iteration:
+                self._save()
+            self.stop.interrupt()
+
+    def _score(self, logits: torch.Tensor, labels: torch.Tensor, models: int) -> Score:
+        c = self.config
+        steps = c.steps if c.eval_steps is None else c.eval_steps
+        return score(
+            logits,
+            labels,
+            ways=c.ways,
+            shots=c.shots,
+            targets=c.targets,
+            models=models,
+            stats=c.eval_stats,
+            steps=steps,
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """Tests the best checkpoint and the ensemble, and writes the summary."""
+        c, learner = self.config, self.learner
+        models = list(self.best)
+        if learner.iteration % c.iterations_per_epoch:
+            # Cut short within an epoch: what it reached is judged too, beside the checkpoint that a longer run goes
+            # on from.
+            self._read()
+            self._save()
+            validation = self._validate()
+            entry = self._save_model(f"iteration-{learner.iteration:07d}.pt", self.epochs_done, validation)
+            models = _ranked([*models, entry])
+            append_line(
+                self.folder / "metrics.jsonl",
+                self._metrics(self.epochs_done, validation, models[0] is entry),
+            )
+            models = models[: c.ensemble]
+        iterations = learner.iteration
+        total: torch.Tensor | None = None
+        single: Score | None = None
+        for entry in models:
+            load_model(self.checkpoints / entry["file"], learner)
+            logits, labels = self._predict("test")
+            total = logits.double() if total is None else total + logits.double()
+            if single is None:
+                single = self._score(logits, labels, 1)
+        assert single is not None and total is not None
+        ensemble = self._score(total / len(models), labels, len(models))
+        self.progress.close()
+        summary = {
+            "preset": self.preset,
+            "test_accuracy": single.accuracy,
+            "test_accuracy_ci95": single.ci95,
+            "test_loss": single.loss,
+            "ensemble_test_accuracy": ensemble.accuracy,
+            "ensemble_test_accuracy_ci95": ensemble.ci95,
+            "ensemble_size": ensemble.models,
+            "best_val_accuracy": models[0]["val_accuracy"],
+            "best_epoch": models[0]["epoch"],
+            "iterations": iterations,
+            "seconds": self.seconds,
+            "seconds_per_iteration": self.train_seconds / max(iterations, 1),
+            "engine": learner.engine.name,
+            "precision": self.precision,
+            "device": _device_name(self.device),
+            "seed": c.seed,
+            "init_seed": c.initial_seed,
+            "task_seed": c.training_seed,
+            "dataset": c.dataset,
+            "ways": c.ways,
+            "shots": c.shots,
+            "targets": c.targets,
+            "test_tasks": c.test_tasks,
+            "eval_stats": c.eval_stats,
+            "eval_steps": single.steps,
+            "models": [m["file"] for m in models],
+            "versions": versions(),
+        }
+        write_json(self.folder / "summary.json", summary)
+        self.progress.say(f"test accuracy: {single.describe()}")
+        if ensemble.models > 1:
+            self.progress.say(f"test accuracy: {ensemble.describe()}")
+        return summary
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _save_model(self, name: str, epoch: int, validation: Score) -> dict[str, Any]:
+        entry = {
+            "file": name,
+            "epoch": epoch,
+            "iteration": self.learner.iteration,
+            "val_accuracy": validation.accuracy,
+        }
+        self._check_parameters()
+        state = {"model": self.learner.model.state_dict(), "rates": self.learner.rates.state_dict()}
+        save_checkpoint(self.checkpoints / name, "model", state | entry | {"config": self.config.deciding()})
+        return entry
+
+    def _save(self) -> None:
+        """Writes everything that training goes on from."""
+        self._read()
+        self._check_parameters()
+        self._tick(training=False)
+        on_gpu = self.device.type == "cuda"
+        content = {
+            "config": self.config.deciding(),
+            "engine": self.learner.engine.name,
+            "data": self.fingerprint,
+            "learner": self.learner.state_dict(),
+            "epochs_done": self.epochs_done,
+            "sums": self.sums,
+            "best": self.best,
+            "metrics_bytes": self.metrics_bytes,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "environment": self._environment(),
+        }
+        save_checkpoint(self.latest, "training", content)
+        self._saved_iteration = self.learner.iteration
+        self.saved_at = time.perf_counter()
+
+    _saved_iteration = 0
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": _device_name(self.device),
+        }
+
+    def _resume(self) -> bool:
+        """Goes back to the last checkpoint, and undoes what was written after it; False where there is none."""
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        metrics = self.folder / "metrics.jsonl"
+        found = self.latest.exists()
+        if found:
+            self._load(load_checkpoint(self.latest, "training", self.device))
+        length = metrics.stat().st_size if metrics.exists() else 0
+        if length < self.metrics_bytes:
+            raise CheckpointError(f"{metrics}: expected at least {self.metrics_bytes} bytes, got {length}")
+        if length > self.metrics_bytes:
+            with open(metrics, "r+b") as file:
+                file.truncate(self.metrics_bytes)
+        kept = {"latest.pt", *(entry["file"] for entry in self.best)}
+        for path in self.checkpoints.glob("*.pt"):
+            if path.name not in kept:
+                path.unlink()
+        return found
+
+    def _load(self, content: Mapping[str, Any]) -> None:
+        changed = differences(self.config.deciding(), content["config"])
+        if changed:
+            raise CheckpointError(
+                f"{self.latest}: expected a checkpoint of this configuration, now {changed}"
+            )
+        if content["data"] != self.fingerprint:
+            raise CheckpointError(
+                f"{self.latest}: expected the data it was made with ({content['data']['name']}), "
+                "got other classes or pixels"
+            )
+        if content["engine"] != self.learner.engine.name:
+            raise CheckpointError(
+                f"{self.latest}: expected engine {content['engine']}, with which it was made, "
+                f"got {self.learner.engine.name} ({self.learner.engine_reason})"
+            )
+        state = content["learner"]
+        check_fits(self.latest, "model", self.learner.model.state_dict(), state["model"])
+        check_fits(self.latest, "rates", self.learner.rates.state_dict(), state["rates"])
+        self.learner.load_state_dict(state)
+        self.epochs_done = content["epochs_done"]
+        self.sums = content["sums"].to(self.device)
+        self.best = content["best"]
+        self.metrics_bytes = content["metrics_bytes"]
+        self.seconds = content["seconds"]
+        self.train_seconds = content["train_seconds"]
+        torch.set_rng_state(content["rng_cpu"].cpu())
+        if content["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(content["rng_cuda"].cpu(), self.device)
+        self._saved_iteration = self.learner.iteration
+
+
+def load_model(path: Path, learner: MAMLPlusPlus) -> None:
+    """Puts a model checkpoint's parameters and rates into a learner.
+
+    Raises:
+        CheckpointError: when it cannot be read or is of another shape.
+    """
+    content = load_checkpoint(path, "model", learner.device)
+    for what, module in (("model", learner.model), ("rates", learner.rates)):
+        check_fits(path, what, module.state_dict(), content.get(what, {}))
+        module.load_state_dict(content[what])
+
+
+def _ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Best validation accuracy first, the earlier one of equals."""
+    return sorted(entries, key=lambda e: (-e["val_accuracy"], e["iteration"]))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

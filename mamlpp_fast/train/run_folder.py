@@ -1,0 +1,111 @@
+"""Judging a finished (or still running) run from its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamlpp_fast.engine import EngineName
+from mamlpp_fast.train.build import build_learner, load_data, make_sampler
+from mamlpp_fast.train.checkpoint import load_checkpoint
+from mamlpp_fast.train.config import TrainConfig
+from mamlpp_fast.train.evaluate import Score, predict, score
+from mamlpp_fast.train.loop import load_model, read_json
+
+__all__ = ["evaluate_run", "read_config"]
+
+
+def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration of a run and the whole content of its ``config.json``.
+
+    Raises:
+        ValueError: when the folder holds no run.
+    """
+    record = read_json(folder / "config.json")
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    return TrainConfig.from_dict({k: v for k, v in record.items() if k in known}), record
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    tasks: int | None = None,
+    ensemble: int = 5,
+    data_path: str | Path | None = None,
+    engine: EngineName | None = None,
+    device: torch.device | str = "cpu",
+    steps: int | None = None,
+    stats: str | None = None,
+) -> list[Score]:
+    """Tests the best checkpoint of a run, and the average of the best ``ensemble`` ones.
+
+    Args:
+        folder: the run's folder.
+        tasks: test tasks; the run's own number without it.
+        ensemble: models to average; fewer where fewer were kept.
+        data_path: where the data set lies; where the run found it without it.
+        engine: the run's own without it.
+        device: where to run.
+        steps: inner updates; the run's own number without it.
+        stats: ``"batch"`` or ``"running"``; the run's own without it.
+
+    Returns:
+        the score of the best model and, with more than one, that of the ensemble.
+
+    Raises:
+        ValueError: when the folder holds no run with a finished epoch, or a checkpoint does not fit.
+    """
+    folder = Path(folder)
+    config, record = read_config(folder)
+    if stats is not None:
+        config = dataclasses.replace(config, eval_stats=stats)  # type: ignore[arg-type]
+    if tasks is not None:
+        config = dataclasses.replace(config, test_tasks=tasks)
+    if steps is not None:
+        config = dataclasses.replace(config, eval_steps=steps)
+    device = torch.device(device)
+    data = load_data(config, record["data"] if data_path is None else data_path)
+    learner = build_learner(
+        config,
+        data.channels,
+        data.image_size,
+        engine=record["engine"] if engine is None else engine,
+        precision=record["precision"],
+        device=device,
+    )
+    sampler = make_sampler(config, data, "test", device, record["precision"])
+    files = _best_files(folder)[:ensemble]
+    conditions: dict[str, Any] = {
+        "ways": config.ways,
+        "shots": config.shots,
+        "targets": config.targets,
+        "stats": config.eval_stats,
+        "steps": config.steps if config.eval_steps is None else config.eval_steps,
+    }
+    scores = []
+    total: torch.Tensor | None = None
+    for file in files:
+        load_model(folder / "checkpoints" / file, learner)
+        logits, labels = predict(learner, sampler, config.test_tasks, config.tasks)
+        if total is None:
+            scores.append(score(logits, labels, models=1, **conditions))
+        total = logits.double() if total is None else total + logits.double()
+    if total is not None and len(files) > 1:
+        scores.append(score(total / len(files), labels, models=len(files), **conditions))
+    return scores
+
+
+def _best_files(folder: Path) -> list[str]:
+    """Model checkpoints, the best first: those of the summary, else those of the last training checkpoint."""
+    summary = folder / "summary.json"
+    if summary.exists():
+        files: list[str] = read_json(summary)["models"]
+    else:
+        latest = load_checkpoint(folder / "checkpoints" / "latest.pt", "training")
+        files = [entry["file"] for entry in latest["best"]]
+    if not files:
+        raise ValueError(f"DIR: expected a run with at least one finished epoch, {folder} has none")
+    return files
