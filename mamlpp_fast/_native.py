@@ -1,8 +1,8 @@
 """Finds, builds and loads the C++ library of CPU kernels.
 
 The library is compiled on the first :func:`load` and kept in the user's cache folder under a key of all that
-decides its content, so each combination of sources, flags, torch, compiler and machine is compiled once. Without
-it every operation still runs, on its closed form in PyTorch.
+decides its content, so each combination of sources, flags, torch, compiler and machine is compiled once.
+Without it every operation still runs, on its closed form in PyTorch.
 
 Environment:
     MAMLPP_FAST_NATIVE: ``0`` leaves the library out, ``require`` makes its absence an error.
@@ -64,7 +64,7 @@ class NativeStatus:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """One combination of sources, flags, torch, compiler and machine; ``base`` is the key without compiler."""
+    """One combination of sources, flags, torch, compiler and machine; ``base`` is the key less compiler."""
 
     source: Path
     arguments: tuple[str, ...]
@@ -140,7 +140,7 @@ def _open(path: Path) -> NativeStatus:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        cause = _one_line(str(error))
+        cause = _one_line(str(error.__cause__ or error))
         if "undefined symbol" in cause:
             cause = f"built for another torch than {torch.__version__}: {cause}"
         raise NativeError(f"does not load: {cause}") from error

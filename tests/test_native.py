@@ -1,19 +1,25 @@
 """The native library: built once, cached, and done without where it cannot be had."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from mamlpp_fast import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_COMPILER = _native._compiler() is not None
+Fresh = Callable[..., ModuleType]
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on PATH")
 
-# A package of two files: compiling the real sources would take most of the suite's time.
+# Runs in a process of its own: the names a library registers with torch stay for the life of the process.
 PROBE = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("native", sys.argv[1])
@@ -26,7 +32,7 @@ print(native.status().reason)
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the build with no operation in it."""
+    """The build with no operation in it: compiling the real sources would take most of the suite's time."""
     root = tmp_path_factory.mktemp("package")
     (root / "csrc/cpu").mkdir(parents=True)
     (root / "mamlpp_fast").mkdir()
@@ -60,8 +66,25 @@ def _probe(package: Path, cache: Path, **environment: str) -> tuple[list[str], s
     return first.split(), reason.strip(), err
 
 
-def _no_compiler(tmp_path: Path) -> dict[str, str]:
-    return {"CXX": str(tmp_path / "missing-g++")}
+@pytest.fixture
+def fresh(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fresh:
+    """An unloaded copy of ``_native`` in this process, its cache empty, for what ends without a library."""
+    for name in [name for name in os.environ if name.startswith("MAMLPP_FAST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def load(root: Path = package, **environment: str) -> ModuleType:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        spec = importlib.util.spec_from_file_location("native_copy", root / "mamlpp_fast" / "_native.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "native_copy", module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @needs_compiler
@@ -73,84 +96,93 @@ def test_two_processes_build_once_and_a_third_finds_it(package: Path, cache: Pat
 
 
 @needs_compiler
-def test_instruction_set_can_be_lowered(package: Path, cache: Path) -> None:
-    assert _probe(package, cache, MAMLPP_FAST_ISA="portable")[0][1] == "portable"
-    words, reason, _ = _probe(package, cache, MAMLPP_FAST_ISA="sse9")
-    assert words[0] == "False"
-    assert reason == "MAMLPP_FAST_ISA must be one of portable, avx2, avx512, avx512bf16, got 'sse9'"
-
-
-@needs_compiler
 def test_damaged_library_is_built_again(package: Path, cache: Path) -> None:
-    library = Path(_probe(package, cache)[0][2])
-    whole = library.read_bytes()
-    library.write_bytes(whole[:100])
-    words, _, err = _probe(package, cache)
-    assert words[0] == "True"
+    for library in cache.rglob("*.so"):
+        library.write_bytes(library.read_bytes()[:100])
+    words, _, err = _probe(package, cache, MAMLPP_FAST_ISA="portable")
+    assert words[:2] == ["True", "portable"]
     assert "building native kernels" in err
 
 
 @needs_compiler
-def test_library_outlives_the_compiler(package: Path, cache: Path, tmp_path: Path) -> None:
-    assert _probe(package, cache, **_no_compiler(tmp_path))[0][0] == "True"
+def test_library_outlives_the_compiler(package: Path, cache: Path) -> None:
+    assert _probe(package, cache, CXX="missing-g++")[0][0] == "True"
 
 
-def test_without_compiler_says_so(package: Path, tmp_path: Path) -> None:
-    words, reason, err = _probe(package, tmp_path, **_no_compiler(tmp_path))
-    assert words[0] == "False"
-    assert reason == f"not built: CXX={tmp_path / 'missing-g++'} is not a command"
-    assert err == ""
-    words, reason, _ = _probe(package, tmp_path, PATH=str(tmp_path))
-    assert reason == "not built: no C++ compiler (g++ or clang++) on PATH"
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        pytest.param({"CXX": "missing-g++"}, "not built: CXX=missing-g++ is not a command", id="CXX"),
+        pytest.param({"PATH": ""}, "not built: no C++ compiler (g++ or clang++) on PATH", id="no-compiler"),
+        pytest.param({"MAMLPP_FAST_NATIVE": "0"}, "disabled by MAMLPP_FAST_NATIVE=0", id="disabled"),
+        pytest.param(
+            {"MAMLPP_FAST_NATIVE": "no"},
+            "MAMLPP_FAST_NATIVE must be 0, 1 or require, got 'no'",
+            id="unknown-mode",
+        ),
+        pytest.param(
+            {"MAMLPP_FAST_ISA": "sse9"},
+            "MAMLPP_FAST_ISA must be one of portable, avx2, avx512, avx512bf16, got 'sse9'",
+            id="unknown-isa",
+        ),
+        pytest.param(
+            {"MAMLPP_FAST_LIBRARY": "/missing.so"},
+            "does not load: /missing.so: cannot open shared object file: No such file or directory",
+            id="library-by-hand",
+        ),
+    ],
+)
+def test_reason_without_a_library(
+    fresh: Fresh, environment: dict[str, str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    native = fresh(**environment)
+    assert native.status().reason == "not loaded yet"
+    assert not native.load()
+    assert native.status() == native.NativeStatus(loaded=False, reason=reason)
+    assert capfd.readouterr().err == ""
 
 
 @needs_compiler
-def test_build_for_another_torch_is_another_message(package: Path, cache: Path, tmp_path: Path) -> None:
+def test_build_for_another_torch_is_another_message(fresh: Fresh, cache: Path, tmp_path: Path) -> None:
     record = next(cache.rglob("build.json")).read_text().replace('"torch": "', '"torch": "0.')
     (tmp_path / "mamlpp_fast" / "other").mkdir(parents=True)
     (tmp_path / "mamlpp_fast" / "other" / "build.json").write_text(record)
-    words, reason, _ = _probe(package, tmp_path, **_no_compiler(tmp_path))
-    assert words[0] == "False"
-    assert reason.startswith("built for another torch (0.")
+    native = fresh(CXX="missing-g++")
+    assert not native.load()
+    expected = f"built for another torch (0.{torch.__version__}, this is {torch.__version__}) "
+    assert native.status().reason == f"{expected}and cannot be rebuilt: CXX=missing-g++ is not a command"
 
 
-def test_disabled(package: Path, tmp_path: Path) -> None:
-    words, reason, _ = _probe(package, tmp_path, MAMLPP_FAST_NATIVE="0")
-    assert words[0] == "False"
-    assert reason == "disabled by MAMLPP_FAST_NATIVE=0"
-
-
-def test_required_and_absent_is_an_error(package: Path, tmp_path: Path) -> None:
-    process = _start(package, tmp_path, MAMLPP_FAST_NATIVE="require", **_no_compiler(tmp_path))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert err.splitlines()[-1].startswith("native.NativeError: not built: CXX=")
+def test_required_and_absent_is_an_error(fresh: Fresh) -> None:
+    native = fresh(MAMLPP_FAST_NATIVE="require", CXX="missing-g++")
+    with pytest.raises(native.NativeError, match=r"^not built: CXX=missing-g\+\+ is not a command$"):
+        native.load()
 
 
 @needs_compiler
-def test_failed_build_gives_one_reason_and_is_not_repeated(package: Path, tmp_path: Path) -> None:
+def test_failed_build_gives_one_reason_and_is_not_repeated(
+    fresh: Fresh, package: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken"
-    (broken / "csrc/cpu").mkdir(parents=True)
-    (broken / "mamlpp_fast").mkdir()
-    for name in ("CMakeLists.txt", "mamlpp_fast/_native.py"):
-        (broken / name).write_bytes((package / name).read_bytes())
+    shutil.copytree(package, broken)
     (broken / "csrc/cpu/isa.cpp").write_text("#error deliberately broken\n")
-    words, reason, err = _probe(broken, tmp_path)
-    assert words[0] == "False"
-    assert "#error deliberately broken" in reason
-    assert "\n" not in reason
-    assert "building native kernels" in err
-    words, reason, err = _probe(broken, tmp_path)
-    assert "delete it to try again" in reason
-    assert err == ""
+    native = fresh(broken)
+    assert not native.load()
+    assert "#error deliberately broken" in native.status().reason
+    assert "\n" not in native.status().reason
+    assert "building native kernels" in capfd.readouterr().err
+    again = fresh(broken)
+    assert not again.load()
+    assert "delete it to try again" in again.status().reason
+    assert capfd.readouterr().err == ""
 
 
 @needs_compiler
-def test_unwritable_cache_is_one_reason(package: Path, tmp_path: Path) -> None:
+def test_unwritable_cache_is_one_reason(fresh: Fresh, tmp_path: Path) -> None:
     (tmp_path / "mamlpp_fast").write_text("a file where the folder should be")
-    words, reason, _ = _probe(package, tmp_path)
-    assert words[0] == "False"
-    assert reason.startswith(f"not built: cache folder {tmp_path / 'mamlpp_fast'}: ")
+    native = fresh()
+    assert not native.load()
+    assert native.status().reason.startswith(f"not built: cache folder {tmp_path / 'mamlpp_fast'}: ")
 
 
 @needs_compiler
@@ -160,6 +192,7 @@ def test_kernels_compile_for_every_instruction_set(tmp_path: Path) -> None:
     assert cmake
     assert ninja
     configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += ["-DCMAKE_BUILD_TYPE=Debug"]
     for command in (configure, [cmake, "--build", str(tmp_path)]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
