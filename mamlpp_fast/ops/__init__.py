@@ -1,7 +1,18 @@
 """The operations, each differentiable as often as its page in ``docs/derivations`` says."""
 
 from mamlpp_fast import _native
+from mamlpp_fast.ops.per_step_batch_norm import (
+    per_step_batch_norm,
+    per_step_batch_norm_eval,
+    per_step_batch_norm_with_stats,
+    update_running_stats,
+)
 
-__all__: list[str] = []
+__all__ = [
+    "per_step_batch_norm",
+    "per_step_batch_norm_eval",
+    "per_step_batch_norm_with_stats",
+    "update_running_stats",
+]
 
 _native.load()

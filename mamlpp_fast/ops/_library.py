@@ -50,7 +50,7 @@ def define(
 ) -> OpOverload[..., Any]:
     """Registers an operation and returns its overload (faster to call than the packet).
 
-    An argument that the schema marks as written has its version counter raised, as PyTorch's own operations do.
+    Arguments that the schema marks as written have their version counters raised, as in PyTorch itself.
 
     Args:
         schema: ``name(Tensor x, ...) -> ...`` without a namespace.
