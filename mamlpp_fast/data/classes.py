@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -84,16 +85,15 @@ class ImageClasses:
     def on(self, device: torch.device | str) -> ImageClasses:
         """The same split with its tensors on ``device``; moved once and kept, so samplers share it."""
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if device == self.images.device:
             return self
         if device not in self._copies:
-            self._copies[device] = replace(
-                self,
-                images=self.images.to(device),
-                class_start=self.class_start.to(device),
-                class_count=self.class_count.to(device),
-                _copies={},
-            )
+            moved = copy.copy(self)
+            for name in ("images", "class_start", "class_count"):
+                object.__setattr__(moved, name, getattr(self, name).to(device))
+            self._copies[device] = moved
         return self._copies[device]
 
     def select(self, classes: Sequence[int], split: str | None = None) -> ImageClasses:

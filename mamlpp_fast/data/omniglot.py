@@ -224,8 +224,7 @@ def _nearest(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def _antialias(ink: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    paper = Image.fromarray(255 - ink)
-    return 255 - np.asarray(paper.resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(ink).resize((size, size), Image.Resampling.LANCZOS))
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
