@@ -87,7 +87,10 @@ def read_npz(file: Path, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
     """
     keys = list(keys)
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with open(file, "rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{file}: expected an .npz archive, got a single array")
             missing = [k for k in keys if k not in archive.files]
             if missing:
                 raise DataError(f"{file}: expected arrays {', '.join(keys)}; missing {', '.join(missing)}")
