@@ -1,6 +1,7 @@
 """The operations, each differentiable as often as its page in ``docs/derivations`` says."""
 
 from mamlpp_fast import _native
+from mamlpp_fast.ops.lslr_update import lslr_update
 from mamlpp_fast.ops.per_step_batch_norm import (
     per_step_batch_norm,
     per_step_batch_norm_eval,
@@ -9,6 +10,7 @@ from mamlpp_fast.ops.per_step_batch_norm import (
 )
 
 __all__ = [
+    "lslr_update",
     "per_step_batch_norm",
     "per_step_batch_norm_eval",
     "per_step_batch_norm_with_stats",

@@ -137,7 +137,7 @@ def _gated(
         return normal, wide, None
     # The same expression as in the forward pass, so that rounding cannot move an element across the kink.
     z = centred * (spread(weight, x) * spread(rstd, x)) + spread(bias, x)
-    gate = torch.where(z > 0, 1.0, slope).to(wide.dtype)
+    gate = torch.where(z > 0, torch.ones_like(z), slope)
     return normal, wide * gate, gate
 
 
