@@ -1,0 +1,75 @@
+"""What the kernel modules share: the description of a launch and the types and hints behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+TYPE_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+"""Triton's names of the element types the kernels take."""
+
+
+def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
+    """The type sums of `dtype` are kept in, as torch and as Triton names it: float64 of float64, else float32."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compiled form of a kernel: everything Triton specialises it on.
+
+    Attributes:
+        label: what the ahead-of-time table calls it.
+        kernel: the jitted function.
+        types: Triton type of every argument that is not a constexpr, by name.
+        constants: value of every constexpr argument, by name.
+        num_warps: warps of one program.
+        num_stages: software pipelining depth of loops with loads.
+        aligned: arguments specialised as divisible by 16.
+        tensor_cores: whether sm_90 code is expected to hold matrix instructions.
+    """
+
+    label: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+    tensor_cores: bool = field(default=False)
+
+
+def aligned(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, each that does not start on 16 bytes (a slice) replaced by a copy that does.
+
+    Kernels are compiled for aligned pointers only.
+    """
+    return [t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
+
+
+def split(rows: int, programs: int, block: int, *, target: int = 512, limit: int = 32) -> tuple[int, int]:
+    """Cuts a reduction over `rows` among several programs when there are too few without.
+
+    Args:
+        rows: length of the reduction.
+        programs: programs there are when each takes all rows.
+        block: rows a program reads at a time.
+        target: programs that fill a large GPU (four for each of 128 multiprocessors).
+        limit: most pieces, which the second stage reads at once.
+
+    Returns:
+        Rows of one piece (a multiple of `block`) and the number of pieces, none of them empty.
+    """
+    pieces = max(1, min(limit, target // max(programs, 1), -(-rows // block)))
+    piece = -(-rows // (pieces * block)) * block
+    return piece, -(-rows // piece)
