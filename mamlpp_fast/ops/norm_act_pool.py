@@ -18,6 +18,9 @@ Common arguments:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -218,28 +221,41 @@ def _fake(*args: Tensor | float) -> None:
     return None
 
 
+def _triton(name: str) -> Callable[..., None]:
+    def launch(*args: Any) -> None:
+        from mamlpp_fast.kernels import norm_act_pool as kernels
+
+        getattr(kernels, name)(*args)
+
+    return launch
+
+
 _norm_act_pool = define(
     "norm_act_pool(Tensor z, Tensor gamma, Tensor beta, float eps, float slope, bool pool, "
     "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd) -> ()",
     fallback=_forward,
     fake=_fake,
+    triton=_triton("forward"),
 )
 _norm_act_pool_backward = define(
     f"norm_act_pool_backward(Tensor gy, {_SAVED}, bool pool, "
     "Tensor(a!) gz, Tensor(b!) ggamma, Tensor(c!) gbeta) -> ()",
     fallback=_backward,
     fake=_fake,
+    triton=_triton("backward"),
 )
 _norm_act_pool_tangent = define(
     f"norm_act_pool_tangent(Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t) -> ()",
     fallback=_tangent,
     fake=_fake,
+    triton=_triton("tangent"),
 )
 _norm_act_pool_backward_tangent = define(
     f"norm_act_pool_backward_tangent(Tensor gy_dot, Tensor gy, Tensor u, {_SAVED}, Tensor r, Tensor t, "
     "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
+    triton=_triton("backward_tangent"),
 )
 
 

@@ -1,0 +1,328 @@
+"""Device code of ``norm_act_pool``: four orders, each a reduction (`*_sums`) and an elementwise pass (`*_apply`).
+
+C channels; T tasks; M dense rows (image, pixel) of a task, Mo rows of the result; S pieces of `piece` dense rows and of
+`stretch` rows of the result. CA says that C is a multiple of 16; BM, BC are the rows and channels of a tile.
+"""
+
+import triton
+import triton.language as tl
+
+from ._batch_norm_passes import combine, gate, keep, moments, row, tile, total
+
+_SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "row_stride"]
+_ROWS = ["mean_ptr", "rstd_ptr", "gamma_ptr", "beta_ptr", "ggamma_ptr", "gbeta_ptr", "r_ptr", "t_ptr"]
+
+
+@triton.jit
+def _columns(c, C, CA: tl.constexpr):
+    """Number of channels, marked a multiple of 16 when it is, so that loads along them are wide."""
+    if CA:
+        C = C // 16 * 16
+    return C
+
+
+@triton.jit
+def _pooled(first, stop, c, C, H, W, CA: tl.constexpr, BM: tl.constexpr):
+    """Offsets [BM, BC] of rows of the result, of the first element of their windows, and which of them count."""
+    m = first + tl.arange(0, BM)
+    Wo = W // 2
+    window = Wo * (H // 2)
+    pixel = m % window
+    dense = m // window * (H * W) + pixel // Wo * 2 * W + pixel % Wo * 2
+    valid = (m < stop)[:, None] & (c < C)[None, :]
+    C = _columns(c, C, CA)
+    return m[:, None] * C + c[None, :], dense[:, None] * C + c[None, :], valid
+
+
+@triton.jit
+def _chosen(index_ptr, first, stop, c, C, H, W, CA: tl.constexpr, POOL: tl.constexpr, BM: tl.constexpr):
+    """Offsets [BM, BC] of rows of the result, of the element each of them came from, and which of them count."""
+    if POOL:
+        out, dense, valid = _pooled(first, stop, c, C, H, W, CA, BM)
+        position = tl.load(index_ptr + out, mask=valid, other=0).to(tl.int32)
+        dense += (position // 2 * W + position % 2) * C
+    else:
+        out, valid = tile(first, stop, c, C, 1, True, CA, BM)
+        dense = out
+    return out, dense, valid
+
+
+@triton.jit
+def _spread(g_ptr, index_ptr, first, stop, c, C, H, W, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
+            BM: tl.constexpr):  # fmt: skip
+    """Gradient [BM, BC] of dense rows: that of the window where the pool took this element, else zero."""
+    if POOL:
+        m = first + tl.arange(0, BM)
+        pixel = m % (H * W)
+        i = pixel // W
+        j = pixel % W
+        inside = (m < stop) & (i // 2 < H // 2) & (j // 2 < W // 2)
+        out = (m // (H * W) * (H // 2) + i // 2) * (W // 2) + j // 2
+        valid = inside[:, None] & (c < C)[None, :]
+        offsets = out[:, None] * _columns(c, C, CA) + c[None, :]
+        position = tl.load(index_ptr + offsets, mask=valid, other=4).to(tl.int32)
+        mine = position == (i % 2 * 2 + j % 2)[:, None]
+        g = tl.load(g_ptr + offsets, mask=valid & mine, other=0.0).to(ACC)
+    else:
+        offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
+        g = tl.load(g_ptr + offsets, mask=valid, other=0.0).to(ACC)
+    return g
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def forward_sums(z_ptr, part_ptr, C, M, T, S, piece, CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                  BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    stop = tl.minimum(M, (s + 1) * piece)
+    mean, squares = moments(z_ptr + t.to(tl.int64) * M * C, s * piece, stop, c, C, 1, True, CA, ACC, BM, BC)
+    keep(part_ptr, 0, mean, t, c, s, C, T, S)
+    keep(part_ptr, 1, squares, t, c, s, C, T, S)
+
+
+@triton.jit
+def _activate(z, mean, rstd, gamma, beta, slope, ACC: tl.constexpr):
+    before = (z.to(ACC) - mean[None, :]) * rstd[None, :] * gamma[None, :] + beta[None, :]
+    return before * gate(before, slope, ACC)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_ptr, rstd_ptr, eps: tl.float64,
+                   slope: tl.float64, C, H, W, M, Mo, T, S, piece, stretch, row_stride, CA: tl.constexpr,
+                   POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+                   BS: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    mean, _, rstd = combine(part_ptr, eps, t, c, C, M, T, S, piece, ACC, BS)
+    if s == 0:
+        tl.store(mean_ptr + t * C + c, mean, mask=c < C)
+        tl.store(rstd_ptr + t * C + c, rstd, mask=c < C)
+    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
+    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    leak = tl.full([1, 1], slope, ACC)
+    z_ptr += t.to(tl.int64) * M * C
+    y_ptr += t.to(tl.int64) * Mo * C
+    stop = tl.minimum(Mo, (s + 1) * stretch)
+    for first in range(s * stretch, stop, BM):
+        if POOL:
+            out, dense, valid = _pooled(first, stop, c, C, H, W, CA, BM)
+            best = _activate(
+                tl.load(z_ptr + dense, mask=valid, other=0.0), mean, rstd, gamma, beta, leak, ACC
+            )
+            position = tl.zeros([BM, BC], tl.int32)
+            for k in tl.static_range(1, 4):
+                z = tl.load(z_ptr + dense + (k // 2 * W + k % 2) * C, mask=valid, other=0.0)
+                y = _activate(z, mean, rstd, gamma, beta, leak, ACC)
+                better = (y > best) | (y != y)  # a NaN is passed on
+                best = tl.where(better, y, best)
+                position = tl.where(better, k, position)
+            tl.store(index_ptr + t.to(tl.int64) * Mo * C + out, position.to(tl.uint8), mask=valid)
+            tl.store(y_ptr + out, best, mask=valid)
+        else:
+            out, valid = tile(first, stop, c, C, 1, True, CA, BM)
+            y = _activate(tl.load(z_ptr + out, mask=valid, other=0.0), mean, rstd, gamma, beta, leak, ACC)
+            tl.store(y_ptr + out, y, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, slope: tl.float64, C,
+                   H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
+                   BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    mean = row(mean_ptr + t * C, c, C, ACC)
+    rstd = row(rstd_ptr + t * C, c, C, ACC)
+    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
+    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    leak = tl.full([1, 1], slope, ACC)
+    pooled = t.to(tl.int64) * Mo * C
+    z_ptr += t.to(tl.int64) * M * C
+    g_sum = tl.zeros([BM, BC], ACC)
+    gx_sum = tl.zeros([BM, BC], ACC)
+    stop = tl.minimum(Mo, (s + 1) * stretch)
+    for first in range(s * stretch, stop, BM):
+        out, dense, valid = _chosen(index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, BM)
+        z = tl.load(z_ptr + dense, mask=valid, other=0.0).to(ACC)
+        normal = (z - mean[None, :]) * rstd[None, :]
+        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        g = tl.load(gy_ptr + pooled + out, mask=valid, other=0.0).to(ACC) * slopes
+        g_sum += g
+        gx_sum += g * normal
+    keep(part_ptr, 0, tl.sum(g_sum, axis=0), t, c, s, C, T, S)
+    keep(part_ptr, 1, tl.sum(gx_sum, axis=0), t, c, s, C, T, S)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, gz_ptr, ggamma_ptr,
+                    gbeta_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr,
+                    POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+                    BS: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    g_total = total(part_ptr, 0, t, c, C, T, S, ACC, BS)
+    gx_total = total(part_ptr, 1, t, c, C, T, S, ACC, BS)
+    if s == 0:
+        tl.store(gbeta_ptr + t * C + c, g_total, mask=c < C)
+        tl.store(ggamma_ptr + t * C + c, gx_total, mask=c < C)
+    p = g_total / M.to(ACC)
+    q = gx_total / M.to(ACC)
+    mean = row(mean_ptr + t * C, c, C, ACC)
+    rstd = row(rstd_ptr + t * C, c, C, ACC)
+    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
+    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    leak = tl.full([1, 1], slope, ACC)
+    pooled = t.to(tl.int64) * Mo * C
+    dense = t.to(tl.int64) * M * C
+    stop = tl.minimum(M, (s + 1) * piece)
+    for first in range(s * piece, stop, BM):
+        offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
+        z = tl.load(z_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
+        normal = (z - mean[None, :]) * rstd[None, :]
+        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        g = _spread(gy_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM) * slopes
+        gz = (gamma * rstd)[None, :] * (g - p[None, :] - normal * q[None, :])
+        tl.store(gz_ptr + dense + offsets, gz, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, CA: tl.constexpr,
+                  ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    mean = row(mean_ptr + t * C, c, C, ACC)
+    rstd = row(rstd_ptr + t * C, c, C, ACC)
+    dense = t.to(tl.int64) * M * C
+    u_sum = tl.zeros([BM, BC], ACC)
+    ux_sum = tl.zeros([BM, BC], ACC)
+    stop = tl.minimum(M, (s + 1) * piece)
+    for first in range(s * piece, stop, BM):
+        offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
+        z = tl.load(z_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
+        u = tl.load(u_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
+        u_sum += u
+        ux_sum += u * ((z - mean[None, :]) * rstd[None, :])
+    keep(part_ptr, 0, tl.sum(u_sum, axis=0), t, c, s, C, T, S)
+    keep(part_ptr, 1, tl.sum(ux_sum, axis=0), t, c, s, C, T, S)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, uy_ptr, r_ptr, t_ptr,
+                   slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr,
+                   POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+                   BS: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    along = total(part_ptr, 0, t, c, C, T, S, ACC, BS) / M.to(ACC)
+    across = total(part_ptr, 1, t, c, C, T, S, ACC, BS) / M.to(ACC)
+    if s == 0:
+        tl.store(r_ptr + t * C + c, along, mask=c < C)
+        tl.store(t_ptr + t * C + c, across, mask=c < C)
+    mean = row(mean_ptr + t * C, c, C, ACC)
+    rstd = row(rstd_ptr + t * C, c, C, ACC)
+    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
+    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    leak = tl.full([1, 1], slope, ACC)
+    pooled = t.to(tl.int64) * Mo * C
+    dense = t.to(tl.int64) * M * C
+    stop = tl.minimum(Mo, (s + 1) * stretch)
+    for first in range(s * stretch, stop, BM):
+        out, source, valid = _chosen(index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, BM)
+        z = tl.load(z_ptr + dense + source, mask=valid, other=0.0).to(ACC)
+        u = tl.load(u_ptr + dense + source, mask=valid, other=0.0).to(ACC)
+        normal = (z - mean[None, :]) * rstd[None, :]
+        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        uy = (gamma * rstd)[None, :] * (u - along[None, :] - normal * across[None, :]) * slopes
+        tl.store(uy_ptr + pooled + out, uy, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
+                           part_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr,
+                           POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                           BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    mean = row(mean_ptr + t * C, c, C, ACC)
+    rstd = row(rstd_ptr + t * C, c, C, ACC)
+    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
+    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    leak = tl.full([1, 1], slope, ACC)
+    pooled = t.to(tl.int64) * Mo * C
+    dense = t.to(tl.int64) * M * C
+    g_sum = tl.zeros([BM, BC], ACC)
+    gx_sum = tl.zeros([BM, BC], ACC)
+    gu_sum = tl.zeros([BM, BC], ACC)
+    d_sum = tl.zeros([BM, BC], ACC)
+    dx_sum = tl.zeros([BM, BC], ACC)
+    stop = tl.minimum(Mo, (s + 1) * stretch)
+    for first in range(s * stretch, stop, BM):
+        out, source, valid = _chosen(index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, BM)
+        z = tl.load(z_ptr + dense + source, mask=valid, other=0.0).to(ACC)
+        u = tl.load(u_ptr + dense + source, mask=valid, other=0.0).to(ACC)
+        normal = (z - mean[None, :]) * rstd[None, :]
+        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        g = tl.load(gy_ptr + pooled + out, mask=valid, other=0.0).to(ACC) * slopes
+        d = tl.load(gy_dot_ptr + pooled + out, mask=valid, other=0.0).to(ACC) * slopes
+        g_sum += g
+        gx_sum += g * normal
+        gu_sum += g * u
+        d_sum += d
+        dx_sum += d * normal
+    keep(part_ptr, 0, tl.sum(g_sum, axis=0), t, c, s, C, T, S)
+    keep(part_ptr, 1, tl.sum(gx_sum, axis=0), t, c, s, C, T, S)
+    keep(part_ptr, 2, tl.sum(gu_sum, axis=0), t, c, s, C, T, S)
+    keep(part_ptr, 3, tl.sum(d_sum, axis=0), t, c, s, C, T, S)
+    keep(part_ptr, 4, tl.sum(dx_sum, axis=0), t, c, s, C, T, S)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
+                            r_ptr, t_ptr, part_ptr, gz_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64, C, H, W, M, Mo,
+                            T, S, piece, row_stride, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
+                            BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    count = M.to(ACC)
+    p = total(part_ptr, 0, t, c, C, T, S, ACC, BS) / count
+    q = total(part_ptr, 1, t, c, C, T, S, ACC, BS) / count
+    w = total(part_ptr, 2, t, c, C, T, S, ACC, BS) / count
+    p_dot = total(part_ptr, 3, t, c, C, T, S, ACC, BS) / count
+    q_dot = total(part_ptr, 4, t, c, C, T, S, ACC, BS) / count
+    mean = row(mean_ptr + t * C, c, C, ACC)
+    rstd = row(rstd_ptr + t * C, c, C, ACC)
+    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
+    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    along = row(r_ptr + t * C, c, C, ACC)
+    across = row(t_ptr + t * C, c, C, ACC)
+    q_dot += rstd * (w - along * p - across * q)
+    if s == 0:
+        tl.store(gbeta_ptr + t * C + c, count * p_dot, mask=c < C)
+        tl.store(ggamma_ptr + t * C + c, count * q_dot, mask=c < C)
+    scale = gamma * rstd
+    of_normal = scale * (2.0 * rstd * q * across - q_dot)
+    of_u = scale * rstd * q
+    constant = scale * (rstd * (q * along + across * p) - p_dot)
+    shrink = rstd * across
+    leak = tl.full([1, 1], slope, ACC)
+    pooled = t.to(tl.int64) * Mo * C
+    dense = t.to(tl.int64) * M * C
+    stop = tl.minimum(M, (s + 1) * piece)
+    for first in range(s * piece, stop, BM):
+        offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
+        z = tl.load(z_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
+        u = tl.load(u_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
+        normal = (z - mean[None, :]) * rstd[None, :]
+        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        g = _spread(gy_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM)
+        d = _spread(gy_dot_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM)
+        gradients = scale[None, :] * slopes * (d - shrink[None, :] * g)
+        gz = gradients + of_normal[None, :] * normal - of_u[None, :] * u + constant[None, :]
+        tl.store(gz_ptr + dense + offsets, gz, mask=valid)

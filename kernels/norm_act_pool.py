@@ -1,0 +1,220 @@
+"""Batch norm, leaky ReLU and 2x2 max-pool of task-batched, channels-last activations, four orders, on a GPU.
+
+Arguments and formulas are those of ``mamlpp_fast.ops.norm_act_pool``. Each order is a reduction, which cuts the rows of
+a task into at most 32 pieces and leaves one partial sum of each, and an elementwise pass, which adds them up in a fixed
+order: no atomics. What the pool dropped has no gradient, so sums that hold one run over the pooled grid.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _norm_act_pool_kernels as kernels
+from ._launch import TYPE_NAMES, Configuration, accumulator, split
+
+_PIECES = 32
+_WARPS = 4
+
+
+def _wide(row_like: Tensor, mean: Tensor) -> Tensor:
+    """γ or β as the kernels take it: contiguous, in the type of the statistics."""
+    return row_like.to(mean.dtype).contiguous()
+
+
+class _Launch:
+    """Sizes, grid and constexprs of one call; `cut` are the size arguments by name."""
+
+    def __init__(
+        self, z: Tensor, mean: Tensor, gamma: Tensor, beta: Tensor, slope: float, pool: bool
+    ) -> None:
+        tasks, images, height, width, channels = z.shape
+        step = 2 if pool else 1
+        rows, out = images * height * width, images * (height // step) * (width // step)
+        if rows * channels >= 2**31:
+            raise ValueError(f"z: expected fewer than 2**31 elements a task, got shape {tuple(z.shape)}")
+        if z.dtype not in _TYPES or mean.dtype != accumulator(z.dtype)[0]:
+            raise TypeError(
+                "z, mean: expected float32 or bfloat16 with float32, or float64 with float64, "
+                f"got {z.dtype} and {mean.dtype}"
+            )
+        self.constants = _constants(z.dtype, channels, pool)
+        blocks = triton.cdiv(channels, self.constants["BC"])
+        piece, pieces = split(rows, blocks * tasks, self.constants["BM"], limit=_PIECES)
+        self.grid = (blocks, tasks, pieces)
+        self.tasks, self.channels, self.pieces = tasks, channels, pieces
+        self.sizes = {f"{n}_ptr": tasks * rows * channels for n in ("z", "u", "gz")}
+        self.sizes |= {f"{n}_ptr": tasks * out * channels for n in ("y", "gy", "uy", "gy_dot")}
+        self.sizes |= {f"{n}_ptr": tasks * channels for n in ("mean", "rstd", "ggamma", "gbeta", "r", "t")}
+        if pool:
+            self.sizes["index_ptr"] = tasks * out * channels
+        gamma, beta = torch.broadcast_tensors(_wide(gamma, mean), _wide(beta, mean))
+        self.gamma, self.beta = gamma.contiguous(), beta.contiguous()
+        self.arguments: dict[str, Any] = {
+            "C": channels, "H": height, "W": width, "M": rows, "Mo": out, "T": tasks, "S": pieces, "piece": piece,
+            "stretch": triton.cdiv(out, pieces), "row_stride": channels if gamma.dim() == 2 else 0, "slope": slope,
+        }  # fmt: skip
+
+    def parts(self, mean: Tensor, quantities: int) -> Tensor:
+        return mean.new_empty(quantities, self.pieces, self.tasks, self.channels)
+
+    def __call__(self, kernel: Any, *tensors: Tensor, **scalars: float) -> None:
+        for name, tensor in zip(kernel.arg_names, tensors, strict=False):
+            if not tensor.is_contiguous() or (name in _ALIGNED and tensor.data_ptr() % 16):
+                raise ValueError(
+                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
+                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
+                )
+            if (size := self.sizes.get(name)) is not None and tensor.numel() != size:
+                raise ValueError(
+                    f"{name.removesuffix('_ptr')}: expected {size} elements, got {tuple(tensor.shape)}"
+                )
+        given = {**self.arguments, **scalars, **self.constants, "BS": _PIECES}
+        names = kernel.arg_names[len(tensors) :]
+        kernel[self.grid](*tensors, **{n: given[n] for n in names}, num_warps=_WARPS)
+
+
+def forward(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    slope: float,
+    pool: bool,
+    y: Tensor,
+    index: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    """``norm_act_pool`` of ``mamlpp_fast.ops``, as are the three below; all tensors contiguous."""
+    launch = _Launch(z, mean, gamma, beta, slope, pool)
+    parts = launch.parts(mean, 2)
+    launch(kernels.forward_sums, z, parts)
+    launch(kernels.forward_apply, z, launch.gamma, launch.beta, parts, y, index, mean, rstd, eps=eps)
+
+
+def backward(
+    gy: Tensor,
+    z: Tensor,
+    index: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    slope: float,
+    pool: bool,
+    gz: Tensor,
+    ggamma: Tensor,
+    gbeta: Tensor,
+) -> None:
+    """``norm_act_pool_backward``."""
+    launch = _Launch(z, mean, gamma, beta, slope, pool)
+    saved = (gy, z, index, mean, rstd, launch.gamma, launch.beta)
+    parts = launch.parts(mean, 2)
+    launch(kernels.backward_sums, *saved, parts)
+    launch(kernels.backward_apply, *saved, parts, gz, ggamma, gbeta)
+
+
+def tangent(
+    u: Tensor,
+    z: Tensor,
+    index: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    slope: float,
+    pool: bool,
+    uy: Tensor,
+    r: Tensor,
+    t: Tensor,
+) -> None:
+    """``norm_act_pool_tangent``."""
+    launch = _Launch(z, mean, gamma, beta, slope, pool)
+    parts = launch.parts(mean, 2)
+    launch(kernels.tangent_sums, u, z, mean, rstd, parts)
+    launch(kernels.tangent_apply, u, z, index, mean, rstd, launch.gamma, launch.beta, parts, uy, r, t)
+
+
+def backward_tangent(
+    gy_dot: Tensor,
+    gy: Tensor,
+    u: Tensor,
+    z: Tensor,
+    index: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    slope: float,
+    r: Tensor,
+    t: Tensor,
+    pool: bool,
+    gz_dot: Tensor,
+    ggamma_dot: Tensor,
+    gbeta_dot: Tensor,
+) -> None:
+    """``norm_act_pool_backward_tangent``."""
+    launch = _Launch(z, mean, gamma, beta, slope, pool)
+    saved = (gy_dot, gy, u, z, index, mean, rstd, launch.gamma, launch.beta)
+    parts = launch.parts(mean, 5)
+    launch(kernels.backward_tangent_sums, *saved, parts)
+    launch(kernels.backward_tangent_apply, *saved, r, t, parts, gz_dot, ggamma_dot, gbeta_dot)
+
+
+_TYPES = (torch.float64, torch.float32, torch.bfloat16)
+_IMAGES = {f"{n}_ptr" for n in ("z", "y", "gy", "gz", "u", "uy", "gy_dot")}
+_ALIGNED = _IMAGES | {"index_ptr", "part_ptr"}
+_KERNELS = (
+    kernels.forward_sums,
+    kernels.forward_apply,
+    kernels.backward_sums,
+    kernels.backward_apply,
+    kernels.tangent_sums,
+    kernels.tangent_apply,
+    kernels.backward_tangent_sums,
+    kernels.backward_tangent_apply,
+)
+
+
+def _constants(dtype: torch.dtype, channels: int, pool: bool) -> dict[str, Any]:
+    """Launch configuration: 32 rows of 32 neighbouring channels at a time, four warps."""
+    return {
+        "CA": channels % 16 == 0 and dtype != torch.float64,
+        "POOL": pool,
+        "ACC": accumulator(dtype)[1],
+        "BM": 32,
+        "BC": 32,
+        "BS": _PIECES,
+    }
+
+
+def launch_configurations() -> Iterator[Configuration]:
+    """Everything a call can launch: three types, channels in multiples of 16 or not, with and without the pool."""
+    for dtype, channels, pool in itertools.product(_TYPES, (64, 5), (True, False)):
+        if dtype == torch.float64 and channels == 64:
+            continue
+        given = _constants(dtype, channels, pool)
+        for kernel in _KERNELS:
+            constants = {n: given[n] for n in kernel.arg_names if n in given}
+            if not pool and "POOL" not in constants:
+                continue
+            kinds = {"eps": "fp64", "slope": "fp64", "index_ptr": "*u8"}
+            rows = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
+            types = {
+                n: f"*{TYPE_NAMES[dtype]}"
+                if n in _IMAGES
+                else kinds.get(n, rows if n.endswith("_ptr") else "i32")
+                for n in kernel.arg_names
+                if n not in constants
+            }
+            pointers = tuple(n for n in types if n in _ALIGNED)
+            label = (
+                f"{kernel.__name__} {'pool' if pool else 'no pool'} C%16={'0' if channels == 64 else 'any'}"
+            )
+            yield Configuration(
+                f"{label} {TYPE_NAMES[dtype]}", kernel, types, constants, _WARPS, aligned=pointers
+            )
