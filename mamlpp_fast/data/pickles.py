@@ -40,6 +40,19 @@ def _scalar(dtype: np.dtype[Any], data: bytes | str = b"") -> Any:
     return np.frombuffer(raw, dtype)[0]
 
 
+def _bytes(data: bytes | str = b"", encoding: str = "latin1") -> bytes:
+    """``bytes`` of given content; ``bytes(10**12)`` would be an allocation by a number in the file."""
+    if isinstance(data, str):
+        return _latin1(data, encoding)
+    if not isinstance(data, bytes):
+        raise pickle.UnpicklingError(f"bytes of {type(data).__name__}")
+    return data
+
+
+def _bytearray(data: bytes | str = b"", encoding: str = "latin1") -> bytearray:
+    return bytearray(_bytes(data, encoding))
+
+
 def _plain_dict(*args: Any) -> dict[Any, Any]:
     """Stands in for the kinds of dict; a defaultdict's factory is dropped."""
     return dict(args[0]) if args and isinstance(args[0], list | dict) else {}
@@ -59,7 +72,9 @@ for _numpy in ("numpy.core", "numpy._core"):
     _ALLOWED[(f"{_numpy}.multiarray", "scalar")] = _scalar
     _ALLOWED[(f"{_numpy}.numeric", "_frombuffer")] = _from_buffer
 for _builtins in ("builtins", "__builtin__"):
-    _ALLOWED.update({(_builtins, t.__name__): t for t in (bytearray, bytes, frozenset, set, list)})
+    _ALLOWED.update({(_builtins, t.__name__): t for t in (frozenset, set, list)})
+    _ALLOWED[(_builtins, "bytes")] = _bytes
+    _ALLOWED[(_builtins, "bytearray")] = _bytearray
 
 
 class _Refused(Exception):
