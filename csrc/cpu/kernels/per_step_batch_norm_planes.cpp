@@ -1,0 +1,215 @@
+// Contiguous tensors [T, N, C, P]: a channel of a task is N planes of P elements, reduced and written by one thread
+// while its data is in that core's L2.
+#include "per_step_batch_norm_math.h"
+
+namespace mf::MF_ISA {
+namespace {
+
+// Reduced in registers before the sums go to double, and what the two passes of the variance read from L1.
+constexpr int64_t kBlockBytes = 16384;
+
+// Clears lanes of a register that the tail of a plane does not own.
+template <typename T>
+struct KeepTail {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Bits Register __attribute__((vector_size(MF_VECTOR_BYTES)));
+  Register mask;
+
+  // Lanes [from, to).
+  MF_INLINE KeepTail(int from, int to) {
+    for (int i = 0; i < Vec<T>::size; ++i) {
+      mask[i] = i >= from && i < to ? Bits{-1} : Bits{0};
+    }
+  }
+  MF_INLINE Vec<T> operator()(Vec<T> v) const {
+    return {reinterpret_cast<typename Vec<T>::Register>(reinterpret_cast<Register>(v.v) & mask)};
+  }
+};
+
+struct KeepAll {
+  template <typename V>
+  MF_INLINE V operator()(V v) const {
+    return v;
+  }
+};
+
+// Calls f(lanes, offset, keep, chain) over n elements. The last, partly filled register starts early, on elements
+// already seen, which `keep` clears (writing them twice is harmless); a plane narrower than a register is read by
+// element.
+template <typename T>
+struct Walk {
+  static constexpr int kWidth = Vec<T>::size;
+  int64_t n, full;
+  KeepTail<T> tail;
+
+  explicit MF_INLINE Walk(int64_t n_)
+      : n(n_),
+        full(n_ / kWidth * kWidth),
+        tail(n_ < kWidth ? 0 : kWidth - static_cast<int>(n_ - full), n_ < kWidth ? static_cast<int>(n_) : kWidth) {}
+
+  // `chain` (0, 1) alternates, for sums that would otherwise wait for each other.
+  template <typename F>
+  MF_INLINE void operator()(F f) const {
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= full; i += 2 * kWidth) {
+      f(AllLanes<T>{}, i, KeepAll{}, Constant<0>{});
+      f(AllLanes<T>{}, i + kWidth, KeepAll{}, Constant<1>{});
+    }
+    if (i < full) {
+      f(AllLanes<T>{}, i, KeepAll{}, Constant<0>{});
+    }
+    if (full < n) {
+      if (full > 0) {
+        f(AllLanes<T>{}, n - kWidth, tail, Constant<1>{});
+      } else {
+        f(FirstLanes<T>{static_cast<int>(n)}, int64_t{0}, tail, Constant<1>{});
+      }
+    }
+  }
+};
+
+// A block: images [n0, n1), pixels [p0, p1) of each, at most kBlockBytes unless one register is more.
+template <typename T, typename F>
+MF_INLINE void for_blocks(const Problem<T>& p, F f) {
+  const int64_t limit = kBlockBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t pixels = p.pixels < limit ? p.pixels : limit;
+  const int64_t images = pixels < p.pixels ? 1 : limit / pixels;
+  for (int64_t n = 0; n < p.images; n += images) {
+    const int64_t last = n + images < p.images ? n + images : p.images;
+    for (int64_t i = 0; i < p.pixels; i += pixels) {
+      f(n, last, i, i + pixels < p.pixels ? i + pixels : p.pixels);
+    }
+  }
+}
+
+template <typename T>
+MF_INLINE int64_t plane(const Problem<T>& p, int64_t t, int64_t n, int64_t c) {
+  return ((t * p.images + n) * p.channels + c) * p.pixels;
+}
+
+// Two passes over each block, whose second corrects the rounding of the first's mean.
+template <typename T>
+MF_INLINE void add_block(const Problem<T>& p, int64_t t, int64_t c, int64_t n0, int64_t n1, int64_t p0, int64_t p1,
+                         Moments& moments) {
+  using V = Vec<T>;
+  const Walk<T> walk(p1 - p0);
+  const double count = static_cast<double>((n1 - n0) * (p1 - p0));
+  V sum[2] = {V::zero(), V::zero()};
+  for (int64_t n = n0; n < n1; ++n) {
+    const T* x = p.x + plane(p, t, n, c) + p0;
+    walk([&](auto lanes, int64_t i, auto keep, auto chain)
+             __attribute__((always_inline)) { sum[chain.value] += keep(lanes.load(x + i)); });
+  }
+  const T near = static_cast<T>(static_cast<double>((sum[0] + sum[1]).sum()) / count);
+  const V centre = V::broadcast(near);
+  V rest[2] = {V::zero(), V::zero()};
+  V squares[2] = {V::zero(), V::zero()};
+  for (int64_t n = n0; n < n1; ++n) {
+    const T* x = p.x + plane(p, t, n, c) + p0;
+    walk([&](auto lanes, int64_t i, auto keep, auto chain) __attribute__((always_inline)) {
+      const V d = keep(lanes.load(x + i) - centre);
+      rest[chain.value] += d;
+      squares[chain.value] = fma(d, d, squares[chain.value]);
+    });
+  }
+  const double shift = static_cast<double>((rest[0] + rest[1]).sum()) / count;
+  const double spread = static_cast<double>((squares[0] + squares[1]).sum());
+  moments.add(count, near + shift, spread - shift * shift * count);
+}
+
+template <typename O, typename T>
+MF_INLINE void write(const Problem<T>& p, int64_t t, int64_t c, const T* constants) {
+  using V = Vec<T>;
+  const typename O::Constants k([&](int i) { return V::broadcast(constants[i]); }, p.slope);
+  const Walk<T> walk(p.pixels);
+  const T* inputs[3] = {p.x, p.gy, p.u};
+  for (int64_t n = 0; n < p.images; ++n) {
+    const int64_t base = plane(p, t, n, c);
+    walk([&](auto lanes, int64_t i, auto, auto) __attribute__((always_inline)) {
+      V in[O::kInputs], out[O::kOutputs];
+      for (int j = 0; j < O::kInputs; ++j) {
+        in[j] = lanes.load(inputs[j] + base + i);
+      }
+      O::apply(k, in, out);
+      for (int j = 0; j < O::kOutputs; ++j) {
+        lanes.store(out[j], p.out[j] + base + i);
+      }
+    });
+  }
+}
+
+template <typename T, bool kLeaky>
+void forward(const Problem<T>& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t t = item / p.channels;
+    const int64_t c = item % p.channels;
+    Moments moments;
+    for_blocks(p, [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) { add_block(p, t, c, n0, n1, p0, p1, moments); });
+    set_statistics(p, t, c, moments.mean, moments.squares);
+    T constants[bn::kMaxConstants];
+    set_normal(p, t, c, constants, 1);
+    write<Forward<T, kLeaky>>(p, t, c, constants);
+  }
+}
+
+template <typename O, typename T, bool kLeaky>
+void differentiate(const Problem<T>& p, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  const T* inputs[3] = {p.x, p.gy, p.u};
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t t = item / p.channels;
+    const int64_t c = item % p.channels;
+    T constants[bn::kMaxConstants];
+    set_normal(p, t, c, constants, 1);
+    const Normal<T, kLeaky> normal([&](int i) { return V::broadcast(constants[i]); }, p.slope);
+    double sums[O::kSums] = {};
+    for_blocks(p, [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+      const Walk<T> walk(p1 - p0);
+      V part[2][O::kSums];
+      for (int j = 0; j < O::kSums; ++j) {
+        part[0][j] = part[1][j] = V::zero();
+      }
+      for (int64_t n = n0; n < n1; ++n) {
+        const int64_t base = plane(p, t, n, c) + p0;
+        walk([&](auto lanes, int64_t i, auto keep, auto chain) __attribute__((always_inline)) {
+          V in[O::kInputs];
+          for (int j = 0; j < O::kInputs; ++j) {
+            in[j] = lanes.load(inputs[j] + base + i);
+          }
+          O::reduce(normal, in, keep, part[O::kChains == 2 ? chain.value : 0]);
+        });
+      }
+      for (int j = 0; j < O::kSums; ++j) {
+        sums[j] += static_cast<double>((part[0][j] + part[1][j]).sum());
+      }
+    });
+    O::finish(p, t, c, sums, constants, 1);
+    write<O>(p, t, c, constants);
+  }
+}
+
+}  // namespace
+
+template <typename T, bool kLeaky>
+bn::Kernels<T> plane_kernels(bn::Order order) {
+  bn::Kernels<T> kernels{};
+  switch (order) {
+    case bn::Order::forward:
+      kernels.planes = forward<T, kLeaky>;
+      break;
+    case bn::Order::backward:
+      kernels.planes = differentiate<Backward<T, kLeaky>, T, kLeaky>;
+      break;
+    case bn::Order::double_backward:
+      kernels.planes = differentiate<DoubleBackward<T, kLeaky>, T, kLeaky>;
+      break;
+  }
+  return kernels;
+}
+
+template bn::Kernels<float> plane_kernels<float, false>(bn::Order);
+template bn::Kernels<float> plane_kernels<float, true>(bn::Order);
+template bn::Kernels<double> plane_kernels<double, false>(bn::Order);
+template bn::Kernels<double> plane_kernels<double, true>(bn::Order);
+
+}  // namespace mf::MF_ISA
