@@ -234,13 +234,10 @@ def test_real_mini(real_data: Path) -> None:
     if not file.is_file():
         pytest.skip(f"no mini_imagenet_val.npz in {real_data}")
     with np.load(file) as a:
-        few = {
-            "jpeg_header": a["jpeg_header"],
-            "scan": a["scan"],
-            "offset": a["offset"],
-            "label": a["label"][:20],
-        }
-        assert len(a["wnid"]) == 16
+        few = {k: a[k] for k in ("jpeg_header", "scan", "offset", "label", "wnid")}
+    assert (len(few["wnid"]), len(few["label"])) == (16, 9600)
+    end = few["offset"][20]
+    few |= {"label": few["label"][:20], "offset": few["offset"][:21], "scan": few["scan"][:end]}
     images = mini._decode_npz(few, "few", str(file), 84)
     assert images.shape == (20, 3, 84, 84)
     assert 60 < images.mean() < 180
