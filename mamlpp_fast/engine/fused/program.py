@@ -1,0 +1,293 @@
+"""Programs: a whole iteration as a flat list of calls on buffers whose addresses never change.
+
+A sweep is written down once, symbolically, with :class:`Emitter`: every call names its function and its buffers. From the
+list follow the lifetimes of the buffers, so that those which are never alive together share memory, and with that the
+bytes the iteration needs, before anything runs. :meth:`Program.bind` turns names into tensors; :meth:`Program.run` calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Buffer", "Emitter", "Instruction", "Program", "Ref", "Workspace"]
+
+_ALIGNMENT = 64
+
+
+class Buffer:
+    """Memory of one tensor: a place in the workspace, or a tensor of its own (``storage``)."""
+
+    def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, storage: Tensor | None = None) -> None:
+        self.name = name
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.tensor = storage
+        self.owned = storage is not None
+        self.first = -1
+        self.last = -1
+        self.offset = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Ref:
+    """A buffer, or a view of one, before it has memory."""
+
+    def __init__(self, buffer: Buffer, views: tuple[Callable[[Tensor], Tensor], ...] = (), meta: Tensor | None = None) -> None:
+        self.buffer = buffer
+        self._views = views
+        self._meta = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta") if meta is None else meta
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._meta.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self._meta.numel() * self._meta.element_size()
+
+    def view(self, fn: Callable[[Tensor], Tensor]) -> Ref:
+        """The view that ``fn`` makes of this one; ``fn`` must not copy."""
+        return Ref(self.buffer, (*self._views, fn), fn(self._meta))
+
+    def __getitem__(self, index: Any) -> Ref:
+        return self.view(lambda t: t[index])
+
+    def reshape(self, *shape: int) -> Ref:
+        return self.view(lambda t: t.view(*shape))
+
+    def tensor(self) -> Tensor:
+        """The tensor, once the buffer has memory."""
+        t = self.buffer.tensor
+        if t is None:
+            raise RuntimeError(f"buffer {self.buffer.name} has no memory yet")
+        for fn in self._views:
+            t = fn(t)
+        return t
+
+
+@dataclass
+class Instruction:
+    """One call; ``phase`` and ``label`` say where in the sweep it stands, ``flops`` counts multiply-adds twice."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    phase: str
+    label: str
+    flops: int
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.fn, "__name__", self.fn)).removesuffix(".default")
+
+    def refs(self) -> Iterator[Ref]:
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Ref):
+                yield value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all operands, each counted once."""
+        return sum(r.nbytes for r in self.refs())
+
+
+class Workspace:
+    """The memory that programs of one engine take turns in; grows to the largest of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self.generation = 0
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes > self.memory.numel():
+            self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            self.generation += 1
+
+
+@dataclass
+class Program:
+    """A list of calls, the workspace bytes they need, and the tensors it owns."""
+
+    instructions: list[Instruction]
+    buffers: list[Buffer]
+    workspace_bytes: int
+    _calls: list[Callable[[], Any]] = field(default_factory=list)
+    _generation: int = -1
+
+    @property
+    def owned_bytes(self) -> int:
+        return sum(b.nbytes for b in self.buffers if b.owned)
+
+    @property
+    def flops(self) -> int:
+        return sum(i.flops for i in self.instructions)
+
+    def bind(self, workspace: Workspace) -> None:
+        """Gives every buffer its place; does nothing while the workspace stays the same."""
+        workspace.reserve(self.workspace_bytes)
+        if self._generation == workspace.generation:
+            return
+        for b in self.buffers:
+            if not b.owned:
+                flat = workspace.memory[b.offset : b.offset + b.nbytes]
+                b.tensor = flat.view(b.dtype).view(b.shape)
+        self._calls = [_bound(i) for i in self.instructions]
+        self._generation = workspace.generation
+
+    def run(self) -> None:
+        for call in self._calls:
+            call()
+
+    def profile(self, repeats: int = 3) -> dict[tuple[str, str, str], float]:
+        """Seconds of each (phase, label, call), the least of ``repeats`` runs; waits for the device after each call."""
+        import time
+
+        device = next(b.tensor.device for b in self.buffers if b.tensor is not None)
+        sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        best: list[float] = [math.inf] * len(self._calls)
+        for _ in range(repeats):
+            for i, call in enumerate(self._calls):
+                start = time.perf_counter()
+                call()
+                sync()
+                best[i] = min(best[i], time.perf_counter() - start)
+        total: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+        for instruction, seconds in zip(self.instructions, best, strict=True):
+            total[instruction.phase.rstrip("0123456789 "), instruction.label, instruction.name] += seconds
+        return dict(total)
+
+    def table(self) -> str:
+        """Calls of every phase and step of the network, with operations and bytes (of one task group)."""
+        rows: dict[tuple[str, str], list[Any]] = {}
+        for i in self.instructions:
+            row = rows.setdefault((i.phase.rstrip("0123456789 "), i.label), [0, 0, 0, Counter[str]()])
+            row[0] += 1
+            row[1] += i.flops
+            row[2] += i.nbytes
+            row[3][i.name] += 1
+        lines = [f"{'phase':<10} {'step':<24} {'calls':>6} {'MFLOP':>10} {'MiB':>9}  operations"]
+        for (phase, label), (calls, flops, nbytes, names) in rows.items():
+            ops = ", ".join(f"{n} x{c}" for n, c in names.most_common(3))
+            lines.append(f"{phase:<10} {label:<24} {calls:>6} {flops / 1e6:>10.1f} {nbytes / 2**20:>9.1f}  {ops}")
+        return "\n".join(lines)
+
+
+class Emitter:
+    """Writes a program down."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | None = None) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.operand_dtype = operand_dtype
+        self.phase = ""
+        self.label = ""
+        self._instructions: list[Instruction] = []
+        self._buffers: list[Buffer] = []
+        self._constants: dict[float, Ref] = {}
+        self._operands: dict[int, tuple[Ref, Ref]] = {}
+
+    def new(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Ref:
+        """A buffer in the workspace, alive from the first call that names it to the last."""
+        buffer = Buffer(name, shape, self.dtype if dtype is None else dtype)
+        self._buffers.append(buffer)
+        return Ref(buffer)
+
+    def like(self, name: str, other: Ref) -> Ref:
+        return self.new(name, other.shape)
+
+    def own(self, name: str, value: Tensor) -> Ref:
+        """A buffer that keeps its contents between iterations."""
+        buffer = Buffer(name, value.shape, value.dtype, value)
+        self._buffers.append(buffer)
+        return Ref(buffer)
+
+    def constant(self, value: float) -> Ref:
+        """A number as a tensor of no axes."""
+        if value not in self._constants:
+            number = torch.tensor(value, dtype=self.dtype, device=self.device)
+            self._constants[value] = self.own(f"{value:g}", number)
+        return self._constants[value]
+
+    def constant_vector(self, value: float, size: int) -> Ref:
+        return self.constant(value).view(lambda t: t.expand(size))
+
+    def call(self, fn: Callable[..., Any], *args: Any, flops: int = 0, **kwargs: Any) -> None:
+        index = len(self._instructions)
+        instruction = Instruction(fn, args, kwargs, self.phase, self.label, flops)
+        for ref in instruction.refs():
+            b = ref.buffer
+            b.first = index if b.first < 0 else b.first
+            b.last = index
+        self._instructions.append(instruction)
+
+    def operand(self, ref: Ref) -> Ref:
+        """``ref`` in the precision that products take their operands in."""
+        if self.operand_dtype is None:
+            return ref
+        if id(ref) not in self._operands:
+            rounded = self.new(f"{ref.buffer.name} rounded", ref.shape, self.operand_dtype)
+            self.call(torch.ops.aten.copy_.default, rounded, ref)
+            self._operands[id(ref)] = (ref, rounded)
+        return self._operands[id(ref)][1]
+
+    def sum(self, name: str, terms: Sequence[Ref]) -> Ref:
+        """The sum of one or more buffers of one shape; a single one is returned as it is."""
+        total = terms[0]
+        for term in terms[1:]:
+            out = self.like(name, total)
+            self.call(torch.ops.aten.add.out, total, term, out=out)
+            total = out
+        return total
+
+    def finish(self) -> Program:
+        used = [b for b in self._buffers if b.owned or b.first >= 0]
+        nbytes = place([b for b in used if not b.owned])
+        return Program(self._instructions, used, nbytes)
+
+
+def place(buffers: Sequence[Buffer]) -> int:
+    """Gives each buffer an offset such that no two alive together overlap; returns the bytes needed.
+
+    Largest first, each at the lowest place that is free throughout its life.
+    """
+    placed: list[Buffer] = []
+    total = 0
+    for b in sorted(buffers, key=lambda b: (-b.nbytes, b.first)):
+        offset = 0
+        busy = [(p.offset, p.offset + p.nbytes) for p in placed if p.first <= b.last and b.first <= p.last]
+        for start, end in sorted(busy):
+            if offset + b.nbytes <= start:
+                break
+            offset = max(offset, _align(end))
+        b.offset = offset
+        placed.append(b)
+        total = max(total, offset + b.nbytes)
+    return _align(total)
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _bound(instruction: Instruction) -> Callable[[], Any]:
+    def tensor(value: Any) -> Any:
+        return value.tensor() if isinstance(value, Ref) else value
+
+    fn = instruction.fn
+    args = tuple(tensor(a) for a in instruction.args)
+    kwargs = {name: tensor(a) for name, a in instruction.kwargs.items()}
+    if kwargs:
+        return lambda: fn(*args, **kwargs)
+    return lambda: fn(*args)

@@ -1,0 +1,29 @@
+"""The steps a lowered network is made of, each with its rules."""
+
+from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Slot, Step
+from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Flatten, Linear
+from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError
+from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
+from mamlpp_fast.engine.fused.steps.pointwise import Activation, MaxPool, ScaleShift
+
+__all__ = [
+    "Activation",
+    "Add",
+    "AveragePool",
+    "Bias",
+    "Conv",
+    "CrossEntropy",
+    "Flatten",
+    "FrozenNorm",
+    "Gradients",
+    "Linear",
+    "Loss",
+    "MaxPool",
+    "NormActPool",
+    "Pass",
+    "Rows",
+    "ScaleShift",
+    "Slot",
+    "SquaredError",
+    "Step",
+]

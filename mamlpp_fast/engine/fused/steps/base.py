@@ -1,0 +1,149 @@
+"""What the steps of a network have in common: the values of a pass and the rules each step must give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlpp_fast.engine.fused.program import Emitter, Ref
+
+__all__ = ["Pass", "Rows", "Slot", "Step", "aten"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter that every task has a copy of, in the layout of the kernels.
+
+    Attributes:
+        name: of the parameter in the model.
+        shape: in the kernels' layout.
+        split: the parameter's shape, some axes split in two.
+        order: the order of those axes in the kernels' layout.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def arrange(self, parameter: Tensor) -> Tensor:
+        """View of a parameter (or its gradient), axes in the kernels' order."""
+        return parameter.view(self.split).permute(self.order)
+
+    def arranged(self, stored: Tensor) -> Tensor:
+        """View of a tensor in the kernels' layout with the axes of :meth:`arrange`."""
+        return stored.view([self.split[i] for i in self.order])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch norm's weight and bias, shared by all tasks, a row for each inner step (or one for all)."""
+
+    name: str
+    weight: str | None
+    bias: str | None
+    rows: int
+    per_step: bool
+    channels: int
+
+
+@dataclass
+class Pass:
+    """One pass of a batch of tasks through the network.
+
+    Attributes:
+        tasks, images: sizes [T, N] of every activation.
+        step: the inner step, which chooses batch-norm rows.
+        weights: fast weights by slot name.
+        rows: batch-norm weight and bias [C] by batch norm.
+        stats: where batch norms leave mean and 1/std [T, C], by name; scratch memory where absent.
+        row_grads: where batch norms leave the gradients [T, C] of weight and bias, likewise.
+        values: activations; tangents: their derivatives along ``directions``, absent where zero.
+        grads: gradients of the loss with respect to the activations, absent where not needed.
+        saved: what a step keeps from its forward for its other rules.
+    """
+
+    tasks: int
+    images: int
+    step: int
+    weights: Mapping[str, Ref]
+    rows: Mapping[str, tuple[Ref, Ref]]
+    values: dict[int, Ref]
+    stats: Mapping[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    directions: Mapping[str, Ref] = field(default_factory=dict)
+    tangents: dict[int, Ref] = field(default_factory=dict)
+    grads: dict[int, Ref] = field(default_factory=dict)
+    saved: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Gradients:
+    """What a backward rule finds: activations' and parameters' gradients, several terms an activation."""
+
+    wanted_values: frozenset[int]
+    wanted_params: frozenset[str]
+    terms: dict[int, list[Ref]] = field(default_factory=dict)
+    params: dict[str, Ref] = field(default_factory=dict)
+    row_memory: Mapping[str, tuple[Ref, Ref]] = field(default_factory=dict)
+
+    def add(self, value: int, ref: Ref) -> None:
+        self.terms.setdefault(value, []).append(ref)
+
+
+@dataclass
+class Step:
+    """One operation of the lowered network.
+
+    Every rule reads and writes a :class:`Pass` and leaves calls with the emitter:
+
+    - ``forward`` makes the output's value;
+    - ``backward`` takes the gradient ``gy`` of the output to the inputs and parameters;
+    - ``tangent`` makes the output's derivative along the pass's directions (the output is known to have one);
+    - ``backward_tangent`` is the derivative of ``backward`` along the same: from ``gy_dot`` (and ``gy``, where
+      anything upstream has a tangent).
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    output: int
+    shape: tuple[int, ...]
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return ()
+
+    @property
+    def rows(self) -> Rows | None:
+        return None
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+    def params(self) -> frozenset[str]:
+        """Names of the model's parameters that take a gradient here."""
+        names = {s.name for s in self.slots}
+        if self.rows is not None:
+            names |= {n for n in (self.rows.weight, self.rows.bias) if n is not None}
+        return frozenset(names)
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        raise NotImplementedError
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        raise NotImplementedError
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        raise NotImplementedError
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        raise NotImplementedError
+
+    def new_output(self, em: Emitter, ps: Pass, prefix: str = "") -> Ref:
+        return em.new(f"{prefix}{self.name}", (ps.tasks, ps.images, *self.shape))

@@ -1,0 +1,272 @@
+"""Steps that are linear in their input: convolution, fully connected layer, sum, bias, pooling of averages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mamlpp_fast.engine.fused.program import Emitter, Ref
+from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
+from mamlpp_fast.ops import task_conv2d as _  # registers the operations
+
+__all__ = ["Add", "AveragePool", "Bias", "Conv", "Flatten", "Linear"]
+
+ops = torch.ops.mamlpp_fast
+
+
+@dataclass
+class Conv(Step):
+    """Convolution without bias, kernel 1x1 or 3x3."""
+
+    weight: Slot
+    stride: int
+    padding: int
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return (self.weight,)
+
+    def _flops(self, ps: Pass, pairs: int) -> int:
+        kh, kw, ci, _ = self.weight.shape
+        return 2 * pairs * ps.tasks * ps.images * math.prod(self.shape) * kh * kw * ci
+
+    def _product(self, em: Emitter, ps: Pass, op: str, pairs: list[tuple[Ref, Ref]], out: Ref) -> None:
+        first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
+        operands = [None if r is None else em.operand(r) for r in (*first, *second)]
+        fn = getattr(ops, op).default
+        em.call(fn, *operands, self.stride, self.padding, out, flops=self._flops(ps, len(pairs)))
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps)
+        x, w = ps.values[self.inputs[0]], ps.weights[self.weight.name]
+        self._product(em, ps, "task_conv2d", [(x, w)], out)
+        ps.values[self.output] = out
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        x, w = ps.values[self.inputs[0]], ps.weights[self.weight.name]
+        u, v = ps.tangents.get(self.inputs[0]), ps.directions.get(self.weight.name)
+        pairs = ([] if u is None else [(u, w)]) + ([] if v is None else [(x, v)])
+        out = self.new_output(em, ps, "tangent of ")
+        self._product(em, ps, "task_conv2d", pairs, out)
+        ps.tangents[self.output] = out
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        self._backward(em, ps, [gy, None], out)
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self._backward(em, ps, [gy_dot, gy], out)
+
+    def _backward(self, em: Emitter, ps: Pass, gs: tuple[Ref, Ref | None], out: Gradients) -> None:
+        """Gradients for [g, None], or their derivative for [g_dot, g]."""
+        source, name = self.inputs[0], self.weight.name
+        x, w = ps.values[source], ps.weights[name]
+        u, v = (ps.tangents.get(source), ps.directions.get(name)) if gs[1] is not None else (None, None)
+        if source in out.wanted_values:
+            pairs = [(gs[0], w)] + ([] if v is None else [(gs[1], v)])
+            gx = em.like(f"gradient of input of {self.name}", x)
+            self._product(em, ps, "task_conv2d_to_input", pairs, gx)
+            out.add(source, gx)
+        if name in out.wanted_params:
+            pairs = [(x, gs[0])] + ([] if u is None else [(u, gs[1])])
+            gw = em.new(f"gradient of {name}", (ps.tasks, *self.weight.shape))
+            self._product(em, ps, "task_conv2d_to_weight", pairs, gw)
+            out.params[name] = gw
+
+
+@dataclass
+class Bias(Step):
+    """Adds a bias per channel; an inert one takes no gradient."""
+
+    bias: Slot
+    inert: bool
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return (self.bias,)
+
+    def params(self) -> frozenset[str]:
+        return frozenset() if self.inert else super().params()
+
+    def _broadcast(self, ps: Pass, bias: Ref) -> Ref:
+        return bias.reshape(ps.tasks, *([1] * len(self.shape)), self.shape[-1])
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps)
+        em.call(aten.add.out, ps.values[self.inputs[0]], self._broadcast(ps, ps.weights[self.bias.name]), out=out)
+        ps.values[self.output] = out
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        u, b = ps.tangents.get(self.inputs[0]), ps.directions.get(self.bias.name)
+        if b is None or self.inert:
+            ps.tangents[self.output] = ps.tangents[self.inputs[0]]
+            return
+        out = self.new_output(em, ps, "tangent of ")
+        if u is None:
+            em.call(aten.copy_.default, out, self._broadcast(ps, b))
+        else:
+            em.call(aten.add.out, u, self._broadcast(ps, b), out=out)
+        ps.tangents[self.output] = out
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], gy)
+        if self.bias.name in out.wanted_params and not self.inert:
+            gb = em.new(f"gradient of {self.bias.name}", (ps.tasks, *self.bias.shape))
+            em.call(aten.sum.IntList_out, gy, list(range(1, 1 + len(self.shape))), out=gb)
+            out.params[self.bias.name] = gb
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self.backward(em, ps, gy_dot, out)
+
+
+@dataclass
+class Linear(Step):
+    """Fully connected layer; its weights are stored [in, out]."""
+
+    weight: Slot
+    bias: Slot | None
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def _flops(self, ps: Pass) -> int:
+        return 2 * ps.tasks * ps.images * math.prod(self.weight.shape)
+
+    def _product(self, em: Emitter, ps: Pass, terms: list[tuple[Ref, Ref]], start: Ref | None, out: Ref) -> None:
+        """``out`` = sum of matrix products of ``terms`` (+ ``start``)."""
+        for i, (a, b) in enumerate(terms):
+            if i == 0 and start is None:
+                em.call(aten.bmm.out, a, b, out=out, flops=self._flops(ps))
+            else:
+                em.call(aten.baddbmm.out, start if i == 0 else out, a, b, out=out, flops=self._flops(ps))
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps)
+        bias = None if self.bias is None else ps.weights[self.bias.name].view(lambda t: t.unsqueeze(1))
+        self._product(em, ps, [(ps.values[self.inputs[0]], ps.weights[self.weight.name])], bias, out)
+        ps.values[self.output] = out
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        x, w = ps.values[self.inputs[0]], ps.weights[self.weight.name]
+        u, v = ps.tangents.get(self.inputs[0]), ps.directions.get(self.weight.name)
+        b = None if self.bias is None else ps.directions.get(self.bias.name)
+        terms = ([] if u is None else [(u, w)]) + ([] if v is None else [(x, v)])
+        start = None if b is None else b.view(lambda t: t.unsqueeze(1))
+        out = self.new_output(em, ps, "tangent of ")
+        if not terms:
+            assert start is not None
+            em.call(aten.copy_.default, out, start)
+        self._product(em, ps, terms, start, out)
+        ps.tangents[self.output] = out
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        self._backward(em, ps, [gy, None], out)
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self._backward(em, ps, [gy_dot, gy], out)
+
+    def _backward(self, em: Emitter, ps: Pass, gs: list[Ref | None], out: Gradients) -> None:
+        source, name = self.inputs[0], self.weight.name
+        x, w = ps.values[source], ps.weights[name]
+        u, v = (ps.tangents.get(source), ps.directions.get(name)) if gs[1] is not None else (None, None)
+        g, g0 = gs
+        assert g is not None
+        if source in out.wanted_values:
+            terms = [(g, _transposed(w))] + ([] if v is None or g0 is None else [(g0, _transposed(v))])
+            gx = em.like(f"gradient of input of {self.name}", x)
+            self._product(em, ps, terms, None, gx)
+            out.add(source, gx)
+        if name in out.wanted_params:
+            terms = [(_transposed(x), g)] + ([] if u is None or g0 is None else [(_transposed(u), g0)])
+            gw = em.new(f"gradient of {name}", (ps.tasks, *self.weight.shape))
+            self._product(em, ps, terms, None, gw)
+            out.params[name] = gw
+        if self.bias is not None and self.bias.name in out.wanted_params:
+            gb = em.new(f"gradient of {self.bias.name}", (ps.tasks, *self.bias.shape))
+            em.call(aten.sum.IntList_out, g, [1], out=gb)
+            out.params[self.bias.name] = gb
+
+
+def _transposed(ref: Ref) -> Ref:
+    return ref.view(lambda t: t.transpose(1, 2))
+
+
+class _Plain(Step):
+    """A step without parameters that is linear: one rule forward, one backward."""
+
+    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
+        raise NotImplementedError
+
+    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        raise NotImplementedError
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        ps.values[self.output] = self.apply(em, ps, [ps.values[i] for i in self.inputs], "")
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        xs = [ps.tangents[i] for i in self.inputs if i in ps.tangents]
+        ps.tangents[self.output] = self.apply(em, ps, xs, "tangent of ")
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        self.transpose(em, ps, gy, out)
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self.transpose(em, ps, gy_dot, out)
+
+
+class Add(_Plain):
+    """Sum of two activations (a residual connection); an input without a tangent adds nothing to the tangent."""
+
+    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
+        return em.sum(f"{prefix}{self.name}", xs)
+
+    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        for i in self.inputs:
+            if i in out.wanted_values:
+                out.add(i, gy)
+
+
+class Flatten(_Plain):
+    """[H, W, C] to [H * W * C]; no work."""
+
+    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
+        return xs[0].reshape(ps.tasks, ps.images, *self.shape)
+
+    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], gy.reshape(*ps.values[self.inputs[0]].shape))
+
+
+@dataclass
+class AveragePool(_Plain):
+    """Means over windows [height, width] side by side; pixels beyond the last whole window are left out."""
+
+    window: tuple[int, int]
+
+    def _windows(self, x: Ref) -> Ref:
+        (h, w), (rows, columns) = self.window, (x.shape[2] // self.window[0], x.shape[3] // self.window[1])
+        return x.view(
+            lambda t: t[:, :, : rows * h, : columns * w].unflatten(3, (columns, w)).unflatten(2, (rows, h))
+        )
+
+    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
+        out = self.new_output(em, ps, prefix)
+        windows = self._windows(xs[0])
+        grid = out.reshape(*windows.shape[:3], windows.shape[4], windows.shape[6])
+        em.call(aten.mean.out, windows, [3, 5], out=grid)
+        return out
+
+    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] not in out.wanted_values:
+            return
+        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
+        windows = self._windows(gx)
+        if windows.nbytes != gx.nbytes:
+            em.call(aten.zero_.default, gx)
+        grid = gy.reshape(*windows.shape[:3], 1, windows.shape[4], 1, windows.shape[6])
+        grid = grid.view(lambda t: t.expand(windows.shape))
+        em.call(aten.mul.out, grid, em.constant(1 / (self.window[0] * self.window[1])), out=windows)
+        out.add(self.inputs[0], gx)

@@ -1,0 +1,124 @@
+"""Losses on top of the network: gradient of the predictions, and its derivative along a tangent of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mamlpp_fast.engine.fused.program import Emitter, Ref
+from mamlpp_fast.engine.fused.steps.base import aten
+
+__all__ = ["CrossEntropy", "Loss", "SquaredError"]
+
+
+@dataclass(frozen=True)
+class LossValue:
+    """Gradient [T, N, O] of the scaled loss, the loss [T] where asked for, and what the tangent rule reads."""
+
+    grad: Ref
+    loss: Ref | None
+    saved: Ref
+    scale: Ref
+
+
+class Loss:
+    """A mean over the images of a task."""
+
+    def load(self, stored: Tensor, labels: Tensor) -> None:
+        """Writes labels or targets [T, N, ...] into ``stored`` [T, N, O]."""
+        raise NotImplementedError
+
+    def check(self, name: str, labels: Tensor) -> None:
+        """Raises ValueError when labels have not the form of this loss's."""
+        raise NotImplementedError
+
+    def value(self, em: Emitter, z: Ref, target: Ref, weight: Ref | None, want_loss: bool) -> LossValue:
+        """The loss of predictions ``z`` times ``weight`` (a device scalar; None for 1), and its gradient."""
+        raise NotImplementedError
+
+    def tangent(self, em: Emitter, value: LossValue, z_dot: Ref) -> Ref:
+        """Derivative of the (unweighted) gradient along ``z_dot``."""
+        raise NotImplementedError
+
+
+def _scaled(em: Emitter, mean: float, weight: Ref | None) -> Ref:
+    scale = em.constant(mean)
+    if weight is None:
+        return scale
+    out = em.new("loss scale", ())
+    em.call(aten.mul.out, weight, scale, out=out)
+    return out
+
+
+class CrossEntropy(Loss):
+    """Softmax cross-entropy; the targets are stored one-hot."""
+
+    def load(self, stored: Tensor, labels: Tensor) -> None:
+        stored.zero_()
+        stored.scatter_(-1, labels.unsqueeze(-1), 1.0)
+
+    def check(self, name: str, labels: Tensor) -> None:
+        if labels.dtype != torch.int64 or labels.ndim != 2:
+            raise ValueError(
+                f"{name}: expected int64 labels [tasks, images], got {labels.dtype} {tuple(labels.shape)}"
+            )
+
+    def value(self, em: Emitter, z: Ref, target: Ref, weight: Ref | None, want_loss: bool) -> LossValue:
+        scale = _scaled(em, 1 / z.shape[1], weight)
+        log_p, p, grad = em.like("log p", z), em.like("p", z), em.like("gradient of logits", z)
+        em.call(aten._log_softmax.out, z, -1, False, out=log_p)
+        em.call(aten.exp.out, log_p, out=p)
+        em.call(aten.sub.out, p, target, out=grad)
+        em.call(aten.mul.out, grad, scale, out=grad)
+        loss = None
+        if want_loss:
+            terms, loss = em.like("loss terms", z), em.new("loss", z.shape[:1])
+            em.call(aten.mul.out, target, log_p, out=terms)
+            em.call(aten.mul.out, terms, scale, out=terms)
+            em.call(aten.sum.IntList_out, terms, [1, 2], out=loss)
+            em.call(aten.neg_.default, loss)
+        return LossValue(grad, loss, p, scale)
+
+    def tangent(self, em: Emitter, value: LossValue, z_dot: Ref) -> Ref:
+        """(P∘u − P (P·u)) / n."""
+        p = value.saved
+        pu, total, out = em.like("p u", z_dot), em.new("p.u", (*z_dot.shape[:2], 1)), em.like("tangent of gradient", z_dot)
+        em.call(aten.mul.out, p, z_dot, out=pu)
+        em.call(aten.sum.IntList_out, pu, [2], True, out=total)
+        em.call(aten.addcmul.out, pu, p, total, value=-1, out=out)
+        em.call(aten.mul.out, out, value.scale, out=out)
+        return out
+
+
+class SquaredError(Loss):
+    """Mean of squared differences over images and outputs."""
+
+    def load(self, stored: Tensor, labels: Tensor) -> None:
+        stored.copy_(labels)
+
+    def check(self, name: str, labels: Tensor) -> None:
+        if not labels.is_floating_point() or labels.ndim != 3:
+            raise ValueError(
+                f"{name}: expected float targets [tasks, images, outputs], got {labels.dtype} {tuple(labels.shape)}"
+            )
+
+    def value(self, em: Emitter, z: Ref, target: Ref, weight: Ref | None, want_loss: bool) -> LossValue:
+        scale = _scaled(em, 1 / (z.shape[1] * z.shape[2]), weight)
+        difference, grad = em.like("difference", z), em.like("gradient of predictions", z)
+        em.call(aten.sub.out, z, target, out=difference)
+        em.call(aten.mul.out, difference, scale, out=grad)
+        loss = None
+        if want_loss:
+            terms, loss = em.like("loss terms", z), em.new("loss", z.shape[:1])
+            em.call(aten.mul.out, difference, grad, out=terms)
+            em.call(aten.sum.IntList_out, terms, [1, 2], out=loss)
+        em.call(aten.add.out, grad, grad, out=grad)
+        return LossValue(grad, loss, difference, scale)
+
+    def tangent(self, em: Emitter, value: LossValue, z_dot: Ref) -> Ref:
+        out = em.like("tangent of gradient", z_dot)
+        em.call(aten.mul.out, z_dot, value.scale, out=out)
+        em.call(aten.add.out, out, out, out=out)
+        return out

@@ -1,0 +1,153 @@
+"""Batch norm with the activation and pooling behind it, and norm from running statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mamlpp_fast.engine.fused.program import Emitter, Ref
+from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Step, aten
+from mamlpp_fast.ops import norm_act_pool as _  # registers the operations
+
+__all__ = ["FrozenNorm", "NormActPool"]
+
+ops = torch.ops.mamlpp_fast
+
+
+@dataclass
+class NormActPool(Step):
+    """Batch norm over a task's images, leaky ReLU (slope 1: none), max-pooling 2x2 where ``pool``: one call a rule.
+
+    With ``per_image`` it is a layer norm: every image has statistics of its own, over all its elements. Without
+    ``affine`` the weight is 1 and the bias 0.
+    """
+
+    affine: Rows | None
+    eps: float
+    slope: float
+    pool: bool
+    per_image: bool = False
+    norm: str = ""
+
+    @property
+    def rows(self) -> Rows | None:
+        return self.affine
+
+    def _view(self, ps: Pass, x: Ref) -> Ref:
+        """[T, N, H, W, C], or the images of all tasks as tasks of one channel."""
+        if not self.per_image:
+            return x
+        return x.reshape(ps.tasks * ps.images, 1, math.prod(x.shape[2:]), 1, 1)
+
+    def _stats_shape(self, ps: Pass) -> tuple[int, int]:
+        return (ps.tasks * ps.images, 1) if self.per_image else (ps.tasks, self.shape[-1])
+
+    def _weights(self, em: Emitter, ps: Pass) -> tuple[Ref, Ref]:
+        if self.affine is not None:
+            return ps.rows[self.affine.name]
+        channels = self._stats_shape(ps)[1]
+        return em.constant_vector(1.0, channels), em.constant_vector(0.0, channels)
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out, shape = self.new_output(em, ps), self._stats_shape(ps)
+        if self.norm in ps.stats:
+            mean, rstd = ps.stats[self.norm]
+        else:
+            mean, rstd = em.new(f"{self.name} mean", shape), em.new(f"{self.name} 1/std", shape)
+        index = em.new(f"{self.name} positions", out.shape if self.pool else (0,), torch.uint8)
+        z = self._view(ps, ps.values[self.inputs[0]])
+        gamma, beta = self._weights(em, ps)
+        y = self._view(ps, out)
+        em.call(ops.norm_act_pool.default, z, gamma, beta, self.eps, self.slope, self.pool, y, index, mean, rstd)
+        ps.values[self.output] = out
+        ps.saved[self.name] = (z, index, mean, rstd, gamma, beta)
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        out, shape = self.new_output(em, ps, "tangent of "), self._stats_shape(ps)
+        r, t = em.new(f"{self.name} r", shape), em.new(f"{self.name} t", shape)
+        u = self._view(ps, ps.tangents[self.inputs[0]])
+        em.call(
+            ops.norm_act_pool_tangent.default,
+            *(u, *ps.saved[self.name], self.slope, self.pool),
+            *(self._view(ps, out), r, t),
+        )
+        ps.tangents[self.output] = out
+        ps.saved[self.name, "tangent"] = (u, r, t)
+
+    def _outputs(self, em: Emitter, ps: Pass, out: Gradients) -> tuple[Ref, Ref, Ref]:
+        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
+        memory = None if self.affine is None else out.row_memory.get(self.affine.name)
+        if memory is None:
+            shape = self._stats_shape(ps)
+            memory = em.new(f"gradient of {self.name} weight", shape), em.new(f"gradient of {self.name} bias", shape)
+        out.add(self.inputs[0], gx)
+        return (self._view(ps, gx), *memory)
+
+    def _wanted(self, out: Gradients) -> bool:
+        return self.inputs[0] in out.wanted_values or bool(self.params() & out.wanted_params)
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self._wanted(out):
+            em.call(
+                ops.norm_act_pool_backward.default,
+                *(self._view(ps, gy), *ps.saved[self.name], self.slope, self.pool),
+                *self._outputs(em, ps, out),
+            )
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        if gy is None or self.inputs[0] not in ps.tangents:
+            self.backward(em, ps, gy_dot, out)
+            return
+        u, r, t = ps.saved[self.name, "tangent"]
+        em.call(
+            ops.norm_act_pool_backward_tangent.default,
+            *(self._view(ps, gy_dot), self._view(ps, gy), u, *ps.saved[self.name], self.slope),
+            *(r, t, self.pool, *self._outputs(em, ps, out)),
+        )
+
+
+@dataclass
+class FrozenNorm(Step):
+    """Norm by the running statistics of one inner step, weight and bias included; first order only.
+
+    ``affine.weight`` and ``affine.bias`` take no gradient; where they adapt they are a step of their own.
+    """
+
+    affine: Rows
+    scaled: bool
+    eps: float
+
+    @property
+    def rows(self) -> Rows | None:
+        return self.affine
+
+    def params(self) -> frozenset[str]:
+        return frozenset()
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps)
+        mean, var = ps.stats[self.affine.name]
+        shape = (self.shape[-1],)
+        scale, shift = em.new(f"{self.name} scale", shape), em.new(f"{self.name} shift", shape)
+        em.call(aten.add.out, var, em.constant(self.eps), out=scale)
+        em.call(aten.rsqrt.out, scale, out=scale)
+        if self.scaled:
+            gamma, beta = ps.rows[self.affine.name]
+            em.call(aten.mul.out, scale, gamma, out=scale)
+            em.call(aten.mul.out, mean, scale, out=shift)
+            em.call(aten.sub.out, beta, shift, out=shift)
+        else:
+            em.call(aten.mul.out, mean, scale, out=shift)
+            em.call(aten.neg.out, shift, out=shift)
+        em.call(aten.mul.out, ps.values[self.inputs[0]], scale, out=out)
+        em.call(aten.add.out, out, shift, out=out)
+        ps.values[self.output] = out
+        ps.saved[self.name] = scale
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            gx = em.like(f"gradient of input of {self.name}", gy)
+            em.call(aten.mul.out, gy, ps.saved[self.name], out=gx)
+            out.add(self.inputs[0], gx)

@@ -1,0 +1,171 @@
+"""Steps that act on each element or window alone: activation, max-pooling, scale and shift."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mamlpp_fast.engine.fused.program import Emitter, Ref
+from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
+
+__all__ = ["Activation", "MaxPool", "ScaleShift"]
+
+
+@dataclass
+class Activation(Step):
+    """Leaky ReLU; slope 0 is a ReLU."""
+
+    slope: float
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps)
+        em.call(aten.leaky_relu.out, ps.values[self.inputs[0]], self.slope, out=out)
+        ps.values[self.output] = out
+
+    def _slopes_times(self, em: Emitter, ps: Pass, g: Ref, name: str) -> Ref:
+        out = em.like(name, g)
+        x = ps.values[self.inputs[0]]
+        em.call(aten.leaky_relu_backward.grad_input, g, x, self.slope, False, grad_input=out)
+        return out
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        u = ps.tangents[self.inputs[0]]
+        ps.tangents[self.output] = self._slopes_times(em, ps, u, f"tangent of {self.name}")
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], self._slopes_times(em, ps, gy, f"gradient of input of {self.name}"))
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self.backward(em, ps, gy_dot, out)
+
+
+class MaxPool(Step):
+    """Maximum of 2x2 windows, the first where several are equal; the last odd row and column are left out."""
+
+    def _corners(self, x: Ref) -> list[Ref]:
+        rows, columns = 2 * self.shape[0], 2 * self.shape[1]
+        return [x[:, :, i:rows:2, j:columns:2] for i in (0, 1) for j in (0, 1)]
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps)
+        corners = self._corners(ps.values[self.inputs[0]])
+        index = em.new(f"{self.name} positions", out.shape, torch.uint8)
+        higher = em.new(f"{self.name} mask", out.shape, torch.bool)
+        em.call(aten.copy_.default, out, corners[0])
+        em.call(aten.zero_.default, index)
+        for position in (1, 2, 3):
+            em.call(aten.gt.Tensor_out, corners[position], out, out=higher)
+            em.call(aten.maximum.out, corners[position], out, out=out)
+            em.call(aten.masked_fill_.Scalar, index, higher, position)
+        ps.values[self.output] = out
+        ps.saved[self.name] = index
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps, "tangent of ")
+        corners = self._corners(ps.tangents[self.inputs[0]])
+        chosen = em.new(f"{self.name} mask", out.shape, torch.bool)
+        em.call(aten.copy_.default, out, corners[0])
+        for position in (1, 2, 3):
+            em.call(aten.eq.Scalar_out, ps.saved[self.name], position, out=chosen)
+            em.call(aten.where.self_out, chosen, corners[position], out, out=out)
+        ps.tangents[self.output] = out
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] not in out.wanted_values:
+            return
+        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
+        if math.prod(gx.shape) != 4 * math.prod(gy.shape):
+            em.call(aten.zero_.default, gx)
+        chosen = em.new(f"{self.name} mask", gy.shape, torch.bool)
+        for position, corner in enumerate(self._corners(gx)):
+            em.call(aten.eq.Scalar_out, ps.saved[self.name], position, out=chosen)
+            em.call(aten.mul.out, gy, chosen, out=corner)
+        out.add(self.inputs[0], gx)
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self.backward(em, ps, gy_dot, out)
+
+
+@dataclass
+class ScaleShift(Step):
+    """``x * scale + shift`` with parameters per channel [C] or per element [H, W, C], each task's own.
+
+    The affine part of a batch norm whose weights adapt, and of a layer norm.
+    """
+
+    scale: Slot | None
+    shift: Slot | None
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(s for s in (self.scale, self.shift) if s is not None)
+
+    def _wide(self, ps: Pass, slot: Slot, source: Ref) -> Ref:
+        """``source`` [T, *slot.shape] against activations [T, N, *shape]."""
+        ones = [1] * (1 + len(self.shape) - len(slot.shape))
+        return source.reshape(ps.tasks, *ones, *slot.shape)
+
+    def _reduced(self, em: Emitter, slot: Slot, g: Ref) -> Ref:
+        out = em.new(f"gradient of {slot.name}", (g.shape[0], *slot.shape))
+        em.call(aten.sum.IntList_out, g, list(range(1, len(g.shape) - len(slot.shape))), out=out)
+        return out
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        y = ps.values[self.inputs[0]]
+        for slot, op in ((self.scale, aten.mul.out), (self.shift, aten.add.out)):
+            if slot is not None:
+                out = self.new_output(em, ps)
+                em.call(op, y, self._wide(ps, slot, ps.weights[slot.name]), out=out)
+                y = out
+        ps.values[self.output] = y
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        x, u = ps.values[self.inputs[0]], ps.tangents.get(self.inputs[0])
+        terms: list[Ref] = []
+        if u is not None:
+            terms.append(u if self.scale is None else self._times(em, u, self._wide(ps, self.scale, ps.weights[self.scale.name])))
+        if self.scale is not None and self.scale.name in ps.directions:
+            terms.append(self._times(em, x, self._wide(ps, self.scale, ps.directions[self.scale.name])))
+        if self.shift is not None and self.shift.name in ps.directions:
+            shift = self._wide(ps, self.shift, ps.directions[self.shift.name])
+            total = self.new_output(em, ps, "tangent of ")
+            if terms:
+                em.call(aten.add.out, em.sum("tangent", terms), shift, out=total)
+            else:
+                em.call(aten.copy_.default, total, shift)
+            terms = [total]
+        ps.tangents[self.output] = em.sum(f"tangent of {self.name}", terms)
+
+    def _times(self, em: Emitter, a: Ref, b: Ref) -> Ref:
+        out = em.like(f"product in {self.name}", a)
+        em.call(aten.mul.out, a, b, out=out)
+        return out
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        self._backward(em, ps, gy, None, out)
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self._backward(em, ps, gy_dot, gy, out)
+
+    def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
+        source, scale, shift = self.inputs[0], self.scale, self.shift
+        if shift is not None and shift.name in out.wanted_params:
+            out.params[shift.name] = self._reduced(em, shift, g)
+        if scale is None:
+            if source in out.wanted_values:
+                out.add(source, g)
+            return
+        u, v = ps.tangents.get(source), ps.directions.get(scale.name)
+        if scale.name in out.wanted_params:
+            terms = [self._times(em, g, ps.values[source])]
+            if g0 is not None and u is not None:
+                terms.append(self._times(em, g0, u))
+            out.params[scale.name] = self._reduced(em, scale, em.sum("product", terms))
+        if source in out.wanted_values:
+            terms = [self._times(em, g, self._wide(ps, scale, ps.weights[scale.name]))]
+            if g0 is not None and v is not None:
+                terms.append(self._times(em, g0, self._wide(ps, scale, v)))
+            out.add(source, em.sum(f"gradient of input of {self.name}", terms))

@@ -1,0 +1,369 @@
+"""The sweep, written down as a program: inner steps forward, then the adjoint backward with Hessian-vector products.
+
+Notation of ``docs/engine.md``: fast weights θ_k, support gradients g_k, rates α_k, multi-step weights w_k, adjoint λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.program import Emitter, Program, Ref
+from mamlpp_fast.engine.fused.steps import Gradients, Loss, Pass, Rows, Slot
+from mamlpp_fast.engine.fused.steps.base import aten
+from mamlpp_fast.engine.fused.steps.loss import LossValue
+
+__all__ = ["Form", "Memory", "write_evaluation", "write_meta_gradient"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides the shape of a program.
+
+    Attributes:
+        tasks: tasks of one group; all of them advance together.
+        total_tasks: tasks of the meta-batch, which the mean is over.
+        support, targets: images a task.
+        steps: inner updates.
+        rate_steps: rates (and batch-norm rows) there are; later steps use the last.
+        adapted: parameters that the inner loop adapts.
+        trainable: parameters that want a meta-gradient.
+        rate_names: the parameters that the rows of the rates [L, K] belong to; None when every element has its own rate.
+        multi_step: a weighted target loss after every update, or the last one's alone.
+        second_order: with Hessian-vector products.
+        recompute: run the support pass again in the reverse sweep instead of keeping its activations.
+    """
+
+    tasks: int
+    total_tasks: int
+    support: int
+    targets: int
+    steps: int
+    rate_steps: int
+    adapted: frozenset[str]
+    trainable: frozenset[str]
+    rate_names: tuple[str, ...] | None
+    multi_step: bool = True
+    second_order: bool = True
+    recompute: bool = False
+
+
+@dataclass
+class Memory:
+    """The tensors through which a program meets the world; all keep their place.
+
+    Attributes:
+        support_x, target_x: images [T, N, H, W, C]; support_t, target_t: what the loss stores for labels.
+        meta: parameters in the kernels' layout; rows: batch-norm weight and bias [R, C].
+        rates: [L, K], or by parameter [K, *shape] when every element has its own.
+        weights: multi-step weights [K].
+        stats: mean and 1/std [K, 2, T, C] that batch norms saw in the support (0) and target (1) passes.
+        running: running mean and variance [K, C] that frozen norms read.
+        logits: predictions [T, m, O], or of every step [K, T, m, O]; losses: [T].
+        meta_grads, row_grads, rate_grads: sums over the groups of tasks so far, already divided by all tasks.
+    """
+
+    support_x: Ref
+    target_x: Ref
+    support_t: Ref
+    target_t: Ref
+    logits: Ref
+    losses: Ref
+    weights: Ref
+    meta: dict[str, Ref] = field(default_factory=dict)
+    rows: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    rates: dict[str, Ref] = field(default_factory=dict)
+    stats: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    meta_grads: dict[str, Ref] = field(default_factory=dict)
+    row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    rate_grads: dict[str, Ref] = field(default_factory=dict)
+
+
+ALL_RATES = ""
+"""Key of the rates [L, K] in :class:`Memory`."""
+
+
+class _Writer:
+    """What training and evaluation share: parameters, passes, the inner update."""
+
+    def __init__(self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form, *, every_step: bool) -> None:
+        self.em = em
+        self.net = net
+        self.target_net = target_net
+        self.loss = loss
+        self.form = form
+        self.slots: dict[str, Slot] = target_net.slots() | net.slots()
+        self.rows: dict[str, Rows] = target_net.rows() | net.rows()
+        params = frozenset().union(*(s.params() for s in net.steps))
+        self.inner = form.adapted & params
+        self.meta = (form.trainable | form.adapted) & params
+        self.inner_values = net.depends(self.inner)
+        self.memory = self._memory(every_step)
+
+    def _zeros(self, name: str, *shape: int) -> Ref:
+        return self.em.own(name, torch.zeros(shape, dtype=self.em.dtype, device=self.em.device))
+
+    def _memory(self, every_step: bool) -> Memory:
+        f, net = self.form, self.net
+        outputs = net.shapes[net.output]
+        logits = (f.tasks, f.targets, *outputs)
+        memory = Memory(
+            support_x=self._zeros("support images", f.tasks, f.support, *net.shapes[0]),
+            target_x=self._zeros("target images", f.tasks, f.targets, *net.shapes[0]),
+            support_t=self._zeros("support labels", f.tasks, f.support, *outputs),
+            target_t=self._zeros("target labels", f.tasks, f.targets, *outputs),
+            logits=self._zeros("predictions", *((f.steps, *logits) if every_step else logits)),
+            losses=self._zeros("losses", f.tasks),
+            weights=self._zeros("step weights", f.steps),
+        )
+        for name, slot in self.slots.items():
+            memory.meta[name] = self._zeros(name, *slot.shape)
+        for name, rows in self.rows.items():
+            shape = (rows.rows, rows.channels)
+            memory.rows[name] = self._zeros(f"{name} weights", *shape), self._zeros(f"{name} biases", *shape)
+        if f.rate_names is None:
+            for name in self.inner:
+                memory.rates[name] = self._zeros(f"rates of {name}", f.rate_steps, *self.slots[name].shape)
+        else:
+            memory.rates[ALL_RATES] = self._zeros("rates", len(f.rate_names), f.rate_steps)
+        return memory
+
+    def load(self) -> dict[str, Ref]:
+        """θ_0: the meta-parameters, once for every task."""
+        self.em.phase, self.em.label = "load", "parameters"
+        theta = {}
+        for name, slot in self.slots.items():
+            theta[name] = self.em.new(name, (self.form.tasks, *slot.shape))
+            self.em.call(aten.copy_.default, theta[name], self.memory.meta[name])
+        return theta
+
+    def rate(self, name: str, step: int) -> Ref:
+        row = min(step, self.form.rate_steps - 1)
+        if self.form.rate_names is None:
+            return self.memory.rates[name][row]
+        return self.memory.rates[ALL_RATES][self.form.rate_names.index(name), row]
+
+    def start(self, net: Network, images: Ref, step: int, theta: Mapping[str, Ref], stats: Mapping[str, tuple[Ref, Ref]]) -> Pass:
+        rows = {
+            name: (w[min(step, r.rows - 1)], b[min(step, r.rows - 1)])
+            for name, r in net.rows().items()
+            for w, b in (self.memory.rows[name],)
+        }
+        return Pass(self.form.tasks, images.shape[1], step, theta, rows, {0: images}, stats)
+
+    def forward(self, net: Network, ps: Pass) -> None:
+        for step in net.steps:
+            self.em.label = step.name
+            step.forward(self.em, ps)
+
+    def backward(self, net: Network, ps: Pass, grad: Ref, out: Gradients, *, keep: bool = False, tangent: bool = False) -> dict[str, Ref]:
+        """Gradients of the parameters; ``tangent`` takes the derivative of the backward pass instead."""
+        out.add(net.output, grad)
+        for step in reversed(net.steps):
+            if step.output not in out.wanted_values:
+                continue
+            self.em.label = step.name
+            gy = self.em.sum(f"gradient of {step.name}", out.terms.pop(step.output))
+            if tangent:
+                step.backward_tangent(self.em, ps, ps.grads.get(step.output), gy, out)
+            else:
+                if keep:
+                    ps.grads[step.output] = gy
+                step.backward(self.em, ps, gy, out)
+        return out.params
+
+    def support_pass(self, step: int, theta: Mapping[str, Ref], stats: Mapping[str, tuple[Ref, Ref]], *, again: bool = False) -> tuple[Pass, LossValue, dict[str, Ref]]:
+        """Support pass and its gradient; ``again``: for the activations and their gradients only."""
+        ps = self.start(self.net, self.memory.support_x, step, theta, stats)
+        self.forward(self.net, ps)
+        self.em.label = "loss"
+        value = self.loss.value(self.em, ps.values[self.net.output], self.memory.support_t, None, False)
+        wanted = frozenset() if again else self.inner
+        grads = self.backward(self.net, ps, value.grad, Gradients(self.inner_values, wanted), keep=True)
+        return ps, value, grads
+
+    def update(self, step: int, theta: Mapping[str, Ref], grads: Mapping[str, Ref]) -> dict[str, Ref]:
+        """θ_{k+1} = θ_k − α_k ∘ g_k."""
+        self.em.label = "inner update"
+        new = dict(theta)
+        for name in sorted(self.inner):
+            new[name] = self.em.like(name, theta[name])
+            self.em.call(aten.addcmul.out, theta[name], grads[name], self.rate(name, step), value=-1, out=new[name])
+        return new
+
+
+class _MetaGradient(_Writer):
+    def __init__(self, em: Emitter, net: Network, loss: Loss, form: Form) -> None:
+        super().__init__(em, net, net, loss, form, every_step=False)
+        f, m = form, self.memory
+        for name, (_, _) in net.norms.items():
+            channels = next(net.shapes[s.output][-1] for s in net.steps if s.name == name)
+            shape = (f.steps, 2, f.tasks, channels)
+            m.stats[name] = self._zeros(f"{name} means", *shape), self._ones(f"{name} 1/stds", *shape)
+        for name in self.slots.keys() & self.meta:
+            m.meta_grads[name] = self._zeros(f"meta-gradient of {name}", *self.slots[name].shape)
+        for name, rows in self.rows.items():
+            shape = (rows.rows, rows.channels)
+            m.row_grads[name] = self._zeros(f"{name} weights' gradient", *shape), self._zeros(f"{name} biases' gradient", *shape)
+        for name, ref in m.rates.items():
+            m.rate_grads[name] = self._zeros("rates' gradient", *ref.shape)
+        self.events = {
+            name: tuple(self._zeros(f"{name} {what}", f.steps, 2, f.tasks, r.channels) for what in ("weight terms", "bias terms"))
+            for name, r in self.rows.items()
+        }
+        self.meta_values = net.depends(self.meta)
+
+    def _ones(self, name: str, *shape: int) -> Ref:
+        ref = self._zeros(name, *shape)
+        ref.tensor().fill_(1)
+        return ref
+
+    def _stats(self, step: int, side: int) -> dict[str, tuple[Ref, Ref]]:
+        return {name: (mean[step, side], rstd[step, side]) for name, (mean, rstd) in self.memory.stats.items()}
+
+    def _wanted(self, step: int, event: int) -> Gradients:
+        memory = {name: (w[step, event], b[step, event]) for name, (w, b) in self.events.items()}
+        return Gradients(self.meta_values, self.meta, row_memory=memory)
+
+    def write(self) -> None:
+        f = self.form
+        thetas, support, targets = [self.load()], [], {}
+        for k in range(f.steps):
+            self.em.phase = f"support {k}"
+            support.append(self.support_pass(k, thetas[k], self._stats(k, 0)))
+            thetas.append(self.update(k, thetas[k], support[k][2]))
+            if f.multi_step or k == f.steps - 1:
+                self.em.phase = f"target {k}"
+                targets[k] = self._target_pass(k, thetas[k + 1])
+        adjoint: dict[str, Ref] = {}
+        for k in reversed(range(f.steps)):
+            adjoint = self._reverse(k, thetas[k], support[k], targets.get(k), adjoint)
+        self._finish(adjoint)
+
+    def _target_pass(self, k: int, theta: Mapping[str, Ref]) -> dict[str, Ref]:
+        """w_k ∇T_k(θ_{k+1})."""
+        em, m = self.em, self.memory
+        ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1))
+        self.forward(self.net, ps)
+        em.label = "loss"
+        logits = ps.values[self.net.output]
+        weight = m.weights[k] if self.form.multi_step else None
+        value = self.loss.value(em, logits, m.target_t, weight, True)
+        assert value.loss is not None
+        first = k == 0 or not self.form.multi_step
+        em.call(aten.copy_.default if first else aten.add_.Tensor, m.losses, value.loss)
+        if k == self.form.steps - 1:
+            em.call(aten.copy_.default, m.logits, logits)
+        return self.backward(self.net, ps, value.grad, self._wanted(k, 0))
+
+    def _reverse(
+        self,
+        k: int,
+        theta: Mapping[str, Ref],
+        support: tuple[Pass, LossValue, dict[str, Ref]],
+        target: dict[str, Ref] | None,
+        adjoint: dict[str, Ref],
+    ) -> dict[str, Ref]:
+        """One step of the reverse sweep: λ after the update to λ before it."""
+        em = self.em
+        em.phase, em.label = f"reverse {k}", "adjoint"
+        ps, value, grads = support
+        if target is not None:
+            adjoint = {
+                name: em.sum("adjoint", [*([adjoint[name]] if adjoint else []), g]) for name, g in target.items() if name in self.slots
+            }
+        self._rate_gradient(k, grads, adjoint)
+        if not self.form.second_order:
+            return adjoint
+        if self.form.recompute:
+            ps, value, _ = self.support_pass(k, theta, {}, again=True)
+            em.label = "adjoint"
+        for name in sorted(self.inner):
+            ps.directions[name] = em.like(f"direction of {name}", adjoint[name])
+            em.call(aten.mul.out, adjoint[name], self.rate(name, k), out=ps.directions[name])
+        for step in self.net.steps:
+            if step.output in self.inner_values:
+                em.label = step.name
+                step.tangent(em, ps)
+        em.label = "loss"
+        grad_dot = self.loss.tangent(em, value, ps.tangents[self.net.output])
+        products = self.backward(self.net, ps, grad_dot, self._wanted(k, 1), tangent=True)
+        em.label = "adjoint"
+        before = dict(adjoint)
+        for name, product in products.items():
+            before[name] = em.like("adjoint", adjoint[name])
+            em.call(aten.sub.out, adjoint[name], product, out=before[name])
+        return before
+
+    def _rate_gradient(self, k: int, grads: Mapping[str, Ref], adjoint: Mapping[str, Ref]) -> None:
+        """∂L/∂α_k = −⟨g_k, λ⟩, of each tensor or element."""
+        em, f = self.em, self.form
+        for name in sorted(self.inner):
+            product = em.like("g λ", grads[name])
+            em.call(aten.mul.out, grads[name], adjoint[name], out=product)
+            if f.rate_names is None:
+                total, grad = em.new("rates' gradient", grads[name].shape[1:]), self.memory.rate_grads[name][k]
+                em.call(aten.sum.IntList_out, product, [0], out=total)
+            else:
+                total, grad = em.new("rate's gradient", ()), self.memory.rate_grads[ALL_RATES][f.rate_names.index(name), k]
+                em.call(aten.sum.IntList_out, product, list(range(len(product.shape))), out=total)
+            em.call(aten.add_.Tensor, grad, total, alpha=-1 / f.total_tasks)
+
+    def _finish(self, adjoint: Mapping[str, Ref]) -> None:
+        """Adds this group of tasks to the gradients."""
+        em, f, m = self.em, self.form, self.memory
+        em.phase, em.label = "finish", "parameters"
+        for name, out in m.meta_grads.items():
+            total = em.like(f"meta-gradient of {name}", out)
+            em.call(aten.sum.IntList_out, adjoint[name], [0], out=total)
+            em.call(aten.add_.Tensor, out, total, alpha=1 / f.total_tasks)
+        em.label = "batch-norm rows"
+        for name, rows in self.rows.items():
+            signs = torch.zeros(rows.rows, f.steps, 2, f.tasks, dtype=em.dtype, device=em.device)
+            for k in range(f.steps):
+                signs[min(k, rows.rows - 1), k, 0] = 1 / f.total_tasks
+                signs[min(k, rows.rows - 1), k, 1] = -1 / f.total_tasks
+            factors = em.own(f"{name} signs", signs.flatten(1))
+            for out, terms in zip(m.row_grads[name], self.events[name], strict=True):
+                em.call(aten.addmm_.default, out, factors, terms.reshape(-1, rows.channels))
+
+
+class _Evaluation(_Writer):
+    def __init__(self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> None:
+        super().__init__(em, net, target_net, loss, form, every_step=True)
+        for name in (self.rows.keys() - net.norms.keys()) | (self.rows.keys() - target_net.norms.keys()):
+            rows = self.rows[name]
+            shape = (form.steps, rows.channels)
+            self.memory.running[name] = self._zeros(f"{name} means", *shape), self._zeros(f"{name} variances", *shape)
+
+    def _stats(self, net: Network, k: int) -> dict[str, tuple[Ref, Ref]]:
+        return {name: (mean[k], var[k]) for name, (mean, var) in self.memory.running.items() if name not in net.norms}
+
+    def write(self) -> None:
+        theta = self.load()
+        for k in range(self.form.steps):
+            self.em.phase = f"support {k}"
+            _, _, grads = self.support_pass(k, theta, self._stats(self.net, k))
+            theta = self.update(k, theta, grads)
+            self.em.phase = f"target {k}"
+            ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
+            self.forward(self.target_net, ps)
+            self.em.call(aten.copy_.default, self.memory.logits[k], ps.values[self.target_net.output])
+
+
+def write_meta_gradient(em: Emitter, net: Network, loss: Loss, form: Form) -> tuple[Program, Memory]:
+    """The program of one group of tasks of a meta-gradient."""
+    writer = _MetaGradient(em, net, loss, form)
+    writer.write()
+    return em.finish(), writer.memory
+
+
+def write_evaluation(em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> tuple[Program, Memory]:
+    """The program of one group of tasks of an evaluation; ``target_net`` may normalise with running statistics."""
+    writer = _Evaluation(em, net, target_net, loss, form)
+    writer.write()
+    return em.finish(), writer.memory
