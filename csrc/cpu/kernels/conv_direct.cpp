@@ -82,7 +82,7 @@ void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t
           ++image;
         }
       }
-      const Multiply<T> kernel = pick<T>(rows, panels.vectors(panel));
+      const Multiply<T> kernel = pick<T, 1>(rows, panels.vectors(panel));
       for (int pair = 0; pair < p.pairs; ++pair) {
         const T* a = static_cast<const T*>(p.a[pair]) + (task * p.images + first) * p.src_image;
         for (int i = 0; i < rows; ++i) block.rows[i] = a + src[i];
@@ -161,10 +161,10 @@ int64_t outer_scratch(const Outer& p) {
   return round_line<T>(source) + round_line<T>(grad) + round_line<T>(segments);
 }
 
-template <class T>
+template <class T, int Step>
 void accumulate_block(const Block<T>& block, int rows, int64_t lanes, int vectors, const Segment* segments,
                       int64_t count, int64_t step_a, const T* panel, int64_t step_b, bool accumulate) {
-  const Multiply<T> kernel = pick<T>(rows, vectors);
+  const Multiply<T> kernel = pick<T, Step>(rows, vectors);
   if (lanes == vectors * kLanes<T>) {
     kernel(block, segments, count, step_a, panel, step_b, accumulate);
   } else {
@@ -205,7 +205,7 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
             block.rows[i] = padded + ((tap / p.kw) * pw + tap % p.kw) * p.ci + row % p.ci;
             block.out[i] = out + row * p.co + o;
           }
-          accumulate_block<T>(block, size, lanes, panels.vectors(panel), segments, p.out_height,
+          accumulate_block<T, kAnyStep>(block, size, lanes, panels.vectors(panel), segments, p.out_height,
                               p.stride * p.ci, direct ? g + o : grad, step_b, pair > 0 || n > 0);
         }
       }
@@ -289,7 +289,7 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
           block.rows[i] = source + b * source_size + i;
           block.out[i] = out + (b * kMaxRows + i) * p.co;
         }
-        accumulate_block<T>(block, rows, panels.lanes(panel), panels.vectors(panel), segments, count, kMaxRows,
+        accumulate_block<T, kMaxRows>(block, rows, panels.lanes(panel), panels.vectors(panel), segments, count, kMaxRows,
                             panel_from, width, accumulate);
       }
     }

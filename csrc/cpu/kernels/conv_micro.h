@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -39,10 +40,17 @@ struct Block {
   T* out[kMaxRows];
 };
 
-template <class T, int MR, int NV>
+/// Reduction steps of the row pointers known when compiled; the panel is then dense. kAnyStep leaves both to the caller.
+constexpr int kAnyStep = 0;
+
+template <class T, int MR, int NV, int Step>
 void multiply(const Block<T>& block, const Segment* segments, int64_t count, int64_t step_a, const T* panel,
               int64_t step_b, bool accumulate) {
   constexpr int W = kLanes<T>;
+  if constexpr (Step != kAnyStep) {
+    step_a = Step;
+    step_b = NV * W;
+  }
   Vec<T> acc[MR][NV];
   const T* row[MR];
   for (int i = 0; i < MR; ++i) {
@@ -50,51 +58,50 @@ void multiply(const Block<T>& block, const Segment* segments, int64_t count, int
     for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>::zero();
   }
   for (int64_t s = 0; s < count; ++s) {
-    int64_t at = segments[s].a;
-    const int64_t end = at + segments[s].len * step_a;
+    const int64_t start = segments[s].a, len = segments[s].len;
     const T* b = panel + segments[s].b;
-    for (; at != end; at += step_a, b += step_b) {
+    // Unrolled: a core shared with a second hardware thread is short of instruction slots, not of FMA units.
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < len; ++k) {
       Vec<T> right[NV];
-      for (int v = 0; v < NV; ++v) right[v] = Vec<T>::load(b + v * W);
+      for (int v = 0; v < NV; ++v) right[v] = Vec<T>::load(b + k * step_b + v * W);
       for (int i = 0; i < MR; ++i) {
-        const Vec<T> left = Vec<T>::broadcast(row[i][at]);
+        const Vec<T> left = Vec<T>::broadcast(row[i][start + k * step_a]);
         for (int v = 0; v < NV; ++v) acc[i][v] = fma(left, right[v], acc[i][v]);
       }
     }
   }
   // Adding whole partial sums, not continuing the old chain, keeps the rounding error of long reductions small.
-  if (accumulate) {
-    for (int i = 0; i < MR; ++i)
-      for (int v = 0; v < NV; ++v) (Vec<T>::load(block.out[i] + v * W) + acc[i][v]).store(block.out[i] + v * W);
-  } else {
-    for (int i = 0; i < MR; ++i)
-      for (int v = 0; v < NV; ++v) acc[i][v].store(block.out[i] + v * W);
-  }
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) {
+      T* to = block.out[i] + v * W;
+      (accumulate ? Vec<T>::load(to) + acc[i][v] : acc[i][v]).store(to);
+    }
 }
 
 template <class T>
 using Multiply = void (*)(const Block<T>&, const Segment*, int64_t, int64_t, const T*, int64_t, bool);
 
-template <class T, int NV>
+template <class T, int NV, int Step>
 inline Multiply<T> pick_rows(int rows) {
   switch (rows) {
-    case 1: return multiply<T, 1, NV>;
-    case 2: return multiply<T, 2, NV>;
-    case 3: return multiply<T, 3, NV>;
-    case 4: return multiply<T, 4, NV>;
-    case 5: return multiply<T, 5, NV>;
-    default: return multiply<T, 6, NV>;
+    case 1: return multiply<T, 1, NV, Step>;
+    case 2: return multiply<T, 2, NV, Step>;
+    case 3: return multiply<T, 3, NV, Step>;
+    case 4: return multiply<T, 4, NV, Step>;
+    case 5: return multiply<T, 5, NV, Step>;
+    default: return multiply<T, 6, NV, Step>;
   }
 }
 
 /// The block kernel of `rows` rows and `vectors` vectors.
-template <class T>
+template <class T, int Step>
 inline Multiply<T> pick(int rows, int vectors) {
   if constexpr (kMaxVectors > 2) {
-    if (vectors == 4) return pick_rows<T, 4>(rows);
-    if (vectors == 3) return pick_rows<T, 3>(rows);
+    if (vectors == 4) return pick_rows<T, 4, Step>(rows);
+    if (vectors == 3) return pick_rows<T, 3, Step>(rows);
   }
-  return vectors == 2 ? pick_rows<T, 2>(rows) : pick_rows<T, 1>(rows);
+  return vectors == 2 ? pick_rows<T, 2, Step>(rows) : pick_rows<T, 1, Step>(rows);
 }
 
 /// Runs a block whose last vector is only partly valid: through a private tile, so that nothing is written past `lanes`.
@@ -134,24 +141,33 @@ struct Panels {
   int64_t channels, count;
 };
 
+/// Exchanges the off-diagonal blocks of side H of a matrix held in W registers.
+template <class T, int H>
+MF_INLINE void exchange_blocks(Vec<T>* r) {
+  constexpr int W = kLanes<T>;
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(MF_VECTOR_BYTES)));
+  Mask low, high;
+  for (int j = 0; j < W; ++j) {
+    low[j] = (j & H) ? W + j - H : j;
+    high[j] = (j & H) ? W + j : j + H;
+  }
+  for (int i = 0; i < W; ++i) {
+    if (i & H) continue;
+    const auto a = r[i].v, b = r[i + H].v;
+    r[i].v = __builtin_shuffle(a, b, low);
+    r[i + H].v = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (H > 1) exchange_blocks<T, H / 2>(r);
+}
+
 /// Transposes W x W values in registers; row strides in elements.
 template <class T>
 inline void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   constexpr int W = kLanes<T>;
   Vec<T> r[W];
   for (int i = 0; i < W; ++i) r[i] = Vec<T>::load(from + i * from_stride);
-  for (int h = W / 2; h > 0; h /= 2)
-    for (int i = 0; i < W; ++i) {
-      if (i & h) continue;
-      const Vec<T> a = r[i], b = r[i + h];
-      Vec<T> low, high;
-      for (int j = 0; j < W; ++j) {
-        low.v[j] = (j & h) ? b.v[j - h] : a.v[j];
-        high.v[j] = (j & h) ? b.v[j] : a.v[j + h];
-      }
-      r[i] = low;
-      r[i + h] = high;
-    }
+  exchange_blocks<T, W / 2>(r);
   for (int i = 0; i < W; ++i) r[i].store(to + i * to_stride);
 }
 
