@@ -120,14 +120,18 @@ class FusedEngine:
         prepared = self.prepare_evaluation(batch, steps, stats)
         self._load_parameters(prepared)
         for tasks in self._groups(prepared, batch.num_tasks):
-            self._load_batch(prepared, (batch.support_x, batch.support_y, batch.target_x, batch.target_y), tasks)
+            self._load_batch(
+                prepared, (batch.support_x, batch.support_y, batch.target_x, batch.target_y), tasks
+            )
             prepared.program.run()
             prepared.logits[:, tasks].copy_(prepared.memory.logits.tensor())
         return prepared.logits.clone()
 
     def explain(self) -> str:
         """What has been prepared so far: forms, memory, operations and bytes of every step."""
-        served = ", ".join(f"{name}: {served_by(name, self.device.type.upper())}" for name in sorted(OPERATIONS))
+        served = ", ".join(
+            f"{name}: {served_by(name, self.device.type.upper())}" for name in sorted(OPERATIONS)
+        )
         lines = [f"kernels on {self.device}: {served}"]
         for prepared in self._prepared.values():
             f, program = prepared.form, prepared.program
@@ -135,7 +139,8 @@ class FusedEngine:
             lines += [
                 f"{f.total_tasks} tasks in groups of {f.tasks}, {f.support} support and {f.targets} target images, "
                 f"{f.steps} steps, {'second' if f.second_order else 'first'} order; support activations {option}",
-                f"workspace {program.workspace_bytes / 2**20:.1f} MiB, other buffers {program.owned_bytes / 2**20:.1f} MiB, "
+                f"workspace {program.workspace_bytes / 2**20:.1f} MiB, "
+                f"other buffers {program.owned_bytes / 2**20:.1f} MiB, "
                 f"{program.flops * f.total_tasks / f.tasks / 1e9:.2f} GFLOP, {len(program.instructions)} calls a group",
                 prepared.network.table(f.tasks * f.support),
                 program.table(),
@@ -173,7 +178,9 @@ class FusedEngine:
 
     def _check(self, batch: EpisodeBatch) -> None:
         if batch.support_x.ndim != 5:
-            raise ValueError(f"support_x: expected images [tasks, n, C, H, W], got {tuple(batch.support_x.shape)}")
+            raise ValueError(
+                f"support_x: expected images [tasks, n, C, H, W], got {tuple(batch.support_x.shape)}"
+            )
         if batch.support_x.shape[2:] != batch.target_x.shape[2:]:
             raise ValueError(
                 f"target_x: expected images of shape {tuple(batch.support_x.shape[2:])} like support_x, "
@@ -184,7 +191,9 @@ class FusedEngine:
 
     def _lower(self, batch: EpisodeBatch, batch_stats: Callable[[nn.Module], bool]) -> Network:
         channels, height, width = batch.support_x.shape[2:]
-        return lower(self.nodes, self.output, self.model, (channels, height, width), self.adapted, batch_stats)
+        return lower(
+            self.nodes, self.output, self.model, (channels, height, width), self.adapted, batch_stats
+        )
 
     def _form(self, batch: EpisodeBatch, tasks: int, steps: int, **options: bool) -> Form:
         return Form(
@@ -204,10 +213,21 @@ class FusedEngine:
         return Emitter(self.device, self.dtype, torch.bfloat16 if self.precision == "bfloat16" else None)
 
     def _write_training(
-        self, network: Network, batch: EpisodeBatch, tasks: int, multi_step: bool, second_order: bool, recompute: bool
+        self,
+        network: Network,
+        batch: EpisodeBatch,
+        tasks: int,
+        multi_step: bool,
+        second_order: bool,
+        recompute: bool,
     ) -> Prepared:
         form = self._form(
-            batch, tasks, self.rates.num_steps, multi_step=multi_step, second_order=second_order, recompute=recompute
+            batch,
+            tasks,
+            self.rates.num_steps,
+            multi_step=multi_step,
+            second_order=second_order,
+            recompute=recompute,
         )
         program, memory = write_meta_gradient(self._emitter(), network, self.loss, form)
         made = torch.ones(form.steps, 2, tasks, dtype=torch.bool)
@@ -244,7 +264,9 @@ class FusedEngine:
         network = self._lower(batch, by_batch)
         target = network
         if stats == "running":
-            target = self._lower(batch, lambda module: by_batch(module) and isinstance(module, nn.BatchNorm2d))
+            target = self._lower(
+                batch, lambda module: by_batch(module) and isinstance(module, nn.BatchNorm2d)
+            )
         form = self._form(batch, tasks, steps, second_order=False)
         program, memory = write_evaluation(self._emitter(), network, target, self.loss, form)
         logits = memory.logits.tensor()
@@ -260,9 +282,7 @@ class FusedEngine:
             logits=logits.new_zeros(steps, batch.num_tasks, *logits.shape[2:]),
         )
 
-    def _fit(
-        self, total: int, write: Callable[[int, bool], Prepared], second_order: bool
-    ) -> Prepared:
+    def _fit(self, total: int, write: Callable[[int, bool], Prepared], second_order: bool) -> Prepared:
         """Chooses group size and memory option: the fastest that fits in memory."""
         divisors = [d for d in range(total, 0, -1) if total % d == 0]
         if self.group is not None:
@@ -272,12 +292,18 @@ class FusedEngine:
             sizes = [d for d in divisors if d <= max(1, torch.get_num_threads())]
         else:
             sizes = divisors
-        options = {"keep": [False], "recompute": [second_order], "auto": [False, True] if second_order else [False]}
+        options = {
+            "keep": [False],
+            "recompute": [second_order],
+            "auto": [False, True] if second_order else [False],
+        }
         prepared = None
         for tasks in sizes:
             for recompute in options[self.memory]:
                 prepared = write(tasks, recompute)
-                if prepared.program.workspace_bytes + prepared.program.owned_bytes <= _free_bytes(self.device):
+                if prepared.program.workspace_bytes + prepared.program.owned_bytes <= _free_bytes(
+                    self.device
+                ):
                     return prepared
         assert prepared is not None
         return prepared
@@ -296,7 +322,11 @@ class FusedEngine:
             self._load_parameters(prepared)
             if step_weights is not None:
                 m.weights.tensor().copy_(step_weights)
-            for ref in (*m.meta_grads.values(), *m.rate_grads.values(), *(r for pair in m.row_grads.values() for r in pair)):
+            for ref in (
+                *m.meta_grads.values(),
+                *m.rate_grads.values(),
+                *(r for pair in m.row_grads.values() for r in pair),
+            ):
                 ref.tensor().zero_()
             for tasks in self._groups(prepared, fields[0].shape[0]):
                 self._load_batch(prepared, fields, tasks)
@@ -325,7 +355,9 @@ class FusedEngine:
             for name, slot in prepared.slots.items():
                 slot.arranged(m.meta[name].tensor()).copy_(slot.arrange(self._parameters[name]))
             for name, rows in prepared.rows.items():
-                for ref, source, default in zip(m.rows[name], (rows.weight, rows.bias), (1.0, 0.0), strict=True):
+                for ref, source, default in zip(
+                    m.rows[name], (rows.weight, rows.bias), (1.0, 0.0), strict=True
+                ):
                     stored = ref.tensor()
                     if source is None:
                         stored.fill_(default)
@@ -361,19 +393,18 @@ class FusedEngine:
 
     def _store_gradients(self, prepared: Prepared) -> None:
         m = prepared.memory
-        buffers = {id(p): gradient for p, gradient in self._gradient_buffers()}
-        for gradient in buffers.values():
+        for _, gradient in self._gradient_buffers():
             gradient.zero_()
         for name, ref in m.meta_grads.items():
-            if (gradient := buffers.get(id(self._parameters[name]))) is not None:
+            if name in self._gradients:
                 slot = prepared.slots[name]
-                slot.arrange(gradient).copy_(slot.arranged(ref.tensor()))
+                slot.arrange(self._gradients[name]).copy_(slot.arranged(ref.tensor()))
         for name, rows in prepared.rows.items():
             for ref, source in zip(m.row_grads[name], (rows.weight, rows.bias), strict=True):
-                if source is not None and (gradient := buffers.get(id(self._parameters[source]))) is not None:
-                    gradient.view(ref.shape).copy_(ref.tensor())
-        if (gradient := buffers.get(id(self.rates.rates))) is not None:
-            for name, view in self._rates_by_slot(prepared, gradient):
+                if source in self._gradients:
+                    self._gradients[source].view(ref.shape).copy_(ref.tensor())
+        if ALL_RATES in self._gradients:
+            for name, view in self._rates_by_slot(prepared, self._gradients[ALL_RATES]):
                 view.copy_(m.rate_grads[name].tensor().view(view.shape))
 
 
@@ -382,7 +413,9 @@ def _loss(loss_fn: LossFn) -> Loss:
         return CrossEntropy()
     if loss_fn is F.mse_loss:
         return SquaredError()
-    raise Unsupported("loss", f"expected F.cross_entropy or F.mse_loss, got {getattr(loss_fn, '__name__', loss_fn)}")
+    raise Unsupported(
+        "loss", f"expected F.cross_entropy or F.mse_loss, got {getattr(loss_fn, '__name__', loss_fn)}"
+    )
 
 
 def _shapes(batch: EpisodeBatch) -> tuple[tuple[int, ...], ...]:

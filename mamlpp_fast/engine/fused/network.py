@@ -63,9 +63,8 @@ class Network:
             shape = "x".join(map(str, step.shape))
             names = ", ".join(sorted(step.params())) or "-"
             inputs = ", ".join(map(str, step.inputs))
-            lines.append(
-                f"{step.name:<24} {step.kind:<14} {inputs:<10} {shape:<14} {images * math.prod(step.shape):>10}  {names}"
-            )
+            values = images * math.prod(step.shape)
+            lines.append(f"{step.name:<24} {step.kind:<14} {inputs:<10} {shape:<14} {values:>10}  {names}")
         return "\n".join(lines)
 
     def depends(self, params: frozenset[str]) -> frozenset[int]:
@@ -129,7 +128,9 @@ class _Lowering:
             position += self._lower(position)
         shape = self.shapes[self.output]
         if len(shape) != 1:
-            raise Unsupported("output", f"expected predictions [N, ways], got [N, {', '.join(map(str, shape))}]")
+            raise Unsupported(
+                "output", f"expected predictions [N, ways], got [N, {', '.join(map(str, shape))}]"
+            )
         return Network(tuple(self.steps), self.shapes, self.output, self.norms)
 
     def _lower(self, position: int) -> int:
@@ -143,7 +144,15 @@ class _Lowering:
         getattr(self, f"_{node.kind}")(node, shape)
         return 1
 
-    def _step(self, kind: Callable[..., Step], node: Node, output: int, shape: tuple[int, ...], *args: object, source: int | None = None) -> None:
+    def _step(
+        self,
+        kind: Callable[..., Step],
+        node: Node,
+        output: int,
+        shape: tuple[int, ...],
+        *args: object,
+        source: int | None = None,
+    ) -> None:
         if any(size < 1 for size in shape):
             raise Unsupported(node.name, f"{node.kind}: the image is too small, its output would be {shape}")
         inputs = node.inputs if source is None else (source,)
@@ -156,7 +165,9 @@ class _Lowering:
         self.next_value += 1
         return self.next_value - 1
 
-    def _slot(self, p: Tensor, split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ...]) -> Slot:
+    def _slot(
+        self, p: Tensor, split: tuple[int, ...], order: tuple[int, ...], shape: tuple[int, ...]
+    ) -> Slot:
         return Slot(self.names[id(p)], shape, split, order)
 
     def _vector(self, p: Tensor) -> Slot:
@@ -176,7 +187,9 @@ class _Lowering:
         self._step(Conv, node, product, (height, width, co), weight, stride, padding)
         if bias is not None:
             inert = isinstance(module, InertBiasConv2d)
-            self._step(Bias, node, node.output, (height, width, co), self._vector(bias), inert, source=product)
+            self._step(
+                Bias, node, node.output, (height, width, co), self._vector(bias), inert, source=product
+            )
         elif module.bias is not None:
             self.skipped[node.output] = self.names[id(module.bias)]
 
@@ -203,7 +216,9 @@ class _Lowering:
         module, shape = node.module, self.shapes[node.inputs[0]]
         assert isinstance(module, (reference.PerStepBatchNorm2d, nn.BatchNorm2d))
         if module.num_features != shape[2]:
-            raise Unsupported(node.name, f"batch norm: expected {module.num_features} channels, got {shape[2]}")
+            raise Unsupported(
+                node.name, f"batch norm: expected {module.num_features} channels, got {shape[2]}"
+            )
         weight, bias = (None if p is None else self.names[id(p)] for p in (module.weight, module.bias))
         adapts = [n for n in (weight, bias) if n in self.adapted]
         per_step = isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_affine
@@ -234,7 +249,16 @@ class _Lowering:
             self._step(Activation, node, output, shape, slope, source=normal)
         return used
 
-    def _batch_norm(self, node: Node, output: int, shape: tuple[int, ...], affine: Rows | None, eps: float, slope: float, pool: bool) -> None:
+    def _batch_norm(
+        self,
+        node: Node,
+        output: int,
+        shape: tuple[int, ...],
+        affine: Rows | None,
+        eps: float,
+        slope: float,
+        pool: bool,
+    ) -> None:
         before = self.shapes[node.inputs[0]]
         self.norms[node.name] = (self.skipped.get(node.inputs[0]), before[0] * before[1])
         self._step(NormActPool, node, output, shape, affine, eps, slope, pool, False, node.name)
@@ -245,7 +269,8 @@ class _Lowering:
         height, width, channels = shape
         if module.normalized_shape != (channels, height, width):
             raise Unsupported(
-                node.name, f"layer norm: expected normalized_shape {(channels, height, width)}, got {module.normalized_shape}"
+                node.name,
+                f"layer norm: expected normalized_shape {(channels, height, width)}, got {module.normalized_shape}",
             )
         slots = [
             None if p is None else self._slot(p, (channels, height, width), (1, 2, 0), shape)
@@ -265,7 +290,9 @@ class _Lowering:
 
     def _avg_pool(self, node: Node, shape: tuple[int, ...]) -> None:
         size = node.attrs["size"]
-        self._step(AveragePool, node, node.output, (shape[0] // size, shape[1] // size, shape[2]), (size, size))
+        self._step(
+            AveragePool, node, node.output, (shape[0] // size, shape[1] // size, shape[2]), (size, size)
+        )
 
     def _global_pool(self, node: Node, shape: tuple[int, ...]) -> None:
         out = (1, 1, shape[2]) if node.attrs["keepdim"] else (shape[2],)
@@ -279,7 +306,9 @@ class _Lowering:
     def _add(self, node: Node, shape: tuple[int, ...]) -> None:
         other = self.shapes[node.inputs[1]]
         if other != shape or self.grids.get(node.inputs[0]) != self.grids.get(node.inputs[1]):
-            raise Unsupported(node.name, f"sum: expected two activations of one shape, got {shape} and {other}")
+            raise Unsupported(
+                node.name, f"sum: expected two activations of one shape, got {shape} and {other}"
+            )
         self._step(Add, node, node.output, shape)
 
     def _linear(self, node: Node, shape: tuple[int, ...]) -> None:

@@ -1,8 +1,9 @@
 """Programs: a whole iteration as a flat list of calls on buffers whose addresses never change.
 
-A sweep is written down once, symbolically, with :class:`Emitter`: every call names its function and its buffers. From the
-list follow the lifetimes of the buffers, so that those which are never alive together share memory, and with that the
-bytes the iteration needs, before anything runs. :meth:`Program.bind` turns names into tensors; :meth:`Program.run` calls.
+A sweep is written down once, symbolically, with :class:`Emitter`: every call names its function and its buffers. From
+the list follow the lifetimes of the buffers, so that those which are never alive together share memory, and with that
+the bytes the iteration needs, before anything runs. :meth:`Program.bind` turns names into tensors; :meth:`Program.run`
+makes the calls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _ALIGNMENT = 64
 class Buffer:
     """Memory of one tensor: a place in the workspace, or a tensor of its own (``storage``)."""
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, storage: Tensor | None = None) -> None:
+    def __init__(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, storage: Tensor | None = None
+    ) -> None:
         self.name = name
         self.shape = tuple(shape)
         self.dtype = dtype
@@ -42,7 +45,9 @@ class Buffer:
 class Ref:
     """A buffer, or a view of one, before it has memory."""
 
-    def __init__(self, buffer: Buffer, views: tuple[Callable[[Tensor], Tensor], ...] = (), meta: Tensor | None = None) -> None:
+    def __init__(
+        self, buffer: Buffer, views: tuple[Callable[[Tensor], Tensor], ...] = (), meta: Tensor | None = None
+    ) -> None:
         self.buffer = buffer
         self._views = views
         self._meta = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta") if meta is None else meta
@@ -155,13 +160,13 @@ class Program:
         import time
 
         device = next(b.tensor.device for b in self.buffers if b.tensor is not None)
-        sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
         best: list[float] = [math.inf] * len(self._calls)
         for _ in range(repeats):
             for i, call in enumerate(self._calls):
                 start = time.perf_counter()
                 call()
-                sync()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 best[i] = min(best[i], time.perf_counter() - start)
         total: defaultdict[tuple[str, str, str], float] = defaultdict(float)
         for instruction, seconds in zip(self.instructions, best, strict=True):
@@ -180,14 +185,18 @@ class Program:
         lines = [f"{'phase':<10} {'step':<24} {'calls':>6} {'MFLOP':>10} {'MiB':>9}  operations"]
         for (phase, label), (calls, flops, nbytes, names) in rows.items():
             ops = ", ".join(f"{n} x{c}" for n, c in names.most_common(3))
-            lines.append(f"{phase:<10} {label:<24} {calls:>6} {flops / 1e6:>10.1f} {nbytes / 2**20:>9.1f}  {ops}")
+            lines.append(
+                f"{phase:<10} {label:<24} {calls:>6} {flops / 1e6:>10.1f} {nbytes / 2**20:>9.1f}  {ops}"
+            )
         return "\n".join(lines)
 
 
 class Emitter:
     """Writes a program down."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | None = None
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.operand_dtype = operand_dtype

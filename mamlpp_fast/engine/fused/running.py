@@ -1,7 +1,8 @@
 """Running statistics of many passes in closed form.
 
-One pass replaces r by (1 − m) r + m s. A sequence of passes s_1 … s_J on one row is therefore r (1 − m)^J + Σ m (1 − m)^(J−j)
-s_j: a product of a matrix that only the order of the passes decides with the statistics they left.
+One pass replaces r by (1 − m) r + m s. A sequence of passes s_1 … s_J on one row therefore gives
+r (1 − m)^J + Σ m (1 − m)^(J−j) s_j: the product of a matrix, which the order of the passes alone decides, with the
+statistics that they left.
 """
 
 from __future__ import annotations
@@ -79,9 +80,19 @@ class RunningStats:
             return t.to(device=device, dtype=dtype)
 
         size = (steps * 2 * tasks, module.num_features)
-        scratch = torch.zeros(size, dtype=dtype, device=device), torch.zeros(rows, module.num_features, dtype=dtype, device=device)
+        scratch = (
+            torch.zeros(size, dtype=dtype, device=device),
+            torch.zeros(rows, module.num_features, dtype=dtype, device=device),
+        )
         return cls(
-            module, bias, to(decay), to(1 - decay), to(share.flatten(1)), to(unbiased.flatten(1)), int(made.sum()), scratch
+            module,
+            bias,
+            to(decay),
+            to(1 - decay),
+            to(share.flatten(1)),
+            to(unbiased.flatten(1)),
+            int(made.sum()),
+            scratch,
         )
 
     def update(self, mean: Tensor, rstd: Tensor) -> None:

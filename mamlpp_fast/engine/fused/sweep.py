@@ -31,7 +31,7 @@ class Form:
         rate_steps: rates (and batch-norm rows) there are; later steps use the last.
         adapted: parameters that the inner loop adapts.
         trainable: parameters that want a meta-gradient.
-        rate_names: the parameters that the rows of the rates [L, K] belong to; None when every element has its own rate.
+        rate_names: the parameters of the rows of the rates [L, K]; None when every element has its own rate.
         multi_step: a weighted target loss after every update, or the last one's alone.
         second_order: with Hessian-vector products.
         recompute: run the support pass again in the reverse sweep instead of keeping its activations.
@@ -90,7 +90,9 @@ ALL_RATES = ""
 class _Writer:
     """What training and evaluation share: parameters, passes, the inner update."""
 
-    def __init__(self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form, *, every_step: bool) -> None:
+    def __init__(
+        self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form, *, every_step: bool
+    ) -> None:
         self.em = em
         self.net = net
         self.target_net = target_net
@@ -147,7 +149,14 @@ class _Writer:
             return self.memory.rates[name][row]
         return self.memory.rates[ALL_RATES][self.form.rate_names.index(name), row]
 
-    def start(self, net: Network, images: Ref, step: int, theta: Mapping[str, Ref], stats: Mapping[str, tuple[Ref, Ref]]) -> Pass:
+    def start(
+        self,
+        net: Network,
+        images: Ref,
+        step: int,
+        theta: Mapping[str, Ref],
+        stats: Mapping[str, tuple[Ref, Ref]],
+    ) -> Pass:
         rows = {
             name: (w[min(step, r.rows - 1)], b[min(step, r.rows - 1)])
             for name, r in net.rows().items()
@@ -160,7 +169,9 @@ class _Writer:
             self.em.label = step.name
             step.forward(self.em, ps)
 
-    def backward(self, net: Network, ps: Pass, grad: Ref, out: Gradients, *, keep: bool = False, tangent: bool = False) -> dict[str, Ref]:
+    def backward(
+        self, net: Network, ps: Pass, grad: Ref, out: Gradients, *, keep: bool = False, tangent: bool = False
+    ) -> dict[str, Ref]:
         """Gradients of the parameters; ``tangent`` takes the derivative of the backward pass instead."""
         out.add(net.output, grad)
         for step in reversed(net.steps):
@@ -176,7 +187,14 @@ class _Writer:
                 step.backward(self.em, ps, gy, out)
         return out.params
 
-    def support_pass(self, step: int, theta: Mapping[str, Ref], stats: Mapping[str, tuple[Ref, Ref]], *, again: bool = False) -> tuple[Pass, LossValue, dict[str, Ref]]:
+    def support_pass(
+        self,
+        step: int,
+        theta: Mapping[str, Ref],
+        stats: Mapping[str, tuple[Ref, Ref]],
+        *,
+        again: bool = False,
+    ) -> tuple[Pass, LossValue, dict[str, Ref]]:
         """Support pass and its gradient; ``again``: for the activations and their gradients only."""
         ps = self.start(self.net, self.memory.support_x, step, theta, stats)
         self.forward(self.net, ps)
@@ -192,7 +210,9 @@ class _Writer:
         new = dict(theta)
         for name in sorted(self.inner):
             new[name] = self.em.like(name, theta[name])
-            self.em.call(aten.addcmul.out, theta[name], grads[name], self.rate(name, step), value=-1, out=new[name])
+            self.em.call(
+                aten.addcmul.out, theta[name], grads[name], self.rate(name, step), value=-1, out=new[name]
+            )
         return new
 
 
@@ -200,19 +220,25 @@ class _MetaGradient(_Writer):
     def __init__(self, em: Emitter, net: Network, loss: Loss, form: Form) -> None:
         super().__init__(em, net, net, loss, form, every_step=False)
         f, m = form, self.memory
-        for name, (_, _) in net.norms.items():
+        for name in net.norms:
             channels = next(net.shapes[s.output][-1] for s in net.steps if s.name == name)
-            shape = (f.steps, 2, f.tasks, channels)
-            m.stats[name] = self._zeros(f"{name} means", *shape), self._ones(f"{name} 1/stds", *shape)
-        for name in self.slots.keys() & self.meta:
+            seen = (f.steps, 2, f.tasks, channels)
+            m.stats[name] = self._zeros(f"{name} means", *seen), self._ones(f"{name} 1/stds", *seen)
+        for name in sorted(self.slots.keys() & self.meta):
             m.meta_grads[name] = self._zeros(f"meta-gradient of {name}", *self.slots[name].shape)
         for name, rows in self.rows.items():
             shape = (rows.rows, rows.channels)
-            m.row_grads[name] = self._zeros(f"{name} weights' gradient", *shape), self._zeros(f"{name} biases' gradient", *shape)
+            m.row_grads[name] = (
+                self._zeros(f"{name} weights' gradient", *shape),
+                self._zeros(f"{name} biases' gradient", *shape),
+            )
         for name, ref in m.rates.items():
             m.rate_grads[name] = self._zeros("rates' gradient", *ref.shape)
         self.events = {
-            name: tuple(self._zeros(f"{name} {what}", f.steps, 2, f.tasks, r.channels) for what in ("weight terms", "bias terms"))
+            name: tuple(
+                self._zeros(f"{name} {what}", f.steps, 2, f.tasks, r.channels)
+                for what in ("weight terms", "bias terms")
+            )
             for name, r in self.rows.items()
         }
         self.meta_values = net.depends(self.meta)
@@ -223,7 +249,9 @@ class _MetaGradient(_Writer):
         return ref
 
     def _stats(self, step: int, side: int) -> dict[str, tuple[Ref, Ref]]:
-        return {name: (mean[step, side], rstd[step, side]) for name, (mean, rstd) in self.memory.stats.items()}
+        return {
+            name: (mean[step, side], rstd[step, side]) for name, (mean, rstd) in self.memory.stats.items()
+        }
 
     def _wanted(self, step: int, event: int) -> Gradients:
         memory = {name: (w[step, event], b[step, event]) for name, (w, b) in self.events.items()}
@@ -274,7 +302,9 @@ class _MetaGradient(_Writer):
         ps, value, grads = support
         if target is not None:
             adjoint = {
-                name: em.sum("adjoint", [*([adjoint[name]] if adjoint else []), g]) for name, g in target.items() if name in self.slots
+                name: em.sum("adjoint", [*([adjoint[name]] if adjoint else []), g])
+                for name, g in target.items()
+                if name in self.slots
             }
         self._rate_gradient(k, grads, adjoint)
         if not self.form.second_order:
@@ -282,9 +312,11 @@ class _MetaGradient(_Writer):
         if self.form.recompute:
             ps, value, _ = self.support_pass(k, theta, {}, again=True)
             em.label = "adjoint"
+        directions: dict[str, Ref] = {}
         for name in sorted(self.inner):
-            ps.directions[name] = em.like(f"direction of {name}", adjoint[name])
-            em.call(aten.mul.out, adjoint[name], self.rate(name, k), out=ps.directions[name])
+            directions[name] = em.like(f"direction of {name}", adjoint[name])
+            em.call(aten.mul.out, adjoint[name], self.rate(name, k), out=directions[name])
+        ps.directions = directions
         for step in self.net.steps:
             if step.output in self.inner_values:
                 em.label = step.name
@@ -293,9 +325,9 @@ class _MetaGradient(_Writer):
         grad_dot = self.loss.tangent(em, value, ps.tangents[self.net.output])
         products = self.backward(self.net, ps, grad_dot, self._wanted(k, 1), tangent=True)
         em.label = "adjoint"
-        before = dict(adjoint)
+        before = {}
         for name, product in products.items():
-            before[name] = em.like("adjoint", adjoint[name])
+            before[name] = em.like("adjoint", product)
             em.call(aten.sub.out, adjoint[name], product, out=before[name])
         return before
 
@@ -306,10 +338,16 @@ class _MetaGradient(_Writer):
             product = em.like("g λ", grads[name])
             em.call(aten.mul.out, grads[name], adjoint[name], out=product)
             if f.rate_names is None:
-                total, grad = em.new("rates' gradient", grads[name].shape[1:]), self.memory.rate_grads[name][k]
+                total, grad = (
+                    em.new("rates' gradient", grads[name].shape[1:]),
+                    self.memory.rate_grads[name][k],
+                )
                 em.call(aten.sum.IntList_out, product, [0], out=total)
             else:
-                total, grad = em.new("rate's gradient", ()), self.memory.rate_grads[ALL_RATES][f.rate_names.index(name), k]
+                total, grad = (
+                    em.new("rate's gradient", ()),
+                    self.memory.rate_grads[ALL_RATES][f.rate_names.index(name), k],
+                )
                 em.call(aten.sum.IntList_out, product, list(range(len(product.shape))), out=total)
             em.call(aten.add_.Tensor, grad, total, alpha=-1 / f.total_tasks)
 
@@ -338,10 +376,17 @@ class _Evaluation(_Writer):
         for name in (self.rows.keys() - net.norms.keys()) | (self.rows.keys() - target_net.norms.keys()):
             rows = self.rows[name]
             shape = (form.steps, rows.channels)
-            self.memory.running[name] = self._zeros(f"{name} means", *shape), self._zeros(f"{name} variances", *shape)
+            self.memory.running[name] = (
+                self._zeros(f"{name} means", *shape),
+                self._zeros(f"{name} variances", *shape),
+            )
 
     def _stats(self, net: Network, k: int) -> dict[str, tuple[Ref, Ref]]:
-        return {name: (mean[k], var[k]) for name, (mean, var) in self.memory.running.items() if name not in net.norms}
+        return {
+            name: (mean[k], var[k])
+            for name, (mean, var) in self.memory.running.items()
+            if name not in net.norms
+        }
 
     def write(self) -> None:
         theta = self.load()
@@ -362,7 +407,9 @@ def write_meta_gradient(em: Emitter, net: Network, loss: Loss, form: Form) -> tu
     return em.finish(), writer.memory
 
 
-def write_evaluation(em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> tuple[Program, Memory]:
+def write_evaluation(
+    em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form
+) -> tuple[Program, Memory]:
     """The program of one group of tasks of an evaluation; ``target_net`` may normalise with running statistics."""
     writer = _Evaluation(em, net, target_net, loss, form)
     writer.write()

@@ -87,7 +87,9 @@ def trace(model: nn.Module) -> tuple[list[Node], int]:
         graph = tracer.trace(model)
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unsupported(tracer.path or type(model).__name__, f"torch.fx cannot trace it, {reason}") from error
+        raise Unsupported(
+            tracer.path or type(model).__name__, f"torch.fx cannot trace it, {reason}"
+        ) from error
     return _Reader(model, graph).read()
 
 
@@ -113,10 +115,14 @@ class _Reader:
             elif node.op in ("call_function", "call_method"):
                 self._call(node)
             elif node.op == "get_attr":
-                raise Unsupported(self._where(node), f"uses the tensor {node.target} outside a module with rules")
+                raise Unsupported(
+                    self._where(node), f"uses the tensor {node.target} outside a module with rules"
+                )
         output = self.values.get(result) if isinstance(result, fx.Node) else None
         if not isinstance(output, int) or output == 0:
-            raise Unsupported(type(self.model).__name__, "expected forward to return one tensor of predictions")
+            raise Unsupported(
+                type(self.model).__name__, "expected forward to return one tensor of predictions"
+            )
         self._check_sharing()
         return self.nodes, output
 
@@ -143,7 +149,9 @@ class _Reader:
             raise Unsupported(self._where(node), f"{node.target}: expected an activation, got {source!r}")
         return value
 
-    def _emit(self, node: fx.Node, kind: str, inputs: tuple[int, ...], module: nn.Module | None = None, **attrs: Any) -> None:
+    def _emit(
+        self, node: fx.Node, kind: str, inputs: tuple[int, ...], module: nn.Module | None = None, **attrs: Any
+    ) -> None:
         name = str(node.target) if node.op == "call_module" else node.name
         self.nodes.append(Node(kind, name, inputs, self.count, module, attrs))
         self.values[node] = self.count
@@ -170,9 +178,20 @@ class _Reader:
         elif type(module) is nn.Linear:
             self._emit(node, "linear", x, module)
         elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
-            self._emit(node, "act", x, slope=module.negative_slope if isinstance(module, nn.LeakyReLU) else 0.0)
+            self._emit(
+                node, "act", x, slope=module.negative_slope if isinstance(module, nn.LeakyReLU) else 0.0
+            )
         elif type(module) is nn.MaxPool2d:
-            self._max_pool(node, name, x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+            self._max_pool(
+                node,
+                name,
+                x,
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.ceil_mode,
+            )
         elif type(module) is nn.AvgPool2d:
             if module.divisor_override is not None:
                 raise Unsupported(name, "expected no divisor_override")
@@ -181,7 +200,9 @@ class _Reader:
             self._adaptive(node, name, x, module.output_size)
         elif type(module) is nn.Flatten:
             self._flatten(node, name, x, module.start_dim, module.end_dim)
-        elif type(module) is nn.Identity or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0):
+        elif type(module) is nn.Identity or (
+            isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+        ):
             self.values[node] = x[0]
         else:
             raise Unsupported(name, f"{type(module).__name__} has no fused rules")
@@ -191,7 +212,9 @@ class _Reader:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         if self._batch_size(node, name):
             return
-        args = dict(zip(_SIGNATURES.get(name, ()), node.args[1:], strict=False)) | dict(node.kwargs)
+        args: dict[str, Any] = dict(zip(_SIGNATURES.get(name, ()), node.args[1:], strict=False)) | dict(
+            node.kwargs
+        )
         args.pop("inplace", None)
         args.pop("training", None)
         known = target in _FUNCTIONS or node.op == "call_method"
@@ -202,7 +225,10 @@ class _Reader:
         elif known and name in ("add", "iadd", "add_") and args.get("alpha", 1) == 1:
             self._emit(node, "add", (self._input(node), self._input(node, 1)))
         elif known and name == "max_pool2d":
-            options = (args.get(k, d) for k, d in (("stride", None), ("padding", 0), ("dilation", 1), ("ceil_mode", False)))
+            options = (
+                args.get(k, d)
+                for k, d in (("stride", None), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
+            )
             self._max_pool(node, where, (self._input(node),), args.get("kernel_size"), *options)
         elif known and name == "avg_pool2d" and args.get("divisor_override") is None:
             options = (args.get(k, d) for k, d in (("stride", None), ("padding", 0), ("ceil_mode", False)))
@@ -215,10 +241,16 @@ class _Reader:
                 raise Unsupported(where, f"mean: expected height and width (dim=(2, 3)), got dim={dims!r}")
             self._emit(node, "global_pool", (self._input(node),), keepdim=bool(args.get("keepdim", False)))
         elif known and name == "flatten":
-            self._flatten(node, where, (self._input(node),), args.get("start_dim", 0), args.get("end_dim", -1))
+            self._flatten(
+                node, where, (self._input(node),), args.get("start_dim", 0), args.get("end_dim", -1)
+            )
         elif node.op == "call_method" and name in ("view", "reshape"):
             shape = node.args[1] if len(node.args) == 2 else node.args[1:]
-            sizes = [self.values.get(s, s) if isinstance(s, fx.Node) else s for s in shape] if isinstance(shape, (tuple, list)) else []
+            sizes = (
+                [self.values.get(s, s) if isinstance(s, fx.Node) else s for s in shape]
+                if isinstance(shape, (tuple, list))
+                else []
+            )
             if len(sizes) != 2 or sizes[0] is not _BATCH or sizes[1] != -1:
                 raise Unsupported(where, f"{name}: expected (x.size(0), -1)")
             self._emit(node, "flatten", (self._input(node),))
@@ -231,7 +263,7 @@ class _Reader:
         """Recognises ``x.size(0)``, ``x.shape[0]`` and ``len(x)``."""
         source = node.args[0] if node.args else None
         inner = self.values.get(source) if isinstance(source, fx.Node) else None
-        if name == "getattr" and node.args[1:] == ("shape",) or name == "size" and len(node.args) == 1:
+        if (name == "getattr" and node.args[1:] == ("shape",)) or (name == "size" and len(node.args) == 1):
             self.values[node] = ("shape",)
         elif (name == "size" and node.args[1:] == (0,)) or (
             node.target is operator.getitem and inner == ("shape",) and node.args[1] == 0
@@ -241,17 +273,37 @@ class _Reader:
             return False
         return True
 
-    def _max_pool(self, node: fx.Node, name: str, x: tuple[int, ...], size: Any, stride: Any, padding: Any, dilation: Any, ceil: Any) -> None:
+    def _max_pool(
+        self,
+        node: fx.Node,
+        name: str,
+        x: tuple[int, ...],
+        size: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        ceil: Any,
+    ) -> None:
         stride = size if stride is None or stride == [] else stride
-        if (_pair(size), _pair(stride), _pair(padding), _pair(dilation), ceil) != ((2, 2), (2, 2), (0, 0), (1, 1), False):
+        if (_pair(size), _pair(stride), _pair(padding), _pair(dilation), ceil) != (
+            (2, 2),
+            (2, 2),
+            (0, 0),
+            (1, 1),
+            False,
+        ):
             raise Unsupported(name, "max-pooling: expected windows 2x2, stride 2, no padding, floor")
         self._emit(node, "max_pool", x)
 
-    def _avg_pool(self, node: fx.Node, name: str, x: tuple[int, ...], size: Any, stride: Any, padding: Any, ceil: Any) -> None:
+    def _avg_pool(
+        self, node: fx.Node, name: str, x: tuple[int, ...], size: Any, stride: Any, padding: Any, ceil: Any
+    ) -> None:
         stride = size if stride is None or stride == [] else stride
         side = _pair(size)
         if side[0] != side[1] or _pair(stride) != side or _pair(padding) != (0, 0) or ceil:
-            raise Unsupported(name, "average pooling: expected square windows side by side, no padding, floor")
+            raise Unsupported(
+                name, "average pooling: expected square windows side by side, no padding, floor"
+            )
         self._emit(node, "avg_pool", x, size=side[0])
 
     def _adaptive(self, node: fx.Node, name: str, x: tuple[int, ...], size: Any) -> None:
@@ -267,7 +319,15 @@ class _Reader:
 
 _FUNCTIONS: frozenset[Any] = frozenset(
     {
-        *(F.relu, torch.relu, F.leaky_relu, F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
+        *(
+            F.relu,
+            torch.relu,
+            F.leaky_relu,
+            F.max_pool2d,
+            torch.max_pool2d,
+            F.avg_pool2d,
+            F.adaptive_avg_pool2d,
+        ),
         *(operator.add, operator.iadd, torch.add, torch.mean, torch.flatten),
     }
 )

@@ -79,7 +79,7 @@ class Pass:
     directions: Mapping[str, Ref] = field(default_factory=dict)
     tangents: dict[int, Ref] = field(default_factory=dict)
     grads: dict[int, Ref] = field(default_factory=dict)
-    saved: dict[str, Any] = field(default_factory=dict)
+    saved: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
+
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
-from mamlpp_fast.ops import task_conv2d as _  # registers the operations
 
 __all__ = ["Add", "AveragePool", "Bias", "Conv", "Flatten", "Linear"]
 
@@ -29,7 +30,7 @@ class Conv(Step):
         return (self.weight,)
 
     def _flops(self, ps: Pass, pairs: int) -> int:
-        kh, kw, ci, _ = self.weight.shape
+        kh, kw, ci = self.weight.shape[:3]
         return 2 * pairs * ps.tasks * ps.images * math.prod(self.shape) * kh * kw * ci
 
     def _product(self, em: Emitter, ps: Pass, op: str, pairs: list[tuple[Ref, Ref]], out: Ref) -> None:
@@ -53,23 +54,23 @@ class Conv(Step):
         ps.tangents[self.output] = out
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        self._backward(em, ps, [gy, None], out)
+        self._backward(em, ps, gy, None, out)
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        self._backward(em, ps, [gy_dot, gy], out)
+        self._backward(em, ps, gy_dot, gy, out)
 
-    def _backward(self, em: Emitter, ps: Pass, gs: tuple[Ref, Ref | None], out: Gradients) -> None:
-        """Gradients for [g, None], or their derivative for [g_dot, g]."""
+    def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
+        """Gradients for ``g``; for ``g`` the tangent of a gradient ``g0``, the tangent of the gradients."""
         source, name = self.inputs[0], self.weight.name
         x, w = ps.values[source], ps.weights[name]
-        u, v = (ps.tangents.get(source), ps.directions.get(name)) if gs[1] is not None else (None, None)
+        u, v = ps.tangents.get(source), ps.directions.get(name)
         if source in out.wanted_values:
-            pairs = [(gs[0], w)] + ([] if v is None else [(gs[1], v)])
+            pairs = [(g, w)] + ([] if v is None or g0 is None else [(g0, v)])
             gx = em.like(f"gradient of input of {self.name}", x)
             self._product(em, ps, "task_conv2d_to_input", pairs, gx)
             out.add(source, gx)
         if name in out.wanted_params:
-            pairs = [(x, gs[0])] + ([] if u is None else [(u, gs[1])])
+            pairs = [(x, g)] + ([] if u is None or g0 is None else [(u, g0)])
             gw = em.new(f"gradient of {name}", (ps.tasks, *self.weight.shape))
             self._product(em, ps, "task_conv2d_to_weight", pairs, gw)
             out.params[name] = gw
@@ -94,7 +95,9 @@ class Bias(Step):
 
     def forward(self, em: Emitter, ps: Pass) -> None:
         out = self.new_output(em, ps)
-        em.call(aten.add.out, ps.values[self.inputs[0]], self._broadcast(ps, ps.weights[self.bias.name]), out=out)
+        em.call(
+            aten.add.out, ps.values[self.inputs[0]], self._broadcast(ps, ps.weights[self.bias.name]), out=out
+        )
         ps.values[self.output] = out
 
     def tangent(self, em: Emitter, ps: Pass) -> None:
@@ -135,7 +138,9 @@ class Linear(Step):
     def _flops(self, ps: Pass) -> int:
         return 2 * ps.tasks * ps.images * math.prod(self.weight.shape)
 
-    def _product(self, em: Emitter, ps: Pass, terms: list[tuple[Ref, Ref]], start: Ref | None, out: Ref) -> None:
+    def _product(
+        self, em: Emitter, ps: Pass, terms: list[tuple[Ref, Ref]], start: Ref | None, out: Ref
+    ) -> None:
         """``out`` = sum of matrix products of ``terms`` (+ ``start``)."""
         for i, (a, b) in enumerate(terms):
             if i == 0 and start is None:
@@ -163,17 +168,15 @@ class Linear(Step):
         ps.tangents[self.output] = out
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        self._backward(em, ps, [gy, None], out)
+        self._backward(em, ps, gy, None, out)
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        self._backward(em, ps, [gy_dot, gy], out)
+        self._backward(em, ps, gy_dot, gy, out)
 
-    def _backward(self, em: Emitter, ps: Pass, gs: list[Ref | None], out: Gradients) -> None:
+    def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
         source, name = self.inputs[0], self.weight.name
         x, w = ps.values[source], ps.weights[name]
-        u, v = (ps.tangents.get(source), ps.directions.get(name)) if gs[1] is not None else (None, None)
-        g, g0 = gs
-        assert g is not None
+        u, v = ps.tangents.get(source), ps.directions.get(name)
         if source in out.wanted_values:
             terms = [(g, _transposed(w))] + ([] if v is None or g0 is None else [(g0, _transposed(v))])
             gx = em.like(f"gradient of input of {self.name}", x)

@@ -84,7 +84,11 @@ class CrossEntropy(Loss):
     def tangent(self, em: Emitter, value: LossValue, z_dot: Ref) -> Ref:
         """(P∘u − P (P·u)) / n."""
         p = value.saved
-        pu, total, out = em.like("p u", z_dot), em.new("p.u", (*z_dot.shape[:2], 1)), em.like("tangent of gradient", z_dot)
+        pu, total, out = (
+            em.like("p u", z_dot),
+            em.new("p.u", (*z_dot.shape[:2], 1)),
+            em.like("tangent of gradient", z_dot),
+        )
         em.call(aten.mul.out, p, z_dot, out=pu)
         em.call(aten.sum.IntList_out, pu, [2], True, out=total)
         em.call(aten.addcmul.out, pu, p, total, value=-1, out=out)

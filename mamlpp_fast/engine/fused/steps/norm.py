@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+import mamlpp_fast.ops.norm_act_pool  # noqa: F401 - registers the operations
+
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Step, aten
-from mamlpp_fast.ops import norm_act_pool as _  # registers the operations
 
 __all__ = ["FrozenNorm", "NormActPool"]
 
@@ -60,7 +61,9 @@ class NormActPool(Step):
         z = self._view(ps, ps.values[self.inputs[0]])
         gamma, beta = self._weights(em, ps)
         y = self._view(ps, out)
-        em.call(ops.norm_act_pool.default, z, gamma, beta, self.eps, self.slope, self.pool, y, index, mean, rstd)
+        em.call(
+            ops.norm_act_pool.default, z, gamma, beta, self.eps, self.slope, self.pool, y, index, mean, rstd
+        )
         ps.values[self.output] = out
         ps.saved[self.name] = (z, index, mean, rstd, gamma, beta)
 
@@ -81,7 +84,10 @@ class NormActPool(Step):
         memory = None if self.affine is None else out.row_memory.get(self.affine.name)
         if memory is None:
             shape = self._stats_shape(ps)
-            memory = em.new(f"gradient of {self.name} weight", shape), em.new(f"gradient of {self.name} bias", shape)
+            memory = (
+                em.new(f"gradient of {self.name} weight", shape),
+                em.new(f"gradient of {self.name} bias", shape),
+            )
         out.add(self.inputs[0], gx)
         return (self._view(ps, gx), *memory)
 

@@ -126,7 +126,11 @@ class ScaleShift(Step):
         x, u = ps.values[self.inputs[0]], ps.tangents.get(self.inputs[0])
         terms: list[Ref] = []
         if u is not None:
-            terms.append(u if self.scale is None else self._times(em, u, self._wide(ps, self.scale, ps.weights[self.scale.name])))
+            terms.append(
+                u
+                if self.scale is None
+                else self._times(em, u, self._wide(ps, self.scale, ps.weights[self.scale.name]))
+            )
         if self.scale is not None and self.scale.name in ps.directions:
             terms.append(self._times(em, x, self._wide(ps, self.scale, ps.directions[self.scale.name])))
         if self.shift is not None and self.shift.name in ps.directions:
