@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 __all__ = ["MAMLConfig"]
 
@@ -107,7 +108,7 @@ class MAMLConfig:
         return cls(**(off | changes))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MAMLConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds from plain values (JSON).
 
         Raises:
@@ -126,7 +127,7 @@ class MAMLConfig:
 
 def _check_number(name: str, value: Any, *, integer: bool = False) -> None:
     kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
         raise ValueError(f"{name}: expected {'an integer' if integer else 'a number'}, got {value!r}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import zlib
 from pathlib import Path
@@ -132,7 +131,7 @@ def versions() -> dict[str, str]:
     found = {
         "mamlpp_fast": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
     }
     if torch.version.cuda is not None:
@@ -144,8 +143,3 @@ def versions() -> dict[str, str]:
     except ImportError:
         pass
     return found
-
-
-def with_eval_stats(config: TrainConfig, stats: str | None) -> TrainConfig:
-    """The configuration with other target statistics in evaluation."""
-    return config if stats is None else dataclasses.replace(config, eval_stats=stats)

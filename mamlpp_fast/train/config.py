@@ -144,8 +144,8 @@ class TrainConfig(MAMLConfig):
 
 
 def _derived(seed: int, purpose: str) -> int:
-    """A seed below 2**63 for one purpose: streams of different purposes are independent."""
-    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8], "little") >> 1
+    """A seed below 2**31 for one purpose: streams of different purposes are independent."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8], "little") >> 33
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -23,17 +23,18 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: when the folder cannot be written or the disk is full; ``path`` is then untouched.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with _naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,7 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, value: Any) -> int:
     """Appends one line of JSON, waits until it is on disk, and returns the file's length in bytes."""
-    with open(path, "ab") as file:
+    with _naming(path), open(path, "ab") as file:
         file.write((json.dumps(_plain(value)) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
@@ -65,20 +66,31 @@ def run_lock(folder: Path) -> Iterator[None]:
         OSError: when the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip()
+            owner = os.read(descriptor, 20).decode().strip()
             who = f"process {owner}" if owner else "another process"
             raise ValueError(
                 f"--out: expected a folder no other run is using, got {folder}, held by {who}"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with suppress(OSError):  # who holds it is a courtesy: a full disk is told of by what matters
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
         yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of writing, which come without one, get the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _sync_folder(folder: Path) -> None:

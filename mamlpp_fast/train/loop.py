@@ -469,7 +469,7 @@ class _Trainer:
 
     def _environment(self) -> dict[str, Any]:
         return {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
             "device": _device_name(self.device),
         }

@@ -61,7 +61,7 @@ class Curves:
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=epochs_done)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder), purge_step=epochs_done)
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Adds every number of an epoch's metrics, and each inner rate of each step."""
