@@ -1,0 +1,427 @@
+// mamlpp_fast::norm_act_pool, its backward and the tangents of both: mamlpp_fast/ops/norm_act_pool.py; formulas in
+// docs/derivations/norm_act_pool.md.
+//
+// Each order is a reduction, image by image, whose partial sums are added up in order and in double precision, and then
+// an elementwise pass. Results depend neither on the number of threads nor on their timing.
+
+#include "kernels/norm_act_pool.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+namespace mf {
+namespace {
+
+using at::Tensor;
+
+struct Problem {
+  int64_t tasks, images;
+  PoolShape shape;
+  int64_t dense() const { return shape.height * shape.width * shape.channels; }
+  int64_t pooled() const { return shape.rows * shape.columns * shape.channels; }
+  double elements() const { return static_cast<double>(images * shape.height * shape.width); }
+};
+
+Problem check(const Tensor& z, const Tensor& gamma, const Tensor& beta, bool pool) {
+  TORCH_CHECK_VALUE(z.dim() == 5, "z: expected [T, N, H, W, C], got ", z.sizes());
+  const int64_t height = z.size(2), width = z.size(3), step = pool ? 2 : 1;
+  const Problem p{z.size(0), z.size(1), {height, width, z.size(4), height / step, width / step, pool}};
+  TORCH_CHECK_VALUE(p.elements() > 1, "z: expected more than one element per task and channel to normalise, got ",
+                    z.sizes());
+  TORCH_CHECK_VALUE(p.shape.rows > 0 && p.shape.columns > 0, "z: expected at least 2x2 pixels to pool, got ",
+                    z.sizes());
+  const auto check_row = [&](const char* name, const Tensor& t) {
+    TORCH_CHECK_VALUE((t.dim() == 1 || (t.dim() == 2 && t.size(0) == p.tasks)) && t.size(-1) == z.size(4), name,
+                      ": expected [", z.size(4), "] or [", p.tasks, ", ", z.size(4), "], got ", t.sizes());
+  };
+  check_row("gamma", gamma);
+  check_row("beta", beta);
+  return p;
+}
+
+void check_shape(const char* name, const Tensor& t, at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(t.sizes() == expected, name, ": expected ", expected, ", got ", t.sizes());
+}
+
+void check_pooled(const Problem& p, const char* name, const Tensor& t) {
+  check_shape(name, t, {p.tasks, p.images, p.shape.rows, p.shape.columns, p.shape.channels});
+}
+
+void check_index(const Problem& p, const Tensor& index) {
+  if (!p.shape.pool) return;
+  check_pooled(p, "index", index);
+  TORCH_CHECK_VALUE(index.scalar_type() == at::kByte && index.is_contiguous(), "index: expected contiguous uint8, got ",
+                    index.scalar_type(), " of strides ", index.strides());
+}
+
+/// The values of an operand, contiguous and of type T.
+template <typename T>
+struct In {
+  explicit In(const Tensor& t) : tensor(t.to(c10::CppTypeToScalarType<T>::value).contiguous()) {}
+  const T* data() const { return tensor.const_data_ptr<T>(); }
+  Tensor tensor;
+};
+
+/// Rows [C] or [T, C].
+template <typename T>
+struct InRows : In<T> {
+  explicit InRows(const Tensor& t) : In<T>(t), stride(t.dim() == 2 ? t.size(1) : 0) {}
+  const T* row(int64_t task) const { return this->data() + task * stride; }
+  int64_t stride;
+};
+
+/// A contiguous result of type T, rounded into the tensor asked for at the end if that differs.
+template <typename T>
+struct Out {
+  explicit Out(Tensor& t)
+      : result(t),
+        buffer(t.scalar_type() == c10::CppTypeToScalarType<T>::value && t.is_contiguous()
+                   ? t
+                   : at::empty(t.sizes(), t.options().dtype(c10::CppTypeToScalarType<T>::value))) {}
+  void finish() const {
+    if (!buffer.is_same(result)) result.copy_(buffer);
+  }
+  T* data() const { return buffer.template mutable_data_ptr<T>(); }
+  Tensor &result, buffer;
+};
+
+/// Memory the calling thread keeps from call to call: partial sums of every image and rows of every task.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(const Problem& p, int64_t sums, int64_t rows)
+      : channels_(p.shape.channels), images_(p.images), sums_(sums), rows_(rows) {
+    const int64_t needed = p.tasks * (p.images * sums + rows) * channels_;
+    static thread_local std::unique_ptr<T[]> kept;
+    static thread_local int64_t size = 0;
+    if (needed > size) {
+      kept.reset(new T[needed]);
+      size = needed;
+    }
+    data_ = kept.get();
+    rows_data_ = data_ + p.tasks * p.images * sums * channels_;
+  }
+  T* sum(int64_t task, int64_t image, int64_t i) const {
+    return data_ + ((task * images_ + image) * sums_ + i) * channels_;
+  }
+  T* row(int64_t task, int64_t i) const { return rows_data_ + (task * rows_ + i) * channels_; }
+
+  /// Sum number i over a task's images.
+  std::vector<double> total(int64_t task, int64_t i) const {
+    std::vector<double> total(static_cast<size_t>(channels_), 0.0);
+    for (int64_t image = 0; image < images_; ++image) {
+      const T* part = sum(task, image, i);
+      for (int64_t c = 0; c < channels_; ++c) total[c] += static_cast<double>(part[c]);
+    }
+    return total;
+  }
+
+ private:
+  int64_t channels_, images_, sums_, rows_;
+  T *data_, *rows_data_;
+};
+
+/// reduce(task, image) for all images, then combine(task), then apply(task, image): whole tasks in parallel where they
+/// fill the threads, so that a task's second pass finds its tensors in the cache; else images.
+template <typename Reduce, typename Combine, typename Apply>
+void run(const Problem& p, const Reduce& reduce, const Combine& combine, const Apply& apply) {
+  const int64_t threads = at::get_num_threads();
+  if (p.tasks % threads == 0 || p.tasks >= 4 * threads) {
+    at::parallel_for(0, p.tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        for (int64_t image = 0; image < p.images; ++image) reduce(task, image);
+        combine(task);
+        for (int64_t image = 0; image < p.images; ++image) apply(task, image);
+      }
+    });
+    return;
+  }
+  const auto each_image = [&](const auto& work) {
+    at::parallel_for(0, p.tasks * p.images, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) work(i / p.images, i % p.images);
+    });
+  };
+  each_image(reduce);
+  for (int64_t task = 0; task < p.tasks; ++task) combine(task);
+  each_image(apply);
+}
+
+template <typename T>
+void forward(const Problem& p, const Tensor& z_, const Tensor& gamma_, const Tensor& beta_, double eps, double slope,
+             Tensor& y_, Tensor& index_, Tensor& mean_, Tensor& rstd_) {
+  static const auto moments = MF_DISPATCH(nap_moments<T>);
+  static const auto write = MF_DISPATCH(nap_forward<T>);
+  const In<T> z(z_);
+  const InRows<T> gamma(gamma_), beta(beta_);
+  const Out<T> y(y_), mean(mean_), rstd(rstd_);
+  const T* from = z.data();
+  T *to = y.data(), *means = mean.data(), *rstds = rstd.data();
+  uint8_t* index = p.shape.pool ? index_.mutable_data_ptr<uint8_t>() : nullptr;
+  const int64_t channels = p.shape.channels;
+  const double pixels = static_cast<double>(p.shape.height * p.shape.width);
+  const Scratch<T> scratch(p, 3, 1);
+  run(
+      p,
+      [&](int64_t t, int64_t i) {
+        moments(p.shape, from + (t * p.images + i) * p.dense(), scratch.sum(t, i, 0), scratch.sum(t, i, 1),
+                scratch.sum(t, i, 2));
+      },
+      [&](int64_t t) {
+        const auto image_mean = [&](int64_t i, int64_t c) {
+          return static_cast<double>(scratch.sum(t, i, 0)[c]) + static_cast<double>(scratch.sum(t, i, 1)[c]) / pixels;
+        };
+        std::vector<double> centre(static_cast<size_t>(channels), 0.0), squares = scratch.total(t, 2);
+        for (int64_t i = 0; i < p.images; ++i)
+          for (int64_t c = 0; c < channels; ++c) centre[c] += image_mean(i, c) / static_cast<double>(p.images);
+        for (int64_t i = 0; i < p.images; ++i)
+          for (int64_t c = 0; c < channels; ++c) {
+            const double rest = static_cast<double>(scratch.sum(t, i, 1)[c]), away = image_mean(i, c) - centre[c];
+            squares[c] += pixels * away * away - rest * rest / pixels;
+          }
+        for (int64_t c = 0; c < channels; ++c) {
+          const double inverse = 1.0 / std::sqrt(squares[c] / p.elements() + eps);
+          means[t * channels + c] = static_cast<T>(centre[c]);
+          rstds[t * channels + c] = static_cast<T>(inverse);
+          scratch.row(t, 0)[c] = static_cast<T>(inverse) * gamma.row(t)[c];
+        }
+      },
+      [&](int64_t t, int64_t i) {
+        const NormRows<T> rows{means + t * channels, scratch.row(t, 0), beta.row(t), static_cast<T>(slope)};
+        const int64_t at = t * p.images + i;
+        write(p.shape, rows, from + at * p.dense(), to + at * p.pooled(),
+              index == nullptr ? nullptr : index + at * p.pooled());
+      });
+  for (const Out<T>* out : {&y, &mean, &rstd}) out->finish();
+}
+
+/// What the orders after the first share.
+template <typename T>
+struct Saved {
+  Saved(const Problem& p, const Tensor& z, const Tensor& index, const Tensor& mean, const Tensor& rstd,
+        const Tensor& gamma, const Tensor& beta, double slope)
+      : p(p), z(z), mean(mean), rstd(rstd), gamma(gamma), beta(beta), slope(static_cast<T>(slope)) {
+    check_index(p, index);
+    check_shape("mean", mean, {p.tasks, p.shape.channels});
+    check_shape("rstd", rstd, {p.tasks, p.shape.channels});
+    if (p.shape.pool) positions = index.const_data_ptr<uint8_t>();
+  }
+  /// Fills row 0 of a task's scratch with scale = gamma / sigma.
+  void scale(const Scratch<T>& scratch, int64_t task) const {
+    for (int64_t c = 0; c < p.shape.channels; ++c) scratch.row(task, 0)[c] = gamma.row(task)[c] * rstd.row(task)[c];
+  }
+  NormRows<T> rows(const Scratch<T>& scratch, int64_t task) const {
+    return {mean.row(task), scratch.row(task, 0), beta.row(task), slope};
+  }
+  const T* image(int64_t at) const { return z.data() + at * p.dense(); }
+  const uint8_t* index(int64_t at) const { return positions == nullptr ? nullptr : positions + at * p.pooled(); }
+
+  const Problem& p;
+  In<T> z;
+  InRows<T> mean, rstd, gamma, beta;
+  T slope;
+  const uint8_t* positions = nullptr;
+};
+
+template <typename T>
+void backward(const Problem& p, const Tensor& gy_, const Saved<T>& saved, Tensor& gz_, Tensor& ggamma_,
+              Tensor& gbeta_) {
+  static const auto sums = MF_DISPATCH(nap_backward_sums<T>);
+  static const auto write = MF_DISPATCH(nap_backward<T>);
+  const In<T> gy(gy_);
+  const Out<T> gz(gz_), ggamma(ggamma_), gbeta(gbeta_);
+  const int64_t channels = p.shape.channels;
+  const Scratch<T> scratch(p, 2, 3);
+  for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
+  run(
+      p,
+      [&](int64_t t, int64_t i) {
+        const int64_t at = t * p.images + i;
+        sums(p.shape, saved.rows(scratch, t), gy.data() + at * p.pooled(), saved.image(at), saved.index(at),
+             scratch.sum(t, i, 0), scratch.sum(t, i, 1));
+      },
+      [&](int64_t t) {
+        const std::vector<double> h = scratch.total(t, 0), hz = scratch.total(t, 1);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double rstd = saved.rstd.row(t)[c], scale = scratch.row(t, 0)[c];
+          const double hx = hz[c] * rstd;
+          scratch.row(t, 1)[c] = static_cast<T>(-scale * rstd * hx / p.elements());
+          scratch.row(t, 2)[c] = static_cast<T>(-scale * h[c] / p.elements());
+          ggamma.data()[t * channels + c] = static_cast<T>(hx);
+          gbeta.data()[t * channels + c] = static_cast<T>(h[c]);
+        }
+      },
+      [&](int64_t t, int64_t i) {
+        const int64_t at = t * p.images + i;
+        write(p.shape, saved.rows(scratch, t), gy.data() + at * p.pooled(), saved.image(at), saved.index(at),
+              scratch.row(t, 1), scratch.row(t, 2), gz.data() + at * p.dense());
+      });
+  for (const Out<T>* out : {&gz, &ggamma, &gbeta}) out->finish();
+}
+
+template <typename T>
+void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, Tensor& uy_, Tensor& r_, Tensor& t_) {
+  static const auto sums = MF_DISPATCH(nap_tangent_sums<T>);
+  static const auto write = MF_DISPATCH(nap_tangent<T>);
+  const In<T> u(u_);
+  const Out<T> uy(uy_), r(r_), t_out(t_);
+  const int64_t channels = p.shape.channels;
+  const Scratch<T> scratch(p, 2, 3);
+  for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
+  run(
+      p,
+      [&](int64_t t, int64_t i) {
+        const int64_t at = t * p.images + i;
+        sums(p.shape, saved.rows(scratch, t), u.data() + at * p.dense(), saved.image(at), scratch.sum(t, i, 0),
+             scratch.sum(t, i, 1));
+      },
+      [&](int64_t t) {
+        const std::vector<double> us = scratch.total(t, 0), uz = scratch.total(t, 1);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double rstd = saved.rstd.row(t)[c], scale = scratch.row(t, 0)[c];
+          const double mean_u = us[c] / p.elements(), mean_ux = uz[c] * rstd / p.elements();
+          scratch.row(t, 1)[c] = static_cast<T>(-scale * rstd * mean_ux);
+          scratch.row(t, 2)[c] = static_cast<T>(-scale * mean_u);
+          r.data()[t * channels + c] = static_cast<T>(mean_u);
+          t_out.data()[t * channels + c] = static_cast<T>(mean_ux);
+        }
+      },
+      [&](int64_t t, int64_t i) {
+        const int64_t at = t * p.images + i;
+        write(p.shape, saved.rows(scratch, t), u.data() + at * p.dense(), saved.image(at), saved.index(at),
+              scratch.row(t, 1), scratch.row(t, 2), uy.data() + at * p.pooled());
+      });
+  for (const Out<T>* out : {&uy, &r, &t_out}) out->finish();
+}
+
+template <typename T>
+void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_, const Tensor& u_,
+                      const Saved<T>& saved, const Tensor& r_, const Tensor& t_, Tensor& gz_dot_, Tensor& ggamma_dot_,
+                      Tensor& gbeta_dot_) {
+  static const auto sums = MF_DISPATCH(nap_backward_tangent_sums<T>);
+  static const auto write = MF_DISPATCH(nap_backward_tangent<T>);
+  const In<T> gy_dot(gy_dot_), gy(gy_), u(u_);
+  const InRows<T> r_in(r_), t_in(t_);
+  const Out<T> gz_dot(gz_dot_), ggamma_dot(ggamma_dot_), gbeta_dot(gbeta_dot_);
+  const int64_t channels = p.shape.channels;
+  const double m = p.elements();
+  const Scratch<T> scratch(p, 5, 5);
+  for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
+  run(
+      p,
+      [&](int64_t t, int64_t i) {
+        const int64_t at = t * p.images + i;
+        sums(p.shape, saved.rows(scratch, t), gy_dot.data() + at * p.pooled(), gy.data() + at * p.pooled(),
+             u.data() + at * p.dense(), saved.image(at), saved.index(at), scratch.sum(t, i, 0));
+      },
+      [&](int64_t task) {
+        std::vector<double> total[5];
+        for (int64_t i = 0; i < 5; ++i) total[i] = scratch.total(task, i);
+        T *by_h = scratch.row(task, 1), *by_u = scratch.row(task, 2), *by_z = scratch.row(task, 3),
+          *level = scratch.row(task, 4);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double rstd = saved.rstd.row(task)[c], scale = scratch.row(task, 0)[c];
+          const double r = r_in.row(task)[c], t = t_in.row(task)[c];
+          const double p_ = total[0][c] / m, q = total[1][c] * rstd / m, w = total[2][c] / m;
+          const double p_dot = total[3][c] / m, q_dot = rstd * (total[4][c] / m + w - r * p_ - t * q);
+          by_h[c] = static_cast<T>(-scale * rstd * t);
+          by_u[c] = static_cast<T>(-scale * rstd * q);
+          by_z[c] = static_cast<T>(scale * rstd * (2 * rstd * q * t - q_dot));
+          level[c] = static_cast<T>(scale * (rstd * (q * r + t * p_) - p_dot));
+          ggamma_dot.data()[task * channels + c] = static_cast<T>(q_dot * m);
+          gbeta_dot.data()[task * channels + c] = static_cast<T>(p_dot * m);
+        }
+      },
+      [&](int64_t t, int64_t i) {
+        const int64_t at = t * p.images + i;
+        write(p.shape, saved.rows(scratch, t), gy_dot.data() + at * p.pooled(), gy.data() + at * p.pooled(),
+              u.data() + at * p.dense(), saved.image(at), saved.index(at), scratch.row(t, 1),
+              gz_dot.data() + at * p.dense());
+      });
+  for (const Out<T>* out : {&gz_dot, &ggamma_dot, &gbeta_dot}) out->finish();
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+/// Runs `work` in double precision for float64, else in float32.
+template <typename Work>
+void typed(const Tensor& z, const Work& work) {
+  z.scalar_type() == at::kDouble ? work(Type<double>{}) : work(Type<float>{});
+}
+
+void norm_act_pool(const Tensor& z, const Tensor& gamma, const Tensor& beta, double eps, double slope, bool pool,
+                   Tensor& y, Tensor& index, Tensor& mean, Tensor& rstd) {
+  const Problem p = check(z, gamma, beta, pool);
+  check_pooled(p, "y", y);
+  check_index(p, index);
+  check_shape("mean", mean, {p.tasks, p.shape.channels});
+  check_shape("rstd", rstd, {p.tasks, p.shape.channels});
+  typed(z, [&](auto type) {
+    forward<typename decltype(type)::type>(p, z, gamma, beta, eps, slope, y, index, mean, rstd);
+  });
+}
+
+void norm_act_pool_backward(const Tensor& gy, const Tensor& z, const Tensor& index, const Tensor& mean,
+                            const Tensor& rstd, const Tensor& gamma, const Tensor& beta, double slope, bool pool,
+                            Tensor& gz, Tensor& ggamma, Tensor& gbeta) {
+  const Problem p = check(z, gamma, beta, pool);
+  check_pooled(p, "gy", gy);
+  check_shape("gz", gz, z.sizes());
+  check_shape("ggamma", ggamma, {p.tasks, p.shape.channels});
+  check_shape("gbeta", gbeta, {p.tasks, p.shape.channels});
+  typed(z, [&](auto type) {
+    const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
+    backward(p, gy, saved, gz, ggamma, gbeta);
+  });
+}
+
+void norm_act_pool_tangent(const Tensor& u, const Tensor& z, const Tensor& index, const Tensor& mean,
+                           const Tensor& rstd, const Tensor& gamma, const Tensor& beta, double slope, bool pool,
+                           Tensor& uy, Tensor& r, Tensor& t) {
+  const Problem p = check(z, gamma, beta, pool);
+  check_shape("u", u, z.sizes());
+  check_pooled(p, "uy", uy);
+  check_shape("r", r, {p.tasks, p.shape.channels});
+  check_shape("t", t, {p.tasks, p.shape.channels});
+  typed(z, [&](auto type) {
+    const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
+    tangent(p, u, saved, uy, r, t);
+  });
+}
+
+void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, const Tensor& u, const Tensor& z,
+                                    const Tensor& index, const Tensor& mean, const Tensor& rstd, const Tensor& gamma,
+                                    const Tensor& beta, double slope, const Tensor& r, const Tensor& t, bool pool,
+                                    Tensor& gz_dot, Tensor& ggamma_dot, Tensor& gbeta_dot) {
+  const Problem p = check(z, gamma, beta, pool);
+  check_pooled(p, "gy_dot", gy_dot);
+  check_pooled(p, "gy", gy);
+  check_shape("u", u, z.sizes());
+  check_shape("gz_dot", gz_dot, z.sizes());
+  for (const auto& [name, row] :
+       {std::pair<const char*, const Tensor&>("r", r), {"t", t}, {"ggamma_dot", ggamma_dot}, {"gbeta_dot", gbeta_dot}})
+    check_shape(name, row, {p.tasks, p.shape.channels});
+  typed(z, [&](auto type) {
+    const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
+    backward_tangent(p, gy_dot, gy, u, saved, r, t, gz_dot, ggamma_dot, gbeta_dot);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
+  m.impl("norm_act_pool", &norm_act_pool);
+  m.impl("norm_act_pool_backward", &norm_act_pool_backward);
+  m.impl("norm_act_pool_tangent", &norm_act_pool_tangent);
+  m.impl("norm_act_pool_backward_tangent", &norm_act_pool_backward_tangent);
+}
+
+}  // namespace mf

@@ -1,0 +1,211 @@
+"""Batch norm, leaky ReLU and max-pool in one: four orders, every backend, against autograd through PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamlpp_fast.ops._library import OPERATIONS
+from mamlpp_fast.ops.norm_act_pool import (
+    norm_act_pool,
+    norm_act_pool_backward,
+    norm_act_pool_backward_tangent,
+    norm_act_pool_tangent,
+    output_shape,
+)
+from mamlpp_fast.testing import backends, use_backend
+
+BACKENDS = backends("norm_act_pool")
+SHAPES = {
+    "even": (2, 3, 6, 4, 8),
+    "odd": (2, 3, 7, 5, 5),
+    "odd-64": (1, 2, 7, 7, 64),
+    "odd-columns": (3, 2, 4, 3, 67),
+    "one-channel": (2, 2, 3, 3, 1),
+    "smallest": (1, 1, 2, 2, 3),
+    "long": (1, 1, 2, 37, 12),
+}
+EPS = 1e-5
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with use_backend(request.param):
+        yield request.param
+
+
+def plain(z: Tensor, gamma: Tensor, beta: Tensor, slope: float, pool: bool) -> Tensor:
+    """The composite of PyTorch's own operations, task by task; γ and β are [T, C]."""
+    tasks = []
+    for task, weight, bias in zip(z, gamma, beta, strict=True):
+        y = F.batch_norm(task.permute(0, 3, 1, 2), None, None, weight, bias, True, 0.0, EPS)
+        y = F.leaky_relu(y, slope)
+        tasks.append((F.max_pool2d(y, 2) if pool else y).permute(0, 2, 3, 1))
+    return torch.stack(tasks)
+
+
+class Case:
+    """Inputs of all orders, and the results of all of them by the operations."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        pool: bool = True,
+        slope: float = 0.01,
+        per_task: bool = False,
+        dtype: torch.dtype = torch.float64,
+        offset: float = 0.0,
+    ) -> None:
+        tasks, channels = shape[0], shape[-1]
+        small = output_shape(shape, pool)
+        rows = (tasks, channels) if per_task else (channels,)
+        self.z, self.u = torch.randn(shape, dtype=dtype) + offset, torch.randn(shape, dtype=dtype)
+        self.gy, self.gy_dot = torch.randn(small, dtype=dtype), torch.randn(small, dtype=dtype)
+        self.gamma, self.beta = torch.randn(rows, dtype=dtype), torch.randn(rows, dtype=dtype)
+        self.pool, self.slope = pool, slope
+        self.small, self.rows = small, (tasks, channels)
+
+    def fresh(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        return [torch.full(shape, float("nan"), dtype=self.z.dtype) for shape in shapes]
+
+    def run(self) -> dict[str, Tensor]:
+        options = {"slope": self.slope, "pool": self.pool}
+        y, mean, rstd = self.fresh(self.small, self.rows, self.rows)
+        index = torch.full(self.small if self.pool else (0,), 255, dtype=torch.uint8)
+        norm_act_pool(self.z, self.gamma, self.beta, y, index, mean, rstd, eps=EPS, **options)
+        saved = (self.z, index, mean, rstd, self.gamma, self.beta)
+        gz, ggamma, gbeta = self.fresh(self.z.shape, self.rows, self.rows)
+        norm_act_pool_backward(self.gy, *saved, gz, ggamma, gbeta, **options)
+        uy, r, t = self.fresh(self.small, self.rows, self.rows)
+        norm_act_pool_tangent(self.u, *saved, uy, r, t, **options)
+        dots = self.fresh(self.z.shape, self.rows, self.rows)
+        norm_act_pool_backward_tangent(self.gy_dot, self.gy, self.u, *saved, r, t, *dots, **options)
+        names = ("y", "mean", "rstd", "gz", "ggamma", "gbeta", "uy", "gz_dot", "ggamma_dot", "gbeta_dot")
+        return dict(zip(names, (y, mean, rstd, gz, ggamma, gbeta, uy, *dots), strict=True))
+
+    def expected(self) -> dict[str, Tensor]:
+        """The same by autograd; a tangent is the derivative of a gradient by its cotangent."""
+        z, gy = self.z.clone().requires_grad_(), self.gy.clone().requires_grad_()
+        gamma, beta = (row.expand(self.rows).clone().requires_grad_() for row in (self.gamma, self.beta))
+        variance, mean = torch.var_mean(self.z, (1, 2, 3), correction=0)
+        y = plain(z, gamma, beta, self.slope, self.pool)
+        gradients = torch.autograd.grad(y, (z, gamma, beta), gy, create_graph=True)
+        found = [y, mean, (variance + EPS).rsqrt(), *gradients]
+        directions = {"uy": (y, {z: self.u})}
+        for name, gradient in zip(("gz_dot", "ggamma_dot", "gbeta_dot"), gradients, strict=True):
+            directions[name] = (gradient, {z: self.u, gy: self.gy_dot})
+        names = ("y", "mean", "rstd", "gz", "ggamma", "gbeta")
+        results = dict(zip(names, (f.detach() for f in found), strict=True))
+        for name, (value, along) in directions.items():
+            cotangent = torch.zeros_like(value).requires_grad_()
+            pulled = torch.autograd.grad(value, list(along), cotangent, create_graph=True, allow_unused=True)
+            product = sum((p * d).sum() for p, d in zip(pulled, along.values(), strict=True) if p is not None)
+            (results[name],) = torch.autograd.grad(product, cotangent, retain_graph=True)  # type: ignore[arg-type]
+        return results
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.0, 1.0], ids=["leaky", "relu", "linear"])
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_four_orders(backend: str, shape: tuple[int, ...], pool: bool, slope: float) -> None:
+    case = Case(shape, pool=pool, slope=slope, per_task=slope == 0.01)
+    found, expected = case.run(), case.expected()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_large_mean_in_float32_errs_at_most_twice_as_much_as_pytorch(backend: str) -> None:
+    case = Case((1, 4, 14, 14, 16), dtype=torch.float32, offset=1e3)
+    ours, theirs = case.run(), case.expected()
+    exact = Case(tuple(case.z.shape))
+    for name in ("z", "u", "gy", "gy_dot", "gamma", "beta"):
+        setattr(exact, name, getattr(case, name).double())
+    for name, value in exact.expected().items():
+        if name == "mean":
+            continue
+        limit = 2 * (theirs[name].double() - value).abs().max() + 1e-6 * value.abs().max()
+        assert (ours[name].double() - value).abs().max() <= limit, name
+
+
+def test_float32_is_close(backend: str) -> None:
+    case = Case((2, 5, 14, 14, 40), dtype=torch.float32)
+    found, expected = case.run(), case.expected()
+    for name, value in found.items():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=2e-6 * scale)
+
+
+def test_nan_in_the_input_reaches_the_output(backend: str) -> None:
+    case = Case((2, 2, 4, 4, 9))
+    case.z[1, 0, 2, 1, 5] = float("nan")
+    y = case.run()["y"]
+    assert y[1, ..., 5].isnan().all()
+    assert y[0].isfinite().all()
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native library")
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+def test_result_does_not_depend_on_threads(tasks: int) -> None:
+    case = Case((tasks, 5, 9, 8, 21), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(case.run())
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
+def test_opcheck(pool: bool) -> None:
+    case = Case((2, 2, 5, 4, 3), pool=pool)
+    y, mean, rstd = case.fresh(case.small, case.rows, case.rows)
+    index = torch.zeros(case.small, dtype=torch.uint8)
+    outputs = (torch.empty_like(case.z), torch.empty_like(mean), torch.empty_like(mean))
+    saved = (case.z, index, mean.zero_(), rstd.fill_(1), case.gamma, case.beta, case.slope)
+    samples = {
+        "norm_act_pool": (case.z, case.gamma, case.beta, EPS, case.slope, pool, y, index, mean, rstd),
+        "norm_act_pool_backward": (case.gy, *saved, pool, *outputs),
+        "norm_act_pool_tangent": (case.u, *saved, pool, y, *outputs[1:]),
+        "norm_act_pool_backward_tangent": (
+            case.gy_dot, case.gy, case.u, *saved, mean, rstd.clone(), pool, *outputs,
+        ),
+    }  # fmt: skip
+    for name, sample in samples.items():
+        torch.library.opcheck(OPERATIONS[name].overload, sample)
+
+
+def test_errors_name_the_argument(backend: str) -> None:
+    def attempt(shape: tuple[int, ...], *, gamma: int = 3, small: tuple[int, ...] | None = None) -> None:
+        small = output_shape(shape, True) if small is None else small
+        norm_act_pool(
+            torch.randn(shape),
+            torch.randn(gamma),
+            torch.randn(3),
+            torch.empty(small),
+            torch.empty(small, dtype=torch.uint8),
+            torch.empty(shape[0], 3),
+            torch.empty(shape[0], 3),
+            eps=EPS,
+            slope=0.01,
+            pool=True,
+        )
+
+    with pytest.raises(ValueError, match="gamma: expected"):
+        attempt((2, 2, 4, 4, 3), gamma=2)
+    with pytest.raises(ValueError, match="y: expected"):
+        attempt((2, 2, 4, 4, 3), small=(2, 2, 2, 1, 3))
+    with pytest.raises(ValueError, match="at least 2x2 pixels"):
+        attempt((2, 2, 1, 4, 3))
+    with pytest.raises(ValueError, match="more than one element"):
+        attempt((2, 1, 1, 1, 3))
