@@ -1,0 +1,375 @@
+"""Task-batched convolutions as implicit matrix products on tensor cores: forward, to input, to weight.
+
+Arguments are those of ``mamlpp_fast.ops.task_conv2d``. One program makes a tile of one task's result and keeps it in
+registers while it walks the reduction (taps and channels; for the weights, the pixels of all images), then the
+second operand pair's: one accumulator for both. Nothing is unfolded in memory.
+
+Operands are float64, float32 or bfloat16; sums are float32 (float64 of float64). float32 operands are multiplied
+exactly, or rounded to TF32 where ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import TYPE_NAMES, Configuration, accumulator, split
+
+_SIZES = [
+    "pairs",
+    "M",
+    "OH",
+    "OW",
+    "IH",
+    "IW",
+    "CA",
+    "CB",
+    "KW",
+    "TAPS",
+    "stride",
+    "padding",
+    "T",
+    "S",
+    "piece",
+]
+
+
+@triton.jit
+def _multiple(size, DENSE: tl.constexpr):
+    """The size, marked a multiple of 16 when it is, so that loads along it are wide."""
+    if DENSE:
+        size = size // 16 * 16
+    return size
+
+
+@triton.jit
+def _source(i, tap, padding, stride, size, TRANSPOSED: tl.constexpr):
+    """Where along one axis output position i finds its operand for this tap, and whether that is inside."""
+    if TRANSPOSED:
+        shifted = i + padding - tap
+        position = shifted // stride
+        inside = (shifted >= 0) & (position * stride == shifted) & (position < size)
+    else:
+        position = i * stride - padding + tap
+        inside = (position >= 0) & (position < size)
+    return position, inside
+
+
+@triton.jit
+def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride, padding,
+             TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Convolution of a [T, images, IH, IW, CA] with w, or (TRANSPOSED) its adjoint; out is [T, images, OH, OW, CB].
+
+    DENSE takes one tap at a time and needs channels in multiples of 16; otherwise taps and channels are one axis.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    cb = tl.program_id(1) * BN + tl.arange(0, BN)
+    t = tl.program_id(2).to(tl.int64)
+    n = m // (OH * OW)
+    i = (m % (OH * OW) // OW)[:, None]
+    j = (m % OW)[:, None]
+    CA = _multiple(CA, DENSE)
+    CB = _multiple(CB, DENSE)
+    task_a = t * (M // (OH * OW)) * IH * IW * CA
+    task_w = t * TAPS * CA * CB
+    blocks = tl.cdiv(CA, BK)
+    tiles = TAPS * blocks if DENSE else tl.cdiv(TAPS * CA, BK)
+    result = tl.zeros([BM, BN], ACC)
+    for pair in range(pairs):
+        a = tl.where(pair == 0, a_ptr, a2_ptr) + task_a
+        w = tl.where(pair == 0, w_ptr, w2_ptr) + task_w
+        for tile in range(tiles):
+            if DENSE:
+                tap = tile // blocks
+                c = tile % blocks * BK + tl.arange(0, BK)
+                real = c < CA
+                y, row_inside = _source(i, tap // KW, padding, stride, IH, TRANSPOSED)
+                x, column_inside = _source(j, tap % KW, padding, stride, IW, TRANSPOSED)
+            else:
+                k = tile * BK + tl.arange(0, BK)
+                tap = k // CA
+                c = k % CA
+                real = tap < TAPS
+                y, row_inside = _source(i, (tap // KW)[None, :], padding, stride, IH, TRANSPOSED)
+                x, column_inside = _source(j, (tap % KW)[None, :], padding, stride, IW, TRANSPOSED)
+            pixel = (n[:, None] * IH + y) * IW + x
+            inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
+            left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
+            if TRANSPOSED:
+                weight = (tap * CB * CA + c)[:, None] + cb[None, :] * CA
+            else:
+                weight = ((tap * CA + c) * CB)[:, None] + cb[None, :]
+            right = tl.load(w + weight, mask=real[:, None] & (cb < CB)[None, :], other=0.0)
+            result = _dot(left, right, result, ACC, PRECISION)
+    written = (m < M)[:, None] & (cb < CB)[None, :]
+    tl.store(out_ptr + t * M * CB + m[:, None] * CB + cb[None, :], result, mask=written)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride,
+                    padding, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Sum over `piece` rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [S, T, TAPS, CA, CB].
+
+    DENSE: program 0 is a tap and a block of channels; otherwise taps and channels are one axis.
+    """
+    cb = tl.program_id(1) * BN + tl.arange(0, BN)
+    t = tl.program_id(2) % T
+    s = tl.program_id(2) // T
+    CA = _multiple(CA, DENSE)
+    CB = _multiple(CB, DENSE)
+    if DENSE:
+        blocks = tl.cdiv(CA, BM)
+        tap = tl.program_id(0) // blocks
+        c = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
+        real = c < CA
+        tap_row = tap // KW
+        tap_column = tap % KW
+    else:
+        k = tl.program_id(0) * BM + tl.arange(0, BM)
+        tap = k // CA
+        c = k % CA
+        real = tap < TAPS
+        tap_row = (tap // KW)[None, :]
+        tap_column = (tap % KW)[None, :]
+    images = M // (OH * OW)
+    task_x = t.to(tl.int64) * images * IH * IW * CA
+    task_g = t.to(tl.int64) * M * CB
+    stop = tl.minimum(M, (s + 1) * piece)
+    result = tl.zeros([BM, BN], ACC)
+    for pair in range(pairs):
+        x = tl.where(pair == 0, x_ptr, x2_ptr) + task_x
+        g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
+        for first in range(s * piece, stop, BK):
+            m = first + tl.arange(0, BK)
+            i, row_inside = _source((m % (OH * OW) // OW)[:, None], tap_row, padding, stride, IH, False)
+            j, column_inside = _source((m % OW)[:, None], tap_column, padding, stride, IW, False)
+            pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
+            inside = row_inside & column_inside & (m < stop)[:, None] & real[None, :]
+            left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
+            right = tl.load(
+                g + m[:, None] * CB + cb[None, :], mask=(m < stop)[:, None] & (cb < CB)[None, :], other=0.0
+            )
+            result = _dot(tl.trans(left), right, result, ACC, PRECISION)
+    rows = (s * T + t).to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None]
+    tl.store(out_ptr + rows + cb[None, :], result, mask=real[:, None] & (cb < CB)[None, :])
+
+
+@triton.jit(do_not_specialize=["E", "S"])
+def _add_pieces(part_ptr, out_ptr, E, S, BLOCK: tl.constexpr):
+    """out [E] = sum of part [S, E] over S, in order."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    result = tl.load(part_ptr + e, mask=e < E, other=0.0)
+    for s in range(1, S):
+        result += tl.load(part_ptr + s * E.to(tl.int64) + e, mask=e < E, other=0.0)
+    tl.store(out_ptr + e, result, mask=e < E)
+
+
+_BLOCK = 1024
+_TYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class _Tile(NamedTuple):
+    """Launch configuration of a product."""
+
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Tile:
+    """The one tile for operands of this type.
+
+    Tensor cores get 128 x 64 results of four warps; float32 and float64 on the ordinary units 64 x 64 and 32 x 32.
+    The product for weights has 64 rows of a tap, or 32 where taps and channels are one axis (the first layer's 9 to
+    27).
+    """
+    matrix = dtype == torch.bfloat16 or precision == "tf32"
+    if dtype == torch.float64:
+        rows, columns, depth = 32, 32, 16
+    else:
+        rows, columns, depth = (128 if matrix else 64), 64, 64 if dtype == torch.bfloat16 else 32
+        if weight:
+            rows = 64 if dense else 32
+    constants = {
+        "DENSE": dense,
+        "PRECISION": precision,
+        "ACC": accumulator(dtype)[1],
+        "BM": rows,
+        "BN": columns,
+        "BK": depth,
+    }
+    return _Tile(constants, 4, 3 if matrix else 2)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _operands(
+    a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, out: Tensor
+) -> tuple[list[Tensor], int]:
+    """Both pairs (the first again where there is no second) in one type, and how many there are."""
+    if (a2 is None) != (b2 is None):
+        raise ValueError("second operand pair: expected both tensors or neither, got one")
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    if (
+        dtype not in _TYPES
+        or (dtype == torch.float64) != (out.dtype == torch.float64)
+        or out.dtype not in _TYPES
+    ):
+        raise TypeError(f"task_conv2d: expected float64, float32 or bfloat16, got {dtype} for {out.dtype}")
+    tensors = [a, b] if a2 is None or b2 is None else [a, b, a2, b2]
+    if any(x.shape != y.shape for x, y in zip(tensors[2:], (a, b), strict=False)):
+        raise ValueError(
+            f"second operand pair: expected shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+            f"got {tuple(tensors[2].shape)} and {tuple(tensors[3].shape)}"
+        )
+    for tensor in (*tensors, out):
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise ValueError(
+                "task_conv2d: expected contiguous tensors that start on 16 bytes, "
+                f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
+            )
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    return tensors if len(tensors) == 4 else tensors * 2, len(tensors) // 2
+
+
+def _geometry(x: Tensor, w: Tensor, y: Tensor, stride: int, padding: int) -> tuple[int, ...]:
+    """Tasks, images, H, W, Ci, Ho, Wo, Co, kw and taps of a convolution x * w = y.
+
+    Raises:
+        ValueError: shapes do not belong together or a task has 2**31 elements or more.
+    """
+    if x.dim() != 5 or w.dim() != 5 or y.dim() != 5:
+        raise ValueError(
+            "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], "
+            f"got {tuple(x.shape)}, {tuple(w.shape)} and {tuple(y.shape)}"
+        )
+    tasks, images, height, width, ci = x.shape
+    kh, kw, co = w.shape[1], w.shape[2], w.shape[4]
+    size = [(s + 2 * padding - k) // stride + 1 for s, k in ((height, kh), (width, kw))]
+    if tuple(w.shape[::3]) != (tasks, ci) or tuple(y.shape) != (tasks, images, *size, co):
+        raise ValueError(
+            f"task_conv2d: expected output {(tasks, images, *size, co)} of {tuple(x.shape)} and {tuple(w.shape)}, "
+            f"got {tuple(y.shape)}"
+        )
+    if max(x[0].numel(), y[0].numel(), w[0].numel()) >= 2**31:
+        raise ValueError(f"x: expected fewer than 2**31 elements a task, got {tuple(x.shape)}")
+    return tasks, images, height, width, ci, *size, co, kw, kh * kw
+
+
+def _dense(ci: int, co: int) -> bool:
+    return ci % 16 == 0 and co % 16 == 0
+
+
+def forward(
+    x: Tensor, w: Tensor, x2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
+) -> None:
+    """``task_conv2d`` of ``mamlpp_fast.ops``; all tensors contiguous."""
+    tasks, images, height, width, ci, oh, ow, co, kw, taps = _geometry(x, w, out, stride, padding)
+    tensors, pairs = _operands(x, w, x2, w2, out)
+    sizes = (pairs, images * oh * ow, oh, ow, height, width, ci, co, kw, taps, stride, padding)
+    _launch_product(tensors, out, sizes, tasks, transposed=False)
+
+
+def to_input(
+    g: Tensor, w: Tensor, g2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
+) -> None:
+    """``task_conv2d_to_input``."""
+    tasks, images, height, width, ci, oh, ow, co, kw, taps = _geometry(out, w, g, stride, padding)
+    tensors, pairs = _operands(g, w, g2, w2, out)
+    sizes = (pairs, images * height * width, height, width, oh, ow, co, ci, kw, taps, stride, padding)
+    _launch_product(tensors, out, sizes, tasks, transposed=True)
+
+
+def _launch_product(
+    tensors: list[Tensor], out: Tensor, sizes: tuple[int, ...], tasks: int, *, transposed: bool
+) -> None:
+    dtype = tensors[0].dtype
+    rows, channels = sizes[1], sizes[7]
+    tile = _tile(dtype, _dense(sizes[6], channels), _precision(dtype), weight=False)
+    grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
+    _product[grid](
+        *tensors, out, *sizes, TRANSPOSED=transposed, **tile.constants, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def to_weight(
+    x: Tensor, g: Tensor, x2: Tensor | None, g2: Tensor | None, stride: int, padding: int, out: Tensor
+) -> None:
+    """``task_conv2d_to_weight``; the pixels of a task are cut into at most 32 pieces where programs are few."""
+    tasks, images, height, width, ci, oh, ow, co, kw, taps = _geometry(x, out, g, stride, padding)
+    tensors, pairs = _operands(x, g, x2, g2, out)
+    dtype, rows = tensors[0].dtype, images * oh * ow
+    tile = _tile(dtype, _dense(ci, co), _precision(dtype), weight=True)
+    bm = tile.constants["BM"]
+    blocks = taps * triton.cdiv(ci, bm) if tile.constants["DENSE"] else triton.cdiv(taps * ci, bm)
+    columns = triton.cdiv(co, tile.constants["BN"])
+    piece, pieces = split(rows, blocks * columns * tasks, tile.constants["BK"], target=264)
+    wide = accumulator(dtype)[0]
+    whole = pieces == 1 and out.dtype == wide
+    parts = out if whole else out.new_empty(pieces, out.numel(), dtype=wide)
+    sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, padding, tasks, pieces, piece)
+    _weight_product[blocks, columns, tasks * pieces](
+        *tensors, parts, *sizes, **tile.constants, num_warps=tile.num_warps, num_stages=tile.num_stages
+    )
+    if not whole:
+        elements = out.numel()
+        _add_pieces[(triton.cdiv(elements, _BLOCK),)](parts, out, elements, pieces, BLOCK=_BLOCK, num_warps=4)
+
+
+def launch_configurations() -> Iterator[Configuration]:
+    """Everything a call can launch: three products, two layouts of the reduction, four precisions, two results."""
+    modes = (
+        (torch.float64, "ieee", torch.float64),
+        (torch.float32, "ieee", torch.float32),
+        (torch.float32, "tf32", torch.float32),
+        (torch.bfloat16, "ieee", torch.float32),
+        (torch.bfloat16, "ieee", torch.bfloat16),
+    )
+    for (dtype, precision, out), dense in itertools.product(modes, (True, False)):
+        for order in ("forward", "to_input", "to_weight"):
+            weight = order == "to_weight"
+            if weight and out == torch.bfloat16:
+                continue  # its partial sums are float32 whatever the result
+            kernel = _weight_product if weight else _product
+            tile = _tile(dtype, dense, precision, weight)
+            constants = tile.constants if weight else {**tile.constants, "TRANSPOSED": order == "to_input"}
+            kinds = {"out_ptr": f"*{TYPE_NAMES[out]}"}
+            operand = f"*{TYPE_NAMES[dtype]}"
+            types = {
+                n: kinds.get(n, operand if n.endswith("_ptr") else "i32")
+                for n in kernel.arg_names
+                if n not in constants
+            }
+            pointers = tuple(n for n in types if n.endswith("_ptr"))
+            shown = "tf32" if precision == "tf32" else TYPE_NAMES[dtype]
+            label = f"{order} {'dense' if dense else 'flat'} {shown} -> {TYPE_NAMES[out]}"
+            matrix = dtype == torch.bfloat16 or precision == "tf32"
+            yield Configuration(
+                label,
+                kernel,
+                types,
+                constants,
+                tile.num_warps,
+                tile.num_stages,
+                pointers,
+                tensor_cores=matrix,
+            )
+    for wide, out in ((torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)):
+        types = {"part_ptr": f"*{TYPE_NAMES[wide]}", "out_ptr": f"*{TYPE_NAMES[out]}", "E": "i32", "S": "i32"}
+        label = f"add_pieces {TYPE_NAMES[wide]} -> {TYPE_NAMES[out]}"
+        yield Configuration(label, _add_pieces, types, {"BLOCK": _BLOCK}, 4, 3, ("part_ptr", "out_ptr"))
