@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
-
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 

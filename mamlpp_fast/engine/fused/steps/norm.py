@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 import mamlpp_fast.ops.norm_act_pool  # noqa: F401 - registers the operations
-
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Step, aten
 

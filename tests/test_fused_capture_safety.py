@@ -1,0 +1,127 @@
+"""What a CUDA graph asks of an iteration, checked without a GPU: nothing waits, nothing is allocated, nothing moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_batch, small_conv4, small_learner
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mamlpp_fast as mf
+from mamlpp_fast.engine.fused.engine import FusedEngine
+
+SYNCHRONISES = (
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "_to_copy",
+    "nonzero",
+    "equal",
+    "unique",
+    "masked_select",
+)
+
+
+class CaptureSafe(TorchDispatchMode):
+    """Fails on an operation that waits for the device, has a shape that depends on data, or returns fresh memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        name = func.overloadpacket.__name__
+        assert name not in SYNCHRONISES, f"{name} waits for the device or has a shape that depends on data"
+        leaves = tree_leaves((args, kwargs or {}))
+        before = {t.untyped_storage().data_ptr() for t in leaves if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                known = t.untyped_storage().data_ptr() in before
+                assert known, f"{name} allocates"
+        return result
+
+
+def fields(batch: mf.EpisodeBatch) -> tuple[torch.Tensor, ...]:
+    return batch.support_x, batch.support_y, batch.target_x, batch.target_y
+
+
+def engine_of(learner: mf.MAMLPlusPlus) -> FusedEngine:
+    assert isinstance(learner.engine, FusedEngine)
+    return learner.engine
+
+
+CONFIGS = {
+    "maml++": mf.MAMLConfig(steps=3),
+    "maml": mf.MAMLConfig.maml(steps=3),
+    "meta-sgd": mf.MAMLConfig(steps=3, rates="element"),
+    "anil": mf.MAMLConfig(steps=3, adapt="head"),
+    "adapting-norms": mf.MAMLConfig(steps=3, bnwb=False, adapt_norm=True),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("second_order", [True, False], ids=["second-order", "first-order"])
+def test_an_iteration_neither_waits_nor_allocates(config: mf.MAMLConfig, second_order: bool) -> None:
+    learner = small_learner(config, engine="fused")
+    engine, weights = engine_of(learner), learner.step_weights()
+    engine._iterate(fields(random_batch()), weights, second_order)
+    following = fields(random_batch(seed=1))
+    with CaptureSafe() as mode:
+        engine._iterate(following, weights, second_order)
+    assert mode.calls > 50
+
+
+@pytest.mark.parametrize("network", [{"max_pool": False}, {"norm": "layer"}], ids=["strided", "layer-norm"])
+def test_other_networks_neither_wait_nor_allocate(network: dict[str, Any]) -> None:
+    learner = mf.MAMLPlusPlus(
+        small_conv4(**network), mf.MAMLConfig(steps=3), engine="fused", precision="float64"
+    )
+    engine = engine_of(learner)
+    engine._iterate(fields(random_batch()), None, True)
+    following = fields(random_batch(seed=1))
+    with CaptureSafe():
+        engine._iterate(following, None, True)
+
+
+def test_buffers_keep_their_addresses() -> None:
+    learner = small_learner(engine="fused")
+    engine = engine_of(learner)
+
+    def addresses() -> list[int]:
+        tensors = [b.tensor for p in engine._prepared.values() for b in p.program.buffers]
+        tensors += [p.grad for m in (learner.model, learner.rates) for p in m.parameters()]
+        return [t.data_ptr() for t in tensors if t is not None]
+
+    learner.meta_step(random_batch())
+    before = addresses()
+    for seed in (1, 2):
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.meta_step(random_batch(seed=seed))
+    assert addresses() == before
+
+
+def test_results_survive_the_next_iteration() -> None:
+    learner = small_learner(engine="fused")
+    batch = random_batch()
+    first = learner.engine.meta_gradient(batch, None, True)
+    kept = [t.clone() for t in first]
+    learner.engine.meta_gradient(random_batch(seed=1), None, True)
+    for t, value in zip(first, kept, strict=True):
+        torch.testing.assert_close(t, value, rtol=0, atol=0)
+
+
+def test_memory_used_is_the_memory_predicted() -> None:
+    learner = small_learner(engine="fused")
+    engine = engine_of(learner)
+    program = engine.prepare(random_batch(), True, True).program
+    workspace = engine.workspace.memory
+    assert workspace.numel() == program.workspace_bytes
+    spans = [(b.tensor.data_ptr(), b.nbytes) for b in program.buffers if not b.owned and b.tensor is not None]
+    assert max(start + size for start, size in spans) <= workspace.data_ptr() + program.workspace_bytes
+    learner.meta_gradient(random_batch())
+    assert engine.workspace.memory.data_ptr() == workspace.data_ptr()

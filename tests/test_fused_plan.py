@@ -1,0 +1,168 @@
+"""Which models the fused engine takes, how it lowers them, and what it says about those it cannot take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_batch, small_conv4, small_learner
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+from mamlpp_fast.engine.fused.network import lower
+from mamlpp_fast.engine.fused.program import Buffer, Emitter, Workspace, place
+from mamlpp_fast.engine.fused.steps.base import aten
+from mamlpp_fast.engine.fused.trace import Unsupported, trace
+
+
+def kinds(
+    model: nn.Module, image: tuple[int, int, int] = (1, 12, 12), adapted: tuple[str, ...] = ()
+) -> list[str]:
+    nodes, output = trace(model)
+    network = lower(nodes, output, model, image, frozenset(adapted), lambda module: True)
+    return [step.kind for step in network.steps]
+
+
+def test_conv4_is_one_convolution_and_one_norm_a_stage() -> None:
+    assert kinds(small_conv4()) == ["Conv", "NormActPool"] * 2 + ["Flatten", "Linear"]
+
+
+def test_strided_conv4_ends_in_an_average() -> None:
+    model = small_conv4(max_pool=False)
+    assert kinds(model) == ["Conv", "NormActPool"] * 2 + ["AveragePool", "Flatten", "Linear"]
+
+
+def test_resnet12_lowers_as_it_stands() -> None:
+    model = mf.ResNet12(3, 5, filters=(2, 3, 4, 5), num_steps=2)
+    block = ["Conv", "NormActPool"] * 3 + ["Conv", "NormActPool", "Add", "Activation", "MaxPool"]
+    assert kinds(model, (3, 16, 16)) == block * 4 + ["AveragePool", "Flatten", "Linear"]
+
+
+def test_plain_module_with_functional_calls_lowers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, padding="same")
+            self.norm = nn.BatchNorm2d(4)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(F.relu(self.norm(self.conv(x))), 2)
+            x = x + F.leaky_relu(x, 0.2)
+            x = F.avg_pool2d(x, 3)
+            return self.head(x.view(x.size(0), -1))
+
+    assert kinds(Net()) == ["Conv", "NormActPool", "Activation", "Add", "AveragePool", "Flatten", "Linear"]
+
+
+def test_bias_stays_where_no_batch_norm_follows() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
+    )
+    assert kinds(model)[:3] == ["Conv", "Bias", "Activation"]
+
+
+def test_adapting_norms_are_normalised_and_scaled_apart() -> None:
+    model = small_conv4(per_step_affine=False)
+    names = tuple(n for n, _ in model.named_parameters())
+    assert kinds(model, adapted=names)[:5] == ["Conv", "NormActPool", "ScaleShift", "Activation", "MaxPool"]
+
+
+class _Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def _shared() -> nn.Module:
+    conv = nn.Conv2d(1, 1, 3, padding=1)
+    return nn.Sequential(conv, conv)
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "why"),
+    [
+        pytest.param(nn.Sequential(nn.Conv2d(1, 2, 5)), "0", "kernel", id="kernel-5"),
+        pytest.param(nn.Sequential(nn.Conv2d(2, 2, 3, groups=2)), "0", "one group", id="groups"),
+        pytest.param(nn.Sequential(nn.Conv2d(1, 2, 3, stride=3)), "0", "stride", id="stride-3"),
+        pytest.param(
+            nn.Sequential(nn.Sequential(nn.GELU())), "0.0", "GELU has no fused rules", id="activation"
+        ),
+        pytest.param(nn.Sequential(nn.MaxPool2d(3)), "0", "windows 2x2", id="pool-3"),
+        pytest.param(nn.Sequential(nn.Dropout(0.5)), "0", "Dropout", id="dropout"),
+        pytest.param(nn.Sequential(nn.Identity(), _Branching()), "1", "cannot trace", id="control-flow"),
+        pytest.param(_shared(), "0", "2 times", id="shared-module"),
+        pytest.param(mf.ResNet12(1, 2, drop_block=0.1), "blocks.0.drop", "cannot trace", id="drop-block"),
+    ],
+)
+def test_unsupported_names_the_module(model: nn.Module, module: str, why: str) -> None:
+    with pytest.raises(Unsupported, match=why) as error:
+        trace(model)
+    assert error.value.module == module
+
+
+def test_auto_says_which_module_stopped_it() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 5), nn.Flatten(), nn.Linear(128, 3))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2))
+    assert learner.engine.name != "fused"
+    assert "0: convolution: expected kernel 1x1 or 3x3, got 5x5" in learner.engine_reason
+
+
+def test_other_losses_are_unsupported() -> None:
+    with pytest.raises(ValueError, match=r"loss: expected F\.cross_entropy or F\.mse_loss"):
+        mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3), engine="fused", loss_fn=F.multi_margin_loss)
+
+
+def test_buffers_alive_together_never_overlap() -> None:
+    generator = torch.Generator().manual_seed(0)
+    buffers = []
+    for i in range(60):
+        b = Buffer(f"b{i}", (int(torch.randint(1, 500, (), generator=generator)),), torch.float32)
+        b.first = int(torch.randint(0, 40, (), generator=generator))
+        b.last = b.first + int(torch.randint(0, 10, (), generator=generator))
+        buffers.append(b)
+    total = place(buffers)
+    assert total < sum(b.nbytes for b in buffers) / 2
+    for i, a in enumerate(buffers):
+        assert a.offset + a.nbytes <= total
+        for b in buffers[:i]:
+            together = a.first <= b.last and b.first <= a.last
+            assert not together or a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
+
+
+def test_program_predicts_its_memory_and_keeps_it() -> None:
+    em = Emitter(torch.device("cpu"), torch.float32)
+    x = em.own("x", torch.arange(8.0))
+    y, z = em.new("y", (8,)), em.new("z", (8,))
+    em.call(aten.mul.out, x, em.constant(2.0), out=y)
+    em.call(aten.add.out, y, x, out=z)
+    program, workspace = em.finish(), Workspace(torch.device("cpu"))
+    assert program.workspace_bytes == 64 + 32 + 32  # y padded to a cache line, z, and the end aligned
+    program.bind(workspace)
+    assert workspace.memory.numel() == program.workspace_bytes
+    program.run()
+    torch.testing.assert_close(z.tensor(), 3 * torch.arange(8.0))
+
+
+def test_explanation_shows_network_memory_and_operations() -> None:
+    learner = small_learner(engine="fused")
+    learner.meta_gradient(random_batch())
+    text = learner.explain()
+    for part in (
+        "kernels on cpu",
+        "task_conv2d: ",
+        "MiB",
+        "GFLOP",
+        "blocks.0.norm",
+        "NormActPool",
+        "reverse",
+    ):
+        assert part in text
+
+
+def test_recomputing_needs_less_memory_than_keeping() -> None:
+    needs = {}
+    for option in ("keep", "recompute"):
+        learner = small_learner(engine="fused")
+        engine = mf.engine.fused.FusedEngine(learner.model, learner.rates, learner.config, memory=option)  # type: ignore[attr-defined]
+        needs[option] = engine.prepare(random_batch(), True, True).program.workspace_bytes
+    assert needs["recompute"] < needs["keep"]

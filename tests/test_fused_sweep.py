@@ -1,0 +1,284 @@
+"""The fused engine against the reference in float64: every form of the sweep, on random networks."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_batch, small_conv4
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+from mamlpp_fast import reference
+from mamlpp_fast.engine.fused import FusedEngine
+from mamlpp_fast.engine.reference import ReferenceEngine
+
+TOLERANCE = 1e-10
+
+
+def assert_same(ours: Tensor, expected: Tensor, what: str, floor: float = 1e-9) -> None:
+    """Equal relative to the largest expected value; ``floor`` stands in where all are zero but for rounding."""
+    scale = max(float(expected.abs().max()), floor)
+    error = float((ours - expected).abs().max()) / scale
+    assert error <= TOLERANCE, f"{what}: relative error {error:.1e}"
+
+
+def engines(
+    model: nn.Module,
+    steps: int,
+    *,
+    adapt: Any = "all",
+    adapt_norm: bool = False,
+    rates: Any = "tensor",
+    learnable: bool = True,
+    loss: reference.LossFn = F.cross_entropy,
+    **options: Any,
+) -> tuple[ReferenceEngine, FusedEngine]:
+    """Two engines on copies of one model, with rates that differ by tensor and step."""
+    result = []
+    for kind in (ReferenceEngine, FusedEngine):
+        own = copy.deepcopy(model)
+        named = dict(own.named_parameters())
+        names = reference.adapted_names(own, adapt, adapt_norm)
+        lslr = mf.LSLR(((n, named[n]) for n in names), steps, 0.1, rates=rates, learnable=learnable)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(3)
+            lslr.rates.mul_(torch.rand(lslr.rates.shape, generator=generator, dtype=lslr.rates.dtype) + 0.3)
+        if kind is ReferenceEngine:
+            result.append(ReferenceEngine(own, lslr, loss))
+        else:
+            result.append(FusedEngine(own, lslr, mf.MAMLConfig(), loss, **options))
+    return result[0], result[1]  # type: ignore[return-value]
+
+
+def step_weights(steps: int) -> Tensor:
+    return torch.linspace(0.2, 1, steps, dtype=torch.float64)
+
+
+def compare(
+    pair: tuple[ReferenceEngine, FusedEngine],
+    batch: mf.EpisodeBatch,
+    weights: Tensor | None,
+    second_order: bool = True,
+    floor: float = 1e-9,
+) -> None:
+    """One meta-gradient of each: losses, predictions, gradients and running statistics."""
+    expected, ours = (engine.meta_gradient(batch, weights, second_order) for engine in pair)
+    for name in ("loss", "task_losses", "target_logits"):
+        assert_same(getattr(ours, name), getattr(expected, name), name)
+    sides = [{**dict(e.model.named_parameters()), "rates": e.rates.rates} for e in pair]
+    for name, p in sides[0].items():
+        if not p.requires_grad:
+            continue
+        grad = sides[1][name].grad
+        assert grad is not None, name
+        assert_same(grad, torch.zeros_like(p) if p.grad is None else p.grad, f"gradient of {name}", floor)
+    for (name, b), own in zip(pair[0].model.named_buffers(), pair[1].model.buffers(), strict=True):
+        assert_same(own.double(), b.double(), name)
+
+
+def jittered(model: nn.Module) -> nn.Module:
+    """In float64, with every parameter off the value that would hide an error."""
+    model = model.double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.1)
+    return model
+
+
+FORMS = {
+    "multi-step": (True, True),
+    "final-loss": (False, True),
+    "first-order": (True, False),
+    "first-order-final": (False, False),
+}
+
+
+@pytest.mark.parametrize(("multi_step", "second_order"), FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_every_form(multi_step: bool, second_order: bool, memory: str, group: int) -> None:
+    pair = engines(small_conv4(), 3, memory=memory, group=group)
+    compare(pair, random_batch(tasks=3), step_weights(3) if multi_step else None, second_order)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "strided": ({"max_pool": False}, {}),
+    "layer-norm": ({"norm": "layer"}, {}),
+    "shared-affine": ({"per_step_affine": False}, {}),
+    "shared-statistics": ({"per_step_affine": False, "per_step_stats": False}, {}),
+    "adapting-norms": ({"per_step_affine": False}, {"adapt_norm": True}),
+    "odd-size": ({"image_size": 13}, {}),
+    "element-rates": ({}, {"rates": "element"}),
+    "fixed-rates": ({}, {"learnable": False}),
+    "anil": ({}, {"adapt": "head"}),
+    "anil-element-rates": ({}, {"adapt": "head", "rates": "element"}),
+    "only-first-block": ({}, {"adapt": ("blocks.0",)}),
+    "only-second-convolution": ({}, {"adapt": ("blocks.1.conv.weight",)}),
+}
+
+
+@pytest.mark.parametrize(("network", "options"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_every_setting(network: dict[str, Any], options: dict[str, Any]) -> None:
+    size = network.get("image_size", 12)
+    pair = engines(small_conv4(**network), 3, **options)
+    compare(pair, random_batch(size=size), step_weights(3))
+    for steps in (2, 5):
+        for stats in ("batch", "running"):
+            batch = random_batch(size=size, seed=1)
+            expected, ours = (engine.evaluate(batch, steps=steps, stats=stats) for engine in pair)
+            assert_same(ours, expected, f"evaluation with {stats} statistics")
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = small_conv4()
+    for name in ("blocks.0.norm.weight", "blocks.1.conv.weight"):
+        model.get_parameter(name).requires_grad_(False)
+    pair = engines(model, 3)
+    compare(pair, random_batch(), step_weights(3))
+    assert pair[1].model.get_parameter("blocks.0.norm.weight").grad is None
+
+
+def test_squared_error() -> None:
+    batch = random_batch()
+    targets = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 6, 3, dtype=torch.float64)
+    batch = mf.EpisodeBatch(batch.support_x, targets[0], batch.target_x, targets[1])
+    compare(engines(small_conv4(), 3, loss=F.mse_loss), batch, step_weights(3))
+
+
+def test_resnet12() -> None:
+    torch.manual_seed(0)
+    model = jittered(mf.ResNet12(3, 3, filters=(3, 4, 3, 4), num_steps=2))
+    pair = engines(model, 2)
+    compare(pair, random_batch(channels=3, size=17), step_weights(2))
+
+
+class _Residual(nn.Module):
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
+
+
+def random_network(rng: random.Random, steps: int, ways: int) -> tuple[nn.Module, int, int]:
+    """A network from the supported modules, its input channels and image size."""
+    channels = first = rng.choice([1, 2, 3])
+    size = image = rng.choice([9, 11, 12, 14])
+    stages: list[nn.Module] = []
+
+    def norm(width: int) -> nn.Module:
+        kind = rng.choice(["per-step", "leaky", "shared", "plain"])
+        if kind == "plain":
+            return nn.BatchNorm2d(width, momentum=0.3)
+        return mf.PerStepBatchNorm2d(
+            width,
+            steps,
+            negative_slope=0.2 if kind == "leaky" else None,
+            per_step_affine=kind != "shared",
+            per_step_stats=rng.random() < 0.5,
+        )
+
+    for _ in range(rng.randint(1, 4)):
+        width, stride = rng.choice([2, 3, 5]), rng.choice([1, 1, 2])
+        kernel = rng.choice([1, 3, 3])
+        padding = kernel // 2 if size < 5 else rng.choice([kernel // 2, 0])
+        bias = rng.random() < 0.5
+        parts: list[nn.Module] = [nn.Conv2d(channels, width, kernel, stride, padding, bias=bias)]
+        size = (size + 2 * padding - kernel) // stride + 1
+        if rng.random() < 0.8:
+            parts.append(norm(width))
+        parts.append(rng.choice([nn.ReLU(), nn.LeakyReLU(0.1), nn.Identity()]))
+        stage = nn.Sequential(*parts)
+        if rng.random() < 0.4 and (size, padding) == (size, kernel // 2):
+            shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=bias), norm(width))
+            stages.append(_Residual(stage, shortcut))
+        else:
+            stages.append(stage)
+        channels = width
+        if size >= 4 and rng.random() < 0.6:
+            stages.append(rng.choice([nn.MaxPool2d(2), nn.AvgPool2d(2)]))
+            size //= 2
+    if rng.random() < 0.5:
+        stages.append(nn.AdaptiveAvgPool2d(1))
+        size = 1
+    head = [nn.Flatten(), nn.Linear(channels * size * size, ways)]
+    return nn.Sequential(*stages, *head), first, image
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_networks(seed: int) -> None:
+    rng = random.Random(seed)
+    steps, tasks, ways = rng.randint(1, 6), rng.randint(1, 5), rng.choice([2, 3])
+    network, channels, size = random_network(rng, steps, ways)
+    model = jittered(network)
+    batch = random_batch(
+        tasks=tasks, ways=ways, shots=2, targets=rng.choice([1, 2]), channels=channels, size=size, seed=seed
+    )
+    options = {"rates": rng.choice(["tensor", "element"]), "memory": rng.choice(["keep", "recompute"])}
+    weights = step_weights(steps) if rng.random() < 0.6 else None
+    # Biases in front of batch norm are exactly zero here and rounding noise in the reference.
+    compare(engines(model, steps, **options), batch, weights, rng.random() < 0.8, floor=1e-3)
+
+
+def test_ten_adam_steps_stay_together() -> None:
+    learners = [
+        mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3, inner_lr=0.2), engine=name, precision="float64")
+        for name in ("reference", "fused")
+    ]
+    for i in range(10):
+        expected, ours = (learner.meta_step(random_batch(seed=i)) for learner in learners)
+        assert_same(ours.loss, expected.loss, f"loss {i}")
+    for (name, p), own in zip(
+        learners[0].model.named_parameters(), learners[1].model.parameters(), strict=True
+    ):
+        assert_same(own.detach(), p.detach(), name)
+    assert_same(learners[1].rates.rates.detach(), learners[0].rates.rates.detach(), "rates")
+
+
+def test_another_batch_shape_and_form_in_between_changes_nothing() -> None:
+    pair = engines(small_conv4(), 3)
+    compare(pair, random_batch(), step_weights(3))
+    compare(pair, random_batch(tasks=4, shots=3), None)
+    compare(pair, random_batch(seed=1), step_weights(3))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        pytest.param(
+            mf.EpisodeBatch(*(torch.zeros(1, 2, 4), torch.zeros(1, 2)) * 2),
+            "support_x: expected images",
+            id="vectors",
+        ),
+        pytest.param(
+            mf.EpisodeBatch(
+                torch.zeros(1, 2, 1, 12, 12),
+                torch.zeros(1, 2),
+                torch.zeros(1, 2, 1, 12, 12),
+                torch.zeros(1, 2),
+            ),
+            "support_y: expected int64 labels",
+            id="float-labels",
+        ),
+        pytest.param(
+            mf.EpisodeBatch(
+                torch.zeros(1, 2, 1, 12, 12),
+                torch.zeros(1, 2, dtype=torch.int64),
+                torch.zeros(1, 2, 1, 9, 9),
+                torch.zeros(1, 2, dtype=torch.int64),
+            ),
+            "target_x: expected images of shape",
+            id="sizes",
+        ),
+    ],
+)
+def test_wrong_batches_are_named(batch: mf.EpisodeBatch, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engines(small_conv4(), 3)[1].meta_gradient(batch, None, True)
