@@ -105,5 +105,13 @@ class AutogradEngine:
             if self.precision == "bfloat16":
                 stack.enter_context(torch.autocast(device, torch.bfloat16))
             if device == "cuda":
-                stack.enter_context(torch.backends.cudnn.flags(allow_tf32=self.precision == "tf32"))
+                cudnn = torch.backends.cudnn
+                stack.enter_context(
+                    cudnn.flags(
+                        enabled=cudnn.enabled,
+                        benchmark=cudnn.benchmark,
+                        deterministic=cudnn.deterministic,
+                        allow_tf32=self.precision == "tf32",
+                    )
+                )
             yield
