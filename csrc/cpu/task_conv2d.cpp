@@ -68,8 +68,8 @@ Shape check(const Tensor& x, const Tensor& w, const Tensor& y, int64_t stride, i
   TORCH_CHECK_VALUE(x.dim() == 5 && w.dim() == 5 && y.dim() == 5,
                     "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], got ", x.sizes(), ", ",
                     w.sizes(), " and ", y.sizes());
-  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), w.size(1), w.size(2), w.size(4),
-          0,         0,         stride,    padding};
+  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), w.size(1),
+          w.size(2), w.size(4), 0,         0,         stride,    padding};
   TORCH_CHECK_VALUE(stride >= 1 && padding >= 0 && padding < std::min(s.kh, s.kw),
                     "stride, padding: expected stride >= 1, 0 <= padding < kernel, got ", stride, ", ", padding);
   TORCH_CHECK_VALUE(s.kh * s.kw <= conv::kMaxTaps, "w: expected at most ", conv::kMaxTaps, " taps, got ", s.kh, " x ",
@@ -90,9 +90,9 @@ void check_pair(const Tensor& a, const Tensor& b, const OptTensor& a2, const Opt
     TORCH_CHECK_VALUE(t.sizes() == like.sizes(), "second operand pair: expected shape ", like.sizes(), ", got ",
                       t.sizes());
     TORCH_CHECK_VALUE(t.is_contiguous(), "task_conv2d: expected contiguous tensors, got strides ", t.strides());
-    TORCH_CHECK_TYPE(t.scalar_type() == out.scalar_type() ||
-                         (t.scalar_type() == at::kBFloat16 && out.scalar_type() == at::kFloat),
-                     "task_conv2d: expected operands of ", out.scalar_type(), ", got ", t.scalar_type());
+    TORCH_CHECK_TYPE(
+        t.scalar_type() == out.scalar_type() || (t.scalar_type() == at::kBFloat16 && out.scalar_type() == at::kFloat),
+        "task_conv2d: expected operands of ", out.scalar_type(), ", got ", t.scalar_type());
   };
   check_one(a, a);
   check_one(b, b);
@@ -142,8 +142,7 @@ int64_t parts_for(int64_t tasks, int64_t at_most) {
 /// Runs `work(begin, end, scratch)` over all units with `elements` of scratch for each thread.
 template <class T, class Work>
 void run_units(int64_t units, int64_t elements, const Work& work) {
-  at::parallel_for(0, units, 1,
-                   [&](int64_t begin, int64_t end) { work(begin, end, kernel_scratch.get<T>(elements)); });
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { work(begin, end, kernel_scratch.get<T>(elements)); });
 }
 
 /// Pixel classes of one convolution geometry, built once and kept.
@@ -274,21 +273,23 @@ void outer(const Shape& s, const Operands& o, void* out) {
 int64_t winograd_setting() {
   static const int64_t setting = [] {
     const char* text = std::getenv("MAMLPP_FAST_WINOGRAD");
-    return text == nullptr ? int64_t{-1} : static_cast<int64_t>(std::atoi(text));
+    return text == nullptr || *text == '\0' ? int64_t{-1} : static_cast<int64_t>(std::atoi(text));
   }();
   return setting;
 }
 
 enum class Product { forward, to_input, to_weight };
 
-/// Output tile of the Winograd form for this shape, 0 for the direct form. Measured in bench/bench_task_conv2d.py.
+/// Output tile of the Winograd form for this shape, 0 for the direct form, which skips padding and so wins on small
+/// images. F(4x4) rounds five times worse than F(2x2) and is only for MAMLPP_FAST_WINOGRAD=4. See
+/// bench/bench_task_conv2d.py.
 int winograd_tile(const Shape& s, Product product) {
   const int64_t setting = winograd_setting();
   if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return 0;
   if (setting > 0) return setting == 4 ? 4 : 2;
-  const int64_t height = product == Product::to_input ? s.height : s.out_height;
-  const int64_t width = product == Product::to_input ? s.width : s.out_width;
-  return height * width >= 36 ? 2 : 0;
+  const bool to_input = product == Product::to_input;
+  const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
+  return height * width >= 144 && s.ci >= 32 && s.co >= 32 ? 2 : 0;
 }
 
 void winograd_run(const Shape& s, const Operands& o, Product product, int tile, void* out) {
@@ -323,7 +324,8 @@ void dispatch(const Shape& s, const Operands& o, Product product, const Tensor& 
   if (out.numel() == 0) return;
   void* data = out.mutable_data_ptr();
   if (out.scalar_type() == at::kDouble) {
-    product == Product::to_weight ? outer<double>(s, o, data) : gather<double>(s, o, product == Product::to_input, data);
+    product == Product::to_weight ? outer<double>(s, o, data)
+                                  : gather<double>(s, o, product == Product::to_input, data);
     return;
   }
   const int tile = winograd_tile(s, product);
@@ -357,6 +359,11 @@ void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2
 }
 
 }  // namespace
+
+// Floating-point operations of `iterations` rounds of independent multiply-adds in registers, for timing the peak.
+TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
+  m.def("fma_peak(int iterations) -> float", [](int64_t iterations) { return winograd().fma_peak(iterations); });
+}
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
   m.impl("task_conv2d", &task_conv2d);

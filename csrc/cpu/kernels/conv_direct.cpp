@@ -117,8 +117,7 @@ void gather(const Gather& p, int64_t begin, int64_t end, T* scratch) {
       ready = task;
     }
     for (int64_t panel = 0; panel < divide_up(p.channels_out, kPanel<T>); ++panel)
-      for (int c = 0; c < p.num_classes; ++c)
-        gather_class<T>(p, p.classes[c], first, last, task, panel, packed);
+      for (int c = 0; c < p.num_classes; ++c) gather_class<T>(p, p.classes[c], first, last, task, panel, packed);
   }
 }
 
@@ -151,8 +150,8 @@ int64_t padded_height(const Outer& p) { return p.height + 2 * p.padding; }
 template <class T>
 int64_t outer_scratch(const Outer& p) {
   if (few_channels(p)) {
-    return round_line<T>(padded_height(p) * padded_width(p) * p.ci) +
-           p.out_height * p.out_width * kPanel<T> + round_line<T>(p.out_height * sizeof(Segment));
+    return round_line<T>(padded_height(p) * padded_width(p) * p.ci) + p.out_height * p.out_width * kPanel<T> +
+           round_line<T>(p.out_height * sizeof(Segment));
   }
   const Chunk chunk = chunk_of(p);
   const int64_t source = chunk.images * chunk.source_rows * p.width * divide_up(p.ci, kMaxRows) * kMaxRows;
@@ -187,8 +186,7 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
       const T* x = static_cast<const T*>(p.x[pair]) + (task * p.images + n) * p.height * p.width * p.ci;
       const T* g = static_cast<const T*>(p.g[pair]) + (task * p.images + n) * pixels * p.co;
       for (int64_t y = 0; y < p.height; ++y)
-        memcpy(padded + ((y + p.padding) * pw + p.padding) * p.ci, x + y * p.width * p.ci,
-               p.width * p.ci * sizeof(T));
+        memcpy(padded + ((y + p.padding) * pw + p.padding) * p.ci, x + y * p.width * p.ci, p.width * p.ci * sizeof(T));
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         const int64_t lanes = panels.lanes(panel), width = panels.width(panel), o = panels.begin(panel);
         const bool direct = lanes == width;
@@ -206,7 +204,7 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
             block.out[i] = out + row * p.co + o;
           }
           accumulate_block<T, kAnyStep>(block, size, lanes, panels.vectors(panel), segments, p.out_height,
-                              p.stride * p.ci, direct ? g + o : grad, step_b, pair > 0 || n > 0);
+                                        p.stride * p.ci, direct ? g + o : grad, step_b, pair > 0 || n > 0);
         }
       }
     }
@@ -256,13 +254,12 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
 
   const int64_t source_size = source_pixels * images * kMaxRows;
   for (int64_t n = 0; n < images; ++n) {
-    const T* x = static_cast<const T*>(p.x[pair]) +
-                 (((task * p.images + first + n) * p.height + source_begin) * p.width) * p.ci;
+    const T* x =
+        static_cast<const T*>(p.x[pair]) + (((task * p.images + first + n) * p.height + source_begin) * p.width) * p.ci;
     for (int64_t q = 0; q < source_pixels; ++q) {
       T* to = source + (q * images + n) * kMaxRows;
       int64_t c = 0;
-      for (; c + kMaxRows <= p.ci; c += kMaxRows, to += source_size)
-        memcpy(to, x + q * p.ci + c, kMaxRows * sizeof(T));
+      for (; c + kMaxRows <= p.ci; c += kMaxRows, to += source_size) memcpy(to, x + q * p.ci + c, kMaxRows * sizeof(T));
       for (int64_t i = 0; c + i < p.ci; ++i) to[i] = x[q * p.ci + c + i];
     }
     const T* g = static_cast<const T*>(p.g[pair]) +
@@ -289,8 +286,8 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
           block.rows[i] = source + b * source_size + i;
           block.out[i] = out + (b * kMaxRows + i) * p.co;
         }
-        accumulate_block<T, kMaxRows>(block, rows, panels.lanes(panel), panels.vectors(panel), segments, count, kMaxRows,
-                            panel_from, width, accumulate);
+        accumulate_block<T, kMaxRows>(block, rows, panels.lanes(panel), panels.vectors(panel), segments, count,
+                                      kMaxRows, panel_from, width, accumulate);
       }
     }
     panel_from += pixels * images * width;

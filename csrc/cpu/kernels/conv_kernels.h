@@ -17,7 +17,7 @@ struct PixelClass {
   const int64_t* dst;  ///< [count] element offset of the destination pixel in its image
   int64_t count;
   int taps;
-  int tap[kMaxTaps];       ///< valid taps in ascending order
+  int tap[kMaxTaps];        ///< valid taps in ascending order
   int64_t delta[kMaxTaps];  ///< element offset of each valid tap's source pixel from `src`
 };
 

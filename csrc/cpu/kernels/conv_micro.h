@@ -40,7 +40,8 @@ struct Block {
   T* out[kMaxRows];
 };
 
-/// Reduction steps of the row pointers known when compiled; the panel is then dense. kAnyStep leaves both to the caller.
+/// Reduction steps of the row pointers known when compiled; the panel is then dense. kAnyStep leaves both to the
+/// caller.
 constexpr int kAnyStep = 0;
 
 template <class T, int MR, int NV, int Step>
@@ -85,12 +86,18 @@ using Multiply = void (*)(const Block<T>&, const Segment*, int64_t, int64_t, con
 template <class T, int NV, int Step>
 inline Multiply<T> pick_rows(int rows) {
   switch (rows) {
-    case 1: return multiply<T, 1, NV, Step>;
-    case 2: return multiply<T, 2, NV, Step>;
-    case 3: return multiply<T, 3, NV, Step>;
-    case 4: return multiply<T, 4, NV, Step>;
-    case 5: return multiply<T, 5, NV, Step>;
-    default: return multiply<T, 6, NV, Step>;
+    case 1:
+      return multiply<T, 1, NV, Step>;
+    case 2:
+      return multiply<T, 2, NV, Step>;
+    case 3:
+      return multiply<T, 3, NV, Step>;
+    case 4:
+      return multiply<T, 4, NV, Step>;
+    case 5:
+      return multiply<T, 5, NV, Step>;
+    default:
+      return multiply<T, 6, NV, Step>;
   }
 }
 
@@ -104,7 +111,8 @@ inline Multiply<T> pick(int rows, int vectors) {
   return vectors == 2 ? pick_rows<T, 2, Step>(rows) : pick_rows<T, 1, Step>(rows);
 }
 
-/// Runs a block whose last vector is only partly valid: through a private tile, so that nothing is written past `lanes`.
+/// Runs a block whose last vector is only partly valid: through a private tile, so that nothing is written past
+/// `lanes`.
 template <class T>
 inline void multiply_partial(Multiply<T> kernel, Block<T> block, int rows, int64_t lanes, const Segment* segments,
                              int64_t count, int64_t step_a, const T* panel, int64_t step_b, bool accumulate) {

@@ -132,7 +132,16 @@ inline int64_t plane(int64_t tiles, int64_t channels) {
   return n % 1024 == 0 ? n + 16 : n % 512 == 0 ? n + 16 : n;
 }
 
-constexpr int64_t kTiles = 48;
+/// Tiles worked on at a time: transformed weights (or their sums) and tiles should share the second-level cache.
+/// Depends on the shape alone, because the weight gradient's order of summation follows it.
+template <int M>
+int64_t chunk_tiles(const Problem& p) {
+  constexpr int64_t kCacheBytes = 416 << 10;
+  const int64_t point_bytes = Sizes<M>::points * static_cast<int64_t>(sizeof(float));
+  const int64_t room = kCacheBytes - p.channels_in * p.channels_out * point_bytes;
+  const int64_t fits = room / ((p.channels_in + p.channels_out) * point_bytes) / kMaxRows * kMaxRows;
+  return fits < 4 * kMaxRows ? 4 * kMaxRows : fits > 8 * kMaxRows ? 8 * kMaxRows : fits;
+}
 
 /// [panel][channel][panel width] for every point: weights of one task, transformed.
 template <int M>
@@ -140,8 +149,7 @@ void transform_weights(const Problem& p, const float* w, float* to, float* turne
   using S = Sizes<M>;
   const int64_t ci = p.channels_in, co = p.channels_out, stride = ci * co;
   if (p.transposed) {
-    for (int tap = 0; tap < 9; ++tap)
-      transpose(w + (8 - tap) * stride, ci, co, ci, turned + tap * stride, co);
+    for (int tap = 0; tap < 9; ++tap) transpose(w + (8 - tap) * stride, ci, co, ci, turned + tap * stride, co);
     w = turned;
   }
   const Panels<float> panels(co);
@@ -152,8 +160,7 @@ void transform_weights(const Problem& p, const float* w, float* to, float* turne
         V g[3][3], u[S::side][S::side];
         for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = V::load(w + k * stride + c * co + o + v);
         both_axes<3, S::side, Transform<M>::filter>(g, u);
-        for (int k = 0; k < S::points; ++k)
-          u[k / S::side][k % S::side].store(to + k * stride + o * ci + c * width + v);
+        for (int k = 0; k < S::points; ++k) u[k / S::side][k % S::side].store(to + k * stride + o * ci + c * width + v);
       }
   }
 }
@@ -197,8 +204,7 @@ void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* product
     float* origin = images + ((image * p.out_height + y0) * p.out_width + x0) * co;
     for (int64_t v = 0; v < co; v += W) {
       V in[S::side][S::side], out[M][M];
-      for (int k = 0; k < S::points; ++k)
-        in[k / S::side][k % S::side] = V::load(products + k * stride + t * co + v);
+      for (int k = 0; k < S::points; ++k) in[k / S::side][k % S::side] = V::load(products + k * stride + t * co + v);
       both_axes<S::side, M, Transform<M>::output>(in, out);
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < columns; ++c) out[r][c].store(origin + (r * p.out_width + c) * co + v);
@@ -209,7 +215,9 @@ void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* product
 template <int M>
 int64_t scratch(const Problem& p) {
   const int64_t weights = p.channels_in * p.channels_out, zeros = round_line<float>(p.channels_in);
-  return zeros + Sizes<M>::points * (p.pairs * (weights + plane(kTiles, p.channels_in)) + plane(kTiles, p.channels_out)) +
+  return zeros +
+         Sizes<M>::points * (p.pairs * (weights + plane(chunk_tiles<M>(p), p.channels_in)) +
+                             plane(chunk_tiles<M>(p), p.channels_out)) +
          (p.transposed ? 9 * weights : 0);
 }
 
@@ -218,7 +226,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
   const Sizes<M> sizes(p);
   const int64_t ci = p.channels_in, co = p.channels_out, weights = ci * co;
-  const int64_t data_stride = plane(kTiles, ci), product_stride = plane(kTiles, co);
+  const int64_t tiles = chunk_tiles<M>(p);
+  const int64_t data_stride = plane(tiles, ci), product_stride = plane(tiles, co);
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   float* zeros = memory;
   float* filters = zeros + round_line<float>(ci);
@@ -238,10 +247,9 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     }
     const int64_t total = p.images * sizes.per_image;
     const int64_t first = part * total / p.parts, last = (part + 1) * total / p.parts;
-    const int64_t chunks = divide_up(last - first, kTiles);
+    const int64_t chunks = divide_up(last - first, tiles);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t at = first + chunk * (last - first) / chunks;
-      const int64_t count = first + (chunk + 1) * (last - first) / chunks - at;
+      const int64_t at = first + chunk * tiles, count = last - at < tiles ? last - at : tiles;
       for (int pair = 0; pair < p.pairs; ++pair)
         transform_patches<side, side, Transform<M>::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
@@ -272,8 +280,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
 template <int M>
 int64_t weight_scratch(const Problem& p) {
   const int64_t zeros = round_line<float>(p.channels_in > p.channels_out ? p.channels_in : p.channels_out);
-  return zeros + Sizes<M>::points * (plane(kTiles, p.channels_in) + plane(kTiles, p.channels_out) +
-                                     p.channels_in * p.channels_out);
+  return zeros + Sizes<M>::points * (plane(chunk_tiles<M>(p), p.channels_in) +
+                                     plane(chunk_tiles<M>(p), p.channels_out) + p.channels_in * p.channels_out);
 }
 
 template <int M>
@@ -287,16 +295,17 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     const int64_t o = part * (co / 16) / p.parts * 16, own = (part + 1) * (co / 16) / p.parts * 16 - o;
-    const int64_t data_stride = plane(kTiles, ci), grad_stride = plane(kTiles, own), sum_stride = ci * own;
+    const int64_t tiles = chunk_tiles<M>(p);
+    const int64_t data_stride = plane(tiles, ci), grad_stride = plane(tiles, own), sum_stride = ci * own;
     float* data = memory + zero_count;
     float* grads = data + points * data_stride;
     float* sums = grads + points * grad_stride;
     const Panels<float> panels(own);
-    const int64_t total = p.images * sizes.per_image, chunks = divide_up(total, kTiles);
+    const int64_t total = p.images * sizes.per_image, chunks = divide_up(total, tiles);
     const int64_t blocks = divide_up(ci, kMaxRows);
     for (int pair = 0; pair < p.pairs; ++pair)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t at = chunk * total / chunks, count = (chunk + 1) * total / chunks - at;
+        const int64_t at = chunk * tiles, count = total - at < tiles ? total - at : tiles;
         transform_patches<side, side, Transform<M>::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
             sizes.columns, sizes.per_image, at, count, 0, ci, memory, data, data_stride);
@@ -314,8 +323,8 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
                 block.rows[i] = data + k * data_stride + row;
                 block.out[i] = sums + k * sum_stride + row * own + column;
               }
-              pick<float, kAnyStep>(rows, panels.vectors(panel))(block, &segment, 1, ci, grads + k * grad_stride + column,
-                                                                 own, pair > 0 || chunk > 0);
+              pick<float, kAnyStep>(rows, panels.vectors(panel))(
+                  block, &segment, 1, ci, grads + k * grad_stride + column, own, pair > 0 || chunk > 0);
             }
           }
       }

@@ -1,0 +1,211 @@
+"""Task-batched convolutions: every backend and form against float64 ``F.conv2d`` and its autograd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamlpp_fast.ops.task_conv2d import (
+    output_size,
+    task_conv2d,
+    task_conv2d_to_input,
+    task_conv2d_to_weight,
+)
+from mamlpp_fast.testing import backends, use_backend
+
+# tasks, images, height, width, channels in, channels out, kernel, stride, padding
+SHAPES = {
+    "omniglot-first": (2, 3, 28, 28, 1, 64, 3, 1, 1),
+    "omniglot-14": (2, 3, 14, 14, 64, 64, 3, 1, 1),
+    "omniglot-7": (3, 5, 7, 7, 64, 64, 3, 1, 1),
+    "omniglot-3": (1, 7, 3, 3, 64, 64, 3, 1, 1),
+    "imagenet-first": (1, 2, 20, 21, 3, 48, 3, 1, 1),
+    "imagenet-wide": (1, 2, 13, 42, 48, 48, 3, 1, 1),
+    "no-padding": (2, 2, 15, 14, 32, 48, 3, 1, 0),
+    "few-channels": (2, 3, 7, 6, 3, 5, 3, 1, 1),
+    "odd-channels": (5, 1, 9, 5, 17, 33, 3, 1, 1),
+    "narrow": (1, 4, 12, 1, 6, 8, 3, 1, 1),
+    "single-pixel": (4, 2, 1, 1, 8, 5, 3, 1, 1),
+    "stride-2": (3, 2, 9, 6, 5, 7, 3, 2, 1),
+    "stride-2-even": (2, 3, 8, 8, 16, 40, 3, 2, 1),
+    "stride-2-first": (1, 3, 8, 7, 1, 20, 3, 2, 1),
+    "stride-2-no-padding": (1, 2, 8, 9, 7, 6, 3, 2, 0),
+    "pointwise": (2, 3, 6, 5, 24, 17, 1, 1, 0),
+    "pointwise-stride-2": (2, 2, 7, 8, 6, 16, 1, 2, 0),
+    "many-channels": (1, 1, 5, 4, 320, 160, 3, 1, 1),
+}
+NATIVE = "native" in backends("task_conv2d")
+
+
+@pytest.fixture(params=[name for name in ("python", "native") if name in backends("task_conv2d")])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with use_backend(request.param):
+        yield request.param
+
+
+class Case:
+    """Two operand triples of one shape and their float64 products."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        tasks, images, height, width, ci, co, kernel, self.stride, self.padding = shape
+        out = [output_size(size, kernel, self.stride, self.padding) for size in (height, width)]
+
+        def pair(*size: int) -> list[Tensor]:
+            return [torch.randn(size, dtype=dtype) for _ in range(2)]
+
+        self.x = pair(tasks, images, height, width, ci)
+        self.w = pair(tasks, kernel, kernel, ci, co)
+        self.g = pair(tasks, images, *out, co)
+
+    def _exact(self, i: int) -> list[Tensor]:
+        x, w, g = (t[i].double() for t in (self.x, self.w, self.g))
+        x.requires_grad_()
+        w.requires_grad_()
+        y = torch.stack(
+            [
+                F.conv2d(
+                    a.permute(0, 3, 1, 2), b.permute(3, 2, 0, 1), None, self.stride, self.padding
+                ).permute(0, 2, 3, 1)
+                for a, b in zip(x, w, strict=True)
+            ]
+        )
+        return [y.detach(), *torch.autograd.grad(y, (x, w), g)]
+
+    def compare(self, check: Callable[[Tensor, Tensor], None]) -> None:
+        """Calls check(result, float64 result) for the three products, without and with the second pair."""
+        first, second = self._exact(0), self._exact(1)
+        jobs = [(task_conv2d, self.x, self.w), (task_conv2d_to_input, self.g, self.w)]
+        for k, (op, a, b) in enumerate([*jobs, (task_conv2d_to_weight, self.x, self.g)]):
+            out = torch.full(first[k].shape, float("nan"), dtype=self.x[0].dtype)
+            geometry = {"stride": self.stride, "padding": self.padding}
+            check(op(a[0], b[0], out, **geometry), first[k])
+            out.fill_(float("nan"))
+            check(op(a[0], b[0], out, second=(a[1], b[1]), **geometry), first[k] + second[k])
+
+
+def relative(result: Tensor, exact: Tensor) -> float:
+    """Largest error relative to the largest value; NaN counts as infinite."""
+    error = ((result.double() - exact).abs().max() / exact.abs().max()).item()
+    return error if error == error else float("inf")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float64_is_exact(backend: str, name: str) -> None:
+    def check(result: Tensor, exact: Tensor) -> None:
+        torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-11)
+
+    Case(SHAPES[name], torch.float64).compare(check)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_error_is_rounding(backend: str, name: str) -> None:
+    def check(result: Tensor, exact: Tensor) -> None:
+        assert relative(result, exact) < 3e-6
+
+    Case(SHAPES[name], torch.float32).compare(check)
+
+
+@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+@pytest.mark.parametrize("name", ["omniglot-14", "imagenet-wide"])
+def test_winograd_error_stays_near_torch(name: str) -> None:
+    case = Case(SHAPES[name], torch.float32)
+    ours: list[float] = []
+    theirs: list[float] = []
+    with use_backend("native"):
+        case.compare(lambda result, exact: ours.append(relative(result, exact)))
+    with use_backend("python"):
+        case.compare(lambda result, exact: theirs.append(relative(result, exact)))
+    for own, torch_error in zip(ours, theirs, strict=True):
+        assert own <= 4 * torch_error
+
+
+@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["omniglot-14", "omniglot-7", "imagenet-first", "stride-2", "odd-channels"])
+def test_any_number_of_threads_gives_the_same_bits(name: str, dtype: torch.dtype, tasks: int) -> None:
+    case = Case((tasks, *SHAPES[name][1:]), dtype)
+    before = torch.get_num_threads()
+    results: list[list[Tensor]] = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append([])
+            with use_backend("native"):
+                case.compare(lambda result, exact: results[-1].append(result.clone()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+def test_bfloat16_operands_are_widened() -> None:
+    x, w = torch.randn(2, 3, 7, 7, 16).bfloat16(), torch.randn(2, 3, 3, 16, 8).bfloat16()
+    with use_backend("native"):
+        out = task_conv2d(x, w, torch.empty(2, 3, 7, 7, 8))
+        wide = task_conv2d(x.float(), w.float(), torch.empty(2, 3, 7, 7, 8))
+    assert torch.equal(out, wide)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "out", "options", "message"),
+    [
+        ((1, 2, 5, 5, 3), (1, 3, 3, 3, 4), (1, 2, 5, 4, 4), {}, "expected output"),
+        ((1, 2, 5, 5, 3), (1, 3, 3, 2, 4), (1, 2, 5, 5, 4), {}, "expected output"),
+        ((1, 2, 5, 5, 3), (1, 3, 3, 3, 4), (1, 2, 5, 5, 4), {"stride": 0}, "stride"),
+        ((1, 2, 5, 5, 3), (1, 3, 3, 3, 4), (1, 2, 5, 5, 4), {"padding": 3}, "padding"),
+        ((2, 5, 5, 3), (1, 3, 3, 3, 4), (1, 2, 5, 5, 4), {}, "expected activations"),
+    ],
+    ids=["output", "channels", "stride", "padding", "dimensions"],
+)
+def test_wrong_shapes_are_refused(
+    backend: str,
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    out: tuple[int, ...],
+    options: dict[str, int],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        task_conv2d(torch.zeros(x), torch.zeros(w), torch.zeros(out), **options)
+
+
+@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MAMLPP_FAST_ISA", "portable"), ("MAMLPP_FAST_WINOGRAD", "2"), ("MAMLPP_FAST_WINOGRAD", "4")],
+    ids=["portable", "winograd-2x2", "winograd-4x4"],
+)
+def test_forms_chosen_by_environment(variable: str, value: str) -> None:
+    """The other instruction set and the Winograd forms at every shape they can take, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, variable: value, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, shape in SHAPES.items():
+        for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-5)):
+            errors: list[float] = []
+            Case(shape, dtype).compare(
+                lambda result, exact, errors=errors: errors.append(relative(result, exact))
+            )
+            if max(errors) > bound:
+                raise SystemExit(f"{name} {dtype}: error {max(errors):.1e}, expected at most {bound:.0e}")
+
+
+if __name__ == "__main__":
+    main()
