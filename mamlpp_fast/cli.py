@@ -89,7 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/PRESET)")
     _engine(sub)
     sub.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change settings; repeatable"
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change settings; repeatable",
     )
     sub.add_argument(
         "--max-iters", type=_at_least(1), metavar="N", help="stop after N meta-updates in all, and test"

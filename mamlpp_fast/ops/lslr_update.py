@@ -265,7 +265,8 @@ def lslr_update(
     if theta.dim() == 1 and grad.dim() == 2 and theta.shape[0] == grad.shape[1]:
         theta = theta.expand_as(grad)
     _check(theta, grad, rates, offsets, step)
-    return _lslr_update(theta, grad, rates, offsets, step)
+    updated: Tensor = _lslr_update(theta, grad, rates, offsets, step)
+    return updated
 
 
 def lslr_update_out(

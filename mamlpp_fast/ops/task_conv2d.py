@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad as conv_grad
 
 from mamlpp_fast.ops._library import define
 
@@ -95,7 +96,7 @@ def _to_input(
     size = _images(out[0]).shape
     for task in range(g.shape[0]):
         terms = [
-            torch.nn.grad.conv2d_input(
+            conv_grad.conv2d_input(
                 size, _filters(b[task]).to(out.dtype), _images(a[task]).to(out.dtype), stride, padding
             )
             for a, b in pairs
@@ -111,7 +112,7 @@ def _to_weight(
     size = _filters(out[0]).shape
     for task in range(x.shape[0]):
         terms = [
-            torch.nn.grad.conv2d_weight(
+            conv_grad.conv2d_weight(
                 _images(a[task]).to(out.dtype), size, _images(b[task]).to(out.dtype), stride, padding
             )
             for a, b in pairs
