@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mamlpp_fast.ops import _batch_norm_closed_form as closed_form
 from mamlpp_fast.ops._library import define, library
@@ -118,6 +119,15 @@ _double_backward = define(
 )
 
 
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Raises in forward mode: an operation without a rule for it would drop the tangent and give zero."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "per_step_batch_norm: forward-mode derivatives (torch.func.jvp, jacfwd) are not implemented; "
+            "use torch.autograd.grad"
+        )
+
+
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, ctx.step, _, ctx.slope = inputs
     _, mean, rstd, var = output
@@ -129,6 +139,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _differentiate_forward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if gy is None:
         return (None,) * 6
+    _refuse_tangents(gy)
     return (*_backward(gy, *ctx.saved_tensors, ctx.step, ctx.slope), None, None, None)
 
 
@@ -196,8 +207,8 @@ def _update(
     for task_mean, task_var in zip(
         mean.view(-1, *row_mean.shape), var.view(-1, *row_mean.shape), strict=True
     ):
-        row_mean.copy_((1 - momentum) * row_mean + momentum * task_mean)
-        row_var.copy_((1 - momentum) * row_var + (momentum * unbias) * task_var)
+        row_mean.mul_(1 - momentum).add_(task_mean, alpha=momentum)
+        row_var.mul_(1 - momentum).add_(task_var, alpha=momentum * unbias)
 
 
 def _update_fake(*_: Any) -> None:
@@ -210,6 +221,23 @@ _update_running_stats = define(
     fallback=_update,
     fake=_update_fake,
 )
+
+
+def _normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, step: int | None, eps: float, negative_slope: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _refuse_tangents(x, weight, bias)
+    slope = 1.0 if negative_slope is None else negative_slope
+    try:
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(x, weight, bias, step, eps, slope)
+    except RuntimeError as error:
+        if "functorch transforms" in str(error):
+            raise NotImplementedError(
+                "per_step_batch_norm: torch.func.grad does not pass through it; "
+                "use torch.autograd.grad(..., create_graph=True)"
+            ) from error
+        raise
+    return results
 
 
 def per_step_batch_norm(
@@ -225,7 +253,7 @@ def per_step_batch_norm(
 
     Equivalent to ``F.leaky_relu(F.batch_norm(x, None, None, weight[step], bias[step], True, 0.0, eps),
     negative_slope)``, for each task of a task axis. Differentiable twice, in x, weight and bias; a third derivative
-    raises NotImplementedError. ``torch.func.grad`` does not pass through it (it raises): use
+    raises NotImplementedError, and so do ``torch.func.grad`` and forward mode (``jvp``): use
     ``torch.autograd.grad(..., create_graph=True)``.
 
     Args:
@@ -242,10 +270,9 @@ def per_step_batch_norm(
     Raises:
         ValueError: shapes do not belong together, step is out of range, or there is one value per channel.
         TypeError: x is not of a floating type.
+        NotImplementedError: under ``torch.func.grad`` or forward mode.
     """
-    slope = 1.0 if negative_slope is None else negative_slope
-    y: Tensor = _forward(x, weight, bias, step, eps, slope)[0]
-    return y
+    return _normalise(x, weight, bias, step, eps, negative_slope)[0]
 
 
 def per_step_batch_norm_with_stats(
@@ -264,8 +291,7 @@ def per_step_batch_norm_with_stats(
     Returns:
         y; mean and biased variance of x, [C] or [T, C], float32 or wider, not differentiable.
     """
-    slope = 1.0 if negative_slope is None else negative_slope
-    y, mean, _, var = _forward(x, weight, bias, step, eps, slope)
+    y, mean, _, var = _normalise(x, weight, bias, step, eps, negative_slope)
     return y, mean, var
 
 

@@ -5,8 +5,11 @@
 namespace mf::MF_ISA {
 namespace {
 
-// Reduced in registers before the sums go to double, and what the two passes of the variance read from L1.
-constexpr int64_t kBlockBytes = 16384;
+// Elements that the two passes of the variance read from L1 as one block.
+template <typename T>
+constexpr int64_t kMomentsBlock = 16384 / static_cast<int64_t>(sizeof(T));
+// Elements one lane sums in T before its sum goes to double.
+constexpr int64_t kLaneSum = 64;
 
 // Clears lanes of a register that the tail of a plane does not own.
 template <typename T>
@@ -68,10 +71,9 @@ struct Walk {
   }
 };
 
-// A block: images [n0, n1), pixels [p0, p1) of each, at most kBlockBytes unless one register is more.
+// A block: images [n0, n1), pixels [p0, p1) of each, at most `limit` elements.
 template <typename T, typename F>
-MF_INLINE void for_blocks(const Problem<T>& p, F f) {
-  const int64_t limit = kBlockBytes / static_cast<int64_t>(sizeof(T));
+MF_INLINE void for_blocks(const Problem<T>& p, int64_t limit, F f) {
   const int64_t pixels = p.pixels < limit ? p.pixels : limit;
   const int64_t images = pixels < p.pixels ? 1 : limit / pixels;
   for (int64_t n = 0; n < p.images; n += images) {
@@ -144,7 +146,8 @@ void forward(const Problem<T>& p, int64_t begin, int64_t end) {
     const int64_t t = item / p.channels;
     const int64_t c = item % p.channels;
     Moments moments;
-    for_blocks(p, [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) { add_block(p, t, c, n0, n1, p0, p1, moments); });
+    for_blocks(p, kMomentsBlock<T>,
+               [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) { add_block(p, t, c, n0, n1, p0, p1, moments); });
     set_statistics(p, t, c, moments.mean, moments.squares);
     T constants[bn::kMaxConstants];
     set_normal(p, t, c, constants, 1);
@@ -163,7 +166,7 @@ void differentiate(const Problem<T>& p, int64_t begin, int64_t end) {
     set_normal(p, t, c, constants, 1);
     const Normal<T, kLeaky> normal([&](int i) { return V::broadcast(constants[i]); }, p.slope);
     double sums[O::kSums] = {};
-    for_blocks(p, [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+    for_blocks(p, kLaneSum * V::size * O::kChains, [&](int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
       const Walk<T> walk(p1 - p0);
       V part[2][O::kSums];
       for (int j = 0; j < O::kSums; ++j) {

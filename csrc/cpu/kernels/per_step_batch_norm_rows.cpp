@@ -5,7 +5,9 @@
 namespace mf::MF_ISA {
 namespace {
 
+// Bytes and rows of what is read from L1 as one block; a lane sums at most kBlockRows in T before double.
 constexpr int64_t kBlockBytes = 16384;
+constexpr int64_t kBlockRows = 64;
 
 // Calls f(lanes, Constant<registers>, c, from) over all channels, kStrip registers at a time where there are as many.
 // The last register starts early, on channels already done: lanes before `from` must not be added again.
@@ -44,7 +46,7 @@ MF_INLINE Piece piece(const Problem<T>& p, int64_t item) {
 template <typename T>
 MF_INLINE int64_t block_rows(const Problem<T>& p, int inputs) {
   const int64_t rows = kBlockBytes / (p.channels * static_cast<int64_t>(sizeof(T)) * inputs);
-  return rows < 16 ? 16 : rows;
+  return rows < 16 ? 16 : rows > kBlockRows ? kBlockRows : rows;
 }
 
 template <typename T>
