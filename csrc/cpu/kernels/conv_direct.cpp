@@ -216,17 +216,18 @@ int64_t tap_segments(const Outer& p, int64_t tap, int64_t images, int64_t row_be
                      int64_t source_begin, int64_t panel_width, Segment* to) {
   int64_t count = 0;
   const int64_t dy = tap / p.kw - p.padding, dx = tap % p.kw - p.padding;
+  const int64_t x_begin = dx < 0 ? divide_up(-dx, p.stride) : 0;
+  const int64_t x_fits = p.width - dx <= 0 ? 0 : (p.width - dx - 1) / p.stride + 1;
+  const int64_t x_end = x_fits < p.out_width ? x_fits : p.out_width, run = p.stride == 1 ? x_end - x_begin : 1;
   for (int64_t y = row_begin; y < row_end; ++y) {
     const int64_t sy = y * p.stride + dy;
     if (sy < 0 || sy >= p.height) continue;
-    for (int64_t x = 0; x < p.out_width; ++x) {
-      const int64_t sx = x * p.stride + dx;
-      if (sx < 0 || sx >= p.width) continue;
-      const Segment next{((sy - source_begin) * p.width + sx) * images * kMaxRows,
-                         ((y - row_begin) * p.out_width + x) * images * panel_width, images};
+    for (int64_t x = x_begin; x < x_end; x += run) {
+      const Segment next{((sy - source_begin) * p.width + x * p.stride + dx) * images * kMaxRows,
+                         ((y - row_begin) * p.out_width + x) * images * panel_width, run * images};
       if (count > 0 && to[count - 1].a + to[count - 1].len * kMaxRows == next.a &&
           to[count - 1].b + to[count - 1].len * panel_width == next.b) {
-        to[count - 1].len += images;
+        to[count - 1].len += next.len;
       } else {
         to[count++] = next;
       }
@@ -274,10 +275,15 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
     }
   }
   const T* panel_from = grad;
+  const int64_t tap_capacity = chunk.rows * p.out_width;
+  int64_t counts[mf::conv::kMaxTaps] = {}, ready = 0;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t width = panels.width(panel);
+    for (int64_t tap = 0; tap < taps && width != ready; ++tap)
+      counts[tap] =
+          tap_segments(p, tap, images, row_begin, row_end, source_begin, width, segments + tap * tap_capacity);
+    ready = width;
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t count = tap_segments(p, tap, images, row_begin, row_end, source_begin, width, segments);
       T* out = static_cast<T*>(p.out) + (task * taps + tap) * p.ci * p.co + panels.begin(panel);
       for (int64_t b = 0; b < row_blocks; ++b) {
         const int rows = static_cast<int>(p.ci - b * kMaxRows < kMaxRows ? p.ci - b * kMaxRows : kMaxRows);
@@ -286,8 +292,9 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
           block.rows[i] = source + b * source_size + i;
           block.out[i] = out + (b * kMaxRows + i) * p.co;
         }
-        accumulate_block<T, kMaxRows>(block, rows, panels.lanes(panel), panels.vectors(panel), segments, count,
-                                      kMaxRows, panel_from, width, accumulate);
+        accumulate_block<T, kMaxRows>(block, rows, panels.lanes(panel), panels.vectors(panel),
+                                      segments + tap * tap_capacity, counts[tap], kMaxRows, panel_from, width,
+                                      accumulate);
       }
     }
     panel_from += pixels * images * width;

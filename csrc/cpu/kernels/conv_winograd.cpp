@@ -132,8 +132,7 @@ inline int64_t plane(int64_t tiles, int64_t channels) {
   return n % 1024 == 0 ? n + 16 : n % 512 == 0 ? n + 16 : n;
 }
 
-/// Tiles worked on at a time: transformed weights (or their sums) and tiles should share the second-level cache.
-/// Depends on the shape alone, because the weight gradient's order of summation follows it.
+/// Tiles worked on at a time: transformed weights and tiles should share the second-level cache.
 template <int M>
 int64_t chunk_tiles(const Problem& p) {
   constexpr int64_t kCacheBytes = 416 << 10;
@@ -165,11 +164,13 @@ void transform_weights(const Problem& p, const float* w, float* to, float* turne
   }
 }
 
-/// Transforms patches of side `From` at `step` pixels into planes [points][tiles][channels]; pixels outside read zeros.
+/// Transforms patches of side `From` at `step` pixels into planes [points][channel group][tile][channel of the group];
+/// pixels outside read zeros.
 template <int From, int To, Line line>
 void transform_patches(const float* images, int64_t height, int64_t width, int64_t channels, int64_t step,
                        int64_t padding, int64_t columns, int64_t per_image, int64_t first, int64_t count,
-                       int64_t channel_begin, int64_t channel_count, const float* zeros, float* to, int64_t stride) {
+                       int64_t channel_begin, int64_t channel_count, const float* zeros, float* to, int64_t stride,
+                       int64_t group, int64_t tiles) {
   for (int64_t t = 0; t < count; ++t) {
     const int64_t image = (first + t) / per_image, tile = (first + t) % per_image;
     const int64_t y0 = tile / columns * step - padding, x0 = tile % columns * step - padding;
@@ -186,7 +187,9 @@ void transform_patches(const float* images, int64_t height, int64_t width, int64
       for (int r = 0; r < From; ++r)
         for (int c = 0; c < From; ++c) in[r][c] = V::load(pixel[r][c] + v);
       both_axes<From, To, line>(in, out);
-      for (int k = 0; k < To * To; ++k) out[k / To][k % To].store(to + k * stride + t * channel_count + v);
+      const int64_t g = v / group * group, own = channel_count - g < group ? channel_count - g : group;
+      float* place = to + g * tiles + t * own + v - g;
+      for (int k = 0; k < To * To; ++k) out[k / To][k % To].store(place + k * stride);
     }
   }
 }
@@ -253,7 +256,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
       for (int pair = 0; pair < p.pairs; ++pair)
         transform_patches<side, side, Transform<M>::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
-            sizes.columns, sizes.per_image, at, count, 0, ci, zeros, data + pair * points * data_stride, data_stride);
+            sizes.columns, sizes.per_image, at, count, 0, ci, zeros, data + pair * points * data_stride, data_stride,
+            ci, tiles);
       const int64_t blocks = divide_up(count, kMaxRows);
       for (int k = 0; k < points; ++k)
         for (int64_t panel = 0; panel < panels.count; ++panel) {
@@ -276,12 +280,15 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   }
 }
 
+/// Tiles one visit of an accumulator block reduces; fixed, because the order of summation follows it.
+constexpr int64_t kWeightTiles = 48;
+
 /// Weight gradient: G^T [ sum over tiles (B^T x B) * (A g A^T) ] G, channels of g in ranges of 16.
 template <int M>
 int64_t weight_scratch(const Problem& p) {
   const int64_t zeros = round_line<float>(p.channels_in > p.channels_out ? p.channels_in : p.channels_out);
-  return zeros + Sizes<M>::points * (plane(chunk_tiles<M>(p), p.channels_in) +
-                                     plane(chunk_tiles<M>(p), p.channels_out) + p.channels_in * p.channels_out);
+  return zeros + Sizes<M>::points * (plane(kWeightTiles, p.channels_in) + plane(kWeightTiles, p.channels_out) +
+                                     p.channels_in * p.channels_out);
 }
 
 template <int M>
@@ -295,7 +302,7 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     const int64_t o = part * (co / 16) / p.parts * 16, own = (part + 1) * (co / 16) / p.parts * 16 - o;
-    const int64_t tiles = chunk_tiles<M>(p);
+    const int64_t tiles = kWeightTiles;
     const int64_t data_stride = plane(tiles, ci), grad_stride = plane(tiles, own), sum_stride = ci * own;
     float* data = memory + zero_count;
     float* grads = data + points * data_stride;
@@ -308,10 +315,10 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
         const int64_t at = chunk * tiles, count = total - at < tiles ? total - at : tiles;
         transform_patches<side, side, Transform<M>::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
-            sizes.columns, sizes.per_image, at, count, 0, ci, memory, data, data_stride);
+            sizes.columns, sizes.per_image, at, count, 0, ci, memory, data, data_stride, W, tiles);
         transform_patches<M, side, Transform<M>::gradient>(
             static_cast<const float*>(p.w[pair]) + task * p.images * out_image, p.out_height, p.out_width, co, M, 0,
-            sizes.columns, sizes.per_image, at, count, o, own, memory, grads, grad_stride);
+            sizes.columns, sizes.per_image, at, count, o, own, memory, grads, grad_stride, kPanel<float>, tiles);
         const Segment segment{0, 0, count};
         for (int k = 0; k < points; ++k)
           for (int64_t panel = 0; panel < panels.count; ++panel) {
@@ -320,11 +327,11 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
               Block<float> block;
               const int rows = static_cast<int>(ci * (b + 1) / blocks - row);
               for (int i = 0; i < rows; ++i, ++row) {
-                block.rows[i] = data + k * data_stride + row;
+                block.rows[i] = data + k * data_stride + row / W * W * tiles + row % W;
                 block.out[i] = sums + k * sum_stride + row * own + column;
               }
-              pick<float, kAnyStep>(rows, panels.vectors(panel))(
-                  block, &segment, 1, ci, grads + k * grad_stride + column, own, pair > 0 || chunk > 0);
+              pick<float, W>(rows, panels.vectors(panel))(
+                  block, &segment, 1, W, grads + k * grad_stride + column * tiles, 0, pair > 0 || chunk > 0);
             }
           }
       }
