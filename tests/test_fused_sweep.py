@@ -282,3 +282,18 @@ def test_another_batch_shape_and_form_in_between_changes_nothing() -> None:
 def test_wrong_batches_are_named(batch: mf.EpisodeBatch, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engines(small_conv4(), 3)[1].meta_gradient(batch, None, True)
+
+
+def test_bfloat16_rounds_operands_and_nothing_else() -> None:
+    batch = random_batch(dtype=torch.float32)
+    results = []
+    for precision in ("float32", "bfloat16"):
+        model = small_conv4().float()
+        names = reference.adapted_names(model)
+        lslr = mf.LSLR(((n, model.get_parameter(n)) for n in names), 3, 0.1)
+        engine = FusedEngine(model, lslr, mf.MAMLConfig(), precision=precision)  # type: ignore[arg-type]
+        results.append((engine.meta_gradient(batch, None, True), lslr.rates.grad))
+    (exact, _), (rounded, grad) = results
+    assert grad is not None and grad.dtype == torch.float32
+    difference = float((rounded.loss - exact.loss).abs())
+    assert 0 < difference < 0.05 * float(exact.loss)

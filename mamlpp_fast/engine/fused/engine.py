@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ class FusedEngine:
             self._step = graphed(self._iterate, preserve=self.model.buffers)
             self._captured_generation = self.workspace.generation
         fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
-        losses, logits = self._step(fields, step_weights, second_order)
+        with self._arithmetic():
+            losses, logits = self._step(fields, step_weights, second_order)
         for p, gradient in self._gradient_buffers():
             p.grad = gradient
         task_losses = losses.clone()
@@ -175,6 +177,20 @@ class FusedEngine:
         prepared = self._prepared[key]
         prepared.program.bind(self.workspace)
         return prepared
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Whether float32 products on a GPU may round their operands to tf32."""
+        if self.device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
     def _check(self, batch: EpisodeBatch) -> None:
         if batch.support_x.ndim != 5:
