@@ -13,6 +13,7 @@ Environment:
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -144,7 +145,9 @@ def _open(path: Path) -> NativeStatus:
         if "undefined symbol" in cause:
             cause = f"built for another torch than {torch.__version__}: {cause}"
         raise NativeError(f"does not load: {cause}") from error
-    return NativeStatus(True, "", path, str(torch.ops.mamlpp_fast.isa()), torch.__version__)
+    isa = ctypes.CDLL(str(path)).mamlpp_fast_isa
+    isa.restype = ctypes.c_char_p
+    return NativeStatus(True, "", path, isa().decode(), torch.__version__)
 
 
 def _cache() -> Path:
@@ -265,9 +268,10 @@ def _build(recipe: _Recipe, *, retry: bool) -> Path:
 
 def _compile(recipe: _Recipe, compiler: str, cmake: str, ninja: str, folder: Path, failure: Path) -> Path:
     work, ready = folder / "work", folder / "ready"
-    units = len(list(recipe.source.glob("csrc/cpu/*.cpp")))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    seconds = 5 + 15 * -(-units // cores)
+    ops = len(list(recipe.source.glob("csrc/cpu/*.cpp")))
+    kernels = len(list(recipe.source.glob("csrc/cpu/kernels/*.cpp"))) * (1 + len(_host_levels()))
+    seconds = 5 * (1 + (12 * ops + 4 * kernels) // (5 * cores))
     print(f"mamlpp_fast: building native kernels (once, about {seconds} s) ...", file=sys.stderr, flush=True)
     configure = [cmake, "-S", str(recipe.source), "-B", str(work), "-G", "Ninja", *recipe.arguments]
     configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -1,7 +1,5 @@
 #include "isa.h"
 
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -61,6 +59,5 @@ const char* isa_name(Isa level) { return kNames[static_cast<int>(level)]; }
 
 }  // namespace mf
 
-TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
-  m.def("isa() -> str", []() { return std::string(mf::isa_name(mf::isa())); });
-}
+// For mamlpp_fast/_native.py. A function of C rather than an operation: torch's headers take ten seconds to read.
+extern "C" __attribute__((visibility("default"))) const char* mamlpp_fast_isa() { return mf::isa_name(mf::isa()); }
