@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlpp_fast import _native
 from mamlpp_fast.ops.task_conv2d import task_conv2d, task_conv2d_to_input, task_conv2d_to_weight
 
 # tasks, images, side, channels in, channels out
@@ -114,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     winograd = os.environ.get("MAMLPP_FAST_WINOGRAD") or "by shape"
-    print(f"isa {torch.ops.mamlpp_fast.isa()}, Winograd {winograd}")
+    print(f"isa {_native.status().isa}, Winograd {winograd}")
     for name in arguments.shapes.split(","):
         measure(name, arguments.seconds)
 
