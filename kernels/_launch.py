@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Configuration:
         constants: value of every constexpr argument, by name.
         num_warps: warps of one program.
         num_stages: software pipelining depth of loops with loads.
+        max_registers: most registers of one thread; given, the assembler does not trade a few spilled bytes for
+            another resident program. None leaves the choice to it.
         aligned: arguments specialised as divisible by 16.
         tensor_cores: whether sm_90 code is expected to hold matrix instructions.
     """
@@ -45,8 +47,24 @@ class Configuration:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
     aligned: tuple[str, ...] = ()
-    tensor_cores: bool = field(default=False)
+    tensor_cores: bool = False
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return launch_options(self.num_warps, self.num_stages, self.max_registers)
+
+
+def launch_options(num_warps: int, num_stages: int = 3, max_registers: int | None = None) -> dict[str, int]:
+    """The same from parts; also what ``triton.compile`` takes."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options if max_registers is None else options | {"maxnreg": max_registers}
+
+
+def register_limit(dtype: torch.dtype) -> int | None:
+    """Limit for elementwise and reducing kernels: stated for float64, which takes two registers a value."""
+    return 255 if dtype == torch.float64 else None
 
 
 def aligned(tensors: Iterable[Tensor]) -> list[Tensor]:

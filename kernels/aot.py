@@ -99,8 +99,7 @@ def compile_one(module: str, configuration: Configuration, arch: int) -> Resourc
         constexprs={(names.index(n),): v for n, v in configuration.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in configuration.aligned},
     )
-    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=configuration.options())
     registers, local, static = _usage(compiled.asm["cubin"])
     return Resources(
         module=module,
@@ -153,14 +152,14 @@ def compile_all(
         yield from pool.imap(_job, jobs, chunksize=4)
 
 
-def table(rows: Iterable[Resources]) -> Iterator[str]:
-    """Lines of a text table of resources."""
-    yield f"{'sm':>4} {'registers':>9} {'spilled':>8} {'shared':>7}  kernel"
-    for r in rows:
-        matrix = ", ".join(f"{count} {name}" for name, count in r.instructions.items())
-        trouble = "; ".join(r.problems())
-        line = f"{r.arch:>4} {r.registers:>9} {r.spilled:>8} {r.shared:>7}  {r.module}: {r.label}"
-        yield line + (f" [{matrix}]" if matrix else "") + (f"  <- {trouble}" if trouble else "")
+_HEADER = f"{'sm':>4} {'registers':>9} {'spilled':>8} {'shared':>7}  kernel"
+
+
+def _line(r: Resources) -> str:
+    matrix = ", ".join(f"{count} {name}" for name, count in r.instructions.items())
+    trouble = "; ".join(r.problems())
+    line = f"{r.arch:>4} {r.registers:>9} {r.spilled:>8} {r.shared:>7}  {r.module}: {r.label}"
+    return line + (f" [{matrix}]" if matrix else "") + (f"  <- {trouble}" if trouble else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,8 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     archs = options.arch or tuple(SHARED_MEMORY_LIMIT)
-    rows = list(compile_all(options.module, archs, options.workers))
-    print("\n".join(table(rows)))
+    rows = []
+    print(_HEADER)
+    for r in compile_all(options.module, archs, options.workers):
+        rows.append(r)
+        print(_line(r), flush=True)
     bad = [r for r in rows if r.problems()]
     print(f"{len(rows)} kernels, {len(bad)} with problems, {time.perf_counter() - start:.0f} s")
     if options.json:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, register_limit, split
 
 _PIECES = 32
 _WARPS = 4
@@ -42,6 +42,7 @@ class _Launch:
                 f"got {z.dtype} and {mean.dtype}"
             )
         self.constants = _constants(z.dtype, channels, pool)
+        self.options = launch_options(_WARPS, max_registers=register_limit(z.dtype))
         blocks = triton.cdiv(channels, self.constants["BC"])
         piece, pieces = split(rows, blocks * tasks, self.constants["BM"], limit=_PIECES)
         self.grid = (blocks, tasks, pieces)
@@ -74,7 +75,7 @@ class _Launch:
                 )
         given = {**self.arguments, **scalars, **self.constants, "BS": _PIECES}
         names = kernel.arg_names[len(tensors) :]
-        kernel[self.grid](*tensors, **{n: given[n] for n in names}, num_warps=_WARPS)
+        kernel[self.grid](*tensors, **{n: given[n] for n in names}, **self.options)
 
 
 def forward(
@@ -216,5 +217,11 @@ def launch_configurations() -> Iterator[Configuration]:
                 f"{kernel.__name__} {'pool' if pool else 'no pool'} C%16={'0' if channels == 64 else 'any'}"
             )
             yield Configuration(
-                f"{label} {TYPE_NAMES[dtype]}", kernel, types, constants, _WARPS, aligned=pointers
+                f"{label} {TYPE_NAMES[dtype]}",
+                kernel,
+                types,
+                constants,
+                _WARPS,
+                max_registers=register_limit(dtype),
+                aligned=pointers,
             )

@@ -30,7 +30,7 @@ from ._batch_norm_passes import (
     row,
     total,
 )
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, launch_options, register_limit, split
 
 _PIECES = 32
 _WHOLE_PROGRAMS = 96
@@ -295,11 +295,12 @@ def _run(
     """
     whole, sums, apply = _KERNELS[order]
     constants = _constants(images[0].dtype, view)
+    options = launch_options(_WARPS, max_registers=register_limit(images[0].dtype))
     blocks = triton.cdiv(view.channels, constants["BC"])
     size = (view.channels, view.pixels, view.rows)
     if not view.channels_last and blocks * view.tasks >= _WHOLE_PROGRAMS:
         whole[blocks, view.tasks](
-            *images, *apply_rows, *outputs, *scalars, *size, row_stride, **constants, num_warps=_WARPS
+            *images, *apply_rows, *outputs, *scalars, *size, row_stride, **constants, **options
         )
         return
     piece, pieces = split(view.rows, blocks * view.tasks, constants["BM"], limit=_PIECES)
@@ -307,12 +308,11 @@ def _run(
     grid = (blocks, view.tasks, pieces)
     cut = (*size, view.tasks, pieces, piece)
     if order == "forward":
-        sums[grid](*images, parts, *cut, **constants, num_warps=_WARPS)
+        sums[grid](*images, parts, *cut, **constants, **options)
     else:
-        sums[grid](*images, *reduce_rows, parts, *scalars, *cut, row_stride, **constants, num_warps=_WARPS)
+        sums[grid](*images, *reduce_rows, parts, *scalars, *cut, row_stride, **constants, **options)
     apply[grid](
-        *images, *apply_rows, parts, *outputs, *scalars, *cut, row_stride, **constants, BS=_PIECES,
-        num_warps=_WARPS,
+        *images, *apply_rows, parts, *outputs, *scalars, *cut, row_stride, **constants, BS=_PIECES, **options,
     )  # fmt: skip
 
 
@@ -437,4 +437,6 @@ def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[
         elif name not in constants:
             types[name] = "i32"
     pointers = tuple(name for name in types if name.endswith("_ptr"))
-    return Configuration(label, kernel, types, constants, _WARPS, aligned=pointers)
+    return Configuration(
+        label, kernel, types, constants, _WARPS, max_registers=register_limit(dtype), aligned=pointers
+    )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, split
 
 _SIZES = [
     "pairs",
@@ -186,21 +186,29 @@ class _Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        return launch_options(self.num_warps, self.num_stages, _REGISTERS)
+
+
+_REGISTERS = 255
+
 
 def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Tile:
-    """The one tile for operands of this type.
+    """The one tile (rows, columns, depth of a step) for operands of this type.
 
-    Tensor cores get 128 x 64 results of four warps; float32 and float64 on the ordinary units 64 x 64 and 32 x 32.
-    The product for weights has 64 rows of a tap, or 32 where taps and channels are one axis (the first layer's 9 to
-    27).
+    Dense: 128 x 64 on tensor cores, 64 x 64 on the ordinary units and for weights, where the rows are channels of one
+    tap. Where taps and channels are one axis (the first layer's 9 to 27) every element finds its own address, so
+    steps are short; for weights 32 rows take all of them. float64, for checks, gets what its registers hold.
     """
     matrix = dtype == torch.bfloat16 or precision == "tf32"
     if dtype == torch.float64:
-        rows, columns, depth = 32, 32, 16
+        rows, columns, depth = (32 if weight else 16), 32, 16
+    elif dense:
+        rows, columns = (128 if matrix and not weight else 64), 64
+        depth = 64 if dtype == torch.bfloat16 else 32 if matrix else 16
     else:
-        rows, columns, depth = (128 if matrix else 64), 64, 64 if dtype == torch.bfloat16 else 32
-        if weight:
-            rows = 64 if dense else 32
+        rows, columns, depth = (64 if matrix and not weight else 32), 64, 16
     constants = {
         "DENSE": dense,
         "PRECISION": precision,
@@ -209,7 +217,8 @@ def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Til
         "BN": columns,
         "BK": depth,
     }
-    return _Tile(constants, 4, 3 if matrix else 2)
+    small = dtype == torch.float64 and not weight
+    return _Tile(constants, 4 if small else 8, 3 if matrix and dense else 2)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -302,8 +311,7 @@ def _launch_product(
     tile = _tile(dtype, _dense(sizes[6], channels), _precision(dtype), weight=False)
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
     _product[grid](
-        *tensors, out, *sizes, TRANSPOSED=transposed, **tile.constants, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        *tensors, out, *sizes, TRANSPOSED=transposed, **tile.constants, **tile.options,
     )  # fmt: skip
 
 
@@ -324,7 +332,7 @@ def to_weight(
     parts = out if whole else out.new_empty(pieces, out.numel(), dtype=wide)
     sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, padding, tasks, pieces, piece)
     _weight_product[blocks, columns, tasks * pieces](
-        *tensors, parts, *sizes, **tile.constants, num_warps=tile.num_warps, num_stages=tile.num_stages
+        *tensors, parts, *sizes, **tile.constants, **tile.options
     )
     if not whole:
         elements = out.numel()
@@ -366,10 +374,11 @@ def launch_configurations() -> Iterator[Configuration]:
                 constants,
                 tile.num_warps,
                 tile.num_stages,
-                pointers,
+                max_registers=_REGISTERS,
+                aligned=pointers,
                 tensor_cores=matrix,
             )
     for wide, out in ((torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)):
         types = {"part_ptr": f"*{TYPE_NAMES[wide]}", "out_ptr": f"*{TYPE_NAMES[out]}", "E": "i32", "S": "i32"}
         label = f"add_pieces {TYPE_NAMES[wide]} -> {TYPE_NAMES[out]}"
-        yield Configuration(label, _add_pieces, types, {"BLOCK": _BLOCK}, 4, 3, ("part_ptr", "out_ptr"))
+        yield Configuration(label, _add_pieces, types, {"BLOCK": _BLOCK}, 4, aligned=("part_ptr", "out_ptr"))
