@@ -77,7 +77,7 @@ def main() -> int:
         process = start(arguments, killed)
         assert process.stdout is not None
         process.stdout.readline()  # the run has begun: a life is counted from here
-        moment = rng.uniform(0, 1.6 * seconds / options.kills)
+        moment = rng.uniform(0, seconds / options.kills)
         time.sleep(moment)
         process.kill()
         process.communicate()
