@@ -1,0 +1,111 @@
+"""What the launchers launch is what the ahead-of-time compilation compiles: nothing runs here."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if pytest.importorskip("triton", reason="no Triton").knobs.runtime.interpret is False:
+    pytest.skip("TRITON_INTERPRET is not 1", allow_module_level=True)
+
+from mamlpp_fast.kernels import norm_act_pool, per_step_batch_norm, task_conv2d
+from mamlpp_fast.kernels._launch import TYPE_NAMES, Configuration
+from triton.runtime import interpreter
+
+TYPES = {**TYPE_NAMES, torch.uint8: "u8"}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def _key(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]) -> str:
+    stages = options.get("num_stages", 3)
+    parts = (sorted(types.items()), sorted((k, str(v)) for k, v in constants.items()))
+    return f"{kernel.__name__} {parts} {options['num_warps']} {stages} {options.get('maxnreg')}"
+
+
+def _listed(module: Any) -> set[str]:
+    found: list[Configuration] = list(module.launch_configurations())
+    return {_key(c.kernel, c.types, c.constants, c.options()) for c in found}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Filled with a description of every launch, which is not carried out."""
+    seen: set[str] = set()
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        named = dict(zip(self.arg_names, args, strict=False)) | {
+            k: v for k, v in given.items() if k in self.arg_names
+        }
+        annotated = self.fn.__annotations__
+        constants = {n: v for n, v in named.items() if "constexpr" in str(annotated.get(n))}
+        types = {
+            n: f"*{TYPES[v.dtype]}"
+            if isinstance(v, torch.Tensor)
+            else "fp64"
+            if isinstance(v, float)
+            else "i32"
+            for n, v in named.items()
+            if n not in constants
+        }
+        seen.add(_key(self, types, constants, {k: v for k, v in given.items() if k not in self.arg_names}))
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", record)
+    return seen
+
+
+def _batch_norm() -> None:
+    for dtype, channels, last in itertools.product(TYPE_NAMES, (64, 100, 1), (False, True)):
+        x = torch.ones(2, 3, channels, 4, 5, dtype=dtype)
+        if last:
+            x = x.movedim(2, -1).contiguous().movedim(-1, 2)
+        row = torch.ones(channels, dtype=dtype)
+        _, mean, rstd, _ = per_step_batch_norm.forward(x, row, row, 1e-5, 0.01)
+        per_step_batch_norm.backward(x, x, row, row, mean, rstd, 0.01)
+        per_step_batch_norm.double_backward(x, row, row, x, x, row, row, mean, rstd, 0.01)
+
+
+def _norm_act_pool() -> None:
+    for dtype, channels, pool in itertools.product(FLOATS, (64, 3), (False, True)):
+        z, small = (torch.ones(2, 3, s, s, channels, dtype=dtype) for s in (6, 3 if pool else 6))
+        index = torch.ones(small.shape, dtype=torch.uint8)
+        mean = torch.ones(2, channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        row, saved = mean[0], (z, index, mean, mean, mean[0], mean[0], 0.01)
+        norm_act_pool.forward(z, row, row, 1e-5, 0.01, pool, small, index, mean, mean)
+        norm_act_pool.backward(small, *saved, pool, z, mean, mean)
+        norm_act_pool.tangent(z, *saved, pool, small, mean, mean)
+        norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean)
+
+
+def _task_conv2d() -> None:
+    precision = torch.backends.cuda.matmul.fp32_precision
+    modes = [*((t, t, "none") for t in FLOATS), (torch.bfloat16, torch.float32, "none")]
+    for (dtype, out, mode), ci in itertools.product(
+        [*modes, (torch.float32, torch.float32, "tf32")], (48, 1)
+    ):
+        torch.backends.cuda.matmul.fp32_precision = mode
+        try:
+            x, g = torch.ones(2, 3, 5, 5, ci, dtype=dtype), torch.ones(2, 3, 5, 5, 64, dtype=dtype)
+            w = torch.ones(2, 3, 3, ci, 64, dtype=dtype)
+            task_conv2d.forward(x, w, None, None, 1, 1, g.to(out))
+            task_conv2d.to_input(g, w, g, w, 1, 1, x.to(out))
+            task_conv2d.to_weight(x, g, None, None, 1, 1, w.to(out))
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("module", "calls"),
+    [
+        pytest.param(per_step_batch_norm, _batch_norm, id="per_step_batch_norm"),
+        pytest.param(norm_act_pool, _norm_act_pool, id="norm_act_pool"),
+        pytest.param(task_conv2d, _task_conv2d, id="task_conv2d"),
+    ],
+)
+def test_launches_are_the_compiled_configurations(
+    module: Any, calls: Callable[[], None], launched: set[str]
+) -> None:
+    calls()
+    assert launched - _listed(module) == set()
+    assert _listed(module) - launched == set()
