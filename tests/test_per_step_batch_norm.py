@@ -45,6 +45,7 @@ SMALL = [
 def test_first_and_second_derivatives_agree_with_finite_differences(
     backend: str, shape: tuple[int, ...], affine: tuple[int, ...], step: int | None, slope: float | None
 ) -> None:
+    _spare_the_interpreter(backend, step == 1 or slope == 0.0)
     inputs = tuple(t.requires_grad_() for t in random(shape, affine))
 
     def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
