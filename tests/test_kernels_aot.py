@@ -20,7 +20,9 @@ if importlib.util.find_spec("triton") is None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The table of ``python -m mamlpp_fast.kernels.aot``, which runs apart because the interpreter is on here."""
     path = tmp_path_factory.mktemp("aot") / "resources.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "MAMLPP_FAST_NATIVE": "0"
+    }
     command = [sys.executable, "-m", "mamlpp_fast.kernels.aot", "--json", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout)
