@@ -238,6 +238,14 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
   p.transposed = to_input;
   p.classes = geometry.classes.data();
   p.num_classes = static_cast<int>(geometry.classes.size());
+  p.height = s.height;
+  p.width = s.width;
+  p.out_height = s.out_height;
+  p.out_width = s.out_width;
+  p.kh = s.kh;
+  p.kw = s.kw;
+  p.stride = s.stride;
+  p.padding = s.padding;
   const conv::Kernels<T>& k = kernels<T>();
   run_units<T>(p.tasks * p.parts, k.gather_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.gather(p, begin, end, scratch); });

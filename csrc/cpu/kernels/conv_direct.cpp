@@ -98,14 +98,107 @@ void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t
   }
 }
 
+/// Forward of a first layer: so few products for each output that the images are padded rather than classified.
+bool few_channels(const Gather& p) { return !p.transposed && p.channels_in <= 4; }
+
+/// A block of MR neighbouring pixels of a padded image; `run` source values for each of the kernel's rows.
+template <class T, int MR, int NV>
+void multiply_row(const T* source, int64_t pixel_step, int64_t kernel_rows, int64_t run, int64_t row_step,
+                  const T* panel, T* out, int64_t out_step, bool accumulate) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[MR][NV];
+  const T* row[MR];
+  for (int i = 0; i < MR; ++i) {
+    row[i] = source + i * pixel_step;
+    for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>::zero();
+  }
+  for (int64_t r = 0; r < kernel_rows; ++r)
+#pragma GCC unroll 3
+    for (int64_t k = r * row_step; k < r * row_step + run; ++k, panel += NV * W) {
+      Vec<T> right[NV];
+      for (int v = 0; v < NV; ++v) right[v] = Vec<T>::load(panel + v * W);
+      for (int i = 0; i < MR; ++i) {
+        const Vec<T> left = Vec<T>::broadcast(row[i][k]);
+        for (int v = 0; v < NV; ++v) acc[i][v] = fma(left, right[v], acc[i][v]);
+      }
+    }
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) {
+      T* to = out + i * out_step + v * W;
+      (accumulate ? Vec<T>::load(to) + acc[i][v] : acc[i][v]).store(to);
+    }
+}
+
+template <class T>
+using MultiplyRow = decltype(&multiply_row<T, 1, 1>);
+
+template <class T, int NV>
+MultiplyRow<T> pick_row(int rows) {
+  constexpr MultiplyRow<T> kernels[] = {multiply_row<T, 1, NV>, multiply_row<T, 2, NV>, multiply_row<T, 3, NV>,
+                                        multiply_row<T, 4, NV>, multiply_row<T, 5, NV>, multiply_row<T, 6, NV>};
+  return kernels[rows - 1];
+}
+
+template <class T>
+MultiplyRow<T> pick_row(int rows, int vectors) {
+  if constexpr (kMaxVectors > 2) {
+    if (vectors == 4) return pick_row<T, 4>(rows);
+    if (vectors == 3) return pick_row<T, 3>(rows);
+  }
+  return vectors == 2 ? pick_row<T, 2>(rows) : pick_row<T, 1>(rows);
+}
+
+template <class T>
+int64_t padded_elements(const Gather& p) {
+  return round_line<T>((p.height + 2 * p.padding) * (p.width + 2 * p.padding) * p.channels_in);
+}
+
+template <class T>
+void gather_few(const Gather& p, int64_t image, const T* const* packed, T* padded) {
+  const Panels<T> panels(p.channels_out);
+  const int64_t ci = p.channels_in, co = p.channels_out, pitch = (p.width + 2 * p.padding) * ci;
+  const int64_t blocks = divide_up(p.out_width, kMaxRows);
+  for (int pair = 0; pair < p.pairs; ++pair) {
+    const T* a = static_cast<const T*>(p.a[pair]) + image * p.src_image;
+    for (int64_t y = 0; y < p.height; ++y)
+      memcpy(padded + (y + p.padding) * pitch + p.padding * ci, a + y * p.width * ci, p.width * ci * sizeof(T));
+    T* out = static_cast<T*>(p.out) + image * p.dst_image;
+    for (int64_t y = 0; y < p.out_height; ++y)
+      for (int64_t b = 0, x = 0; b < blocks; ++b) {
+        const int rows = static_cast<int>(p.out_width * (b + 1) / blocks - x);
+        const T* source = padded + y * p.stride * pitch + x * p.stride * ci;
+        T* to = out + (y * p.out_width + x) * co;
+        x += rows;
+        for (int64_t panel = 0; panel < panels.count; ++panel) {
+          const int64_t o = panels.begin(panel), lanes = panels.lanes(panel), width = panels.width(panel);
+          const MultiplyRow<T> kernel = pick_row<T>(rows, panels.vectors(panel));
+          const T* weights = packed[pair] + o * p.taps * ci;
+          if (lanes == width) {
+            kernel(source, p.stride * ci, p.kh, p.kw * ci, pitch, weights, to + o, co, pair > 0);
+            continue;
+          }
+          alignas(64) T tile[kMaxRows * kPanel<T>];
+          kernel(source, p.stride * ci, p.kh, p.kw * ci, pitch, weights, tile, width, false);
+          for (int i = 0; i < rows; ++i)
+            for (int64_t c = 0; c < lanes; ++c) {
+              T& value = to[i * co + o + c];
+              value = pair > 0 ? value + tile[i * width + c] : tile[i * width + c];
+            }
+        }
+      }
+  }
+}
+
 template <class T>
 int64_t gather_scratch(const Gather& p) {
-  return p.pairs * packed_elements<T>(p);
+  return p.pairs * packed_elements<T>(p) + (few_channels(p) ? padded_elements<T>(p) : 0);
 }
 
 template <class T>
 void gather(const Gather& p, int64_t begin, int64_t end, T* scratch) {
   T* packed[2] = {scratch, scratch + packed_elements<T>(p)};
+  T* padded = scratch + p.pairs * packed_elements<T>(p);
+  if (few_channels(p)) memset(padded, 0, padded_elements<T>(p) * sizeof(T));
   int64_t ready = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
@@ -115,6 +208,10 @@ void gather(const Gather& p, int64_t begin, int64_t end, T* scratch) {
       for (int pair = 0; pair < p.pairs; ++pair)
         pack_weights<T>(p, static_cast<const T*>(p.w[pair]) + task * size, packed[pair]);
       ready = task;
+    }
+    if (few_channels(p)) {
+      for (int64_t n = first; n < last; ++n) gather_few<T>(p, task * p.images + n, packed, padded);
+      continue;
     }
     for (int64_t panel = 0; panel < divide_up(p.channels_out, kPanel<T>); ++panel)
       for (int c = 0; c < p.num_classes; ++c) gather_class<T>(p, p.classes[c], first, last, task, panel, packed);

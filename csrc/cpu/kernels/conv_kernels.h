@@ -34,6 +34,7 @@ struct Gather {
   bool transposed;  ///< to-input: channels_out of `w` are reduced and taps run backwards
   const PixelClass* classes;
   int num_classes;
+  int64_t height, width, out_height, out_width, kh, kw, stride, padding;  ///< of the forward convolution
 };
 
 /// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight.

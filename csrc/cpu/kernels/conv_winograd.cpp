@@ -364,7 +364,6 @@ double fma_peak(int64_t iterations) {
   V factor = V::broadcast(0.999f), term = V::broadcast(0.001f);
   for (int i = 0; i < chains; ++i) acc[i] = V::broadcast(static_cast<float>(i));
   for (int64_t k = 0; k < iterations; ++k) {
-    asm volatile("" : "+m"(k));
     for (int i = 0; i < chains; ++i) acc[i] = fma(acc[i], factor, term);
   }
   float total = 0;
