@@ -231,8 +231,9 @@ def _train(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    accuracy, interval = (100 * (summary[key] or math.nan) for key in ("test_accuracy", "test_accuracy_ci95"))
-    print(f"test accuracy {accuracy:.2f} % ± {interval:.2f} %; wrote:")
+    interval = summary["test_accuracy_ci95"]
+    spread = "" if interval is None or math.isnan(interval) else f" ± {100 * interval:.2f} %"
+    print(f"test accuracy {100 * summary['test_accuracy']:.2f} %{spread}; wrote:")
     for path in ("summary.json", "metrics.jsonl", "config.json", "checkpoints"):
         print(f"  {out / path}")
     return 0
