@@ -130,7 +130,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = measure(arguments.rounds, time.process_time if arguments.clock == "cpu" else time.perf_counter)
     print(
-        f"torch {torch.__version__}, {arguments.threads} threads, {arguments.clock} time, medians of {arguments.rounds} rounds"
+        f"torch {torch.__version__}, {arguments.threads} threads, {arguments.clock} time, "
+        f"medians of {arguments.rounds} rounds"
     )
     for row in rows:
         print(

@@ -55,6 +55,8 @@ def use_backend(backend: str) -> Iterator[None]:
             for name, operation in _library.OPERATIONS.items():
                 if not (backend == "native" and name in _native_names()):
                     override.impl(name, _implementation(operation, backend), "CPU")
+                    if torch._C._dispatch_has_kernel_for_dispatch_key(_qualified(name), "AutogradCPU"):
+                        override.impl(name, _python_autograd(name), "AutogradCPU", with_keyset=True)
         yield
     finally:
         override._destroy()
@@ -62,6 +64,20 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def _implementation(operation: _library.Operation, backend: str) -> Callable[..., Any]:
     return operation.triton if backend == "triton" and operation.triton is not None else operation.fallback
+
+
+def _qualified(name: str) -> str:
+    return f"{_library.NAMESPACE}::{name}"
+
+
+def _python_autograd(name: str) -> Callable[..., Any]:
+    """The derivative registered in Python for every device, which C++ may hide on the CPU."""
+    kernel = torch.library.get_kernel(_qualified(name), "AutogradCUDA")
+
+    def call(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        return kernel.call_boxed(keyset, *args)
+
+    return call
 
 
 @functools.cache
