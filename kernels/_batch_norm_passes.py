@@ -29,7 +29,12 @@ def tile(first, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, BM: tl.conste
 @triton.jit
 def moments(x_ptr, start, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
              BC: tl.constexpr):  # fmt: skip
-    """Mean and sum of squared deviations [BC] of rows start..stop, by Welford's update in every lane."""
+    """Mean and sum of squared deviations [BC] of rows start..stop, by Welford's update in every lane.
+
+    The first row is subtracted first, so that a mean far from zero does not round the deviations.
+    """
+    offsets, valid = tile(start, start + 1, c, C, P, CL, CA, BM)
+    shift = tl.sum(tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC), axis=0)
     mean = tl.zeros([BM, BC], ACC)
     squares = tl.zeros([BM, BC], ACC)
     count = tl.zeros([BM, 1], ACC)
@@ -37,6 +42,7 @@ def moments(x_ptr, start, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, ACC
         offsets, valid = tile(first, stop, c, C, P, CL, CA, BM)
         x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC)
         count += tl.where(first + tl.arange(0, BM) < stop, 1.0, 0.0).to(ACC)[:, None]
+        x -= shift[None, :]
         delta = tl.where(valid, x - mean, 0.0)
         mean += delta / tl.maximum(count, 1.0)
         squares += tl.where(valid, delta * (x - mean), 0.0)
@@ -44,7 +50,7 @@ def moments(x_ptr, start, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, ACC
     centre = tl.sum(mean * count, axis=0) / elements
     centre += tl.sum((mean - centre[None, :]) * count, axis=0) / elements
     deviation = mean - centre[None, :]
-    return centre, tl.sum(squares + deviation * deviation * count, axis=0)
+    return shift + centre, tl.sum(squares + deviation * deviation * count, axis=0)
 
 
 @triton.jit

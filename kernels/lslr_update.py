@@ -20,7 +20,7 @@ from ._launch import TYPE_NAMES, Configuration, accumulator, aligned
 
 _BLOCK = 1024
 _WARPS = 4
-_SEGMENTS = (64, 1024)
+_SEGMENTS = (64, 512)
 """Sizes the table of segments is padded to."""
 
 _SIZES = ["P", "L", "K", "step", "S", "T"]

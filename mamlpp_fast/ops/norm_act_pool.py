@@ -284,6 +284,7 @@ def norm_act_pool(
     Raises:
         ValueError: shapes do not belong together, or only one element to normalise.
     """
+    _check(z, gamma, beta, pool, y=y, **({"index": index} if pool else {}))
     _norm_act_pool(z, gamma, beta, eps, slope, pool, y, index, mean, rstd)
     return y
 
@@ -312,6 +313,7 @@ def norm_act_pool_backward(
     Returns:
         `gz`.
     """
+    _check(z, gamma, beta, pool, gy=gy, **({"index": index} if pool else {}))
     _norm_act_pool_backward(gy, z, index, mean, rstd, gamma, beta, slope, pool, gz, ggamma, gbeta)
     return gz
 
@@ -340,6 +342,7 @@ def norm_act_pool_tangent(
     Returns:
         `uy`.
     """
+    _check(z, gamma, beta, pool, uy=uy, **({"index": index} if pool else {}))
     _norm_act_pool_tangent(u, z, index, mean, rstd, gamma, beta, slope, pool, uy, r, t)
     return uy
 
@@ -374,6 +377,7 @@ def norm_act_pool_backward_tangent(
     Returns:
         `gz_dot`.
     """
+    _check(z, gamma, beta, pool, gy_dot=gy_dot, gy=gy, **({"index": index} if pool else {}))
     _norm_act_pool_backward_tangent(
         gy_dot, gy, u, z, index, mean, rstd, gamma, beta, slope, r, t, pool, gz_dot, ggamma_dot, gbeta_dot
     )
