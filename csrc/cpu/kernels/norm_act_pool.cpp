@@ -13,11 +13,10 @@ MF_INLINE Vec<T> choose(Lanes<T> mask, Vec<T> yes, Vec<T> no) {
   return {mask ? yes.v : no.v};
 }
 
-// `count` whole registers of neighbouring channels.
-template <typename T, int N>
+// A whole register of neighbouring channels.
+template <typename T>
 struct Whole {
   using V = Vec<T>;
-  static constexpr int count = N;
   typedef uint8_t Bytes __attribute__((vector_size(V::size)));
 
   MF_INLINE V load(const T* p) const { return V::load(p); }
@@ -37,7 +36,6 @@ struct Whole {
 template <typename T>
 struct Part {
   using V = Vec<T>;
-  static constexpr int count = 1;
   int n;
 
   MF_INLINE V load(const T* p) const { return V::load(p, n); }
@@ -56,80 +54,101 @@ struct Part {
   }
 };
 
-// body(first channel, Whole or Part) over all channels, N registers at a time as long as they last.
-template <typename T, int N, typename Body>
-MF_INLINE void each_tile(int64_t channels, const Body& body) {
+// Neighbouring channels that are taken pixel by pixel, so that memory is read in order; their sums stay in the first
+// cache.
+constexpr int kRegisters = 16;
+
+// body(register number, first channel, Whole or Part) over channels begin to end.
+template <typename T, typename Body>
+MF_INLINE void each_register(int64_t begin, int64_t end, const Body& body) {
   constexpr int64_t size = Vec<T>::size;
-  int64_t c = 0;
-  for (; c + N * size <= channels; c += N * size) {
-    body(c, Whole<T, N>{});
+  int j = 0;
+  int64_t c = begin;
+  for (; c + size <= end; c += size) {
+    body(j++, c, Whole<T>{});
   }
-  for (; c + size <= channels; c += size) {
-    body(c, Whole<T, 1>{});
-  }
-  if (c < channels) {
-    body(c, Part<T>{static_cast<int>(channels - c)});
+  if (c < end) {
+    body(j, c, Part<T>{static_cast<int>(end - c)});
   }
 }
 
-// A row of channels, a tile of it in registers.
-template <typename T, typename Tile>
-struct Row {
-  Vec<T> v[Tile::count];
+// body(first channel, end) over tiles of channels.
+template <typename T, typename Body>
+MF_INLINE void each_tile(int64_t channels, const Body& body) {
+  constexpr int64_t size = kRegisters * Vec<T>::size;
+  for (int64_t c = 0; c < channels; c += size) {
+    body(c, c + size < channels ? c + size : channels);
+  }
+}
 
-  static MF_INLINE Row load(const Tile& tile, const T* p) {
-    Row r;
-    for (int j = 0; j < Tile::count; ++j) {
-      r.v[j] = tile.load(p + j * Vec<T>::size);
+// Sums over a run of pixels, or a row of windows, which are then added up: an error like that of a pairwise sum.
+template <typename T, int N>
+struct Sums {
+  Vec<T> v[N][kRegisters];
+
+  MF_INLINE void clear() {
+    for (int i = 0; i < N; ++i) {
+      for (int j = 0; j < kRegisters; ++j) {
+        v[i][j] = Vec<T>::zero();
+      }
     }
-    return r;
   }
-  static MF_INLINE Row zero() {
-    Row r;
-    for (int j = 0; j < Tile::count; ++j) {
-      r.v[j] = Vec<T>::zero();
-    }
-    return r;
-  }
-  // p = or += this
-  MF_INLINE void put(const Tile& tile, T* p, bool first) const {
-    for (int j = 0; j < Tile::count; ++j) {
-      T* at = p + j * Vec<T>::size;
-      tile.store(first ? v[j] : v[j] + tile.load(at), at);
-    }
+  // rows[i] = or += the sums of these channels
+  MF_INLINE void put(T* const (&rows)[N], int64_t begin, int64_t end, bool first) const {
+    each_register<T>(begin, end, [&](int j, int64_t c, auto tile) {
+      for (int i = 0; i < N; ++i) {
+        T* at = rows[i] + c;
+        tile.store(first ? v[i][j] : v[i][j] + tile.load(at), at);
+      }
+    });
   }
 };
 
-// Sums are formed over a block of pixels, or a row of windows, in registers and these are then added up: an error like
-// that of a pairwise sum, and the block is still in the first cache when the next tile of channels reads it.
 constexpr int64_t kBlock = 32;
+constexpr int64_t kRun = 8;  // pixels whose sums stay in registers
 
-// body(tile, first channel, first pixel, last pixel, whether this is the first block)
+// Fills rows with sums over all pixels: body(sums, channel, tile, place of the element).
 template <typename T, int N, typename Body>
-MF_INLINE void each_block(const PoolShape& s, const Body& body) {
+MF_INLINE void sum_pixels(const PoolShape& s, T* const (&rows)[N], const Body& body) {
   const int64_t pixels = s.height * s.width;
-  for (int64_t begin = 0; begin < pixels; begin += kBlock) {
-    const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
-    each_tile<T, N>(s.channels, [&](int64_t c, auto tile) { body(tile, c, begin, end, begin == 0); });
-  }
+  each_tile<T>(s.channels, [&](int64_t first, int64_t last) {
+    Sums<T, N> sums;
+    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
+      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
+      sums.clear();
+      for (int64_t run = begin; run < end; run += kRun) {
+        const int64_t stop = run + kRun < end ? run + kRun : end;
+        each_register<T>(first, last, [&](int j, int64_t c, auto tile) {
+          Vec<T> run_sums[N];
+          for (int i = 0; i < N; ++i) {
+            run_sums[i] = sums.v[i][j];
+          }
+          for (int64_t pixel = run; pixel < stop; ++pixel) {
+            body(run_sums, c, tile, pixel * s.channels + c);
+          }
+          for (int i = 0; i < N; ++i) {
+            sums.v[i][j] = run_sums[i];
+          }
+        });
+      }
+      sums.put(rows, first, last, begin == 0);
+    }
+  });
 }
 
 template <typename T, typename Tile>
 struct Gate {
-  Row<T, Tile> mean, scale, beta;
-  Vec<T> slope;
+  Vec<T> mean, scale, beta, slope;
 
   MF_INLINE Gate(const Tile& tile, const NormRows<T>& n, int64_t c)
-      : mean(Row<T, Tile>::load(tile, n.mean + c)),
-        scale(Row<T, Tile>::load(tile, n.scale + c)),
-        beta(Row<T, Tile>::load(tile, n.beta + c)),
+      : mean(tile.load(n.mean + c)),
+        scale(tile.load(n.scale + c)),
+        beta(tile.load(n.beta + c)),
         slope(Vec<T>::broadcast(n.slope)) {}
   // Before the leaky ReLU, of a centred z.
-  MF_INLINE Vec<T> value(int j, Vec<T> centred) const { return fma(centred, scale.v[j], beta.v[j]); }
+  MF_INLINE Vec<T> value(Vec<T> centred) const { return fma(centred, scale, beta); }
   // g through the leaky ReLU.
-  MF_INLINE Vec<T> pass(int j, Vec<T> centred, Vec<T> g) const {
-    return where_positive(value(j, centred), g, g * slope);
-  }
+  MF_INLINE Vec<T> pass(Vec<T> centred, Vec<T> g) const { return where_positive(value(centred), g, g * slope); }
 };
 
 // Where the elements of a window lie, from its first.
@@ -143,6 +162,14 @@ struct Window {
       : offset{0, s.channels, s.width * s.channels, s.width * s.channels + s.channels} {}
 
   template <typename T, typename Tile>
+  MF_INLINE Lanes<T> index(const Tile& tile, const uint8_t* p, int64_t pooled) const {
+    if constexpr (Pool) {
+      return tile.load_index(p + pooled);
+    } else {
+      return Lanes<T>{};
+    }
+  }
+  template <typename T, typename Tile>
   MF_INLINE Vec<T> pick(const Tile& tile, const T* p, Lanes<T> index) const {
     Vec<T> v = tile.load(p);
     for (int k = 1; k < size; ++k) {
@@ -152,60 +179,74 @@ struct Window {
   }
 };
 
-// body(tile, c, row, at) for every row of windows; at(column) gives the places of a window in the dense and pooled
-// grid.
-template <typename T, int N, bool Pool, typename Body>
-MF_INLINE void each_row(const PoolShape& s, const Body& body) {
-  for (int64_t row = 0; row < s.rows; ++row) {
-    each_tile<T, N>(s.channels, [&](int64_t c, auto tile) {
-      const int64_t dense = row * Window<Pool>::stride * s.width * s.channels + c;
-      const int64_t pooled = row * s.columns * s.channels + c;
-      body(tile, c, dense, pooled, row == 0);
-    });
+// body(register number, channel, tile, place of the window in the dense grid, in the pooled one) for one row of
+// windows.
+template <typename T, bool Pool, typename Body>
+MF_INLINE void each_window(const PoolShape& s, int64_t row, int64_t first, int64_t last, const Body& body) {
+  constexpr int64_t stride = Window<Pool>::stride;
+  for (int64_t column = 0; column < s.columns; ++column) {
+    const int64_t dense = (row * stride * s.width + column * stride) * s.channels;
+    const int64_t pooled = (row * s.columns + column) * s.channels;
+    each_register<T>(first, last, [&](int j, int64_t c, auto tile) { body(j, c, tile, dense + c, pooled + c); });
   }
 }
 
-// body(tile, c, first, last) for the runs of pixels that no window holds.
-template <typename T, int N, typename Body>
+template <typename T, bool Pool, typename Body>
+MF_INLINE void each_window(const PoolShape& s, const Body& body) {
+  for (int64_t row = 0; row < s.rows; ++row) {
+    each_window<T, Pool>(s, row, 0, s.channels, body);
+  }
+}
+
+// Fills rows with sums over all windows: body(sums, register number, channel, tile, dense place, pooled place).
+template <typename T, bool Pool, int N, typename Body>
+MF_INLINE void sum_windows(const PoolShape& s, T* const (&rows)[N], const Body& body) {
+  each_tile<T>(s.channels, [&](int64_t first, int64_t last) {
+    Sums<T, N> sums;
+    for (int64_t row = 0; row < s.rows; ++row) {
+      sums.clear();
+      each_window<T, Pool>(s, row, first, last, [&](int j, int64_t c, auto tile, int64_t dense, int64_t pooled) {
+        body(sums, j, c, tile, dense, pooled);
+      });
+      sums.put(rows, first, last, row == 0);
+    }
+  });
+}
+
+// body(channel, tile, place) for every element that no window holds.
+template <typename T, bool Pool, typename Body>
 MF_INLINE void each_left_over(const PoolShape& s, const Body& body) {
-  const int64_t even = 2 * s.rows;
-  each_tile<T, N>(s.channels, [&](int64_t c, auto tile) {
-    if (s.width > 2 * s.columns) {
-      for (int64_t row = 0; row < even; ++row) {
-        body(tile, c, row * s.width + 2 * s.columns, (row + 1) * s.width);
+  if constexpr (Pool) {
+    for (int64_t row = 0; row < s.height; ++row) {
+      for (int64_t column = row < 2 * s.rows ? 2 * s.columns : 0; column < s.width; ++column) {
+        each_register<T>(0, s.channels,
+                         [&](int, int64_t c, auto tile) { body(c, tile, (row * s.width + column) * s.channels + c); });
       }
     }
-    body(tile, c, even * s.width, s.height * s.width);
-  });
+  }
 }
 
 template <typename T, bool Pool>
 void forward(const PoolShape& s, const NormRows<T>& n, const T* z, T* y, uint8_t* index) {
   using V = Vec<T>;
   const Window<Pool> window(s);
-  each_row<T, 2, Pool>(s, [&](auto tile, int64_t c, int64_t dense, int64_t pooled, bool) {
+  each_window<T, Pool>(s, [&](int, int64_t c, auto tile, int64_t dense, int64_t pooled) {
     const Gate<T, decltype(tile)> gate(tile, n, c);
-    for (int64_t column = 0; column < s.columns; ++column) {
-      const int64_t from = dense + column * window.stride * s.channels, to = pooled + column * s.channels;
-      for (int j = 0; j < tile.count; ++j) {
-        const T* p = z + from + j * V::size;
-        const auto after = [&](int k) {
-          const V a = gate.value(j, tile.load(p + window.offset[k]) - gate.mean.v[j]);
-          return where_positive(a, a, a * gate.slope);
-        };
-        V best = after(0);
-        Lanes<T> at{};
-        for (int k = 1; k < window.size; ++k) {
-          const V next = after(k);
-          const Lanes<T> above = next.v > best.v;
-          best = choose<T>(above, next, best);
-          at = above ? Lanes<T>{} + k : at;
-        }
-        tile.store(best, y + to + j * V::size);
-        if constexpr (Pool) {
-          tile.store_index(at, index + to + j * V::size);
-        }
-      }
+    const auto after = [&](int k) {
+      const V a = gate.value(tile.load(z + dense + window.offset[k]) - gate.mean);
+      return where_positive(a, a, a * gate.slope);
+    };
+    V best = after(0);
+    Lanes<T> at{};
+    for (int k = 1; k < window.size; ++k) {
+      const V next = after(k);
+      const Lanes<T> above = next.v > best.v;
+      best = choose<T>(above, next, best);
+      at = above ? Lanes<T>{} + k : at;
+    }
+    tile.store(best, y + pooled);
+    if constexpr (Pool) {
+      tile.store_index(at, index + pooled);
     }
   });
 }
@@ -215,25 +256,14 @@ void backward_sums(const PoolShape& s, const NormRows<T>& n, const T* gy, const 
                    T* hz) {
   using V = Vec<T>;
   const Window<Pool> window(s);
-  each_row<T, 2, Pool>(s, [&](auto tile, int64_t c, int64_t dense, int64_t pooled, bool first) {
-    using R = Row<T, decltype(tile)>;
+  T* const rows[2] = {h, hz};
+  sum_windows<T, Pool>(s, rows, [&](auto& sums, int j, int64_t c, auto tile, int64_t dense, int64_t pooled) {
     const Gate<T, decltype(tile)> gate(tile, n, c);
-    R sum = R::zero(), sum_z = R::zero();
-    for (int64_t column = 0; column < s.columns; ++column) {
-      const int64_t from = dense + column * window.stride * s.channels, to = pooled + column * s.channels;
-      for (int j = 0; j < tile.count; ++j) {
-        Lanes<T> at{};
-        if constexpr (Pool) {
-          at = tile.load_index(index + to + j * V::size);
-        }
-        const V centred = window.pick(tile, z + from + j * V::size, at) - gate.mean.v[j];
-        const V g = gate.pass(j, centred, tile.load(gy + to + j * V::size));
-        sum.v[j] += g;
-        sum_z.v[j] = fma(g, centred, sum_z.v[j]);
-      }
-    }
-    sum.put(tile, h + c, first);
-    sum_z.put(tile, hz + c, first);
+    const Lanes<T> at = window.template index<T>(tile, index, pooled);
+    const V centred = window.pick(tile, z + dense, at) - gate.mean;
+    const V g = gate.pass(centred, tile.load(gy + pooled));
+    sums.v[0][j] += g;
+    sums.v[1][j] = fma(g, centred, sums.v[1][j]);
   });
 }
 
@@ -242,46 +272,22 @@ void backward(const PoolShape& s, const NormRows<T>& n, const T* gy, const T* z,
               const T* constant, T* gz) {
   using V = Vec<T>;
   const Window<Pool> window(s);
-  each_row<T, 2, Pool>(s, [&](auto tile, int64_t c, int64_t dense, int64_t pooled, bool) {
-    using R = Row<T, decltype(tile)>;
+  each_window<T, Pool>(s, [&](int, int64_t c, auto tile, int64_t dense, int64_t pooled) {
     const Gate<T, decltype(tile)> gate(tile, n, c);
-    const R slope = R::load(tile, along + c), level = R::load(tile, constant + c);
-    for (int64_t column = 0; column < s.columns; ++column) {
-      const int64_t from = dense + column * window.stride * s.channels, to = pooled + column * s.channels;
-      for (int j = 0; j < tile.count; ++j) {
-        const int64_t place = from + j * V::size;
-        Lanes<T> at{};
-        if constexpr (Pool) {
-          at = tile.load_index(index + to + j * V::size);
-        }
-        V centred[window.size];
-        for (int k = 0; k < window.size; ++k) {
-          centred[k] = tile.load(z + place + window.offset[k]) - gate.mean.v[j];
-        }
-        V picked = centred[0];
-        for (int k = 1; k < window.size; ++k) {
-          picked = choose<T>(at == Lanes<T>{} + k, centred[k], picked);
-        }
-        const V g = gate.pass(j, picked, tile.load(gy + to + j * V::size)) * gate.scale.v[j];
-        for (int k = 0; k < window.size; ++k) {
-          const V share = Pool ? choose<T>(at == Lanes<T>{} + k, g, V::zero()) : g;
-          tile.store(fma(centred[k], slope.v[j], level.v[j]) + share, gz + place + window.offset[k]);
-        }
-      }
+    const V by_z = tile.load(along + c), level = tile.load(constant + c);
+    const Lanes<T> at = window.template index<T>(tile, index, pooled);
+    const V picked = window.pick(tile, z + dense, at) - gate.mean;
+    const V g = gate.pass(picked, tile.load(gy + pooled)) * gate.scale;
+    for (int k = 0; k < window.size; ++k) {
+      const V share = Pool ? choose<T>(at == Lanes<T>{} + k, g, V::zero()) : g;
+      const V centred = tile.load(z + dense + window.offset[k]) - gate.mean;
+      tile.store(fma(centred, by_z, level) + share, gz + dense + window.offset[k]);
     }
   });
-  if constexpr (Pool) {
-    each_left_over<T, 2>(s, [&](auto tile, int64_t c, int64_t begin, int64_t end) {
-      using R = Row<T, decltype(tile)>;
-      const R mean = R::load(tile, n.mean + c), slope = R::load(tile, along + c), level = R::load(tile, constant + c);
-      for (int64_t place = begin * s.channels + c; place < end * s.channels; place += s.channels) {
-        for (int j = 0; j < tile.count; ++j) {
-          const int64_t i = place + j * V::size;
-          tile.store(fma(tile.load(z + i) - mean.v[j], slope.v[j], level.v[j]), gz + i);
-        }
-      }
-    });
-  }
+  each_left_over<T, Pool>(s, [&](int64_t c, auto tile, int64_t i) {
+    const V centred = tile.load(z + i) - tile.load(n.mean + c);
+    tile.store(fma(centred, tile.load(along + c), tile.load(constant + c)), gz + i);
+  });
 }
 
 template <typename T, bool Pool>
@@ -289,55 +295,33 @@ void tangent(const PoolShape& s, const NormRows<T>& n, const T* u, const T* z, c
              const T* constant, T* uy) {
   using V = Vec<T>;
   const Window<Pool> window(s);
-  each_row<T, 2, Pool>(s, [&](auto tile, int64_t c, int64_t dense, int64_t pooled, bool) {
-    using R = Row<T, decltype(tile)>;
+  each_window<T, Pool>(s, [&](int, int64_t c, auto tile, int64_t dense, int64_t pooled) {
     const Gate<T, decltype(tile)> gate(tile, n, c);
-    const R slope = R::load(tile, along + c), level = R::load(tile, constant + c);
-    for (int64_t column = 0; column < s.columns; ++column) {
-      const int64_t from = dense + column * window.stride * s.channels, to = pooled + column * s.channels;
-      for (int j = 0; j < tile.count; ++j) {
-        Lanes<T> at{};
-        if constexpr (Pool) {
-          at = tile.load_index(index + to + j * V::size);
-        }
-        const V centred = window.pick(tile, z + from + j * V::size, at) - gate.mean.v[j];
-        const V picked = window.pick(tile, u + from + j * V::size, at);
-        const V value = fma(picked, gate.scale.v[j], fma(centred, slope.v[j], level.v[j]));
-        tile.store(gate.pass(j, centred, value), uy + to + j * V::size);
-      }
-    }
+    const Lanes<T> at = window.template index<T>(tile, index, pooled);
+    const V centred = window.pick(tile, z + dense, at) - gate.mean;
+    const V smooth = fma(centred, tile.load(along + c), tile.load(constant + c));
+    const V picked = window.pick(tile, u + dense, at);
+    tile.store(gate.pass(centred, fma(picked, gate.scale, smooth)), uy + pooled);
   });
 }
 
 template <typename T, bool Pool>
 void backward_tangent_sums(const PoolShape& s, const NormRows<T>& n, const T* gy_dot, const T* gy, const T* u,
-                           const T* z, const uint8_t* index, T* sums) {
+                           const T* z, const uint8_t* index, T* out) {
   using V = Vec<T>;
   const Window<Pool> window(s);
-  each_row<T, 2, Pool>(s, [&](auto tile, int64_t c, int64_t dense, int64_t pooled, bool first) {
-    using R = Row<T, decltype(tile)>;
+  T* const rows[5] = {out, out + s.channels, out + 2 * s.channels, out + 3 * s.channels, out + 4 * s.channels};
+  sum_windows<T, Pool>(s, rows, [&](auto& sums, int j, int64_t c, auto tile, int64_t dense, int64_t pooled) {
     const Gate<T, decltype(tile)> gate(tile, n, c);
-    R sum[5] = {R::zero(), R::zero(), R::zero(), R::zero(), R::zero()};
-    for (int64_t column = 0; column < s.columns; ++column) {
-      const int64_t from = dense + column * window.stride * s.channels, to = pooled + column * s.channels;
-      for (int j = 0; j < tile.count; ++j) {
-        Lanes<T> at{};
-        if constexpr (Pool) {
-          at = tile.load_index(index + to + j * V::size);
-        }
-        const V centred = window.pick(tile, z + from + j * V::size, at) - gate.mean.v[j];
-        const V g = gate.pass(j, centred, tile.load(gy + to + j * V::size));
-        const V g_dot = gate.pass(j, centred, tile.load(gy_dot + to + j * V::size));
-        sum[0].v[j] += g;
-        sum[1].v[j] = fma(g, centred, sum[1].v[j]);
-        sum[2].v[j] = fma(g, window.pick(tile, u + from + j * V::size, at), sum[2].v[j]);
-        sum[3].v[j] += g_dot;
-        sum[4].v[j] = fma(g_dot, centred, sum[4].v[j]);
-      }
-    }
-    for (int i = 0; i < 5; ++i) {
-      sum[i].put(tile, sums + i * s.channels + c, first);
-    }
+    const Lanes<T> at = window.template index<T>(tile, index, pooled);
+    const V centred = window.pick(tile, z + dense, at) - gate.mean;
+    const V g = gate.pass(centred, tile.load(gy + pooled));
+    const V g_dot = gate.pass(centred, tile.load(gy_dot + pooled));
+    sums.v[0][j] += g;
+    sums.v[1][j] = fma(g, centred, sums.v[1][j]);
+    sums.v[2][j] = fma(g, window.pick(tile, u + dense, at), sums.v[2][j]);
+    sums.v[3][j] += g_dot;
+    sums.v[4][j] = fma(g_dot, centred, sums.v[4][j]);
   });
 }
 
@@ -348,41 +332,25 @@ void backward_tangent(const PoolShape& s, const NormRows<T>& n, const T* gy_dot,
   const Window<Pool> window(s);
   const T *along_h = rows, *along_u = rows + s.channels, *along = rows + 2 * s.channels,
           *constant = rows + 3 * s.channels;
-  each_row<T, 1, Pool>(s, [&](auto tile, int64_t c, int64_t dense, int64_t pooled, bool) {
+  each_window<T, Pool>(s, [&](int, int64_t c, auto tile, int64_t dense, int64_t pooled) {
     const Gate<T, decltype(tile)> gate(tile, n, c);
-    const V by_h = tile.load(along_h + c), by_u = tile.load(along_u + c), by_z = tile.load(along + c),
-            level = tile.load(constant + c);
-    for (int64_t column = 0; column < s.columns; ++column) {
-      const int64_t from = dense + column * window.stride * s.channels, to = pooled + column * s.channels;
-      Lanes<T> at{};
-      if constexpr (Pool) {
-        at = tile.load_index(index + to);
-      }
-      V centred[window.size];
-      for (int k = 0; k < window.size; ++k) {
-        centred[k] = tile.load(z + from + window.offset[k]) - gate.mean.v[0];
-      }
-      V picked = centred[0];
-      for (int k = 1; k < window.size; ++k) {
-        picked = choose<T>(at == Lanes<T>{} + k, centred[k], picked);
-      }
-      const V g = gate.pass(0, picked, fma(tile.load(gy_dot + to), gate.scale.v[0], tile.load(gy + to) * by_h));
-      for (int k = 0; k < window.size; ++k) {
-        const V share = Pool ? choose<T>(at == Lanes<T>{} + k, g, V::zero()) : g;
-        const V smooth = fma(tile.load(u + from + window.offset[k]), by_u, fma(centred[k], by_z, level));
-        tile.store(smooth + share, gz_dot + from + window.offset[k]);
-      }
+    const V by_u = tile.load(along_u + c), by_z = tile.load(along + c), level = tile.load(constant + c);
+    const Lanes<T> at = window.template index<T>(tile, index, pooled);
+    const V picked = window.pick(tile, z + dense, at) - gate.mean;
+    const V h = tile.load(gy + pooled) * tile.load(along_h + c);
+    const V g = gate.pass(picked, fma(tile.load(gy_dot + pooled), gate.scale, h));
+    for (int k = 0; k < window.size; ++k) {
+      const int64_t i = dense + window.offset[k];
+      const V share = Pool ? choose<T>(at == Lanes<T>{} + k, g, V::zero()) : g;
+      const V smooth = fma(tile.load(u + i), by_u, fma(tile.load(z + i) - gate.mean, by_z, level));
+      tile.store(smooth + share, gz_dot + i);
     }
   });
-  if constexpr (Pool) {
-    each_left_over<T, 1>(s, [&](auto tile, int64_t c, int64_t begin, int64_t end) {
-      const V mean = tile.load(n.mean + c), by_u = tile.load(along_u + c), by_z = tile.load(along + c),
-              level = tile.load(constant + c);
-      for (int64_t i = begin * s.channels + c; i < end * s.channels; i += s.channels) {
-        tile.store(fma(tile.load(u + i), by_u, fma(tile.load(z + i) - mean, by_z, level)), gz_dot + i);
-      }
-    });
-  }
+  each_left_over<T, Pool>(s, [&](int64_t c, auto tile, int64_t i) {
+    const V centred = tile.load(z + i) - tile.load(n.mean + c);
+    const V smooth = fma(centred, tile.load(along + c), tile.load(constant + c));
+    tile.store(fma(tile.load(u + i), tile.load(along_u + c), smooth), gz_dot + i);
+  });
 }
 
 }  // namespace
@@ -390,52 +358,27 @@ void backward_tangent(const PoolShape& s, const NormRows<T>& n, const T* gy_dot,
 template <typename T>
 void nap_moments(const PoolShape& s, const T* z, T* mean, T* rest, T* squares) {
   using V = Vec<T>;
-  const T elements = static_cast<T>(s.height * s.width);
-  each_block<T, 4>(s, [&](auto tile, int64_t c, int64_t begin, int64_t end, bool first) {
-    using R = Row<T, decltype(tile)>;
-    R sum = R::zero();
-    for (int64_t i = begin * s.channels + c; i < end * s.channels; i += s.channels) {
-      for (int j = 0; j < tile.count; ++j) {
-        sum.v[j] += tile.load(z + i + j * V::size);
-      }
-    }
-    sum.put(tile, mean + c, first);
-  });
+  T* const means[1] = {mean};
+  sum_pixels<T>(s, means, [&](auto& sums, int64_t, auto tile, int64_t i) { sums[0] += tile.load(z + i); });
   for (int64_t c = 0; c < s.channels; ++c) {
-    mean[c] /= elements;
+    mean[c] /= static_cast<T>(s.height * s.width);
   }
-  each_block<T, 4>(s, [&](auto tile, int64_t c, int64_t begin, int64_t end, bool first) {
-    using R = Row<T, decltype(tile)>;
-    const R centre = R::load(tile, mean + c);
-    R sum = R::zero(), square = R::zero();
-    for (int64_t i = begin * s.channels + c; i < end * s.channels; i += s.channels) {
-      for (int j = 0; j < tile.count; ++j) {
-        const V d = tile.load(z + i + j * V::size) - centre.v[j];
-        sum.v[j] += d;
-        square.v[j] = fma(d, d, square.v[j]);
-      }
-    }
-    sum.put(tile, rest + c, first);
-    square.put(tile, squares + c, first);
+  T* const deviations[2] = {rest, squares};
+  sum_pixels<T>(s, deviations, [&](auto& sums, int64_t c, auto tile, int64_t i) {
+    const V d = tile.load(z + i) - tile.load(mean + c);
+    sums[0] += d;
+    sums[1] = fma(d, d, sums[1]);
   });
 }
 
 template <typename T>
 void nap_tangent_sums(const PoolShape& s, const NormRows<T>& n, const T* u, const T* z, T* us, T* uz) {
   using V = Vec<T>;
-  each_block<T, 4>(s, [&](auto tile, int64_t c, int64_t begin, int64_t end, bool first) {
-    using R = Row<T, decltype(tile)>;
-    const R mean = R::load(tile, n.mean + c);
-    R sum = R::zero(), sum_z = R::zero();
-    for (int64_t i = begin * s.channels + c; i < end * s.channels; i += s.channels) {
-      for (int j = 0; j < tile.count; ++j) {
-        const V along = tile.load(u + i + j * V::size);
-        sum.v[j] += along;
-        sum_z.v[j] = fma(along, tile.load(z + i + j * V::size) - mean.v[j], sum_z.v[j]);
-      }
-    }
-    sum.put(tile, us + c, first);
-    sum_z.put(tile, uz + c, first);
+  T* const rows[2] = {us, uz};
+  sum_pixels<T>(s, rows, [&](auto& sums, int64_t c, auto tile, int64_t i) {
+    const V along = tile.load(u + i);
+    sums[0] += along;
+    sums[1] = fma(along, tile.load(z + i) - tile.load(n.mean + c), sums[1]);
   });
 }
 
