@@ -35,8 +35,6 @@ class Configuration:
         constants: value of every constexpr argument, by name.
         num_warps: warps of one program.
         num_stages: software pipelining depth of loops with loads.
-        max_registers: most registers of one thread; given, the assembler does not trade a few spilled bytes for
-            another resident program. None leaves the choice to it.
         aligned: arguments specialised as divisible by 16.
         tensor_cores: whether sm_90 code is expected to hold matrix instructions.
     """
@@ -47,24 +45,21 @@ class Configuration:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    max_registers: int | None = None
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
-        return launch_options(self.num_warps, self.num_stages, self.max_registers)
+        return launch_options(self.num_warps, self.num_stages)
 
 
-def launch_options(num_warps: int, num_stages: int = 3, max_registers: int | None = None) -> dict[str, int]:
-    """The same from parts; also what ``triton.compile`` takes."""
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return options if max_registers is None else options | {"maxnreg": max_registers}
+def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:
+    """The same from parts; also what ``triton.compile`` takes.
 
-
-def register_limit(dtype: torch.dtype) -> int | None:
-    """Limit for elementwise and reducing kernels: stated for float64, which takes two registers a value."""
-    return 255 if dtype == torch.float64 else None
+    The limit on registers is the hardware's own: stated, it keeps the assembler from spilling a few bytes to make
+    room for one more resident program.
+    """
+    return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": 255}
 
 
 def aligned(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned
+from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, launch_options
 
 _BLOCK = 1024
 _WARPS = 4
@@ -205,7 +205,7 @@ class _Call:
         return torch.empty(self.shape, dtype=kind, device=self.data[0].device)
 
     def constants(self) -> dict[str, Any]:
-        return {"ACC": self.acc, "BLOCK": _BLOCK, "num_warps": _WARPS}
+        return {"ACC": self.acc, "BLOCK": _BLOCK, **launch_options(_WARPS)}
 
     def reduce(
         self, kernel: Any, kernel_each: Any, operands: list[Tensor], outputs: list[Tensor], grates: Tensor

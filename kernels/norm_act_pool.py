@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, register_limit, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, split
 
 _PIECES = 32
 _WARPS = 4
@@ -42,7 +42,7 @@ class _Launch:
                 f"got {z.dtype} and {mean.dtype}"
             )
         self.constants = _constants(z.dtype, channels, pool)
-        self.options = launch_options(_WARPS, max_registers=register_limit(z.dtype))
+        self.options = launch_options(_WARPS)
         blocks = triton.cdiv(channels, self.constants["BC"])
         piece, pieces = split(rows, blocks * tasks, self.constants["BM"], limit=_PIECES)
         self.grid = (blocks, tasks, pieces)
@@ -222,6 +222,5 @@ def launch_configurations() -> Iterator[Configuration]:
                 types,
                 constants,
                 _WARPS,
-                max_registers=register_limit(dtype),
                 aligned=pointers,
             )

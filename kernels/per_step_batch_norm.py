@@ -30,7 +30,7 @@ from ._batch_norm_passes import (
     row,
     total,
 )
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, launch_options, register_limit, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, launch_options, split
 
 _PIECES = 32
 _WHOLE_PROGRAMS = 96
@@ -295,7 +295,7 @@ def _run(
     """
     whole, sums, apply = _KERNELS[order]
     constants = _constants(images[0].dtype, view)
-    options = launch_options(_WARPS, max_registers=register_limit(images[0].dtype))
+    options = launch_options(_WARPS)
     blocks = triton.cdiv(view.channels, constants["BC"])
     size = (view.channels, view.pixels, view.rows)
     if not view.channels_last and blocks * view.tasks >= _WHOLE_PROGRAMS:
@@ -437,6 +437,4 @@ def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[
         elif name not in constants:
             types[name] = "i32"
     pointers = tuple(name for name in types if name.endswith("_ptr"))
-    return Configuration(
-        label, kernel, types, constants, _WARPS, max_registers=register_limit(dtype), aligned=pointers
-    )
+    return Configuration(label, kernel, types, constants, _WARPS, aligned=pointers)

@@ -188,10 +188,7 @@ class _Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        return launch_options(self.num_warps, self.num_stages, _REGISTERS)
-
-
-_REGISTERS = 255
+        return launch_options(self.num_warps, self.num_stages)
 
 
 def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Tile:
@@ -374,7 +371,6 @@ def launch_configurations() -> Iterator[Configuration]:
                 constants,
                 tile.num_warps,
                 tile.num_stages,
-                max_registers=_REGISTERS,
                 aligned=pointers,
                 tensor_cores=matrix,
             )

@@ -32,13 +32,22 @@ def test_every_recorded_run_is_repeated_to_1e_9(golden: Path, engine: str) -> No
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_float32_stays_within_four_times_plain_pytorch(golden: Path, engine: str) -> None:
-    """Rounding alone may tip a near-tie of the max-pooling and so a whole file, in PyTorch as in ours.
+    """Rounding alone may tip a near-tie of the max-pooling, and so a whole file, wherever float32 is summed.
 
-    Which files tip depends on the instruction set, so that any two may; ``replay`` itself fails each of them.
+    Which files tip depends on the instruction set; ``replay`` fails each of them. The fused engine computes these
+    networks in float64, and none may tip.
     """
     reports = {f.name: replay.replay(f, engine=engine, dtype="float32") for f in _files(golden)}  # type: ignore[arg-type]
     tipped = {name: report for name, report in reports.items() if not report.ok}
-    assert len(tipped) <= (0 if engine == "reference" else 2), tipped
+    assert len(tipped) <= (2 if engine == "autograd" else 0), tipped
+    assert all(report.loss < 1e-2 for report in tipped.values()), tipped
+
+
+def test_the_kernels_own_float32_tips_few_files(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamlpp_fast.engine.fused.engine._NARROW", 0)
+    reports = {f.name: replay.replay(f, engine="fused", dtype="float32") for f in _files(golden)}
+    tipped = {name: report for name, report in reports.items() if not report.ok}
+    assert len(tipped) <= 2, tipped
     assert all(report.loss < 1e-2 for report in tipped.values()), tipped
 
 

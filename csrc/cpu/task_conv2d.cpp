@@ -290,7 +290,7 @@ enum class Product { forward, to_input, to_weight };
 
 /// Output tile of the Winograd form for this shape, 0 for the direct form, which skips padding and so wins on small
 /// images. F(4x4) rounds five times worse than F(2x2) and is only for MAMLPP_FAST_WINOGRAD=4. See
-/// bench/bench_task_conv2d.py.
+/// `python -m bench.kernels --groups conv`.
 int winograd_tile(const Shape& s, Product product) {
   const int64_t setting = winograd_setting();
   if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return 0;

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_line", "remove_leftovers", "run_lock", "write_json", "write_whole"]
+__all__ = ["append_line", "read_json", "remove_leftovers", "run_lock", "write_json", "write_whole"]
 
 _TEMPORARY = ".tmp"
 
@@ -40,6 +40,23 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """:func:`write_whole` of indented JSON; numbers that are not finite become null."""
     write_whole(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one of a run's JSON files.
+
+    Raises:
+        ValueError: when it is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: expected a run's folder, {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def append_line(path: Path, value: Any) -> int:

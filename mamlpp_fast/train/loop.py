@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 
 from mamlpp_fast.engine import EngineName, Precision
-from mamlpp_fast.learner import MAMLPlusPlus, NonFiniteLossError
+from mamlpp_fast.learner import NonFiniteLossError
 from mamlpp_fast.train.build import build_learner, fingerprint, load_data, make_sampler, versions
 from mamlpp_fast.train.checkpoint import CheckpointError, check_fits, load_checkpoint, save_checkpoint
 from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.evaluate import Score, predict, score
-from mamlpp_fast.train.files import append_line, remove_leftovers, run_lock, write_json
+from mamlpp_fast.train.files import append_line, run_lock, write_json
 from mamlpp_fast.train.progress import Curves, Progress
+from mamlpp_fast.train.run_folder import finished_summary, load_model, open_folder
 from mamlpp_fast.train.signals import StopSignal
 
 __all__ = ["NonFiniteParametersError", "train"]
@@ -76,8 +76,8 @@ def train(
             "device": torch.device(device).type,
         }
         record = {"preset": preset, "data": None if data_path is None else str(data_path), **identity}
-        _open_folder(folder, identity, record)
-        finished = _finished(folder, target)
+        open_folder(folder, identity, record)
+        finished = finished_summary(folder, target)
         if finished is not None:
             if not quiet:
                 print(f"{folder} holds this run, finished after {finished['iterations']} iterations.")
@@ -87,50 +87,6 @@ def train(
         )
         with StopSignal() as trainer.stop:
             return trainer.run()
-
-
-def _open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Checks that the folder is free or holds this very run, and clears what a killed process left."""
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    remove_leftovers(folder)
-    remove_leftovers(checkpoints)
-    path = folder / "config.json"
-    if path.exists():
-        stored = read_json(path)
-        plain = json.loads(json.dumps(identity))
-        changed = differences(plain, {k: stored[k] for k in stored if k in plain})
-        if changed:
-            raise ValueError(f"--out: expected a folder without another run, {folder} differs: now {changed}")
-    else:
-        if (checkpoints / "latest.pt").exists():
-            raise ValueError(f"--out: expected a run's folder, {folder} has checkpoints but no config.json")
-        write_json(path, dict(record))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads one of a run's JSON files.
-
-    Raises:
-        ValueError: when it is missing or damaged.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: expected a run's folder, {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _finished(folder: Path, target: int) -> dict[str, Any] | None:
-    path = folder / "summary.json"
-    if not path.exists():
-        return None
-    summary = read_json(path)
-    return summary if summary.get("iterations", 0) >= target else None
 
 
 class _Trainer:
@@ -523,18 +479,6 @@ class _Trainer:
         if content["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["rng_cuda"].cpu(), self.device)
         self._saved_iteration = self.learner.iteration
-
-
-def load_model(path: Path, learner: MAMLPlusPlus) -> None:
-    """Puts a model checkpoint's parameters and rates into a learner.
-
-    Raises:
-        CheckpointError: when it cannot be read or is of another shape.
-    """
-    content = load_checkpoint(path, "model", learner.device)
-    for what, module in (("model", learner.model), ("rates", learner.rates)):
-        check_fits(path, what, module.state_dict(), content.get(what, {}))
-        module.load_state_dict(content[what])
 
 
 def _ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,21 +1,52 @@
-"""Judging a finished (or still running) run from its folder."""
+"""What a run's folder holds: opening it, its settings and models, judging it again."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mamlpp_fast.engine import EngineName
+from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train.build import build_learner, load_data, make_sampler
-from mamlpp_fast.train.checkpoint import load_checkpoint
-from mamlpp_fast.train.config import TrainConfig
+from mamlpp_fast.train.checkpoint import check_fits, load_checkpoint
+from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.evaluate import Score, predict, score
-from mamlpp_fast.train.loop import load_model, read_json
+from mamlpp_fast.train.files import read_json, remove_leftovers, write_json
 
-__all__ = ["evaluate_run", "read_config"]
+__all__ = ["evaluate_run", "finished_summary", "load_model", "open_folder", "read_config"]
+
+
+def open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Checks that the folder is free or holds this very run, and clears what a killed process left."""
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    remove_leftovers(folder)
+    remove_leftovers(checkpoints)
+    path = folder / "config.json"
+    if path.exists():
+        stored = read_json(path)
+        plain = json.loads(json.dumps(identity))
+        changed = differences(plain, {k: stored[k] for k in stored if k in plain})
+        if changed:
+            raise ValueError(f"--out: expected a folder without another run, {folder} differs: now {changed}")
+    else:
+        if (checkpoints / "latest.pt").exists():
+            raise ValueError(f"--out: expected a run's folder, {folder} has checkpoints but no config.json")
+        write_json(path, dict(record))
+
+
+def finished_summary(folder: Path, target: int) -> dict[str, Any] | None:
+    """The summary of a run that has made ``target`` meta-updates; None where it has not."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    return summary if summary.get("iterations", 0) >= target else None
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -27,6 +58,18 @@ def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     record = read_json(folder / "config.json")
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     return TrainConfig.from_dict({k: v for k, v in record.items() if k in known}), record
+
+
+def load_model(path: Path, learner: MAMLPlusPlus) -> None:
+    """Puts a model checkpoint's parameters and rates into a learner.
+
+    Raises:
+        CheckpointError: when it cannot be read or is of another shape.
+    """
+    content = load_checkpoint(path, "model", learner.device)
+    for what, module in (("model", learner.model), ("rates", learner.rates)):
+        check_fits(path, what, module.state_dict(), content.get(what, {}))
+        module.load_state_dict(content[what])
 
 
 def evaluate_run(

@@ -31,6 +31,9 @@ __all__ = ["FusedEngine", "MemoryOption"]
 MemoryOption = Literal["auto", "keep", "recompute"]
 Precision = Literal["float64", "float32", "tf32", "bfloat16"]
 
+# Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
+_NARROW = 8
+
 
 @dataclass
 class Prepared:
@@ -55,7 +58,9 @@ class FusedEngine:
         rates: inner learning rates; their names say what adapts.
         config: not read beyond what ``rates`` holds; kept for a uniform signature.
         loss_fn: ``F.cross_entropy`` or ``F.mse_loss``.
-        precision: ``"bfloat16"`` rounds the operands of convolutions and accumulates in float32.
+        precision: ``"bfloat16"`` rounds the operands of convolutions and accumulates in float32. ``"float32"`` is
+            computed in float64, and rounded at the end, where no convolution has more than 8 channels: that costs
+            little there.
         memory: ``"keep"`` the activations of all support passes, or ``"recompute"`` them in the reverse sweep.
         group: tasks that advance together; fewer need less memory and more launches. None: chosen for the device.
 
@@ -87,6 +92,7 @@ class FusedEngine:
         self.group = group
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.inner_dtype = torch.float64 if precision == "float32" and self._is_narrow() else self.dtype
         self.workspace = Workspace(self.device)
         self._prepared: dict[tuple[object, ...], Prepared] = {}
         self._gradients: dict[str, Tensor] = {}
@@ -135,6 +141,10 @@ class FusedEngine:
             f"{name}: {served_by(name, self.device.type.upper())}" for name in sorted(OPERATIONS)
         )
         lines = [f"kernels on {self.device}: {served}"]
+        if self.inner_dtype != self.dtype:
+            lines.append(
+                f"computed in float64 and rounded at the end: no layer has more than {_NARROW} channels"
+            )
         for prepared in self._prepared.values():
             f, program = prepared.form, prepared.program
             option = "recomputed in the reverse sweep" if f.recompute else "kept"
@@ -225,8 +235,14 @@ class FusedEngine:
             **options,
         )
 
+    def _is_narrow(self) -> bool:
+        widths = [n.module.out_channels for n in self.nodes if isinstance(n.module, nn.Conv2d)]
+        return bool(widths) and max(widths) <= _NARROW
+
     def _emitter(self) -> Emitter:
-        return Emitter(self.device, self.dtype, torch.bfloat16 if self.precision == "bfloat16" else None)
+        return Emitter(
+            self.device, self.inner_dtype, torch.bfloat16 if self.precision == "bfloat16" else None
+        )
 
     def _write_training(
         self,
@@ -258,9 +274,12 @@ class FusedEngine:
             if min(images) * elements < 2:
                 raise ValueError(f"{name}: expected more than one value per channel in training, got 1")
             running.append(
-                (name, RunningStats.of(module, in_front, elements, made, images, self.dtype, self.device))
+                (
+                    name,
+                    RunningStats.of(module, in_front, elements, made, images, self.inner_dtype, self.device),
+                )
             )
-        logits = memory.logits.tensor()
+        logits = memory.logits.tensor().to(self.dtype)
         return Prepared(
             program,
             memory,
@@ -285,7 +304,7 @@ class FusedEngine:
             )
         form = self._form(batch, tasks, steps, second_order=False)
         program, memory = write_evaluation(self._emitter(), network, target, self.loss, form)
-        logits = memory.logits.tensor()
+        logits = memory.logits.tensor().to(self.dtype)
         return Prepared(
             program,
             memory,

@@ -103,13 +103,14 @@ class RunningStats:
         running_mean = self.module.running_mean.view(rows, -1)
         running_var = self.module.running_var.view(rows, -1)
         means, variance = mean.flatten(0, 2), self.scratch[0]
-        torch.mul(running_mean, self.decay, out=self.scratch[1])
-        torch.addmm(self.scratch[1], self.share, means, out=running_mean)
+        # The buffers may be of lower precision than the statistics.
+        new = torch.mul(running_mean, self.decay, out=self.scratch[1]).addmm_(self.share, means)
         if self.bias is not None:
-            running_mean.addcmul_(self.complement, self.bias.detach())
+            new.addcmul_(self.complement, self.bias.detach())
+        running_mean.copy_(new)
         torch.pow(rstd.flatten(0, 2), -2, out=variance)
         variance.sub_(self.module.eps)
-        torch.mul(running_var, self.decay, out=self.scratch[1])
-        torch.addmm(self.scratch[1], self.unbiased_share, variance, out=running_var)
+        new = torch.mul(running_var, self.decay, out=self.scratch[1]).addmm_(self.unbiased_share, variance)
+        running_var.copy_(new)
         if isinstance(self.module, nn.BatchNorm2d) and self.module.num_batches_tracked is not None:
             self.module.num_batches_tracked.add_(self.passes)

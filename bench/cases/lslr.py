@@ -1,0 +1,88 @@
+"""The inner update of 8 tasks x the Conv4 parameters: one flat buffer against a loop over tasks and tensors.
+
+Bytes: the update reads parameters and gradients and writes parameters; with gradients, the adjoint reads the cotangent
+and the gradients and writes their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import mamlpp_fast as mf
+from bench.harness import Case, Subjects
+from mamlpp_fast.ops.lslr_update import flatten_parameters, lslr_update, unflatten_parameters
+
+TASKS, STEPS, STEP = 8, 5, 2
+BUFFERS = {"forward": 3, "forward+backward": 6}
+
+
+def _shapes() -> list[torch.Size]:
+    """The parameters that adapt."""
+    return [p.shape for name, p in mf.Conv4(1, 20).named_parameters() if "norm" not in name]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def make(order: str) -> Subjects:
+    shapes = _shapes()
+    theta, offsets = flatten_parameters([torch.randn(shape) for shape in shapes], TASKS)
+    grad, cotangent = torch.randn_like(theta), torch.randn_like(theta)
+    rates = torch.rand(len(shapes), STEPS)
+
+    def split(buffer: Tensor) -> list[Tensor]:
+        return [p.clone().requires_grad_() for row in buffer for p in unflatten_parameters(row, shapes)]
+
+    def loop(dtype: torch.dtype) -> Callable[[], Sequence[Tensor]]:
+        own = [split(t.to(dtype)) for t in (theta, grad)]
+        cotangents = [c.detach() for c in split(cotangent.to(dtype))]
+        lr = rates.detach().to(dtype).requires_grad_()
+
+        def update() -> list[Tensor]:
+            return [p - lr[i % len(shapes), STEP] * g for i, (p, g) in enumerate(zip(*own, strict=True))]
+
+        def forward() -> Sequence[Tensor]:
+            with torch.no_grad():
+                return update()
+
+        def backward() -> Sequence[Tensor]:
+            return torch.autograd.grad(update(), [*own[0], *own[1], lr], cotangents)
+
+        return forward if order == "forward" else backward
+
+    leaves = [t.clone().requires_grad_() for t in (theta, grad, rates)]
+
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [lslr_update(*leaves, offsets, STEP)]
+
+    def backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(lslr_update(*leaves, offsets, STEP), leaves, cotangent)
+
+    def tensors(buffers: Sequence[Tensor]) -> list[Tensor]:
+        split = [p for flat in buffers[:2] for row in flat for p in unflatten_parameters(row, shapes)]
+        return [*split, *buffers[2:]]
+
+    return Subjects(
+        forward if order == "forward" else backward, loop(torch.float32), loop(torch.float64), tensors
+    )
+
+
+def cases() -> Iterator[Case]:
+    size = TASKS * sum(shape.numel() for shape in _shapes())
+    for order, count in BUFFERS.items():
+        yield Case(
+            "lslr_update",
+            order,
+            f"[{TASKS}, {size // TASKS}]",
+            "flat",
+            "float32",
+            partial(make, order),
+            count * size * 4,
+            terms=size,
+        )

@@ -1,0 +1,117 @@
+"""Batch norm + leaky ReLU + max-pool of 8 tasks, as the engine calls it, against PyTorch's three operations.
+
+PyTorch runs task by task through autograd on channels-last tensors. Bytes: forward reads z twice over (statistics, then
+values) and writes the pooled result with its index; backward and the two tangents likewise read a dense operand once a
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Case, Job, Subjects
+from mamlpp_fast.ops.norm_act_pool import (
+    norm_act_pool,
+    norm_act_pool_backward,
+    norm_act_pool_backward_tangent,
+    norm_act_pool_tangent,
+    output_shape,
+)
+
+TASKS, IMAGES, CHANNELS, EPS, SLOPE = 8, 20, 64, 1e-5, 0.01
+# Dense tensors' worth of bytes: a pooled value is a quarter of one, its index a sixteenth.
+_DENSE = {
+    "forward": 2.3125,
+    "forward+backward": 2.3125 + 3.625,
+    "forward+backward+double": 2.3125 + 3.625 + 10.4375,
+}
+
+
+def _torch_job(order: str, z: Tensor, gamma: Tensor, beta: Tensor, gy: Tensor, u: Tensor) -> Job:
+    images = [t.permute(0, 3, 1, 2).detach().requires_grad_() for t in z]
+    gradients = [t.permute(0, 3, 1, 2).detach().requires_grad_() for t in gy]
+    directions = [t.permute(0, 3, 1, 2) for t in u]
+    affine = [p.detach().clone().requires_grad_() for p in (gamma, beta)]
+
+    def forward() -> list[Tensor]:
+        normal = (F.batch_norm(x, None, None, *affine, True, 0.0, EPS) for x in images)
+        return [F.max_pool2d(F.leaky_relu(x, SLOPE), 2) for x in normal]
+
+    def no_grad() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [y.permute(0, 2, 3, 1) for y in forward()]
+
+    def backward() -> Sequence[Tensor]:
+        return [
+            torch.autograd.grad(y, x, g)[0].permute(0, 2, 3, 1)
+            for y, x, g in zip(forward(), images, gradients, strict=True)
+        ]
+
+    def double() -> Sequence[Tensor]:
+        """The gradient of <gz, u> with respect to gy (the tangent) and z."""
+        results = []
+        for y, x, g, d in zip(forward(), images, gradients, directions, strict=True):
+            (gz,) = torch.autograd.grad(y, x, g, create_graph=True)
+            results += [t.permute(0, 2, 3, 1) for t in torch.autograd.grad(gz, (g, x), d)]
+        return results
+
+    jobs: dict[str, Callable[[], Sequence[Tensor]]] = {
+        "forward": no_grad,
+        "forward+backward": backward,
+        "forward+backward+double": double,
+    }
+    return jobs[order]
+
+
+def make(order: str, side: int) -> Subjects:
+    shape = (TASKS, IMAGES, side, side, CHANNELS)
+    small = output_shape(shape, True)
+    z, u, gz, hz = (torch.randn(shape) for _ in range(4))
+    gy, y, uy = (torch.randn(small) for _ in range(3))
+    zero = torch.zeros(small)
+    index = torch.empty(small, dtype=torch.uint8)
+    gamma, beta = torch.rand(CHANNELS) + 0.5, torch.randn(CHANNELS)
+    mean, rstd, ggamma, gbeta, r, t = (torch.empty(TASKS, CHANNELS) for _ in range(6))
+    saved = (z, index, mean, rstd, gamma, beta)
+    options = {"slope": SLOPE, "pool": True}
+
+    def forward() -> Sequence[Tensor]:
+        norm_act_pool(z, gamma, beta, y, index, mean, rstd, eps=EPS, **options)  # type: ignore[arg-type]
+        return y.unbind()
+
+    def backward() -> Sequence[Tensor]:
+        forward()
+        norm_act_pool_backward(gy, *saved, gz, ggamma, gbeta, **options)  # type: ignore[arg-type]
+        return gz.unbind()
+
+    def double() -> Sequence[Tensor]:
+        backward()
+        norm_act_pool_tangent(u, *saved, uy, r, t, **options)  # type: ignore[arg-type]
+        norm_act_pool_backward_tangent(zero, gy, u, *saved, r, t, hz, ggamma, gbeta, **options)  # type: ignore[arg-type]
+        return [part for pair in zip(uy, hz, strict=True) for part in pair]
+
+    jobs = {"forward": forward, "forward+backward": backward, "forward+backward+double": double}
+    tensors = (z, gamma, beta, gy, u)
+    return Subjects(
+        jobs[order], _torch_job(order, *tensors), _torch_job(order, *(tensor.double() for tensor in tensors))
+    )
+
+
+def cases() -> Iterator[Case]:
+    for side in (28, 14, 7):
+        dense = TASKS * IMAGES * side * side * CHANNELS * 4
+        for order, count in _DENSE.items():
+            yield Case(
+                "norm_act_pool",
+                order,
+                f"[{TASKS}, {IMAGES}, {side}, {side}, {CHANNELS}]",
+                "channels-last",
+                "float32",
+                partial(make, order, side),
+                int(count * dense),
+            )

@@ -1,0 +1,205 @@
+"""What all benchmarks share: interleaved rounds, quartiles, the machine's ceilings and its description."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mamlpp_fast as mf  # noqa: F401 - registers the operations
+from mamlpp_fast import _native
+from mamlpp_fast.train.build import versions
+
+__all__ = ["Case", "Subjects", "Times", "check", "interleaved", "machine", "peak_flops", "rows"]
+
+Job = Callable[[], Sequence[Tensor]]
+_PEAK_ROUNDS = 100_000
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Three ways to the same tensors: ours, PyTorch's, and PyTorch's in float64 for the check.
+
+    ``arrange`` makes of our result, for the check alone, what the others return.
+    """
+
+    ours: Job
+    torch: Job
+    exact: Job
+    arrange: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda result: result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size.
+
+    Attributes:
+        operation, order, size, layout, dtype: what a row of the table is known by.
+        make: builds the tensors; called when the case's turn comes.
+        bytes: the least that must be read and written.
+        flops: multiply-adds counted twice; 0 for what memory bounds.
+        terms: products that one sum takes.
+    """
+
+    operation: str
+    order: str
+    size: str
+    layout: str
+    dtype: str
+    make: Callable[[], Subjects]
+    bytes: int
+    flops: int = 0
+    terms: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation} {self.order} {self.size} {self.layout} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def quartiles(self) -> list[float]:
+        return statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+
+
+def interleaved(
+    jobs: dict[str, Callable[[], object]],
+    seconds: float,
+    *,
+    at_least: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
+    """Times every job in turn, round after round, for about so many seconds after two rounds of warming up.
+
+    Waits for the GPU, where there is one, before and after every job.
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    times = {name: Times() for name in jobs}
+    end = math.inf
+    round_ = 0
+    while round_ < at_least + 2 or time.perf_counter() < end:
+        if round_ == 2:
+            end = time.perf_counter() + seconds
+        for name, job in jobs.items():
+            wait()
+            start = clock()
+            job()
+            wait()
+            if round_ >= 2:
+                times[name].seconds.append(clock() - start)
+        round_ += 1
+    return times
+
+
+def check(case: Case, subjects: Subjects) -> str | None:
+    """What is wrong with our result, or None: each tensor at most twice as far from float64 as PyTorch's.
+
+    Relative to the tensor's largest value, the rounding of any order of summation is always allowed: 4 ε, or √n ε / 2
+    for n terms.
+    """
+    eps = torch.finfo(getattr(torch, case.dtype)).eps
+    allowed = max(4.0, math.sqrt(case.terms) / 2) * eps
+    results = zip(subjects.arrange(subjects.ours()), subjects.torch(), subjects.exact(), strict=True)
+    for i, (ours, theirs, exact) in enumerate(results):
+        scale = float(exact.abs().max()) or 1.0
+        error, other = (float((t.double() - exact).abs().max()) / scale for t in (ours, theirs))
+        if not error <= max(2 * other, allowed):
+            return f"tensor {i}: error {error:.1e}, PyTorch's {other:.1e}"
+    return None
+
+
+def peak_flops() -> float:
+    """Multiply-add peak of all threads [FLOP/s]: chains of vector FMA in registers, one chain set a thread."""
+    if torch.cuda.is_available():
+        return math.nan
+    per_call = torch.ops.mamlpp_fast.fma_peak(1) * _PEAK_ROUNDS
+    job = lambda: torch.ops.mamlpp_fast.fma_peak(_PEAK_ROUNDS)  # noqa: E731
+    one_thread = per_call / interleaved({"peak": job}, 0.2)["peak"].median
+    return one_thread * torch.get_num_threads()
+
+
+def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
+    """A row for each case: the check's verdict and, where it passed, times, rates and shares of the ceilings.
+
+    The ceiling of memory is what a copy of as many bytes reaches in the same rounds. Ours never follows itself, and finds
+    no caches that its own last run filled.
+    """
+    peak = peak_flops()
+    for case in cases:
+        torch.manual_seed(0)
+        subjects = case.make()
+        row: dict[str, Any] = {
+            "operation": case.operation,
+            "order": case.order,
+            "size": case.size,
+            "layout": case.layout,
+            "dtype": case.dtype,
+        }
+        fault = check(case, subjects)
+        if fault is not None:
+            yield row | {"fault": fault}
+            continue
+        source = torch.empty(max(case.bytes // 2, 1), dtype=torch.uint8)
+        source.random_()
+        target = torch.empty_like(source)
+        times = interleaved(
+            {
+                "torch": subjects.torch,
+                "ours": subjects.ours,
+                "copy": lambda s=source, t=target: t.copy_(s),  # type: ignore[misc]
+                "again": subjects.ours,
+            },
+            seconds,
+        )
+        ours = times["ours"].median
+        row |= {
+            "ours_us": [1e6 * q for q in times["ours"].quartiles()],
+            "torch_us": [1e6 * q for q in times["torch"].quartiles()],
+            "ratio": times["torch"].median / ours,
+            "noise": abs(times["again"].median / ours - 1),
+            "bytes": case.bytes,
+            "gb_per_s": case.bytes / ours / 1e9,
+            "share_of_copy": times["copy"].median / ours,
+        }
+        if case.flops:
+            row |= {"gflop_per_s": case.flops / ours / 1e9, "share_of_peak": case.flops / ours / peak}
+        yield row
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    name = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    native = _native.status()
+    return {
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "isa": native.isa,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions(),
+    }

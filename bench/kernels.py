@@ -1,0 +1,61 @@
+"""Every operation and order against PyTorch's: times, ratios, rates and shares of the machine's ceilings.
+
+    python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv] [--threads N] [--json FILE]
+
+Ours, PyTorch's and a copy of as many bytes take turns in one process; a time is a median, `noise` what two timings of
+ours differ by. An operation whose result fails its check against float64 gets no time, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import GROUPS, all_cases
+from bench.harness import machine, peak_flops, rows
+
+
+def describe(row: dict[str, Any]) -> str:
+    name = f"{row['operation']:20} {row['order']:24} {row['size']:42} {row['layout']:13} {row['dtype']:9}"
+    if "fault" in row:
+        return f"{name} FAILS ITS CHECK: {row['fault']}"
+    work = (
+        f"{row['gflop_per_s']:7.1f} GFLOP/s {row['share_of_peak']:5.0%} of peak"
+        if "gflop_per_s" in row
+        else ""
+    )
+    return (
+        f"{name} {row['ours_us'][1]:9.1f} us, torch {row['torch_us'][1]:9.1f} us: {row['ratio']:5.2f} x "
+        f"(noise {row['noise']:4.0%}) {row['gb_per_s']:6.1f} GB/s {row['share_of_copy']:4.0%} of copy {work}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--groups", default=",".join(GROUPS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    about = machine() | {"peak_gflop_per_s": peak_flops() / 1e9}
+    print(json.dumps(about))
+    found = []
+    for row in rows(all_cases(arguments.groups.split(",")), arguments.seconds):
+        print(describe(row), flush=True)
+        found.append(row)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"machine": about, "rows": found}, indent=1) + "\n")
+    return int(any("fault" in row for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
