@@ -138,8 +138,8 @@ def peak_flops() -> float:
 def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
     """A row for each case: the check's verdict and, where it passed, times, rates and shares of the ceilings.
 
-    The ceiling of memory is what a copy of as many bytes reaches in the same rounds. Ours never follows itself, and finds
-    no caches that its own last run filled.
+    The ceiling of memory is what a copy of as many bytes reaches in the same rounds. Ours never follows itself, and
+    finds no caches that its own last run filled.
     """
     peak = peak_flops()
     for case in cases:

@@ -27,14 +27,22 @@ def tile(first, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, BM: tl.conste
 
 
 @triton.jit
+def origin(x_ptr, c, C, P, CL: tl.constexpr, ACC: tl.constexpr):
+    """First row [BC] of a task: what its statistics are taken relative to."""
+    offset = c
+    if not CL:
+        offset = c * P
+    return tl.load(x_ptr + offset, mask=c < C, other=0.0).to(ACC)
+
+
+@triton.jit
 def moments(x_ptr, start, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
              BC: tl.constexpr):  # fmt: skip
-    """Mean and sum of squared deviations [BC] of rows start..stop, by Welford's update in every lane.
+    """Mean less `origin` and sum of squared deviations [BC] of rows start..stop, by Welford's update in every lane.
 
-    The first row is subtracted first, so that a mean far from zero does not round the deviations.
+    One origin for all pieces of a task: a mean far from zero rounds neither the deviations nor the pieces' means.
     """
-    offsets, valid = tile(start, start + 1, c, C, P, CL, CA, BM)
-    shift = tl.sum(tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC), axis=0)
+    shift = origin(x_ptr, c, C, P, CL, ACC)
     mean = tl.zeros([BM, BC], ACC)
     squares = tl.zeros([BM, BC], ACC)
     count = tl.zeros([BM, 1], ACC)
@@ -50,7 +58,7 @@ def moments(x_ptr, start, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, ACC
     centre = tl.sum(mean * count, axis=0) / elements
     centre += tl.sum((mean - centre[None, :]) * count, axis=0) / elements
     deviation = mean - centre[None, :]
-    return shift + centre, tl.sum(squares + deviation * deviation * count, axis=0)
+    return centre, tl.sum(squares + deviation * deviation * count, axis=0)
 
 
 @triton.jit
@@ -171,8 +179,8 @@ def double_write(x_ptr, gy_ptr, u_ptr, cx_ptr, cgy_ptr, mean, rstd, gamma, beta,
 
 
 @triton.jit
-def combine(part_ptr, eps, t, c, C, M, T, S, piece, ACC: tl.constexpr, BS: tl.constexpr):
-    """Mean, biased variance and 1/σ [BC] of the pieces' means (quantity 0) and squared deviations (quantity 1)."""
+def combine(part_ptr, shift, eps, t, c, C, M, T, S, piece, ACC: tl.constexpr, BS: tl.constexpr):
+    """Mean, biased variance and 1/σ [BC] of the pieces' means less `shift` (quantity 0) and squared deviations (1)."""
     s = tl.arange(0, BS)
     rows = (s * T + t).to(tl.int64) * C
     valid = (s < S)[:, None] & (c < C)[None, :]
@@ -184,4 +192,4 @@ def combine(part_ptr, eps, t, c, C, M, T, S, piece, ACC: tl.constexpr, BS: tl.co
     deviation = tl.where(valid, means - mean[None, :], 0.0)
     squares = total(part_ptr, 1, t, c, C, T, S, ACC, BS) + tl.sum(deviation * deviation * count, axis=0)
     var = squares / elements
-    return mean, var, 1.0 / tl.sqrt(var + tl.full([1], eps, ACC))
+    return shift + mean, var, 1.0 / tl.sqrt(var + tl.full([1], eps, ACC))

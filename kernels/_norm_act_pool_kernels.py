@@ -7,7 +7,7 @@ C channels; T tasks; M dense rows (image, pixel) of a task, Mo rows of the resul
 import triton
 import triton.language as tl
 
-from ._batch_norm_passes import combine, gate, keep, moments, row, tile, total
+from ._batch_norm_passes import combine, gate, keep, moments, origin, row, tile, total
 
 _SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "row_stride"]
 _ROWS = ["mean_ptr", "rstd_ptr", "gamma_ptr", "beta_ptr", "ggamma_ptr", "gbeta_ptr", "r_ptr", "t_ptr"]
@@ -95,14 +95,15 @@ def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_p
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     s = tl.program_id(2)
-    mean, _, rstd = combine(part_ptr, eps, t, c, C, M, T, S, piece, ACC, BS)
+    z_ptr += t.to(tl.int64) * M * C
+    shift = origin(z_ptr, c, C, 1, True, ACC)
+    mean, _, rstd = combine(part_ptr, shift, eps, t, c, C, M, T, S, piece, ACC, BS)
     if s == 0:
         tl.store(mean_ptr + t * C + c, mean, mask=c < C)
         tl.store(rstd_ptr + t * C + c, rstd, mask=c < C)
     gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
     beta = row(beta_ptr + t * row_stride, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
-    z_ptr += t.to(tl.int64) * M * C
     y_ptr += t.to(tl.int64) * Mo * C
     stop = tl.minimum(Mo, (s + 1) * stretch)
     for first in range(s * stretch, stop, BM):

@@ -27,6 +27,7 @@ from ._batch_norm_passes import (
     keep,
     moments,
     normalise,
+    origin,
     row,
     total,
 )
@@ -46,7 +47,8 @@ def _forward_whole(x_ptr, gamma_ptr, beta_ptr, y_ptr, mean_ptr, rstd_ptr, var_pt
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     base = t.to(tl.int64) * M * C
-    mean, squares = moments(x_ptr + base, 0, M, c, C, P, CL, CA, ACC, BM, BC)
+    centre, squares = moments(x_ptr + base, 0, M, c, C, P, CL, CA, ACC, BM, BC)
+    mean = origin(x_ptr + base, c, C, P, CL, ACC) + centre
     var = squares / M.to(ACC)
     rstd = 1.0 / tl.sqrt(var + tl.full([1], eps, ACC))
     tl.store(mean_ptr + t * C + c, mean, mask=c < C)
@@ -77,14 +79,15 @@ def _forward_apply(x_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, mean_ptr, rstd_p
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     s = tl.program_id(2)
-    mean, var, rstd = combine(part_ptr, eps, t, c, C, M, T, S, piece, ACC, BS)
+    base = t.to(tl.int64) * M * C
+    shift = origin(x_ptr + base, c, C, P, CL, ACC)
+    mean, var, rstd = combine(part_ptr, shift, eps, t, c, C, M, T, S, piece, ACC, BS)
     if s == 0:
         tl.store(mean_ptr + t * C + c, mean, mask=c < C)
         tl.store(rstd_ptr + t * C + c, rstd, mask=c < C)
         tl.store(var_ptr + t * C + c, var, mask=c < C)
     gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
     beta = row(beta_ptr + t * row_stride, c, C, ACC)
-    base = t.to(tl.int64) * M * C
     normalise(x_ptr + base, y_ptr + base, mean, rstd, gamma, beta, tl.full([1, 1], slope, ACC), s * piece,
                tl.minimum(M, (s + 1) * piece), c, C, P, CL, CA, ACC, BM)  # fmt: skip
 
