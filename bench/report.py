@@ -1,8 +1,9 @@
-"""Tables of README.md and docs/performance.md from the JSON under bench/results/.
+"""Tables of the pages below from the JSON under bench/results/ and results/.
 
     python -m bench.report [--check]
 
-Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`; NAME is a machine's folder, a slash and a table.
+Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`; NAME is a machine's folder
+under bench/results/, a slash and a table, or `runs/` and the folders under results/ to compare, with commas.
 `--check` changes nothing and exits with 1 when a page and the JSON disagree.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "results/README.md")
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[^ ]+/[^ ]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 Rows = list[dict[str, Any]]
@@ -107,6 +108,30 @@ def drop_in(rows: Rows) -> str:
     return table(["textbook loop", "before, ms", "after, ms", "times as fast"], lines)
 
 
+def runs(names: list[str]) -> str:
+    """Test accuracies, then validation accuracy by epoch side by side."""
+    folders = [ROOT / "results" / name for name in names]
+    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    curves = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    lines = [
+        [
+            name,
+            f"{100 * s['test_accuracy']:.2f} ± {100 * s['test_accuracy_ci95']:.2f}",
+            f"{100 * s['ensemble_test_accuracy']:.2f} ± {100 * s['ensemble_test_accuracy_ci95']:.2f}",
+            str(s["iterations"]),
+            f"{s['seconds'] / 60:.1f}",
+            f"{s['engine']}, {s['precision']}",
+        ]
+        for name, s in zip(names, summaries, strict=True)
+    ]
+    header = ["run", "test, single, %", "ensemble, %", "iterations", "minutes", "engine"]
+    epochs = [
+        [str(row[0]["iteration"]), *(f"{100 * r['val_accuracy']:.1f}" for r in row)]
+        for row in zip(*curves, strict=True)
+    ]
+    return f"{table(header, lines)}\n\n{table(['iteration, validation %', *names], epochs)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "headline": ("iterations", headline),
     "iterations": ("iterations", iterations),
@@ -119,6 +144,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
 def render(name: str) -> str:
     """The table and the line that says where it was taken."""
     machine, _, what = name.partition("/")
+    if machine == "runs":
+        return f"\n{runs(what.split(','))}\n\n"
     file, make = TABLES[what]
     data = json.loads((ROOT / "bench" / "results" / machine / f"{file}.json").read_text())
     m = data["machine"]

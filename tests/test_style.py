@@ -25,3 +25,9 @@ def test_tree_is_clean(command: list[str]) -> None:
     tool = str(Path(sys.executable).parent / command[0])
     done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tables_agree_with_the_measurements() -> None:
+    command = [sys.executable, "-m", "bench.report", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
