@@ -23,6 +23,7 @@ __all__ = ["Case", "Subjects", "Times", "check", "interleaved", "machine", "peak
 
 Job = Callable[[], Sequence[Tensor]]
 _PEAK_ROUNDS = 100_000
+GRAPH_REPEATS = 20
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,10 @@ def interleaved(
     seconds: float,
     *,
     at_least: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Times every job in turn, round after round, for about so many seconds after two rounds of warming up.
 
-    Waits for the GPU, where there is one, before and after every job.
+    On a GPU the clock runs from an idle device until it is idle again.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     times = {name: Times() for name in jobs}
@@ -99,13 +99,30 @@ def interleaved(
             end = time.perf_counter() + seconds
         for name, job in jobs.items():
             wait()
-            start = clock()
+            start = time.perf_counter()
             job()
             wait()
             if round_ >= 2:
-                times[name].seconds.append(clock() - start)
+                times[name].seconds.append(time.perf_counter() - start)
         round_ += 1
     return times
+
+
+def captured(job: Callable[[], object], repeats: int = GRAPH_REPEATS) -> Callable[[], object]:
+    """On a GPU, the job `repeats` times over as one CUDA graph: kernels without launches. On a CPU the job."""
+    if not torch.cuda.is_available():
+        return job
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            job()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            job()
+    return graph.replay
 
 
 def check(case: Case, subjects: Subjects) -> str | None:
@@ -126,9 +143,14 @@ def check(case: Case, subjects: Subjects) -> str | None:
 
 
 def peak_flops() -> float:
-    """Multiply-add peak of all threads [FLOP/s]: chains of vector FMA in registers, one chain set a thread."""
+    """Multiply-add peak [FLOP/s]: vector FMA in registers, all threads; on a GPU a large tf32 matrix product."""
     if torch.cuda.is_available():
-        return math.nan
+        a, b, out = torch.randn(3, 8192, 8192)
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        product = captured(lambda: torch.mm(a, b, out=out), 1)
+        torch.backends.cuda.matmul.fp32_precision = before
+        return 2 * 8192**3 / interleaved({"product": product}, 0.5)["product"].median
     per_call = torch.ops.mamlpp_fast.fma_peak(1) * _PEAK_ROUNDS
     job = lambda: torch.ops.mamlpp_fast.fma_peak(_PEAK_ROUNDS)  # noqa: E731
     one_thread = per_call / interleaved({"peak": job}, 0.2)["peak"].median
@@ -159,15 +181,18 @@ def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
         source = torch.empty(max(case.bytes // 2, 1), dtype=torch.uint8)
         source.random_()
         target = torch.empty_like(source)
+        ours_job = captured(subjects.ours)
         times = interleaved(
             {
-                "torch": subjects.torch,
-                "ours": subjects.ours,
-                "copy": lambda s=source, t=target: t.copy_(s),  # type: ignore[misc]
-                "again": subjects.ours,
+                "torch": captured(subjects.torch),
+                "ours": ours_job,
+                "copy": captured(lambda s=source, t=target: t.copy_(s)),  # type: ignore[misc]
+                "again": ours_job,
             },
             seconds,
         )
+        if torch.cuda.is_available():
+            times = {name: Times([s / GRAPH_REPEATS for s in t.seconds]) for name, t in times.items()}
         ours = times["ours"].median
         row |= {
             "ours_us": [1e6 * q for q in times["ours"].quartiles()],
