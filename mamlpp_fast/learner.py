@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from mamlpp_fast import reference
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.engine import EngineName, Precision, dtype_of, make_engine
+from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.nn import convert_batch_norm
@@ -125,6 +126,9 @@ class MAMLPlusPlus:
             trainable, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu
         )
         self.iteration = 0
+        self._graph: Graphed | None = None
+        self._graph_generation = 0
+        self._weights: tuple[int, Tensor | None] = (-1, None)
 
     @property
     def epoch(self) -> int:
@@ -132,10 +136,14 @@ class MAMLPlusPlus:
 
     def step_weights(self) -> Tensor | None:
         """Multi-step-loss weights [K] of this epoch, or None once only the last step counts."""
-        if not self.config.msl:
-            return None
-        weights = reference.msl_weights(self.epoch, self.config.steps, self.config.msl_epochs)
-        return None if weights is None else torch.tensor(weights, dtype=self.dtype, device=self.device)
+        if self._weights[0] != self.epoch:
+            weights = None
+            if self.config.msl:
+                weights = reference.msl_weights(self.epoch, self.config.steps, self.config.msl_epochs)
+            # Kept for the epoch: a copy from the host would hold up a GPU every iteration.
+            tensor = None if weights is None else torch.tensor(weights, dtype=self.dtype, device=self.device)
+            self._weights = (self.epoch, tensor)
+        return self._weights[1]
 
     def meta_lr(self) -> float:
         """Adam's learning rate of this epoch."""
@@ -151,7 +159,10 @@ class MAMLPlusPlus:
     def meta_gradient(self, batch: EpisodeBatch) -> StepMetrics:
         """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`."""
         batch = batch.to(self.device, self.dtype)
-        result = self.engine.meta_gradient(batch, self.step_weights(), self.second_order())
+        return self._gradient(batch, self.step_weights(), self.second_order())
+
+    def _gradient(self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool) -> StepMetrics:
+        result = self.engine.meta_gradient(batch, step_weights, second_order)
         if (limit := self.config.clamp_meta_gradient) is not None:
             for p in self.model.parameters():
                 if p.grad is not None:
@@ -161,7 +172,7 @@ class MAMLPlusPlus:
         )
 
     def meta_step(self, batch: EpisodeBatch) -> StepMetrics:
-        """One meta-update: meta-gradients of a batch of tasks, then Adam.
+        """One meta-update: meta-gradients of a batch of tasks, then Adam; on a GPU one CUDA graph.
 
         Args:
             batch: tasks; moved to the learner's device and dtype.
@@ -169,18 +180,63 @@ class MAMLPlusPlus:
         Returns:
             Loss and accuracy of the batch before the update, as device tensors.
         """
-        metrics = self.meta_gradient(batch)
-        self.apply_gradient()
+        if self.device.type != "cuda" or self.engine.name == "reference":
+            metrics = self.meta_gradient(batch)
+            self.apply_gradient()
+            return metrics
+        batch = batch.to(self.device, self.dtype)
+        fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
+        self._set_learning_rate()
+        metrics = self._whole_step()(fields, self.step_weights(), self.second_order())
+        self.iteration += 1
+        return StepMetrics(*(t.clone() for t in metrics))
+
+    def _whole_step(self) -> Graphed:
+        generation = getattr(self.engine, "generation", 0)
+        if self._graph is None or self._graph_generation != generation:
+            # What was captured before the engine's memory moved would write to memory that is no longer its own.
+            self._start_adam()
+            self._graph = graphed(self._update, preserve=self._state)
+            self._graph_generation = generation
+        return self._graph
+
+    def _update(
+        self, fields: tuple[Tensor, Tensor, Tensor, Tensor], step_weights: Tensor | None, second_order: bool
+    ) -> StepMetrics:
+        metrics = self._gradient(EpisodeBatch(*fields), step_weights, second_order)
+        self.optimizer.step()
         return metrics
 
-    def apply_gradient(self) -> None:
-        """The Adam update for the gradients that :meth:`meta_gradient` left; advances the iteration."""
+    def _start_adam(self) -> None:
+        """Gives Adam the state that its first step would, so that it exists before a capture."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if not self.optimizer.state[p]:
+                    self.optimizer.state[p] = {
+                        "step": torch.zeros((), device=p.device),
+                        "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                        "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                    }
+
+    def _state(self) -> Iterator[Tensor]:
+        """Every tensor that :meth:`meta_step` changes, but for gradients."""
+        for module in (self.model, self.rates):
+            yield from module.parameters()
+            yield from module.buffers()
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _set_learning_rate(self) -> None:
         lr = self.meta_lr()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+
+    def apply_gradient(self) -> None:
+        """The Adam update for the gradients that :meth:`meta_gradient` left; advances the iteration."""
+        self._set_learning_rate()
         self.optimizer.step()
         self.iteration += 1
 
@@ -271,6 +327,7 @@ class MAMLPlusPlus:
             self.model.load_state_dict(state["model"])
             self.rates.load_state_dict(state["rates"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self._graph = None  # Adam's state lies elsewhere now
             self.iteration = int(state["iteration"])
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())

@@ -140,3 +140,21 @@ def test_class_structured_batches_are_flattened() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises((ValueError, KeyError), match=message):
         mf.MAMLPlusPlus(small_conv4(5), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["autograd", "fused"])
+def test_warming_up_a_capture_leaves_no_trace(engine: str) -> None:
+    """What runs before a capture on a GPU, here without one: the update, and everything put back."""
+    config = mf.MAMLConfig(steps=2, iterations_per_epoch=2, msl_epochs=1)
+    plain, warmed = small_learner(config, engine=engine), small_learner(config, engine=engine)
+    for seed in range(4):
+        batch = random_batch(seed=seed)
+        plain.meta_step(batch)
+        graph = warmed._whole_step()
+        fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
+        warmed._set_learning_rate()
+        graph.warm_up((fields, warmed.step_weights(), warmed.second_order()))
+        graph(fields, warmed.step_weights(), warmed.second_order())
+        warmed.iteration += 1
+    for a, b in zip(plain._state(), warmed._state(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ _Key = tuple[Any, ...]
 
 
 class Graphed:
-    """A step captured as a CUDA graph, once for every form of its inputs; made by :func:`graphed`."""
+    """A step captured as a CUDA graph, once for every form of its inputs; made by :func:`graphed`.
+
+    Called by a step that is being captured itself, it calls through and becomes part of that graph.
+    """
+
+    _inside = False
 
     def __init__(
         self, step: Callable[..., Any], warmup: int, preserve: Callable[[], Iterable[Tensor]]
@@ -27,7 +32,7 @@ class Graphed:
 
     def __call__(self, *args: Any) -> Any:
         leaves, spec = pytree.tree_flatten(args)
-        if not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
+        if Graphed._inside or not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
             return self.step(*args)
         key: _Key = (spec, *(_form(leaf) for leaf in leaves))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -44,20 +49,28 @@ class Graphed:
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args = pytree.tree_unflatten(static, spec)
+        Graphed._inside = True
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.warm_up(args)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self.step(*args)
+        finally:
+            Graphed._inside = False
+        return graph, [s for s in static if isinstance(s, Tensor)], outputs
+
+    def warm_up(self, args: Sequence[Any]) -> None:
+        """Runs the step a few times and puts back what it must not change."""
         before = [(t, t.detach().clone()) for t in self.preserve()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.warmup):
-                self.step(*args)
-        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(self.warmup):
+            self.step(*args)
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self.step(*args)
-        return graph, [s for s in static if isinstance(s, Tensor)], outputs
 
 
 def graphed(

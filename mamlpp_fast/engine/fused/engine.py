@@ -135,6 +135,11 @@ class FusedEngine:
             prepared.logits[:, tasks].copy_(prepared.memory.logits.tensor())
         return prepared.logits.clone()
 
+    @property
+    def generation(self) -> int:
+        """Changes when the workspace moves: graphs captured before must not be replayed."""
+        return self.workspace.generation
+
     def explain(self) -> str:
         """What has been prepared so far: forms, memory, operations and bytes of every step."""
         served = ", ".join(
