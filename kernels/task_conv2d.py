@@ -333,7 +333,8 @@ def to_weight(
     )
     if not whole:
         elements = out.numel()
-        _add_pieces[(triton.cdiv(elements, _BLOCK),)](parts, out, elements, pieces, BLOCK=_BLOCK, num_warps=4)
+        grid = (triton.cdiv(elements, _BLOCK),)
+        _add_pieces[grid](parts, out, elements, pieces, BLOCK=_BLOCK, **launch_options(4))
 
 
 def launch_configurations() -> Iterator[Configuration]:
