@@ -288,19 +288,18 @@ int64_t winograd_setting() {
 
 enum class Product { forward, to_input, to_weight };
 
-/// Output tile of the Winograd form for this shape, 0 for the direct form, which skips padding and so wins on small
-/// images. F(4x4) rounds five times worse than F(2x2) and is only for MAMLPP_FAST_WINOGRAD=4. See
-/// `python -m bench.kernels --groups conv`.
-int winograd_tile(const Shape& s, Product product) {
+/// Whether the Winograd form serves this shape; the direct form skips padding and so wins on small images.
+/// MAMLPP_FAST_WINOGRAD=0 and =1 ask for one of them wherever both can. See `python -m bench.kernels --groups conv`.
+bool use_winograd(const Shape& s, Product product) {
   const int64_t setting = winograd_setting();
-  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return 0;
-  if (setting > 0) return setting == 4 ? 4 : 2;
+  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return false;
+  if (setting > 0) return true;
   const bool to_input = product == Product::to_input;
   const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
-  return height * width >= 144 && s.ci >= 32 && s.co >= 32 ? 2 : 0;
+  return height * width >= 144 && s.ci >= 32 && s.co >= 32;
 }
 
-void winograd_run(const Shape& s, const Operands& o, Product product, int tile, void* out) {
+void winograd_run(const Shape& s, const Operands& o, Product product, void* out) {
   const bool to_input = product == Product::to_input;
   conv::Winograd p{};
   for (int i = 0; i < o.pairs; ++i) {
@@ -322,10 +321,9 @@ void winograd_run(const Shape& s, const Operands& o, Product product, int tile, 
   const conv::WinogradKernels& k = winograd();
   const bool weight = product == Product::to_weight;
   p.parts = parts_for(s.tasks, weight ? s.co / 16 : s.images);
-  run_units<float>(p.tasks * p.parts, weight ? k.weight_scratch(p, tile) : k.scratch(p, tile),
-                   [&](int64_t begin, int64_t end, float* scratch) {
-                     (weight ? k.weight_run : k.run)(p, tile, begin, end, scratch);
-                   });
+  run_units<float>(
+      p.tasks * p.parts, weight ? k.weight_scratch(p) : k.scratch(p),
+      [&](int64_t begin, int64_t end, float* scratch) { (weight ? k.weight_run : k.run)(p, begin, end, scratch); });
 }
 
 void dispatch(const Shape& s, const Operands& o, Product product, const Tensor& out) {
@@ -336,8 +334,7 @@ void dispatch(const Shape& s, const Operands& o, Product product, const Tensor& 
                                   : gather<double>(s, o, product == Product::to_input, data);
     return;
   }
-  const int tile = winograd_tile(s, product);
-  if (tile > 0) return winograd_run(s, o, product, tile, data);
+  if (use_winograd(s, product)) return winograd_run(s, o, product, data);
   product == Product::to_weight ? outer<float>(s, o, data) : gather<float>(s, o, product == Product::to_input, data);
 }
 

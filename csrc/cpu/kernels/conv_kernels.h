@@ -73,12 +73,12 @@ struct Kernels {
   int64_t panel;  ///< output channels a unit of `outer` works on at a time
 };
 
-/// Winograd kernels exist for float alone; `tile` is the output tile, 2 or 4.
+/// Winograd kernels exist for float alone.
 struct WinogradKernels {
-  int64_t (*scratch)(const Winograd&, int tile);
-  void (*run)(const Winograd&, int tile, int64_t begin, int64_t end, float* scratch);
-  int64_t (*weight_scratch)(const Winograd&, int tile);
-  void (*weight_run)(const Winograd&, int tile, int64_t begin, int64_t end, float* scratch);
+  int64_t (*scratch)(const Winograd&);
+  void (*run)(const Winograd&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*weight_scratch)(const Winograd&);
+  void (*weight_run)(const Winograd&, int64_t begin, int64_t end, float* scratch);
   double (*fma_peak)(int64_t iterations);
 };
 

@@ -1,6 +1,7 @@
-// Winograd forms of the stride-1 3x3 products: F(2x2, 3x3) and F(4x4, 3x3), forward, to-input and to-weight.
+// Winograd form F(2x2, 3x3) of the stride-1 3x3 products: forward, to-input and to-weight. Larger tiles multiply less
+// and round five times worse.
 //
-// Everything between the transforms is a batch of matrix products, one for each of the (m + 2)^2 points, through the
+// Everything between the transforms is a batch of matrix products, one for each of the 16 points, through the
 // block kernel of conv_micro.h. A second operand pair joins in the transformed domain, before the one output transform.
 
 #include "conv_kernels.h"
@@ -12,16 +13,13 @@ namespace {
 using V = Vec<float>;
 using Problem = mf::conv::Winograd;
 constexpr int W = kLanes<float>;
+constexpr int M = 2;  // side of an output tile
 
 MF_INLINE V times(float c, V x) { return V::broadcast(c) * x; }
 
 /// One-dimensional transforms of F(m, 3), named as in the derivation: Bᵀ on data, G on filters, Aᵀ on products, and
 /// the transposed A and Gᵀ of the weight gradient.
-template <int M>
-struct Transform;
-
-template <>
-struct Transform<2> {
+struct Transform {
   static MF_INLINE void data(const V* d, V* t) {
     t[0] = d[0] - d[2];
     t[1] = d[1] + d[2];
@@ -53,54 +51,6 @@ struct Transform<2> {
   }
 };
 
-/// Points 0, ±1, ±2, ∞.
-template <>
-struct Transform<4> {
-  static MF_INLINE void data(const V* d, V* t) {
-    const V a = d[4] - times(4.f, d[2]), b = d[3] - times(4.f, d[1]);
-    const V c = d[4] - d[2], e = times(2.f, d[3] - d[1]);
-    t[0] = times(4.f, d[0]) - times(5.f, d[2]) + d[4];
-    t[1] = a + b;
-    t[2] = a - b;
-    t[3] = c + e;
-    t[4] = c - e;
-    t[5] = times(4.f, d[1]) - times(5.f, d[3]) + d[5];
-  }
-  static MF_INLINE void filter(const V* g, V* t) {
-    const V a = times(-1.f / 6, g[0] + g[2]), b = times(-1.f / 6, g[1]);
-    const V c = times(1.f / 24, g[0]) + times(1.f / 6, g[2]), e = times(1.f / 12, g[1]);
-    t[0] = times(0.25f, g[0]);
-    t[1] = a + b;
-    t[2] = a - b;
-    t[3] = c + e;
-    t[4] = c - e;
-    t[5] = g[2];
-  }
-  static MF_INLINE void output(const V* t, V* y) {
-    const V a = t[1] + t[2], b = t[1] - t[2], c = t[3] + t[4], e = t[3] - t[4];
-    y[0] = t[0] + a + c;
-    y[1] = b + times(2.f, e);
-    y[2] = a + times(4.f, c);
-    y[3] = b + times(8.f, e) + t[5];
-  }
-  static MF_INLINE void gradient(const V* y, V* t) {
-    const V a = y[0] + y[2], b = y[1] + y[3];
-    const V c = y[0] + times(4.f, y[2]), e = times(2.f, y[1]) + times(8.f, y[3]);
-    t[0] = y[0];
-    t[1] = a + b;
-    t[2] = a - b;
-    t[3] = c + e;
-    t[4] = c - e;
-    t[5] = y[3];
-  }
-  static MF_INLINE void filter_gradient(const V* t, V* g) {
-    const V a = t[1] + t[2], b = t[1] - t[2], c = t[3] + t[4], e = t[3] - t[4];
-    g[0] = times(0.25f, t[0]) - times(1.f / 6, a) + times(1.f / 24, c);
-    g[1] = times(1.f / 12, e) - times(1.f / 6, b);
-    g[2] = times(1.f / 6, c - a) + t[5];
-  }
-};
-
 using Line = void (*)(const V*, V*);
 
 /// Applies a one-dimensional transform from I to O points along both axes of a tile.
@@ -116,7 +66,6 @@ MF_INLINE void both_axes(const V (&in)[I][I], V (&out)[O][O]) {
   for (int r = 0; r < O; ++r) line(half[r], out[r]);
 }
 
-template <int M>
 struct Sizes {
   static constexpr int side = M + 2, points = side * side;
 
@@ -133,19 +82,17 @@ inline int64_t plane(int64_t tiles, int64_t channels) {
 }
 
 /// Tiles worked on at a time: transformed weights and tiles should share the second-level cache.
-template <int M>
 int64_t chunk_tiles(const Problem& p) {
   constexpr int64_t kCacheBytes = 416 << 10;
-  const int64_t point_bytes = Sizes<M>::points * static_cast<int64_t>(sizeof(float));
+  const int64_t point_bytes = Sizes::points * static_cast<int64_t>(sizeof(float));
   const int64_t room = kCacheBytes - p.channels_in * p.channels_out * point_bytes;
   const int64_t fits = room / ((p.channels_in + p.channels_out) * point_bytes) / kMaxRows * kMaxRows;
   return fits < 4 * kMaxRows ? 4 * kMaxRows : fits > 8 * kMaxRows ? 8 * kMaxRows : fits;
 }
 
 /// [panel][channel][panel width] for every point: weights of one task, transformed.
-template <int M>
 void transform_weights(const Problem& p, const float* w, float* to, float* turned) {
-  using S = Sizes<M>;
+  using S = Sizes;
   const int64_t ci = p.channels_in, co = p.channels_out, stride = ci * co;
   if (p.transposed) {
     for (int tap = 0; tap < 9; ++tap) transpose(w + (8 - tap) * stride, ci, co, ci, turned + tap * stride, co);
@@ -158,7 +105,7 @@ void transform_weights(const Problem& p, const float* w, float* to, float* turne
       for (int64_t v = 0; v < width; v += W) {
         V g[3][3], u[S::side][S::side];
         for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = V::load(w + k * stride + c * co + o + v);
-        both_axes<3, S::side, Transform<M>::filter>(g, u);
+        both_axes<3, S::side, Transform::filter>(g, u);
         for (int k = 0; k < S::points; ++k) u[k / S::side][k % S::side].store(to + k * stride + o * ci + c * width + v);
       }
   }
@@ -194,10 +141,9 @@ void transform_patches(const float* images, int64_t height, int64_t width, int64
   }
 }
 
-template <int M>
-void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* products, int64_t stride, float* images,
+void store_outputs(const Problem& p, const Sizes& sizes, const float* products, int64_t stride, float* images,
                    int64_t first, int64_t count) {
-  using S = Sizes<M>;
+  using S = Sizes;
   const int64_t co = p.channels_out;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t image = (first + t) / sizes.per_image, tile = (first + t) % sizes.per_image;
@@ -208,28 +154,26 @@ void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* product
     for (int64_t v = 0; v < co; v += W) {
       V in[S::side][S::side], out[M][M];
       for (int k = 0; k < S::points; ++k) in[k / S::side][k % S::side] = V::load(products + k * stride + t * co + v);
-      both_axes<S::side, M, Transform<M>::output>(in, out);
+      both_axes<S::side, M, Transform::output>(in, out);
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < columns; ++c) out[r][c].store(origin + (r * p.out_width + c) * co + v);
     }
   }
 }
 
-template <int M>
 int64_t scratch(const Problem& p) {
   const int64_t weights = p.channels_in * p.channels_out, zeros = round_line<float>(p.channels_in);
   return zeros +
-         Sizes<M>::points * (p.pairs * (weights + plane(chunk_tiles<M>(p), p.channels_in)) +
-                             plane(chunk_tiles<M>(p), p.channels_out)) +
+         Sizes::points *
+             (p.pairs * (weights + plane(chunk_tiles(p), p.channels_in)) + plane(chunk_tiles(p), p.channels_out)) +
          (p.transposed ? 9 * weights : 0);
 }
 
-template <int M>
 void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
-  constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
-  const Sizes<M> sizes(p);
+  constexpr int points = Sizes::points, side = Sizes::side;
+  const Sizes sizes(p);
   const int64_t ci = p.channels_in, co = p.channels_out, weights = ci * co;
-  const int64_t tiles = chunk_tiles<M>(p);
+  const int64_t tiles = chunk_tiles(p);
   const int64_t data_stride = plane(tiles, ci), product_stride = plane(tiles, co);
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   float* zeros = memory;
@@ -244,8 +188,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     if (task != ready) {
       for (int pair = 0; pair < p.pairs; ++pair)
-        transform_weights<M>(p, static_cast<const float*>(p.w[pair]) + task * 9 * weights,
-                             filters + pair * points * weights, turned);
+        transform_weights(p, static_cast<const float*>(p.w[pair]) + task * 9 * weights,
+                          filters + pair * points * weights, turned);
       ready = task;
     }
     const int64_t total = p.images * sizes.per_image;
@@ -254,7 +198,7 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t at = first + chunk * tiles, count = last - at < tiles ? last - at : tiles;
       for (int pair = 0; pair < p.pairs; ++pair)
-        transform_patches<side, side, Transform<M>::data>(
+        transform_patches<side, side, Transform::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
             sizes.columns, sizes.per_image, at, count, 0, ci, zeros, data + pair * points * data_stride, data_stride,
             ci, tiles);
@@ -274,8 +218,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
             pick<float, 1>(rows, panels.vectors(panel))(block, segments, p.pairs, 1, right, 0, false);
           }
         }
-      store_outputs<M>(p, sizes, products, product_stride, static_cast<float*>(p.out) + task * p.images * out_image, at,
-                       count);
+      store_outputs(p, sizes, products, product_stride, static_cast<float*>(p.out) + task * p.images * out_image, at,
+                    count);
     }
   }
 }
@@ -284,17 +228,15 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
 constexpr int64_t kWeightTiles = 48;
 
 /// Weight gradient: G^T [ sum over tiles (B^T x B) * (A g A^T) ] G, channels of g in ranges of 16.
-template <int M>
 int64_t weight_scratch(const Problem& p) {
   const int64_t zeros = round_line<float>(p.channels_in > p.channels_out ? p.channels_in : p.channels_out);
-  return zeros + Sizes<M>::points * (plane(kWeightTiles, p.channels_in) + plane(kWeightTiles, p.channels_out) +
-                                     p.channels_in * p.channels_out);
+  return zeros + Sizes::points * (plane(kWeightTiles, p.channels_in) + plane(kWeightTiles, p.channels_out) +
+                                  p.channels_in * p.channels_out);
 }
 
-template <int M>
 void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
-  constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
-  const Sizes<M> sizes(p);
+  constexpr int points = Sizes::points, side = Sizes::side;
+  const Sizes sizes(p);
   const int64_t ci = p.channels_in, co = p.channels_out;
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   const int64_t zero_count = round_line<float>(ci > co ? ci : co);
@@ -313,10 +255,10 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     for (int pair = 0; pair < p.pairs; ++pair)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t at = chunk * tiles, count = total - at < tiles ? total - at : tiles;
-        transform_patches<side, side, Transform<M>::data>(
+        transform_patches<side, side, Transform::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
             sizes.columns, sizes.per_image, at, count, 0, ci, memory, data, data_stride, W, tiles);
-        transform_patches<M, side, Transform<M>::gradient>(
+        transform_patches<M, side, Transform::gradient>(
             static_cast<const float*>(p.w[pair]) + task * p.images * out_image, p.out_height, p.out_width, co, M, 0,
             sizes.columns, sizes.per_image, at, count, o, own, memory, grads, grad_stride, kPanel<float>, tiles);
         const Segment segment{0, 0, count};
@@ -340,21 +282,10 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
       for (int64_t v = 0; v < own; v += W) {
         V in[side][side], g[3][3];
         for (int k = 0; k < points; ++k) in[k / side][k % side] = V::load(sums + k * sum_stride + c * own + v);
-        both_axes<side, 3, Transform<M>::filter_gradient>(in, g);
+        both_axes<side, 3, Transform::filter_gradient>(in, g);
         for (int k = 0; k < 9; ++k) g[k / 3][k % 3].store(out + (k * ci + c) * co + v);
       }
   }
-}
-
-int64_t scratch_any(const Problem& p, int tile) { return tile == 4 ? scratch<4>(p) : scratch<2>(p); }
-int64_t weight_scratch_any(const Problem& p, int tile) {
-  return tile == 4 ? weight_scratch<4>(p) : weight_scratch<2>(p);
-}
-void run_any(const Problem& p, int tile, int64_t begin, int64_t end, float* memory) {
-  (tile == 4 ? run<4> : run<2>)(p, begin, end, memory);
-}
-void weight_run_any(const Problem& p, int tile, int64_t begin, int64_t end, float* memory) {
-  (tile == 4 ? weight_run<4> : weight_run<2>)(p, begin, end, memory);
 }
 
 /// Independent multiply-adds in registers alone; returns the floating-point operations done.
@@ -377,7 +308,7 @@ double fma_peak(int64_t iterations) {
 namespace mf::MF_ISA {
 
 mf::conv::WinogradKernels winograd_kernels() {
-  return {conv::scratch_any, conv::run_any, conv::weight_scratch_any, conv::weight_run_any, conv::fma_peak};
+  return {conv::scratch, conv::run, conv::weight_scratch, conv::weight_run, conv::fma_peak};
 }
 
 }  // namespace mf::MF_ISA
