@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "results/README.md")
+PAGES = ("README.md", "docs/performance.md", "results/README.md")
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[^ ]+/[^ ]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 Rows = list[dict[str, Any]]

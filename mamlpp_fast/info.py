@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import pkgutil
 from typing import Any
 
 import torch
 
-from mamlpp_fast import _native, ops
+from mamlpp_fast import _native
 from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.train.build import versions
 
@@ -21,8 +19,6 @@ def info() -> dict[str, Any]:
 
     Where the closed form in PyTorch serves an operation, ``reason`` says why no kernel does.
     """
-    for module in pkgutil.iter_modules(ops.__path__, "mamlpp_fast.ops."):
-        importlib.import_module(module.name)
     status = _native.status()
     return {
         "versions": versions(),
