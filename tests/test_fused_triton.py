@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import gradients, random_batch, small_learner
+from mamlpp_fast.kernels import norm_act_pool
 
 import mamlpp_fast as mf
-from mamlpp_fast.kernels import norm_act_pool
 from mamlpp_fast.testing import use_backend
 
 
