@@ -146,17 +146,22 @@ def check(case: Case, subjects: Subjects) -> str | None:
     return None
 
 
-def peak_flops() -> float:
-    """Multiply-add peak [FLOP/s]: vector FMA in registers, all threads; on a GPU a large tf32 matrix product."""
+def peak_flops(dtype: str = "float32") -> float:
+    """Multiply-add peak [FLOP/s]: vector FMA in registers, all threads; on a GPU a large matrix product in tf32.
+
+    In bfloat16 where the machine multiplies that, else in float32.
+    """
     if torch.cuda.is_available():
-        a, b, out = torch.randn(3, 8192, 8192)
+        a, b, out = torch.randn(3, 8192, 8192).to(getattr(torch, dtype))
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         product = captured(lambda: torch.mm(a, b, out=out), 1)
         torch.backends.cuda.matmul.fp32_precision = before
         return 2 * 8192**3 / interleaved({"product": product}, 0.5)["product"].median
-    per_call = torch.ops.mamlpp_fast.fma_peak(1) * _PEAK_ROUNDS
-    job = lambda: torch.ops.mamlpp_fast.fma_peak(_PEAK_ROUNDS)  # noqa: E731
+    ops = torch.ops.mamlpp_fast
+    op = ops.bf16_peak if dtype == "bfloat16" and ops.bf16_peak(1) > 0 else ops.fma_peak
+    per_call = op(1) * _PEAK_ROUNDS
+    job = lambda: op(_PEAK_ROUNDS)  # noqa: E731
     one_thread = per_call / interleaved({"peak": job}, 0.2)["peak"].median
     return one_thread * torch.get_num_threads()
 
@@ -166,7 +171,7 @@ def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
 
     The ceiling of memory is what a copy of as many bytes reaches in the same rounds.
     """
-    peak = peak_flops()
+    peaks = {dtype: peak_flops(dtype) for dtype in ("float32", "bfloat16")}
     for case in cases:
         torch.manual_seed(0)
         subjects = case.make()
@@ -208,6 +213,7 @@ def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
             "share_of_copy": times["copy"].median / ours,
         }
         if case.flops:
+            peak = peaks["bfloat16" if case.dtype == "bfloat16" else "float32"]
             row |= {"gflop_per_s": case.flops / ours / 1e9, "share_of_peak": case.flops / ours / peak}
         yield row
 

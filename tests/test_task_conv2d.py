@@ -41,6 +41,15 @@ SHAPES = {
     "pointwise-stride-2": (2, 2, 7, 8, 6, 16, 1, 2, 0),
     "many-channels": (1, 1, 5, 4, 320, 160, 3, 1, 1),
 }
+# Odd images, one image, channels of every remainder, few channels in pairs, rows cut into chunks.
+BFLOAT16_SHAPES = SHAPES | {
+    "pairs-one-image": (1, 1, 5, 6, 4, 16, 3, 2, 1),
+    "pairs-few-channels": (2, 3, 9, 7, 2, 34, 3, 1, 1),
+    "pairs-remainder": (2, 5, 8, 9, 18, 70, 3, 2, 1),
+    "pairs-pointwise": (1, 3, 7, 7, 64, 130, 1, 2, 0),
+    "pairs-chunks": (1, 3, 20, 30, 22, 64, 3, 1, 1),
+    "pairs-first": (1, 7, 31, 15, 4, 66, 3, 1, 0),
+}
 NATIVE = "native" in backends("task_conv2d")
 
 
@@ -83,7 +92,8 @@ class Case:
         first, second = self._exact(0), self._exact(1)
         jobs = [(task_conv2d, self.x, self.w), (task_conv2d_to_input, self.g, self.w)]
         for k, (op, a, b) in enumerate([*jobs, (task_conv2d_to_weight, self.x, self.g)]):
-            out = torch.full(first[k].shape, float("nan"), dtype=self.x[0].dtype)
+            dtype = torch.promote_types(self.x[0].dtype, torch.float32)
+            out = torch.full(first[k].shape, float("nan"), dtype=dtype)
             geometry = {"stride": self.stride, "padding": self.padding}
             check(op(a[0], b[0], out, **geometry), first[k])
             out.fill_(float("nan"))
@@ -112,6 +122,14 @@ def test_float32_error_is_rounding(backend: str, name: str) -> None:
     Case(SHAPES[name], torch.float32).compare(check)
 
 
+@pytest.mark.parametrize("name", BFLOAT16_SHAPES)
+def test_bfloat16_operands_are_summed_in_float32(backend: str, name: str) -> None:
+    def check(result: Tensor, exact: Tensor) -> None:
+        assert relative(result, exact) < 3e-6
+
+    Case(BFLOAT16_SHAPES[name], torch.bfloat16).compare(check)
+
+
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize("name", ["omniglot-14", "imagenet-wide"])
 def test_winograd_error_stays_near_torch(name: str) -> None:
@@ -128,7 +146,7 @@ def test_winograd_error_stays_near_torch(name: str) -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize("tasks", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["omniglot-14", "omniglot-7", "imagenet-first", "stride-2", "odd-channels"])
 def test_any_number_of_threads_gives_the_same_bits(name: str, dtype: torch.dtype, tasks: int) -> None:
     case = Case((tasks, *SHAPES[name][1:]), dtype)
@@ -147,12 +165,16 @@ def test_any_number_of_threads_gives_the_same_bits(name: str, dtype: torch.dtype
 
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
-def test_bfloat16_operands_are_widened() -> None:
-    x, w = torch.randn(2, 3, 7, 7, 16).bfloat16(), torch.randn(2, 3, 3, 16, 8).bfloat16()
+def test_bfloat16_operands_at_any_address() -> None:
+    """Half an element off, operands cannot be read in pairs."""
+    x = torch.randn(1 + 2 * 3 * 7 * 7 * 16).bfloat16()[1:].view(2, 3, 7, 7, 16)
+    w = torch.randn(2, 3, 3, 16, 8).bfloat16()
     with use_backend("native"):
         out = task_conv2d(x, w, torch.empty(2, 3, 7, 7, 8))
+        same = task_conv2d(x.clone(), w, torch.empty(2, 3, 7, 7, 8))
         wide = task_conv2d(x.float(), w.float(), torch.empty(2, 3, 7, 7, 8))
     assert torch.equal(out, wide)
+    torch.testing.assert_close(out, same, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +203,8 @@ def test_wrong_shapes_are_refused(
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("MAMLPP_FAST_ISA", "portable"), ("MAMLPP_FAST_WINOGRAD", "1")],
-    ids=["portable", "winograd"],
+    [("MAMLPP_FAST_ISA", "portable"), ("MAMLPP_FAST_ISA", "avx512"), ("MAMLPP_FAST_WINOGRAD", "1")],
+    ids=["portable", "avx512", "winograd"],
 )
 def test_forms_chosen_by_environment(variable: str, value: str) -> None:
     """The other instruction set and the Winograd form at every shape they can take, in a process of its own."""
@@ -197,8 +219,8 @@ def test_forms_chosen_by_environment(variable: str, value: str) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name, shape in SHAPES.items():
-        for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-5)):
+    for name, shape in BFLOAT16_SHAPES.items():
+        for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-5), (torch.bfloat16, 2e-5)):
             errors: list[float] = []
             Case(shape, dtype).compare(
                 lambda result, exact, errors=errors: errors.append(relative(result, exact))

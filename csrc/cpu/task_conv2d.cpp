@@ -123,14 +123,26 @@ struct Operands {
   int pairs;
 };
 
-Operands operands(const Tensor& a, const Tensor& b, const OptTensor& a2, const OptTensor& b2) {
-  Operands o{{operand(a, 0), nullptr}, {operand(b, 1), nullptr}, 1};
+/// Pointers to the operands, `as_is` or widened.
+Operands operands(const Tensor& a, const Tensor& b, const OptTensor& a2, const OptTensor& b2, bool as_is) {
+  const auto pointer = [&](const Tensor& t, int slot) { return as_is ? t.const_data_ptr() : operand(t, slot); };
+  Operands o{{pointer(a, 0), nullptr}, {pointer(b, 1), nullptr}, 1};
   if (a2.has_value()) {
-    o.a[1] = operand(*a2, 2);
-    o.b[1] = operand(*b2, 3);
+    o.a[1] = pointer(*a2, 2);
+    o.b[1] = pointer(*b2, 3);
     o.pairs = 2;
   }
   return o;
+}
+
+/// Whether this machine multiplies bfloat16 and the operands can be read in pairs.
+bool readable_in_pairs(const Tensor& a, const Tensor& b, const OptTensor& a2, const OptTensor& b2) {
+  const auto readable = [](const Tensor& t) {
+    return t.scalar_type() == at::kBFloat16 &&
+           reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(conv::Pair) == 0;
+  };
+  return kernels<conv::Pair>().gather != nullptr && readable(a) && readable(b) &&
+         (!a2.has_value() || (readable(*a2) && readable(*b2)));
 }
 
 /// Ranges a task is cut into so that the threads get equal shares; results do not depend on it.
@@ -326,30 +338,44 @@ void winograd_run(const Shape& s, const Operands& o, Product product, void* out)
       [&](int64_t begin, int64_t end, float* scratch) { (weight ? k.weight_run : k.run)(p, begin, end, scratch); });
 }
 
-void dispatch(const Shape& s, const Operands& o, Product product, const Tensor& out) {
+void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b, const OptTensor& a2,
+              const OptTensor& b2, const Tensor& out) {
   if (out.numel() == 0) return;
   void* data = out.mutable_data_ptr();
+  const bool to_weight = product == Product::to_weight, to_input = product == Product::to_input;
+  const bool by_winograd = out.scalar_type() != at::kDouble && use_winograd(s, product);
+  // The direct form in bfloat16 is faster than Winograd's in float32.
+  if ((!by_winograd || winograd_setting() < 0) && readable_in_pairs(a, b, a2, b2)) {
+    const Operands o = operands(a, b, a2, b2, true);
+    if (to_weight) return outer<conv::Pair>(s, o, data);
+    Shape paired = s;
+    int64_t& reduced = to_input ? paired.co : paired.ci;
+    if (reduced % 2 == 0) {
+      reduced /= 2;
+      return gather<conv::Pair>(paired, o, to_input, data);
+    }
+  }
+  const Operands o = operands(a, b, a2, b2, false);
   if (out.scalar_type() == at::kDouble) {
-    product == Product::to_weight ? outer<double>(s, o, data)
-                                  : gather<double>(s, o, product == Product::to_input, data);
+    to_weight ? outer<double>(s, o, data) : gather<double>(s, o, to_input, data);
     return;
   }
-  if (use_winograd(s, product)) return winograd_run(s, o, product, data);
-  product == Product::to_weight ? outer<float>(s, o, data) : gather<float>(s, o, product == Product::to_input, data);
+  if (by_winograd) return winograd_run(s, o, product, data);
+  to_weight ? outer<float>(s, o, data) : gather<float>(s, o, to_input, data);
 }
 
 void task_conv2d(const Tensor& x, const Tensor& w, const OptTensor& x2, const OptTensor& w2, int64_t stride,
                  int64_t padding, Tensor& out) {
   const Shape s = check(x, w, out, stride, padding);
   check_pair(x, w, x2, w2, out);
-  dispatch(s, operands(x, w, x2, w2), Product::forward, out);
+  dispatch(s, Product::forward, x, w, x2, w2, out);
 }
 
 void task_conv2d_to_input(const Tensor& g, const Tensor& w, const OptTensor& g2, const OptTensor& w2, int64_t stride,
                           int64_t padding, Tensor& out) {
   const Shape s = check(out, w, g, stride, padding);
   check_pair(g, w, g2, w2, out);
-  dispatch(s, operands(g, w, g2, w2), Product::to_input, out);
+  dispatch(s, Product::to_input, g, w, g2, w2, out);
 }
 
 void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2, const OptTensor& g2, int64_t stride,
@@ -360,14 +386,15 @@ void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2
     out.zero_();
     return;
   }
-  dispatch(s, operands(x, g, x2, g2), Product::to_weight, out);
+  dispatch(s, Product::to_weight, x, g, x2, g2, out);
 }
 
 }  // namespace
 
-// Floating-point operations of `iterations` rounds of independent multiply-adds in registers, for timing the peak.
+// Floating-point operations of `iterations` rounds of independent multiply-adds in registers, for timing the peaks.
 TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
   m.def("fma_peak(int iterations) -> float", [](int64_t iterations) { return winograd().fma_peak(iterations); });
+  m.def("bf16_peak(int iterations) -> float", [](int64_t iterations) { return MF_DISPATCH(bf16_peak)(iterations); });
 }
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {

@@ -1,5 +1,6 @@
 // Direct convolutions: pixels gathered by class for forward and to-input, outer products over pixels for to-weight.
 
+#include "conv_bf16.h"
 #include "conv_kernels.h"
 #include "conv_micro.h"
 
@@ -39,8 +40,8 @@ void pack_weights(const Gather& p, const T* w, T* to) {
           transpose(from + o * ci + c, ci, lanes, n, to, width);
           to += n * width;
         } else {
-          const T* from = w + (tap * ci + c) * co + o;
-          for (int64_t k = 0; k < n; ++k, to += width) copy_padded(to, from + k * co, lanes, width);
+          const Stored<T>* from = reinterpret_cast<const Stored<T>*>(w + (tap * ci + c) * co) + o;
+          for (int64_t k = 0; k < n; ++k, to += width) copy_padded(to, from + k * kValues<T> * co, co, lanes, width);
         }
       }
     }
@@ -54,7 +55,7 @@ void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t
   const int64_t ci = p.channels_in, step = channel_block<T>(p.taps, ci);
   const int64_t width = panels.width(panel), lanes = panels.lanes(panel), o = panels.begin(panel);
   const int64_t total = (last - first) * cls.count, blocks = divide_up(total, kMaxRows);
-  T* out = static_cast<T*>(p.out) + (task * p.images + first) * p.dst_image + o;
+  Acc<T>* out = static_cast<Acc<T>*>(p.out) + (task * p.images + first) * p.dst_image + o;
   for (int64_t c = 0; c < ci; c += step) {
     const int64_t n = c + step < ci ? step : ci - c;
     Segment segments[mf::conv::kMaxTaps];
@@ -104,13 +105,13 @@ bool few_channels(const Gather& p) { return !p.transposed && p.channels_in <= 4;
 /// A block of MR neighbouring pixels of a padded image; `run` source values for each of the kernel's rows.
 template <class T, int MR, int NV>
 void multiply_row(const T* source, int64_t pixel_step, int64_t kernel_rows, int64_t run, int64_t row_step,
-                  const T* panel, T* out, int64_t out_step, bool accumulate) {
+                  const T* panel, Acc<T>* out, int64_t out_step, bool accumulate) {
   constexpr int W = kLanes<T>;
-  Vec<T> acc[MR][NV];
+  Vec<Acc<T>> acc[MR][NV];
   const T* row[MR];
   for (int i = 0; i < MR; ++i) {
     row[i] = source + i * pixel_step;
-    for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>::zero();
+    for (int v = 0; v < NV; ++v) acc[i][v] = Vec<Acc<T>>::zero();
   }
   for (int64_t r = 0; r < kernel_rows; ++r)
 #pragma GCC unroll 3
@@ -124,8 +125,8 @@ void multiply_row(const T* source, int64_t pixel_step, int64_t kernel_rows, int6
     }
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) {
-      T* to = out + i * out_step + v * W;
-      (accumulate ? Vec<T>::load(to) + acc[i][v] : acc[i][v]).store(to);
+      Acc<T>* to = out + i * out_step + v * W;
+      (accumulate ? Vec<Acc<T>>::load(to) + acc[i][v] : acc[i][v]).store(to);
     }
 }
 
@@ -162,12 +163,12 @@ void gather_few(const Gather& p, int64_t image, const T* const* packed, T* padde
     const T* a = static_cast<const T*>(p.a[pair]) + image * p.src_image;
     for (int64_t y = 0; y < p.height; ++y)
       memcpy(padded + (y + p.padding) * pitch + p.padding * ci, a + y * p.width * ci, p.width * ci * sizeof(T));
-    T* out = static_cast<T*>(p.out) + image * p.dst_image;
+    Acc<T>* out = static_cast<Acc<T>*>(p.out) + image * p.dst_image;
     for (int64_t y = 0; y < p.out_height; ++y)
       for (int64_t b = 0, x = 0; b < blocks; ++b) {
         const int rows = static_cast<int>(p.out_width * (b + 1) / blocks - x);
         const T* source = padded + y * p.stride * pitch + x * p.stride * ci;
-        T* to = out + (y * p.out_width + x) * co;
+        Acc<T>* to = out + (y * p.out_width + x) * co;
         x += rows;
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t o = panels.begin(panel), lanes = panels.lanes(panel), width = panels.width(panel);
@@ -177,11 +178,11 @@ void gather_few(const Gather& p, int64_t image, const T* const* packed, T* padde
             kernel(source, p.stride * ci, p.kh, p.kw * ci, pitch, weights, to + o, co, pair > 0);
             continue;
           }
-          alignas(64) T tile[kMaxRows * kPanel<T>];
+          alignas(64) Acc<T> tile[kMaxRows * kPanel<T>];
           kernel(source, p.stride * ci, p.kh, p.kw * ci, pitch, weights, tile, width, false);
           for (int i = 0; i < rows; ++i)
             for (int64_t c = 0; c < lanes; ++c) {
-              T& value = to[i * co + o + c];
+              Acc<T>& value = to[i * co + o + c];
               value = pair > 0 ? value + tile[i * width + c] : tile[i * width + c];
             }
         }
@@ -218,17 +219,18 @@ void gather(const Gather& p, int64_t begin, int64_t end, T* scratch) {
   }
 }
 
-/// Pixels one visit of an accumulator block reduces: `images` images times `rows` output rows.
+/// Pixels one visit of an accumulator block reduces: `images` images, or pairs of them, times `rows` output rows.
 struct Chunk {
   int64_t images, rows, source_rows;
 };
 
+template <class T>
 Chunk chunk_of(const Outer& p) {
   constexpr int64_t kPixels = 256;
-  const int64_t pixels = p.out_height * p.out_width;
+  const int64_t pixels = p.out_height * p.out_width, elements = divide_up(p.images, kValues<T>);
   Chunk chunk;
   chunk.images = pixels < kPixels ? kPixels / pixels : 1;
-  if (chunk.images > p.images) chunk.images = p.images;
+  if (chunk.images > elements) chunk.images = elements;
   chunk.rows = p.out_height;
   if (pixels > kPixels + kPixels / 2) {
     const int64_t fits = kPixels / p.out_width;
@@ -238,7 +240,8 @@ Chunk chunk_of(const Outer& p) {
   return chunk;
 }
 
-/// Few input channels: rows of the block are (tap, channel) pairs over one padded image, nothing is packed.
+/// Few input channels: rows of the block are (tap, channel) pairs over one padded image, `g` is packed only where it
+/// must be.
 bool few_channels(const Outer& p) { return p.ci <= 4; }
 
 int64_t padded_width(const Outer& p) { return p.width + 2 * p.padding; }
@@ -250,7 +253,7 @@ int64_t outer_scratch(const Outer& p) {
     return round_line<T>(padded_height(p) * padded_width(p) * p.ci) + p.out_height * p.out_width * kPanel<T> +
            round_line<T>(p.out_height * sizeof(Segment));
   }
-  const Chunk chunk = chunk_of(p);
+  const Chunk chunk = chunk_of<T>(p);
   const int64_t source = chunk.images * chunk.source_rows * p.width * divide_up(p.ci, kMaxRows) * kMaxRows;
   const int64_t grad = chunk.images * chunk.rows * p.out_width * divide_up(p.co, kPanel<T>) * kPanel<T>;
   const int64_t segments = p.kh * p.kw * chunk.rows * p.out_width * sizeof(Segment) / sizeof(T);
@@ -276,19 +279,22 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
   T* grad = padded + round_line<T>(ph * pw * p.ci);
   Segment* segments = reinterpret_cast<Segment*>(grad + pixels * kPanel<T>);
   const int64_t rows = p.kh * p.kw * p.ci, blocks = divide_up(rows, kMaxRows);
-  T* out = static_cast<T*>(p.out) + task * rows * p.co;
+  Acc<T>* out = static_cast<Acc<T>*>(p.out) + task * rows * p.co;
   memset(padded, 0, ph * pw * p.ci * sizeof(T));
   for (int pair = 0; pair < p.pairs; ++pair) {
-    for (int64_t n = 0; n < p.images; ++n) {
-      const T* x = static_cast<const T*>(p.x[pair]) + (task * p.images + n) * p.height * p.width * p.ci;
-      const T* g = static_cast<const T*>(p.g[pair]) + (task * p.images + n) * pixels * p.co;
+    for (int64_t n = 0; n < p.images; n += kValues<T>) {
+      const int64_t x_image = p.height * p.width * p.ci, g_image = pixels * p.co;
+      const Stored<T>* x = static_cast<const Stored<T>*>(p.x[pair]) + (task * p.images + n) * x_image;
+      const Stored<T>* g = static_cast<const Stored<T>*>(p.g[pair]) + (task * p.images + n) * g_image;
+      const int64_t x_next = n + 1 < p.images ? x_image : 0, g_next = n + 1 < p.images ? g_image : 0;
       for (int64_t y = 0; y < p.height; ++y)
-        memcpy(padded + ((y + p.padding) * pw + p.padding) * p.ci, x + y * p.width * p.ci, p.width * p.ci * sizeof(T));
+        copy_padded(padded + ((y + p.padding) * pw + p.padding) * p.ci, x + y * p.width * p.ci, x_next, p.width * p.ci,
+                    p.width * p.ci);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         const int64_t lanes = panels.lanes(panel), width = panels.width(panel), o = panels.begin(panel);
-        const bool direct = lanes == width;
+        const bool direct = kValues<T> == 1 && lanes == width;
         if (!direct)
-          for (int64_t q = 0; q < pixels; ++q) copy_padded(grad + q * width, g + q * p.co + o, lanes, width);
+          for (int64_t q = 0; q < pixels; ++q) copy_padded(grad + q * width, g + q * p.co + o, g_next, lanes, width);
         const int64_t step_b = direct ? p.co : width;
         for (int64_t y = 0; y < p.out_height; ++y)
           segments[y] = {y * p.stride * pw * p.ci, y * p.out_width * step_b, p.out_width};
@@ -301,7 +307,8 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
             block.out[i] = out + row * p.co + o;
           }
           accumulate_block<T, kAnyStep>(block, size, lanes, panels.vectors(panel), segments, p.out_height,
-                                        p.stride * p.ci, direct ? g + o : grad, step_b, pair > 0 || n > 0);
+                                        p.stride * p.ci, direct ? reinterpret_cast<const T*>(g) + o : grad, step_b,
+                                        pair > 0 || n > 0);
         }
       }
     }
@@ -337,7 +344,7 @@ template <class T>
 void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t images, int64_t row_begin,
                  int64_t row_end, int64_t panel_begin, int64_t panel_end, bool accumulate, T* scratch) {
   const Panels<T> panels(p.co);
-  const Chunk chunk = chunk_of(p);
+  const Chunk chunk = chunk_of<T>(p);
   const int64_t row_blocks = divide_up(p.ci, kMaxRows), taps = p.kh * p.kw;
   int64_t source_begin = row_begin * p.stride - p.padding;
   int64_t source_end = (row_end - 1) * p.stride - p.padding + p.kh;
@@ -352,22 +359,25 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
 
   const int64_t source_size = source_pixels * images * kMaxRows;
   for (int64_t n = 0; n < images; ++n) {
-    const T* x =
-        static_cast<const T*>(p.x[pair]) + (((task * p.images + first + n) * p.height + source_begin) * p.width) * p.ci;
+    const int64_t image = (first + n) * kValues<T>, x_image = p.height * p.width * p.ci;
+    const int64_t g_image = p.out_height * p.out_width * p.co;
+    const int64_t x_next = image + 1 < p.images ? x_image : 0, g_next = image + 1 < p.images ? g_image : 0;
+    const Stored<T>* x =
+        static_cast<const Stored<T>*>(p.x[pair]) + (task * p.images + image) * x_image + source_begin * p.width * p.ci;
     for (int64_t q = 0; q < source_pixels; ++q) {
       T* to = source + (q * images + n) * kMaxRows;
       int64_t c = 0;
-      for (; c + kMaxRows <= p.ci; c += kMaxRows, to += source_size) memcpy(to, x + q * p.ci + c, kMaxRows * sizeof(T));
-      for (int64_t i = 0; c + i < p.ci; ++i) to[i] = x[q * p.ci + c + i];
+      for (; c + kMaxRows <= p.ci; c += kMaxRows, to += source_size) copy_rows(to, x + q * p.ci + c, x_next);
+      if (c < p.ci) copy_padded(to, x + q * p.ci + c, x_next, p.ci - c, p.ci - c);
     }
-    const T* g = static_cast<const T*>(p.g[pair]) +
-                 (((task * p.images + first + n) * p.out_height + row_begin) * p.out_width) * p.co;
+    const Stored<T>* g =
+        static_cast<const Stored<T>*>(p.g[pair]) + (task * p.images + image) * g_image + row_begin * p.out_width * p.co;
     T* panel_to = grad;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t width = panels.width(panel);
       for (int64_t q = 0; q < pixels; ++q)
-        copy_padded(panel_to + (q * images + n) * width, g + q * p.co + panels.begin(panel), panels.lanes(panel),
-                    width);
+        copy_padded(panel_to + (q * images + n) * width, g + q * p.co + panels.begin(panel), g_next,
+                    panels.lanes(panel), width);
       panel_to += pixels * images * width;
     }
   }
@@ -381,7 +391,7 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
           tap_segments(p, tap, images, row_begin, row_end, source_begin, width, segments + tap * tap_capacity);
     ready = width;
     for (int64_t tap = 0; tap < taps; ++tap) {
-      T* out = static_cast<T*>(p.out) + (task * taps + tap) * p.ci * p.co + panels.begin(panel);
+      Acc<T>* out = static_cast<Acc<T>*>(p.out) + (task * taps + tap) * p.ci * p.co + panels.begin(panel);
       for (int64_t b = 0; b < row_blocks; ++b) {
         const int rows = static_cast<int>(p.ci - b * kMaxRows < kMaxRows ? p.ci - b * kMaxRows : kMaxRows);
         Block<T> block;
@@ -400,8 +410,8 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
 
 template <class T>
 void outer(const Outer& p, int64_t begin, int64_t end, T* scratch) {
-  const int64_t panels = divide_up(p.co, kPanel<T>);
-  const Chunk chunk = chunk_of(p);
+  const int64_t panels = divide_up(p.co, kPanel<T>), elements = divide_up(p.images, kValues<T>);
+  const Chunk chunk = chunk_of<T>(p);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     const int64_t panel_begin = part * panels / p.parts, panel_end = (part + 1) * panels / p.parts;
@@ -411,9 +421,9 @@ void outer(const Outer& p, int64_t begin, int64_t end, T* scratch) {
     }
     bool accumulate = false;
     for (int pair = 0; pair < p.pairs; ++pair)
-      for (int64_t n = 0; n < p.images; n += chunk.images)
+      for (int64_t n = 0; n < elements; n += chunk.images)
         for (int64_t y = 0; y < p.out_height; y += chunk.rows) {
-          const int64_t images = n + chunk.images < p.images ? chunk.images : p.images - n;
+          const int64_t images = n + chunk.images < elements ? chunk.images : elements - n;
           const int64_t rows = y + chunk.rows < p.out_height ? y + chunk.rows : p.out_height;
           outer_chunk<T>(p, task, pair, n, images, y, rows, panel_begin, panel_end, accumulate, scratch);
           accumulate = true;
@@ -433,5 +443,13 @@ mf::conv::Kernels<T> conv_kernels() {
 }
 template mf::conv::Kernels<float> conv_kernels<float>();
 template mf::conv::Kernels<double> conv_kernels<double>();
+#ifdef __AVX512BF16__
+template mf::conv::Kernels<mf::conv::Pair> conv_kernels<mf::conv::Pair>();
+#else
+template <>
+mf::conv::Kernels<mf::conv::Pair> conv_kernels<mf::conv::Pair>() {
+  return {};
+}
+#endif
 
 }  // namespace mf::MF_ISA

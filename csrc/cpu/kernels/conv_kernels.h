@@ -11,6 +11,9 @@ namespace mf::conv {
 
 constexpr int kMaxTaps = 9;
 
+/// Two bfloat16, the first in the low half. Where a kernel's T is Pair, its channels_in and src_image count pairs.
+enum class Pair : uint32_t {};
+
 /// Destination pixels of one image whose valid taps are the same, so that padding costs neither branches nor products.
 struct PixelClass {
   const int64_t* src;  ///< [count] element offset, in one source image, of the pixel that `delta` is relative to
@@ -39,7 +42,7 @@ struct Gather {
 
 /// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight.
 struct Outer {
-  const void* x[2];  ///< [tasks, images, height, width, ci]
+  const void* x[2];  ///< [tasks, images, height, width, ci], for Pair bfloat16 values
   const void* g[2];  ///< [tasks, images, out_height, out_width, co]
   void* out;         ///< [tasks, kh, kw, ci, co]
   int pairs;
@@ -62,8 +65,8 @@ struct Winograd {
   bool transposed;
 };
 
-/// Kernels of one instruction set and element type. `run` works on units [begin, end) with `scratch` elements of
-/// private memory aligned to 64 bytes; results never depend on how units are spread over threads.
+/// Kernels of one instruction set and element type; results of Pair are float. `run` works on units [begin, end) with
+/// `scratch` elements of private memory aligned to 64 bytes; results never depend on how units are spread over threads.
 template <class T>
 struct Kernels {
   int64_t (*gather_scratch)(const Gather&);
@@ -84,4 +87,6 @@ struct WinogradKernels {
 
 }  // namespace mf::conv
 
-MF_KERNEL(template <class T> mf::conv::Kernels<T> conv_kernels(); mf::conv::WinogradKernels winograd_kernels();)
+// conv_kernels<Pair> is all null, bf16_peak 0, at levels without bfloat16 products.
+MF_KERNEL(template <class T> mf::conv::Kernels<T> conv_kernels(); mf::conv::WinogradKernels winograd_kernels();
+          double bf16_peak(int64_t iterations);)

@@ -20,6 +20,20 @@ constexpr int kLanes = Vec<T>::size;
 template <class T>
 constexpr int kPanel = kMaxVectors * kLanes<T>;
 
+/// How kernels of T take their operands: sums are Acc, memory holds Stored, `values` of them an element of T.
+template <class T>
+struct Element {
+  using Acc = T;
+  using Stored = T;
+  static constexpr int values = 1;
+};
+template <class T>
+using Acc = typename Element<T>::Acc;
+template <class T>
+using Stored = typename Element<T>::Stored;
+template <class T>
+constexpr int kValues = Element<T>::values;
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /// Elements rounded up to whole cache lines.
 template <class T>
@@ -37,7 +51,7 @@ struct Segment {
 template <class T>
 struct Block {
   const T* rows[kMaxRows];
-  T* out[kMaxRows];
+  Acc<T>* out[kMaxRows];
 };
 
 /// Reduction steps of the row pointers known when compiled; the panel is then dense. kAnyStep leaves both to the
@@ -52,11 +66,11 @@ void multiply(const Block<T>& block, const Segment* segments, int64_t count, int
     step_a = Step;
     step_b = NV * W;
   }
-  Vec<T> acc[MR][NV];
+  Vec<Acc<T>> acc[MR][NV];
   const T* row[MR];
   for (int i = 0; i < MR; ++i) {
     row[i] = block.rows[i];
-    for (int v = 0; v < NV; ++v) acc[i][v] = Vec<T>::zero();
+    for (int v = 0; v < NV; ++v) acc[i][v] = Vec<Acc<T>>::zero();
   }
   for (int64_t s = 0; s < count; ++s) {
     const int64_t start = segments[s].a, len = segments[s].len;
@@ -75,8 +89,8 @@ void multiply(const Block<T>& block, const Segment* segments, int64_t count, int
   // Adding whole partial sums, not continuing the old chain, keeps the rounding error of long reductions small.
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) {
-      T* to = block.out[i] + v * W;
-      (accumulate ? Vec<T>::load(to) + acc[i][v] : acc[i][v]).store(to);
+      Acc<T>* to = block.out[i] + v * W;
+      (accumulate ? Vec<Acc<T>>::load(to) + acc[i][v] : acc[i][v]).store(to);
     }
 }
 
@@ -116,8 +130,8 @@ inline Multiply<T> pick(int rows, int vectors) {
 template <class T>
 inline void multiply_partial(Multiply<T> kernel, Block<T> block, int rows, int64_t lanes, const Segment* segments,
                              int64_t count, int64_t step_a, const T* panel, int64_t step_b, bool accumulate) {
-  alignas(64) T tile[kMaxRows][kPanel<T>];
-  T* out[kMaxRows];
+  alignas(64) Acc<T> tile[kMaxRows][kPanel<T>];
+  Acc<T>* out[kMaxRows];
   for (int i = 0; i < rows; ++i) {
     out[i] = block.out[i];
     block.out[i] = tile[i];
@@ -127,15 +141,21 @@ inline void multiply_partial(Multiply<T> kernel, Block<T> block, int rows, int64
     for (int64_t c = 0; c < lanes; ++c) out[i][c] = accumulate ? out[i][c] + tile[i][c] : tile[i][c];
 }
 
-/// Copies `n` values and fills up to `width` with zeros.
+/// Copies `n` values and fills up to `width` with zeros; no element has a second value at `next`.
 template <class T>
-inline void copy_padded(T* to, const T* from, int64_t n, int64_t width) {
+inline void copy_padded(T* to, const T* from, [[maybe_unused]] int64_t next, int64_t n, int64_t width) {
   if (n == kPanel<T> && width == n) {
     for (int v = 0; v < kMaxVectors; ++v) Vec<T>::load(from + v * kLanes<T>).store(to + v * kLanes<T>);
     return;
   }
   for (int64_t c = 0; c < n; ++c) to[c] = from[c];
   for (int64_t c = n; c < width; ++c) to[c] = T(0);
+}
+
+/// The same for a whole block of rows.
+template <class T>
+MF_INLINE void copy_rows(T* to, const T* from, [[maybe_unused]] int64_t next) {
+  memcpy(to, from, kMaxRows * sizeof(T));
 }
 
 /// Panels of channels_out: the widths are kPanel but for the last, which is the remainder in whole vectors.

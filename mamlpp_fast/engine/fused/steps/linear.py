@@ -14,6 +14,7 @@ from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, ate
 __all__ = ["Add", "AveragePool", "Bias", "Conv", "Flatten", "Linear"]
 
 ops = torch.ops.mamlpp_fast
+_FEW_CHANNELS = 4
 
 
 @dataclass
@@ -34,7 +35,9 @@ class Conv(Step):
 
     def _product(self, em: Emitter, ps: Pass, op: str, pairs: list[tuple[Ref, Ref]], out: Ref) -> None:
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
-        operands = [None if r is None else em.operand(r) for r in (*first, *second)]
+        # A first layer waits for memory: rounding its large gradient costs more than a CPU's faster products save.
+        keep = em.device.type == "cpu" and self.weight.shape[2] <= _FEW_CHANNELS
+        operands = [r if r is None or keep else em.operand(r) for r in (*first, *second)]
         fn = getattr(ops, op).default
         em.call(fn, *operands, self.stride, self.padding, out, flops=self._flops(ps, len(pairs)))
 
