@@ -132,10 +132,45 @@ def runs(names: list[str]) -> str:
     return f"{table(header, lines)}\n\n{table(['iteration, validation %', *names], epochs)}"
 
 
+def peers(rows: Rows) -> str:
+    lines = []
+    for r in rows:
+        if "fault" in r:
+            lines.append([r["workload"], r["peer"], f"not timed: {r['fault']}", "", "", ""])
+            continue
+        ms = [1e3 * q for q in r["quartiles"]]
+        memory = f"{r['peak_mib']:.0f}" if r["peak_mib"] else ""
+        lines.append(
+            [
+                r["workload"],
+                r["peer"],
+                spread(ms, 0),
+                f"{r['ratio']:.2f}" if r["ratio"] else "",
+                f"{r['first_seconds']:.0f}",
+                memory,
+            ]
+        )
+    header = ["workload", "peer", "ms (quartiles)", "times textbook", "first run after, s", "peak MiB"]
+    return table(header, lines)
+
+
+def peer_rows(data: dict[str, Any]) -> Rows:
+    """The rows of all workloads, each with its ratio to the textbook's median."""
+    found = []
+    for workload, content in data["workloads"].items():
+        medians = {r["peer"]: r["quartiles"][1] for r in content["rows"] if "quartiles" in r}
+        base = medians.get("textbook")
+        for r in content["rows"]:
+            ratio = base / medians[r["peer"]] if base and r["peer"] in medians else None
+            found.append(r | {"workload": workload, "ratio": ratio})
+    return found
+
+
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "headline": ("iterations", headline),
     "iterations": ("iterations", iterations),
     "kernels": ("kernels", kernels),
+    "peers": ("peers", peers),
     "scaling": ("scaling", scaling),
     "drop-in": ("drop_in", drop_in),
 }
@@ -150,7 +185,8 @@ def render(name: str) -> str:
     data = json.loads((ROOT / "bench" / "results" / machine / f"{file}.json").read_text())
     m = data["machine"]
     where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, {m['isa']}"
-    return f"\n{make(data['rows'])}\n\n{where}; torch {m['versions']['torch']}.\n\n"
+    rows = peer_rows(data) if what == "peers" else data["rows"]
+    return f"\n{make(rows)}\n\n{where}; torch {m['versions']['torch']}.\n\n"
 
 
 def refreshed(page: str) -> str:
