@@ -19,11 +19,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ PEERS = (
 )
 _TOLERANCE = 1e-6
 _FLOAT32_TOLERANCE = 0.3
+_HOLD_SECONDS = 120
 
 
 class Settings(argparse.Namespace):
@@ -71,26 +74,28 @@ class Settings(argparse.Namespace):
 def compare(sizes: Sizes, peers: Sequence[Peer], settings: Settings) -> list[dict[str, Any]]:
     """A row for each peer: times, or the fault that keeps it from one."""
     with ExitStack() as stack:
+        lock = stack.enter_context(closing(_Lock(settings.lock)))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         problem = folder / "problem.npz"
         make(sizes).save(problem)
         rows: dict[str, dict[str, Any]] = {}
         live: dict[str, Worker] = {}
-        with _turn(settings.lock), _start(TEXTBOOK, settings) as worker:
+        lock.turn()
+        with _start(TEXTBOOK, settings) as worker:
             worker.ask("setup", path=str(problem), device=settings.device, dtype="float64")
             exact = worker.computed()
         for peer in peers:
-            with _turn(settings.lock):
-                rows[peer.name], ready = _prepare(peer, problem, exact, settings)
+            lock.turn()
+            rows[peer.name], ready = _prepare(peer, problem, exact, settings)
             print(f"  {peer.name}: {_readiness(rows[peer.name])}", file=sys.stderr, flush=True)
             if ready is not None:
                 live[peer.name] = stack.enter_context(ready)
         for _ in range(settings.rounds):
-            with _turn(settings.lock):
-                for name, worker in live.items():
-                    answer = worker.ask("time", runs=1)
-                    rows[name]["seconds"] += answer["seconds"]
-                    rows[name]["peak_mib"] = max(rows[name]["peak_mib"] or 0, answer["peak_mib"] or 0) or None
+            lock.turn()
+            for name, worker in live.items():
+                answer = worker.ask("time", runs=1)
+                rows[name]["seconds"] += answer["seconds"]
+                rows[name]["peak_mib"] = max(rows[name]["peak_mib"] or 0, answer["peak_mib"] or 0) or None
     for row in rows.values():
         if row.get("seconds"):
             row["quartiles"] = _quartiles(row["seconds"])
@@ -136,15 +141,25 @@ def _prepare(
     return row | {"seconds": [], "peak_mib": None}, worker
 
 
-@contextmanager
-def _turn(lock: Path | None) -> Iterator[None]:
-    """Holds the file's lock, if there is one, while something computes."""
-    if lock is None:
-        yield
-        return
-    with open(lock, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class _Lock:
+    """Holds the lock of a file, if there is one, and lets others have it from time to time."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("a")
+        self._since = -math.inf
+
+    def turn(self) -> None:
+        """Waits for the lock; called before anything computes, it gives it away first once held for long."""
+        if self._file is None or time.monotonic() - self._since < _HOLD_SECONDS:
+            return
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        time.sleep(0.1)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._since = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _quartiles(seconds: list[float]) -> list[float]:
@@ -184,31 +199,32 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=_TOLERANCE)
     parser.add_argument("--float32-tolerance", type=float, default=_FLOAT32_TOLERANCE)
     parser.add_argument("--cache", type=Path, default=default_cache())
-    parser.add_argument("--lock", type=Path, help="a file to lock while anything computes")
+    parser.add_argument(
+        "--lock", type=Path, help="a file to lock while anything computes, two minutes at a time"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     settings = parser.parse_args(namespace=Settings())
     torch.set_num_threads(settings.threads)
     peers = [peer for peer in PEERS if peer.name in settings.peers.split(",")]
-    found = {}
-    for name in settings.workloads.split(","):
-        print(name, flush=True)
-        rows = compare(SIZES[name], peers, settings)
-        found[name] = {"sizes": asdict(SIZES[name]), "rows": rows}
-        textbook = next(
-            (row["quartiles"][1] for row in rows if row["peer"] == "textbook" and "fault" not in row), None
-        )
-        for row in rows:
-            print(describe(row, textbook), flush=True)
-    result = {
+    result: dict[str, Any] = {
         "machine": machine(),
         "threads": settings.threads,
         "device": settings.device,
         "tolerance": settings.tolerance,
         "float32_tolerance": settings.float32_tolerance,
         "environments": {name: recorded(settings.cache, name) for name in ENVIRONMENTS},
-        "workloads": found,
+        "workloads": {},
     }
-    if settings.json:
-        settings.json.parent.mkdir(parents=True, exist_ok=True)
-        settings.json.write_text(json.dumps(result, indent=1) + "\n")
-    return int(any("fault" in row for workload in found.values() for row in workload["rows"]))
+    failed = False
+    for name in settings.workloads.split(","):
+        print(name, flush=True)
+        rows = compare(SIZES[name], peers, settings)
+        medians = {row["peer"]: row["quartiles"][1] for row in rows if "quartiles" in row}
+        for row in rows:
+            print(describe(row, medians.get("textbook")), flush=True)
+            failed = failed or "fault" in row
+        result["workloads"][name] = {"sizes": asdict(SIZES[name]), "rows": rows}
+        if settings.json:
+            settings.json.parent.mkdir(parents=True, exist_ok=True)
+            settings.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(failed)
