@@ -40,9 +40,9 @@ from bench.peers.problem import SIZES, Arrays, Sizes, make
 __all__ = ["PEERS", "Settings", "compare"]
 
 _P = "bench.peers."
-TEXTBOOK = Peer("textbook", _P + "textbook", None, "torch")
+EXACT = Peer("exact", _P + "textbook")
 PEERS = (
-    TEXTBOOK,
+    Peer("textbook", _P + "textbook", None, "torch"),
     Peer("torch.func", _P + "functional", None, "torch"),
     Peer("torch.compile", _P + "functional", "compiled", "torch"),
     Peer("torchopt", _P + "with_torchopt", None, "torchopt"),
@@ -81,7 +81,7 @@ def compare(sizes: Sizes, peers: Sequence[Peer], settings: Settings) -> list[dic
         rows: dict[str, dict[str, Any]] = {}
         live: dict[str, Worker] = {}
         lock.turn()
-        with _start(TEXTBOOK, settings) as worker:
+        with _start(EXACT, settings) as worker:
             worker.ask("setup", path=str(problem), device=settings.device, dtype="float64")
             exact = worker.computed()
         for peer in peers:
