@@ -1,0 +1,230 @@
+"""What a user would pick instead: one meta-gradient of plain second-order MAML by every peer, checked, then timed.
+
+    python -m bench.peers.environments      # once: the peers' libraries, each in its own environment
+    python -m bench.peers [--rounds 8] [--peers NAME,...] [--workloads NAME,...] [--device cuda] [--json FILE]
+
+Every peer is a process of its own at the same weights and tasks. Before any time is taken, its mean target loss and the
+meta-gradient of every parameter must agree with textbook PyTorch's in float64 twice; a peer that fails gets none:
+
+- run in float64, to --tolerance of each tensor's largest value: the same function;
+- run in float32, what is timed, the whole meta-gradient to --float32-tolerance of its norm. Coarse, for in float32 any
+  two ways differ so much: one value near a max-pool's or leaky ReLU's kink that falls to the other side moves the inner
+  gradients, and the steps after it amplify that.
+
+Then all take turns, a run each a round: one alone computes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import machine
+from bench.peers.client import Failed, Peer, Worker, differs, distance
+from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, recorded
+from bench.peers.problem import SIZES, Arrays, Sizes, make
+
+__all__ = ["PEERS", "Settings", "compare"]
+
+_P = "bench.peers."
+EXACT = Peer("exact", _P + "textbook")
+PEERS = (
+    Peer("textbook", _P + "textbook", None, "torch"),
+    Peer("torch.func", _P + "functional", None, "torch"),
+    Peer("torch.compile", _P + "functional", "compiled", "torch"),
+    Peer("torchopt", _P + "with_torchopt", None, "torchopt"),
+    Peer("higher", _P + "with_higher", None, "higher"),
+    Peer("learn2learn", _P + "with_learn2learn", None, "learn2learn"),
+    Peer("jax-vmap", _P + "with_jax", "vmap", "jax"),
+    Peer("jax-map", _P + "with_jax", "map", "jax"),
+    Peer("ours-reference", _P + "ours", "reference"),
+    Peer("ours-autograd", _P + "ours", "autograd"),
+    Peer("ours-fused", _P + "ours", "fused"),
+)
+_TOLERANCE = 1e-6
+_FLOAT32_TOLERANCE = 0.3
+_HOLD_SECONDS = 120
+
+
+class Settings(argparse.Namespace):
+    """The command line's options; without a cache folder every peer runs in the driver's own interpreter."""
+
+    rounds: int
+    threads: int
+    device: str
+    tolerance: float
+    float32_tolerance: float
+    cache: Path | None
+    lock: Path | None
+
+
+def compare(sizes: Sizes, peers: Sequence[Peer], settings: Settings) -> list[dict[str, Any]]:
+    """A row for each peer: times, or the fault that keeps it from one."""
+    with ExitStack() as stack:
+        lock = stack.enter_context(closing(_Lock(settings.lock)))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        problem = folder / "problem.npz"
+        make(sizes).save(problem)
+        rows: dict[str, dict[str, Any]] = {}
+        live: dict[str, Worker] = {}
+        lock.turn()
+        with _start(EXACT, settings) as worker:
+            worker.ask("setup", path=str(problem), device=settings.device, dtype="float64")
+            exact = worker.computed()
+        for peer in peers:
+            lock.turn()
+            rows[peer.name], ready = _prepare(peer, problem, exact, settings)
+            print(f"  {peer.name}: {_readiness(rows[peer.name])}", file=sys.stderr, flush=True)
+            if ready is not None:
+                live[peer.name] = stack.enter_context(ready)
+        for _ in range(settings.rounds):
+            lock.turn()
+            for name, worker in live.items():
+                answer = worker.ask("time", runs=1)
+                rows[name]["seconds"] += answer["seconds"]
+                rows[name]["peak_mib"] = max(rows[name]["peak_mib"] or 0, answer["peak_mib"] or 0) or None
+    for row in rows.values():
+        if row.get("seconds"):
+            row["quartiles"] = _quartiles(row["seconds"])
+    return list(rows.values())
+
+
+def _start(peer: Peer, settings: Settings) -> Worker:
+    """The peer's process.
+
+    Raises:
+        Failed: when its environment could not be made.
+    """
+    python = Path(sys.executable)
+    if peer.environment is not None and settings.cache is not None:
+        if (fault := recorded(settings.cache, peer.environment)["fault"]) is not None:
+            raise Failed(fault)
+        python = python_of(settings.cache / peer.environment)
+    return Worker(peer, python, settings.threads)
+
+
+def _prepare(
+    peer: Peer, problem: Path, exact: Arrays, settings: Settings
+) -> tuple[dict[str, Any], Worker | None]:
+    """Sets the peer up and checks it; its row so far, and the worker if it may be timed."""
+    row: dict[str, Any] = {"peer": peer.name}
+    request = {"path": str(problem), "device": settings.device}
+    with ExitStack() as stack:
+        try:
+            with _start(peer, settings) as worker:
+                worker.ask("setup", dtype="float64", **request)
+                row["error"], row["error_in"] = differs(worker.computed(), exact)
+            if not row["error"] <= settings.tolerance:
+                raise Failed(f"check: float64 error {row['error']:.1e} in {row['error_in']}")
+            worker = stack.enter_context(_start(peer, settings))
+            row["first_seconds"] = worker.ask("setup", dtype="float32", **request)["seconds"]
+            row["float32_error"] = distance(worker.computed(), exact)
+            if not row["float32_error"] <= settings.float32_tolerance:
+                raise Failed(f"check: float32 error {row['float32_error']:.1e}")
+            worker.ask("time", runs=1)
+        except Failed as error:
+            return row | {"fault": str(error)}, None
+        stack.pop_all()
+    return row | {"seconds": [], "peak_mib": None}, worker
+
+
+class _Lock:
+    """Holds the lock of a file, if there is one, and lets others have it from time to time."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("a")
+        self._since = -math.inf
+
+    def turn(self) -> None:
+        """Waits for the lock; called before anything computes, it gives it away first once held for long."""
+        if self._file is None or time.monotonic() - self._since < _HOLD_SECONDS:
+            return
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        time.sleep(0.1)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._since = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _quartiles(seconds: list[float]) -> list[float]:
+    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+
+
+def _readiness(row: dict[str, Any]) -> str:
+    if "fault" in row:
+        return str(row["fault"])
+    errors = (
+        f"float64 error {row['error']:.1e} in {row['error_in']}, float32 error {row['float32_error']:.1e}"
+    )
+    return f"{errors}, first run after {row['first_seconds']:.1f} s"
+
+
+def describe(row: dict[str, Any], textbook: float | None) -> str:
+    if "fault" in row:
+        return f"{row['peer']:15} {row['fault']}"
+    low, median, high = row["quartiles"]
+    ratio = f"{textbook / median:6.2f} x" if textbook else ""
+    memory = f"{row['peak_mib']:7.0f} MiB" if row["peak_mib"] else ""
+    return (
+        f"{row['peer']:15} {1e3 * median:8.1f} ms [{1e3 * low:.1f}, {1e3 * high:.1f}] {ratio} {memory} "
+        f"first {row['first_seconds']:.1f} s, errors {row['error']:.1e}, {row['float32_error']:.1e}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workloads", default=",".join(SIZES))
+    parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tolerance", type=float, default=_TOLERANCE)
+    parser.add_argument("--float32-tolerance", type=float, default=_FLOAT32_TOLERANCE)
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument(
+        "--lock", type=Path, help="a file to lock while anything computes, two minutes at a time"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    settings = parser.parse_args(namespace=Settings())
+    torch.set_num_threads(settings.threads)
+    peers = [peer for peer in PEERS if peer.name in settings.peers.split(",")]
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "threads": settings.threads,
+        "device": settings.device,
+        "tolerance": settings.tolerance,
+        "float32_tolerance": settings.float32_tolerance,
+        "environments": {name: recorded(settings.cache, name) for name in ENVIRONMENTS},
+        "workloads": {},
+    }
+    failed = False
+    for name in settings.workloads.split(","):
+        print(name, flush=True)
+        rows = compare(SIZES[name], peers, settings)
+        medians = {row["peer"]: row["quartiles"][1] for row in rows if "quartiles" in row}
+        for row in rows:
+            print(describe(row, medians.get("textbook")), flush=True)
+            failed = failed or "fault" in row
+        result["workloads"][name] = {"sizes": asdict(SIZES[name]), "rows": rows}
+        if settings.json:
+            settings.json.parent.mkdir(parents=True, exist_ok=True)
+            settings.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(failed)

@@ -1,0 +1,148 @@
+"""Makes a virtual environment for each of the peers' libraries, with pinned versions, in a cache folder.
+
+    python -m bench.peers.environments [--cache DIR] [--only NAME,...] [--cuda]
+
+What could not be installed, and why, is recorded and printed; the driver lists it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ENVIRONMENTS", "Environment", "default_cache", "recorded"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment.
+
+    Attributes:
+        main: the package it is named for in the results, then the others that pip installs.
+        sources: packages of which only the Python files of the source distribution are taken.
+        cuda: what replaces ``packages`` on a GPU.
+    """
+
+    packages: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+    cuda: tuple[str, ...] | None = None
+
+
+_TORCH = ("torch==2.13.0", "numpy==2.4.6")
+ENVIRONMENTS = {
+    "torch": Environment(_TORCH),
+    "torchopt": Environment(("torchopt==0.7.3", *_TORCH)),
+    "higher": Environment(("higher==0.2.1", *_TORCH)),
+    # Its extensions do not compile for Python 3.11 or later; MAML needs none of them.
+    "learn2learn": Environment(_TORCH, sources=("learn2learn==0.2.0",)),
+    "jax": Environment(("jax==0.10.2", "numpy==2.4.6"), cuda=("jax[cuda12]==0.10.2", "numpy==2.4.6")),
+}
+_RECORD = "environment.json"
+
+
+class _Failed(Exception):
+    pass
+
+
+def default_cache() -> Path:
+    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(parent) / "mamlpp_fast" / "peers"
+
+
+def python_of(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def recorded(cache: Path, name: str) -> dict[str, Any]:
+    """What making the environment came to: ``versions``, or the ``fault`` that stopped it."""
+    path = cache / name / _RECORD
+    if not path.exists():
+        return {"fault": "not installed: run python -m bench.peers.environments"}
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        raise _Failed((errors or lines or ["no message"])[0].strip())
+    return done.stdout
+
+
+def _unpack(python: Path, requirement: str) -> None:
+    """Puts the Python package of a source distribution where the environment finds it, and builds nothing."""
+    name = requirement.partition("==")[0]
+    site = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    with tempfile.TemporaryDirectory() as folder:
+        _run(
+            python,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "-d",
+            folder,
+            requirement,
+        )
+        archive = next(Path(folder).glob("*.tar.gz"))
+        with tarfile.open(archive) as tar:
+            root = archive.name.removesuffix(".tar.gz")
+            for member in tar.getmembers():
+                if member.name.startswith(f"{root}/{name}/"):
+                    member.name = member.name.removeprefix(f"{root}/")
+                    tar.extract(member, site, filter="data")
+
+
+def make(cache: Path, name: str, environment: Environment, cuda: bool) -> dict[str, Any]:
+    """Makes the environment anew and records how it went."""
+    folder = cache / name
+    python = python_of(folder)
+    packages = environment.cuda if cuda and environment.cuda else environment.packages
+    try:
+        _run(sys.executable, "-m", "venv", "--clear", folder)
+        _run(python, "-m", "pip", "install", "-q", *packages)
+        for source in environment.sources:
+            _unpack(python, source)
+        listed = json.loads(_run(python, "-m", "pip", "list", "--format", "json"))
+        versions = {entry["name"]: entry["version"] for entry in listed}
+        versions |= dict(source.split("==") for source in environment.sources)
+        versions["python"] = ".".join(map(str, sys.version_info[:3]))
+        record: dict[str, Any] = {"versions": versions, "fault": None}
+    except _Failed as error:
+        record = {"versions": {}, "fault": f"not installed: {error}"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--only", default=",".join(ENVIRONMENTS))
+    parser.add_argument("--cuda", action="store_true", help="what a GPU needs")
+    arguments = parser.parse_args()
+    failed = False
+    for name in arguments.only.split(","):
+        record = make(arguments.cache, name, ENVIRONMENTS[name], arguments.cuda)
+        print(f"{name}: {record['fault'] or 'installed'}", flush=True)
+        failed = failed or record["fault"] is not None
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

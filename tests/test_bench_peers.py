@@ -1,0 +1,102 @@
+"""The comparison with peers: what agrees with float64 is timed, what does not is refused a time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.peers.client import Failed, Peer, Worker, differs, distance
+from bench.peers.driver import PEERS, Settings, compare, describe
+from bench.peers.problem import Problem, Sizes, make
+
+SMALL = Sizes(ways=3, tasks=2, image_size=16, filters=8, steps=2)
+SETTINGS = Settings(
+    rounds=2, threads=1, device="cpu", tolerance=1e-6, float32_tolerance=0.3, cache=None, lock=None
+)
+WRONG = """
+from bench.peers import textbook
+
+def build(problem, device, argument):
+    step = textbook.build(problem, device, None)
+    factor = 100 if problem.weights["head.bias"].dtype == argument else 1
+
+    def wrong():
+        loss, gradients = step()
+        gradients["blocks.2.norm.weight"].mul_(factor)
+        return loss, gradients
+
+    return wrong
+"""
+
+
+def peers(*names: str) -> list[Peer]:
+    return [peer for peer in PEERS if peer.name in names]
+
+
+def test_peers_that_agree_are_timed(tmp_path: Path) -> None:
+    settings = Settings(**vars(SETTINGS) | {"lock": tmp_path / "lock"})
+    rows = compare(SMALL, peers("textbook", "ours-reference", "ours-autograd", "ours-fused"), settings)
+    assert [row["peer"] for row in rows] == ["textbook", "ours-reference", "ours-autograd", "ours-fused"]
+    for row in rows:
+        assert "fault" not in row
+        assert row["error"] < 1e-9
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and row["peak_mib"] > 0
+        assert row["peer"] in describe(row, 1.0)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_a_wrong_gradient_is_refused_a_time(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong_peer.py").write_text(WRONG)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (row,) = compare(SMALL, [Peer("wrong", "wrong_peer", precision)], SETTINGS)
+    assert row["fault"].startswith(f"check: {precision} error")
+    assert "seconds" not in row
+    assert row["fault"] in describe(row, 1.0)
+
+
+def test_what_fails_is_listed_with_why(tmp_path: Path) -> None:
+    missing = Peer("missing", "bench.peers.no_such_module")
+    unmade = Peer("unmade", "bench.peers.with_higher", None, "higher")
+    (row,) = compare(SMALL, [missing], SETTINGS)
+    assert row["fault"] == "setup: ModuleNotFoundError: No module named 'bench.peers.no_such_module'"
+    (row,) = compare(SMALL, [unmade], Settings(**vars(SETTINGS) | {"cache": tmp_path}))
+    assert row["fault"] == "not installed: run python -m bench.peers.environments"
+
+
+def test_a_worker_that_dies_says_so() -> None:
+    with Worker(Peer("none", "json"), Path(sys.executable), 1) as worker:
+        with pytest.raises(Failed, match="time: RuntimeError: setup comes first"):
+            worker.ask("time", runs=1)
+        worker._process.kill()
+        with pytest.raises(Failed, match="status -9"):
+            worker.ask("time", runs=1)
+
+
+def test_problems_survive_their_file(tmp_path: Path) -> None:
+    problem = make(SMALL)
+    problem.save(tmp_path / "problem.npz")
+    loaded = Problem.load(tmp_path / "problem.npz", "float64")
+    assert loaded.sizes == SMALL and loaded.weights.keys() == problem.weights.keys()
+    assert all(value.dtype == np.float64 for value in loaded.weights.values())
+    for before, after in zip(problem.tasks, loaded.tasks, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_errors_are_relative_and_biases_before_batch_norm_count_absolutely() -> None:
+    exact = {
+        "loss": np.float64(2),
+        "gradient/w": np.array([1.0, 0.1]),
+        "gradient/blocks.0.conv.bias": np.zeros(2),
+    }
+    exact = {name: np.asarray(value) for name, value in exact.items()}
+    assert differs(exact, exact) == (0.0, "loss")
+    assert differs(exact | {"gradient/blocks.0.conv.bias": np.asarray(np.nan)}, exact)[0] == 0
+    error, where = differs(exact | {"gradient/blocks.0.conv.bias": np.array([0.0, 0.5])}, exact)
+    assert (error, where) == (0.5, "gradient/blocks.0.conv.bias")
+    assert differs(exact | {"gradient/w": np.array([1.0, np.nan])}, exact)[0] == np.inf
+    assert distance(exact | {"loss": np.asarray(3.0)}, exact) == 0.5
