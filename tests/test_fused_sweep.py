@@ -288,7 +288,7 @@ def test_bfloat16_rounds_operands_and_nothing_else() -> None:
     batch = random_batch(dtype=torch.float32)
     results = []
     for precision in ("float32", "bfloat16"):
-        model = small_conv4().float()
+        model = small_conv4(filters=6).float()
         names = reference.adapted_names(model)
         lslr = mf.LSLR(((n, model.get_parameter(n)) for n in names), 3, 0.1)
         engine = FusedEngine(model, lslr, mf.MAMLConfig(), precision=precision)  # type: ignore[arg-type]
