@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mamlpp_fast as mf
-from bench.harness import interleaved, machine
+from bench.harness import interleaved, keep
 
 STEPS, RATE = 5, 0.1
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -108,8 +108,7 @@ def main() -> None:
         "noise": abs(times["again"].median / times["after"].median - 1),
     }
     print(json.dumps(row))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "rows": [row]}, indent=1) + "\n")
+    keep(arguments.json, [row])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mamlpp_fast as mf  # noqa: F401 - registers the operations
 from mamlpp_fast import _native
+from mamlpp_fast.benchmarking import cpu_name
 from mamlpp_fast.train.build import versions
 
-__all__ = ["Case", "Subjects", "Times", "check", "interleaved", "machine", "peak_flops", "rows"]
+__all__ = ["Case", "Subjects", "Times", "check", "interleaved", "keep", "machine", "peak_flops", "rows"]
 
 Job = Callable[[], Sequence[Tensor]]
 _PEAK_ROUNDS = 100_000
@@ -220,21 +220,20 @@ def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
-    name = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = models[0] if models else name
     native = _native.status()
     return {
-        "cpu": name,
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "isa": native.isa,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions(),
     }
+
+
+def keep(path: Path | None, rows: Sequence[dict[str, Any]], **about: Any) -> None:
+    """Writes rows and machine as JSON; called after every row, it leaves a run that is cut short what it has."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine() | about, "rows": rows}
+        path.write_text(json.dumps(content, indent=1) + "\n")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.cases import GROUPS, all_cases
-from bench.harness import Case, check, machine, peak_flops, rows
+from bench.harness import Case, check, keep, machine, peak_flops, rows
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -63,15 +63,13 @@ def main() -> int:
     cases = all_cases(arguments.groups.split(","))
     if arguments.check:
         return check_all(cases)
-    about = machine() | {"peak_gflop_per_s": peak_flops() / 1e9}
-    print(json.dumps(about))
+    peak = peak_flops() / 1e9
+    print(json.dumps(machine() | {"peak_gflop_per_s": peak}))
     found = []
     for row in rows(cases, arguments.seconds):
         print(describe(row), flush=True)
         found.append(row)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": about, "rows": found}, indent=1) + "\n")
+        keep(arguments.json, found, peak_gflop_per_s=peak)
     return int(any("fault" in row for row in found))
 
 

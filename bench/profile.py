@@ -9,13 +9,12 @@ captured graph takes, and the difference is launches.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from bench.harness import interleaved, machine
+from bench.harness import interleaved, keep
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.workloads import WORKLOADS
 
@@ -54,9 +53,7 @@ def main() -> None:
         print(
             f"{label:24} {name:36} {1e3 * s:9.3f} ms {s / total:5.1%} {f'{rate:8.0f} GFLOP/s' if rate else ''}"
         )
-    if arguments.json:
-        content = {"machine": machine(), "iteration_ms": 1e3 * whole, "rows": rows}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    keep(arguments.json, rows, iteration_ms=1e3 * whole)
 
 
 if __name__ == "__main__":

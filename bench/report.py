@@ -79,7 +79,7 @@ def kernels(rows: Rows) -> str:
             lines.append([*name, f"not timed: {r['fault']}", "", "", "", ""])
             continue
         bound = (
-            f"{r['gflop_per_s']:.0f} GFLOP/s, {r['share_of_peak']:.0%} of FMA peak"
+            f"{r['gflop_per_s']:.0f} GFLOP/s, {r['share_of_peak']:.0%} of peak"
             if "gflop_per_s" in r
             else f"{r['gb_per_s']:.1f} GB/s, {r['share_of_copy']:.0%} of copy"
         )

@@ -14,7 +14,7 @@ from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.train.build import versions
 from mamlpp_fast.workloads import Workload
 
-__all__ = ["BenchResult", "bench"]
+__all__ = ["BenchResult", "bench", "cpu_name"]
 
 _BATCHES = 4
 
@@ -97,7 +97,9 @@ def bench(
         workload=workload.name,
         engine=learner.engine.name,
         precision=precision,
-        device=torch.cuda.get_device_name(learner.device) if on_gpu else _cpu_name(),
+        device=torch.cuda.get_device_name(learner.device)
+        if on_gpu
+        else f"{cpu_name()}, {torch.get_num_threads()} threads",
         seconds_per_iteration={"min": min(seconds), "median": median, "max": max(seconds)},
         iterations=iters,
         peak_memory_mib=_peak_memory_mib(learner.device),
@@ -120,7 +122,8 @@ def _peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
     name = "cpu"
     try:
         with open("/proc/cpuinfo") as file:
@@ -129,4 +132,4 @@ def _cpu_name() -> str:
             )
     except OSError:
         pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name

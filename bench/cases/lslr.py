@@ -25,10 +25,6 @@ def _shapes() -> list[torch.Size]:
     return [p.shape for name, p in mf.Conv4(1, 20).named_parameters() if "norm" not in name]
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
 def make(order: str) -> Subjects:
     shapes = _shapes()
     theta, offsets = flatten_parameters([torch.randn(shape) for shape in shapes], TASKS)
