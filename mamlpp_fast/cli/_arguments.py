@@ -1,0 +1,76 @@
+"""What the arguments and the output of several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeAlias
+
+__all__ = ["ENGINES", "Commands", "Parser", "add_command", "add_engine", "add_json", "at_least", "print_json"]
+
+ENGINES = ("auto", "reference", "autograd", "fused")
+PRECISIONS = ("float64", "float32", "tf32", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    """A command's parser; ``run`` returns the exit status."""
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    sub.set_defaults(run=run)
+    return sub
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=ENGINES, default="auto", metavar="E", help=", ".join(ENGINES))
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="float32", metavar="P", help=", ".join(PRECISIONS)
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        return value
+
+    return convert
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,51 @@
+"""``mamlpp-fast bench``."""
+
+from __future__ import annotations
+
+import argparse
+
+from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_json, at_least, print_json
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(commands, "bench", run, "Times whole meta-iterations of a workload.")
+    sub.add_argument(
+        "workload", metavar="WORKLOAD", help="omniglot-20w1s, ..., miniimagenet-5w5s, each also with -final"
+    )
+    add_engine(sub)
+    sub.add_argument(
+        "--iters", type=at_least(1), default=10, metavar="N", help="iterations timed (default: 10)"
+    )
+    sub.add_argument(
+        "--warmup", type=at_least(0), default=3, metavar="N", help="iterations before (default: 3)"
+    )
+    add_json(sub)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.benchmarking import bench
+    from mamlpp_fast.train.build import resolve_device
+    from mamlpp_fast.train.config import suggestion
+    from mamlpp_fast.workloads import WORKLOADS
+
+    workload = WORKLOADS.get(arguments.workload)
+    if workload is None:
+        hint = suggestion(arguments.workload, WORKLOADS)
+        raise ValueError(
+            f"WORKLOAD: expected one of {', '.join(WORKLOADS)}, got {arguments.workload!r}{hint}"
+        )
+    result = bench(
+        workload,
+        engine=arguments.engine,
+        precision=arguments.precision,
+        device=resolve_device(arguments.device),
+        iters=arguments.iters,
+        warmup=arguments.warmup,
+    )
+    if arguments.json:
+        print_json(result.to_dict())
+    else:
+        print(result.describe())
+    return 0

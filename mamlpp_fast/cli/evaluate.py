@@ -1,0 +1,54 @@
+"""``mamlpp-fast evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+
+from mamlpp_fast.cli._arguments import ENGINES, Commands, add_command, add_json, at_least, print_json
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(
+        commands, "evaluate", run, "Test accuracy of a run's best checkpoint and of its ensemble."
+    )
+    sub.add_argument("dir", metavar="DIR", help="the run's folder")
+    sub.add_argument("--tasks", type=at_least(1), default=600, metavar="N", help="test tasks (default: 600)")
+    sub.add_argument(
+        "--ensemble", type=at_least(1), default=5, metavar="N", help="models to average (default: 5)"
+    )
+    sub.add_argument(
+        "--data", metavar="PATH", help="where the data set lies (default: where the run found it)"
+    )
+    sub.add_argument("--engine", choices=ENGINES, metavar="E", help="default: the run's")
+    sub.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    sub.add_argument("--steps", type=at_least(1), metavar="K", help="inner updates (default: the run's)")
+    sub.add_argument(
+        "--stats", choices=("batch", "running"), help="statistics of the target passes (default: the run's)"
+    )
+    add_json(sub)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from mamlpp_fast.train import evaluate_run
+    from mamlpp_fast.train.build import resolve_device
+
+    scores = evaluate_run(
+        arguments.dir,
+        tasks=arguments.tasks,
+        ensemble=arguments.ensemble,
+        data_path=arguments.data,
+        engine=arguments.engine,
+        device=resolve_device(arguments.device),
+        steps=arguments.steps,
+        stats=arguments.stats,
+    )
+    if arguments.json:
+        print_json({"scores": [asdict(s) for s in scores]})
+    else:
+        for s in scores:
+            print(f"test accuracy: {s.describe()}")
+    return 0

@@ -1,0 +1,25 @@
+"""``mamlpp-fast info``."""
+
+from __future__ import annotations
+
+import argparse
+
+from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_json
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(commands, "info", run, "Versions, devices, and what serves each operation.")
+    add_json(sub)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.info import describe, info
+
+    found = info()
+    if arguments.json:
+        print_json(found)
+    else:
+        print(describe(found))
+    return 0

@@ -1,0 +1,89 @@
+"""``mamlpp-fast train``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import zlib
+from pathlib import Path
+
+from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, at_least
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(
+        commands,
+        "train",
+        run,
+        "Meta-trains, validates each epoch, tests; goes on where DIR holds a stopped run.",
+    )
+    sub.add_argument(
+        "preset",
+        nargs="?",
+        metavar="PRESET",
+        help="BASE[-VARIANT][-PROTOCOL], such as omniglot-20w1s or miniimagenet-5w1s-maml-paper (default: strokes)",
+    )
+    sub.add_argument("--list", action="store_true", help="print the presets and stop")
+    sub.add_argument(
+        "--data", metavar="PATH", help="where the data set lies (default: MAMLPP_FAST_DATA, then cache)"
+    )
+    sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/PRESET)")
+    add_engine(sub)
+    sub.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change settings; repeatable",
+    )
+    sub.add_argument(
+        "--max-iters", type=at_least(1), metavar="N", help="stop after N meta-updates in all, and test"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.train import DEFAULT_PRESET, Interrupted, parse_settings, preset, preset_names, train
+    from mamlpp_fast.train.build import resolve_device
+
+    if arguments.list:
+        print("\n".join(preset_names()))
+        return 0
+    name = DEFAULT_PRESET if arguments.preset is None else arguments.preset
+    settings = parse_settings(arguments.set)
+    config = preset(name, settings)
+    if arguments.out is None:
+        changed = {k: v for k, v in settings.items() if k in config.deciding()}
+        suffix = f"-{zlib.crc32(repr(sorted(changed.items())).encode()):08x}" if changed else ""
+        out = Path("runs") / f"{name}{suffix}"
+    else:
+        out = Path(arguments.out)
+    try:
+        summary = train(
+            config,
+            out=out,
+            preset=name,
+            data_path=arguments.data,
+            engine=arguments.engine,
+            precision=arguments.precision,
+            device=resolve_device(arguments.device),
+            max_iters=arguments.max_iters,
+        )
+    except Interrupted as stop:
+        print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
+        return 128 + stop.number
+    except ArithmeticError as error:
+        print(
+            f"mamlpp-fast train: error: {error}; the last good checkpoint is {out / 'checkpoints' / 'latest.pt'}",
+            file=sys.stderr,
+        )
+        return 1
+    interval = summary["test_accuracy_ci95"]
+    spread = "" if interval is None or math.isnan(interval) else f" ± {100 * interval:.2f} %"
+    print(f"test accuracy {100 * summary['test_accuracy']:.2f} %{spread}; wrote:")
+    for path in ("summary.json", "metrics.jsonl", "config.json", "checkpoints"):
+        print(f"  {out / path}")
+    return 0
