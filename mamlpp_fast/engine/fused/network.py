@@ -16,6 +16,7 @@ from mamlpp_fast.engine.fused.steps import (
     AveragePool,
     Bias,
     Conv,
+    FirstLayer,
     Flatten,
     FrozenNorm,
     Linear,
@@ -30,6 +31,9 @@ from mamlpp_fast.engine.fused.trace import Node, Unsupported
 from mamlpp_fast.nn import InertBiasConv2d
 
 __all__ = ["Network", "lower"]
+
+# Colours; above, the covariance of a patch is no longer small beside the feature map.
+_FEW_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,10 @@ class _Lowering:
                 used, output = used + 1, pool.output
                 shape = (shape[0] // 2, shape[1] // 2, shape[2])
             slope = 1.0 if slope is None else slope
-            self._batch_norm(node, output, shape, affine, module.eps, slope, pool is not None)
+            if pool is not None and slope >= 0 and (first := self._first_conv(node)) is not None:
+                self._first_layer(node, first, output, shape, affine, module.eps, slope)
+            else:
+                self._batch_norm(node, output, shape, affine, module.eps, slope, pool is not None)
             return used
         normal = self._value() if adapts or slope is not None else output
         if self.batch_stats(module):
@@ -249,6 +256,49 @@ class _Lowering:
             self._step(Activation, node, output, shape, slope, source=normal)
         return used
 
+    def _first_conv(self, node: Node) -> Conv | None:
+        """The convolution right in front of a norm, when it reads the images and its output need not be stored."""
+        conv = self.steps[-1] if self.steps else None
+        fits = (
+            isinstance(conv, Conv)
+            and conv.inputs == (0,)
+            and conv.output == node.inputs[0]
+            and self.uses[conv.output] == 1
+            and conv.stride == 1
+            and conv.weight.shape[2] <= _FEW_CHANNELS
+        )
+        return conv if fits and isinstance(conv, Conv) else None
+
+    def _first_layer(
+        self,
+        node: Node,
+        conv: Conv,
+        output: int,
+        shape: tuple[int, ...],
+        affine: Rows,
+        eps: float,
+        slope: float,
+    ) -> None:
+        self.steps.pop()
+        self._keep_statistics(node)
+        self._step(
+            FirstLayer,
+            node,
+            output,
+            shape,
+            conv.weight,
+            conv.padding,
+            affine,
+            eps,
+            slope,
+            node.name,
+            source=0,
+        )
+
+    def _keep_statistics(self, node: Node) -> None:
+        before = self.shapes[node.inputs[0]]
+        self.norms[node.name] = (self.skipped.get(node.inputs[0]), before[0] * before[1])
+
     def _batch_norm(
         self,
         node: Node,
@@ -259,8 +309,7 @@ class _Lowering:
         slope: float,
         pool: bool,
     ) -> None:
-        before = self.shapes[node.inputs[0]]
-        self.norms[node.name] = (self.skipped.get(node.inputs[0]), before[0] * before[1])
+        self._keep_statistics(node)
         self._step(NormActPool, node, output, shape, affine, eps, slope, pool, False, node.name)
 
     def _layer_norm(self, node: Node, shape: tuple[int, ...]) -> None:

@@ -95,6 +95,13 @@ class Gradients:
     def add(self, value: int, ref: Ref) -> None:
         self.terms.setdefault(value, []).append(ref)
 
+    def of_rows(self, em: Emitter, rows: Rows | None, shape: tuple[int, ...]) -> tuple[Ref, Ref]:
+        """Where the gradients of a batch norm's weight and bias go, of this shape."""
+        if rows is not None and rows.name in self.row_memory:
+            return self.row_memory[rows.name]
+        name = "a norm" if rows is None else rows.name
+        return em.new(f"gradient of {name}'s weight", shape), em.new(f"gradient of {name}'s bias", shape)
+
 
 @dataclass
 class Step:
