@@ -79,7 +79,7 @@ class FirstLayer(Step):
         ps.saved[self.name, "tangent"] = (v, t)
 
     def _outputs(self, em: Emitter, ps: Pass, out: Gradients) -> tuple[Ref, Ref, Ref]:
-        gw = em.new(f"gradient of {self.weight.name}", (ps.tasks, *self.weight.shape))
+        gw = out.of(em, self.weight, ps.tasks)
         if self.weight.name in out.wanted_params:
             out.params[self.weight.name] = gw
         return gw, *out.of_rows(em, self.affine, (ps.tasks, self.shape[-1]))
