@@ -34,6 +34,10 @@ def _constants(kernel: Any, dtype: torch.dtype, values: int) -> dict[str, Any]:
     }
     if kernel in (kernels.pixel_sums, kernels.pad):
         given["BM"] = 256
+    elif kernel is kernels.patch_products:
+        given["BM"] = 16
+    elif kernel is kernels.backward_tangent_finish:
+        given["BC"] = 16
     elif kernel is kernels.chosen_sums and dtype == torch.float64:
         given["BM"], given["BC"] = 256 // values, 16
     return {name: given[name] for name in kernel.arg_names if name in given}
