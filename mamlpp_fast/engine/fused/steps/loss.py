@@ -52,12 +52,16 @@ def _scaled(em: Emitter, mean: float, weight: Ref | None) -> Ref:
     return out
 
 
+@dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """Softmax cross-entropy; the targets are stored one-hot."""
+    """Softmax cross-entropy; the targets are stored one-hot, a share ``smoothing`` spread over all classes."""
+
+    smoothing: float = 0.0
 
     def load(self, stored: Tensor, labels: Tensor) -> None:
-        stored.zero_()
-        stored.scatter_(-1, labels.unsqueeze(-1), 1.0)
+        spread = self.smoothing / stored.shape[-1]
+        stored.fill_(spread)
+        stored.scatter_(-1, labels.unsqueeze(-1), 1.0 - self.smoothing + spread)
 
     def check(self, name: str, labels: Tensor) -> None:
         if labels.dtype != torch.int64 or labels.ndim != 2:
