@@ -37,6 +37,11 @@ def arguments(
     for name in ("iterations", "test_tasks"):
         if (value := getattr(found, name)) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: expected at least 1, got {value}")
+    if images:
+        try:
+            dataset(found.data)
+        except data.DataError as error:
+            parser.error(f"argument --data: {error}")
     torch.manual_seed(found.seed)
     return found
 

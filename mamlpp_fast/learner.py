@@ -78,7 +78,8 @@ class MAMLPlusPlus:
         engine: ``"auto"``, ``"reference"``, ``"autograd"`` or ``"fused"``.
         precision: ``"float32"``, ``"float64"``, ``"tf32"`` or ``"bfloat16"`` (the last two keep float32 parameters).
         device: where to train; the model's own by default.
-        loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names.
+        loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names. The fused engine knows
+            ``F.cross_entropy`` (``functools.partial`` with ``label_smoothing`` too) and ``F.mse_loss``.
 
     Attributes:
         model: the network at its meta-parameters.

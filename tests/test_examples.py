@@ -81,3 +81,7 @@ def test_a_mistake_on_the_command_line_is_named(run: Any, capsys: pytest.Capture
         run("anil", "--iterations", "0")
     assert stopped.value.code == 2
     assert "argument --iterations: expected at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        run("anil", "--data", "nowhere")
+    assert stopped.value.code == 2
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]

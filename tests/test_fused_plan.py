@@ -131,6 +131,15 @@ def test_auto_takes_other_losses_to_the_autograd_engine(loss: mf.reference.LossF
     assert learner.engine_reason.startswith("not fused: loss: expected F.cross_entropy")
 
 
+def test_label_smoothing_has_a_range() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing: expected 0 to 1, got 1.5"):
+        mf.MAMLPlusPlus(
+            small_conv4(),
+            mf.MAMLConfig(steps=3),
+            loss_fn=functools.partial(F.cross_entropy, label_smoothing=1.5),
+        )
+
+
 def test_buffers_alive_together_never_overlap() -> None:
     generator = torch.Generator().manual_seed(0)
     buffers = []

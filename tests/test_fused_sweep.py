@@ -207,6 +207,12 @@ def test_regression_in_every_setting(options: dict[str, Any]) -> None:
     compare(engines(model, 3, loss=F.mse_loss, **options), regression_batch((3,), 2), step_weights(3))
 
 
+def test_regression_targets_are_not_broadcast() -> None:
+    pair = engines(nn.Sequential(nn.Linear(3, 2)).double(), 2, loss=F.mse_loss)
+    with pytest.raises(ValueError, match=r"targets: expected one for each prediction, .*2\), got .*1\)"):
+        pair[1].meta_gradient(regression_batch((3,), 1), None, True)
+
+
 @pytest.mark.parametrize(
     "loss",
     [

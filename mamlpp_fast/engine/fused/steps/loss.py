@@ -58,6 +58,10 @@ class CrossEntropy(Loss):
 
     smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f"label_smoothing: expected 0 to 1, got {self.smoothing}")
+
     def load(self, stored: Tensor, labels: Tensor) -> None:
         spread = self.smoothing / stored.shape[-1]
         stored.fill_(spread)
@@ -104,6 +108,10 @@ class SquaredError(Loss):
     """Mean of squared differences over images and outputs."""
 
     def load(self, stored: Tensor, labels: Tensor) -> None:
+        if labels.shape != stored.shape:  # `copy_` would broadcast
+            raise ValueError(
+                f"targets: expected one for each prediction, {tuple(stored.shape)}, got {tuple(labels.shape)}"
+            )
         stored.copy_(labels)
 
     def check(self, name: str, labels: Tensor) -> None:
