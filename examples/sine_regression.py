@@ -1,6 +1,6 @@
 """Sine waves (Finn et al. 2017, section 5.1): regression from 10 points, by the learner and by a loop of one's own.
 
-    python examples/sine_regression.py [--iterations 1000] [--test-tasks 200]
+    python examples/sine_regression.py [--iterations 800] [--test-tasks 200]
 
 Amplitudes are uniform in [0.1, 5], phases in [0, π], inputs in [-5, 5]; the network is an MLP with two hidden layers of
 40. Prints the mean squared error on held-out waves after 0, 1, 5 and 10 inner steps, for both.
@@ -96,7 +96,7 @@ def with_a_loop_of_ones_own(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[int, float]]:
-    args = arguments(__doc__, argv, iterations=1000, test_tasks=200, images=False)
+    args = arguments(__doc__, argv, iterations=800, test_tasks=200, images=False)
     generator = torch.Generator().manual_seed(args.seed)
     held_out = waves(args.test_tasks, torch.Generator().manual_seed(args.seed + 1), targets=50)
     found = {"learner": with_the_learner(args.iterations, held_out, generator)}
