@@ -27,7 +27,7 @@ from bench.peers.problem import Arrays, Sizes, make
 
 __all__ = ["largest_error", "measure"]
 
-_TOLERANCE = 1e-9
+_TOLERANCE = 1e-6
 
 
 def largest_error(found: Arrays, exact: Arrays) -> tuple[float, str]:

@@ -64,8 +64,10 @@ def build(problem: Problem, device: str, argument: str | None) -> Step:
     """
     name, _, which = str(argument).partition(":")
     once, every_time = (compile(text, name, "exec") for text in SCRIPTS[name])
+    batch = tasks(problem, device)
+    torch.set_default_dtype(batch[0].dtype)  # of learned settings; this process runs nothing else
     scope: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
-    scope |= {"model": conv4(problem, device), "batch": tasks(problem, device)}
+    scope |= {"model": conv4(problem, device), "batch": batch}
     exec({"before": BEFORE, "after": AFTER}[which], scope)
     exec(once, scope)
 

@@ -128,7 +128,9 @@ class DifferentiableOptimizer(ABC):
             self._update(grouped)
         for group, indices in zip(self.param_groups, self._group_to_param_list, strict=True):
             for i, p in zip(indices, group["params"], strict=True):
-                params[i] = p if self._track_higher_grads else p.detach().requires_grad_()
+                params[i] = (
+                    p if self._track_higher_grads else p.detach().requires_grad_(params[i].requires_grad)
+                )
         if self._fmodel is not None:
             self._fmodel.update_params(params)
         return params

@@ -159,19 +159,42 @@ def functional_tree(module: nn.Module, fused: bool) -> FunctionalModule:
     Raises:
         ValueError: when part of ``module`` is functional.
     """
-    indices = {id(p): i for i, p in enumerate(module.parameters())}
-    made: dict[int, InnerModule] = {}
-    places: list[tuple[dict[str, Any], str, int]] = []
+    copier = _Copier(module, fused)
+    root = copier.copy(module, FunctionalModule)
+    assert isinstance(root, FunctionalModule)
+    reference = weakref.ref(root)
+    for part in copier.made.values():
+        part.__dict__["_fast_root_ref"] = reference
+    recurrent = [part for part in copier.made.values() if "_flat_weights_names" in part.__dict__]
+    root.__dict__.update(
+        _fast_params=None, _fast_places=copier.places, _fast_recurrent=recurrent, _track_higher_grads=True
+    )
+    return root
 
-    def made_of(original: nn.Module, mixin: Any) -> InnerModule:
-        if id(original) in made:
-            return made[id(original)]
+
+class _Copier:
+    """Copies modules, each once. (A recursive closure would be a reference cycle that keeps the modules alive.)
+
+    Attributes:
+        made: the copies by the originals' ids.
+        places: dictionary, name and index of every parameter to be filled.
+    """
+
+    def __init__(self, module: nn.Module, fused: bool) -> None:
+        self.indices = {id(p): i for i, p in enumerate(module.parameters())}
+        self.fused = fused
+        self.made: dict[int, InnerModule] = {}
+        self.places: list[tuple[dict[str, Any], str, int]] = []
+
+    def copy(self, original: nn.Module, mixin: Any) -> InnerModule:
+        if id(original) in self.made:
+            return self.made[id(original)]
         if isinstance(original, InnerModule):
             raise ValueError("module: expected a module that is not functional, got one made by monkeypatch")
         base: Any = type(original)
-        kind: Any = _functional_type(mixin, base, fused)
+        kind: Any = _functional_type(mixin, base, self.fused)
         new: InnerModule = kind.__new__(kind)
-        made[id(original)] = new
+        self.made[id(original)] = new
         own = dict(original._parameters)
         state = dict(original.__dict__)
         # Hooks are not taken over, as in higher: they would act on the original module.
@@ -180,26 +203,15 @@ def functional_tree(module: nn.Module, fused: bool) -> FunctionalModule:
             "_non_persistent_buffers_set": set(original._non_persistent_buffers_set),
             "_parameters": own,
             "_buffers": dict(original._buffers),
-            "_fast_indices": {name: indices[id(p)] for name, p in own.items() if p is not None},
+            "_fast_indices": {name: self.indices[id(p)] for name, p in own.items() if p is not None},
         }
         new.__dict__.update(state)
-        places.extend((own, name, index) for name, index in new._fast_indices.items())
+        self.places.extend((own, name, index) for name, index in new._fast_indices.items())
         new.__dict__["_modules"] = {
-            name: child if child is None else made_of(child, InnerModule)
+            name: child if child is None else self.copy(child, InnerModule)
             for name, child in original._modules.items()
         }
         return new
-
-    root = made_of(module, FunctionalModule)
-    assert isinstance(root, FunctionalModule)
-    reference = weakref.ref(root)
-    for part in made.values():
-        part.__dict__["_fast_root_ref"] = reference
-    recurrent = [part for part in made.values() if "_flat_weights_names" in part.__dict__]
-    root.__dict__.update(
-        _fast_params=None, _fast_places=places, _fast_recurrent=recurrent, _track_higher_grads=True
-    )
-    return root
 
 
 @lru_cache(maxsize=1)
