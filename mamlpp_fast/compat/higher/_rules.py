@@ -225,8 +225,10 @@ class DifferentiableRprop(ElementwiseOptimizer):
             state["step_size"] = torch.ones_like(p, requires_grad=False) * group["lr"]
         (shrink, grow), (least, most) = group["etas"], group["step_sizes"]
         agreement = torch.sign(g.detach() * state["prev"])
-        factor = torch.where(agreement > 0, grow, torch.where(agreement < 0, shrink, 1.0))
-        size = state["step_size"] = (state["step_size"] * factor.to(p.dtype)).clamp(least, most)
+        factor = (
+            torch.ones_like(agreement).masked_fill(agreement > 0, grow).masked_fill(agreement < 0, shrink)
+        )
+        size = state["step_size"] = (state["step_size"] * factor).clamp(least, most)
         g = g.detach().masked_fill(agreement < 0, 0.0)
         state["prev"] = g
         return torch.addcmul(p, g.sign(), size, value=-1)
