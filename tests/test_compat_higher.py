@@ -318,7 +318,9 @@ def test_scripts_written_for_higher(name: str, tmp_path: Path) -> None:
             "higher is not installed; bench/drop_in_higher.py compares with it in an environment of its own"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # higher's own: `is` with a literal
+        # higher's own, as it is compiled: `is` with a literal, invalid escape sequences.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("higher")
     make(Sizes(ways=3, tasks=2, image_size=16, filters=4)).save(tmp_path / "problem.npz")
     problem = Problem.load(tmp_path / "problem.npz", "float64")

@@ -24,7 +24,7 @@ for support_x, support_y, target_x, target_y in zip(*batch):
             diffopt.step(F.cross_entropy(fmodel(support_x), support_y))
         loss = F.cross_entropy(fmodel(target_x), target_y) / len(batch[0])
         {backward}
-    total += float(loss)
+    total += loss.item()
     kept = {{f"fast.{{name}}": p for name, p in fmodel.named_parameters()}}
 """
 _SGD = "inner = torch.optim.SGD(model.parameters(), lr=0.05)"
