@@ -224,4 +224,4 @@ def _functional_type(mixin: Any, kind: Any, fused: bool) -> Any:
     """The functional subclass of a module's class."""
     prefix = "Functional" if mixin is FunctionalModule else "InnerFunctional"
     bases = (mixin, FUSED[kind], kind) if fused and kind in FUSED else (mixin, kind)
-    return type(kind)(prefix + kind.__name__, bases, {"__module__": kind.__module__})
+    return type(kind)(prefix + kind.__name__, bases, {"__module__": kind.__module__, "_fast_original": kind})
