@@ -10,6 +10,7 @@ meta-gradients and fast parameters must agree in float64 before any time is take
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -36,8 +37,11 @@ def largest_error(found: Arrays, exact: Arrays) -> tuple[float, str]:
     A bias in front of batch norm has no gradient but rounding noise: errors are relative to 1e-3 at least.
     """
     if found.keys() != exact.keys():
-        return float("inf"), ", ".join(sorted(found.keys() ^ exact.keys()))
-    errors = {n: float(abs(found[n] - v).max()) / max(float(abs(v).max()), 1e-3) for n, v in exact.items()}
+        return math.inf, ", ".join(sorted(found.keys() ^ exact.keys()))
+    errors = {}
+    for name, value in exact.items():
+        error = float(abs(found[name] - value).max()) / max(float(abs(value).max()), 1e-3)
+        errors[name] = math.inf if math.isnan(error) else error
     worst = max(errors, key=errors.__getitem__)
     return errors[worst], worst
 

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import mamlpp_fast.compat.higher as higher
+from bench.drop_in_higher import largest_error
 from bench.peers.higher_scripts import SCRIPTS, build
 from bench.peers.problem import Problem, Sizes, make
 from mamlpp_fast import _native
@@ -336,6 +338,20 @@ def test_a_finished_inner_loop_is_freed_without_the_garbage_collector() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_difference_between_the_scripts_shows() -> None:
+    exact = {"loss": np.array(2.0), "gradient/a": np.array([1.0, -4.0])}
+    assert largest_error(exact, exact) == (0.0, "loss")
+    assert largest_error(exact | {"gradient/a": np.array([1.0, -4.4])}, exact) == (
+        pytest.approx(0.1),
+        "gradient/a",
+    )
+    assert largest_error(exact | {"gradient/b": np.array(0.0)}, exact) == (float("inf"), "gradient/b")
+    assert largest_error(exact | {"gradient/a": np.array([1.0, np.nan])}, exact) == (
+        float("inf"),
+        "gradient/a",
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
