@@ -158,7 +158,10 @@ def load_authors_state(learner: MAMLPlusPlus, state: Mapping[str, Tensor]) -> No
 
 
 def to_authors(
-    entries: Sequence[Entry], model: Mapping[str, Tensor], rates: Mapping[str, Tensor], unused: Mapping[str, Tensor]
+    entries: Sequence[Entry],
+    model: Mapping[str, Tensor],
+    rates: Mapping[str, Tensor],
+    unused: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Our tensors under their names, in their order.
 

@@ -18,7 +18,14 @@ from torch import Tensor
 from mamlpp_fast._version import __version__
 from mamlpp_fast.train.files import write_whole
 
-__all__ = ["FORMAT_VERSION", "CheckpointError", "check_fits", "load_checkpoint", "load_tensors", "save_checkpoint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "check_fits",
+    "load_checkpoint",
+    "load_tensors",
+    "save_checkpoint",
+]
 
 FORMAT_VERSION = 1
 Kind = Literal["training", "model", "authors"]
