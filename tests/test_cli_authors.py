@@ -115,7 +115,7 @@ def test_import_evaluate_and_the_test_alone(
     ("arguments", "parts"),
     [
         (["train", "strokes", "--config", "{e}"], ["PRESET: expected none beside --config, got 'strokes'"]),
-        (["train", "--config", "{e}.none"], ["--config: expected an experiment file", "No such file"]),
+        (["train", "--config", "{e}.none"], ["expected an experiment file for --config, No such file"]),
         (["train", "--config", "{bad}"], ["secondorder", "the nearest is 'second_order'"]),
         (["train", "--config", "{e}", "--set", "stepz=1"], ["did you mean 'steps'"]),
         (["import", "{e}", "--config", "{e}", "--out", "{e}.run"], ["e.json: expected"]),

@@ -1,7 +1,6 @@
 """Checkpoints of the authors' code: into a run of ours and back, Adam included, and never run."""
 
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from authors_helpers import TINY, TheirSystem, their_batches, write_experiment
+from train_helpers import RunsCode
 
 import mamlpp_fast as mf
 from mamlpp_fast.compat.checkpoints import export_checkpoint, import_checkpoints
@@ -277,19 +277,11 @@ def test_statistics_that_lost_epochs_are_said_to_have(tmp_path: Path) -> None:
     ]
 
 
-class _RunsCode:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, form: str) -> None:
     experiment = tiny_experiment(tmp_path)
     marker, path = tmp_path / "ran", tmp_path / "evil"
-    state = TheirSystem(experiment.config).state([0.5]) | {"best_val_acc": _RunsCode(marker)}
+    state = TheirSystem(experiment.config).state([0.5]) | {"best_val_acc": RunsCode(marker)}
     if form == "pickle":
         path.write_bytes(pickle.dumps(state, protocol=2))
     else:
@@ -338,6 +330,12 @@ def _adam(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (_renamed, "expected a parameter name of the authors' code"),
         (lambda s: _adam(s, weight_decay=0.1), "expected Adam with weight_decay=0, got 0.1"),
         (lambda s: _adam(s, params=[0, 1]), "expected 16 trained parameters, got 2"),
+        (lambda s: s | {"per_epoch_statistics": [1]}, "expected lists of numbers in 'per_epoch_statistics'"),
+        (lambda s: s | {"val_loss_mean": "low"}, "expected lists of numbers"),
+        (
+            lambda s: s | {"optimizer": {"state": {0: 1}, "param_groups": [{"params": list(range(16))}]}},
+            "state of Adam",
+        ),
         (lambda s: s | {"optimizer": {"state": {}}}, "expected the state of an Adam with one group"),
     ],
 )

@@ -231,6 +231,10 @@ def _load_adam(
             state, unused = adam_from_authors(theirs, config, entries, tensors)
         except ValueError as error:
             raise ValueError(f"{checkpoint.path}: {error}") from error
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # a file may hold anything
+            raise ValueError(
+                f"{checkpoint.path}: expected the state of Adam in 'optimizer', {error}"
+            ) from error
         learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state})
         rest |= unused
     save_checkpoint(folder / _REST, "authors", rest)
@@ -243,8 +247,11 @@ def _write_metrics(
     """A line for every epoch whose statistics the checkpoint has."""
     epochs = checkpoint.epoch(config) + 1
     lists = checkpoint.content.get("per_epoch_statistics") or {}
-    last = {ours: checkpoint.content.get(theirs) for ours, theirs in _STATISTICS.items()}
-    known = {ours: list(lists.get(theirs, [])) for ours, theirs in _STATISTICS.items()}
+    try:
+        last = {ours: float(checkpoint.content.get(theirs, "nan")) for ours, theirs in _STATISTICS.items()}
+        known = {ours: [float(v) for v in lists.get(theirs, [])] for ours, theirs in _STATISTICS.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # a file may hold anything
+        raise ValueError(f"{checkpoint.path}: expected lists of numbers in 'per_epoch_statistics'") from error
     lengths = {len(values) for values in known.values()}
     notes = []
     if lengths == {epochs}:

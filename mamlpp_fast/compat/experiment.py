@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from mamlpp_fast.data.authors import OMNIGLOT_FRACTIONS
 from mamlpp_fast.train.config import TrainConfig
+from mamlpp_fast.train.files import read_json
 
 __all__ = ["Experiment", "read_experiment"]
 
@@ -147,14 +147,7 @@ def read_experiment(path: str | Path, settings: Mapping[str, Any] | None = None)
             this package cannot do.
     """
     path = Path(path)
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"--config: expected an experiment file, {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    values = read_json(path, "an experiment file for --config")
     try:
         return _Translation(path, values, dict(settings or {})).experiment()
     except ValueError as error:
