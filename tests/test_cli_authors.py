@@ -102,7 +102,8 @@ def test_import_evaluate_and_the_test_alone(
     arguments = ["--config", str(experiment), "--out", str(run), "--data", str(data), "--device", "cpu"]
     assert main(["import", str(their_checkpoint(tmp_path)), *arguments, *ANY_IMAGES]) == 0
     shown = capsys.readouterr()
-    assert f"mamlpp-fast train --config {experiment} --out {run}" in shown.out
+    goes_on = f"mamlpp-fast train --config {experiment} --out {run} --data {data} --set dataset=folder\n"
+    assert shown.out.endswith(goes_on)
     assert main(["evaluate", str(run), "--tasks", "4", "--device", "cpu"]) == 0
     evaluated = capsys.readouterr().out
     assert "over 4 tasks; 2-way 1-shot" in evaluated

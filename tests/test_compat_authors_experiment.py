@@ -113,6 +113,14 @@ def test_their_defaults_stand_in_for_absent_keys(tmp_path: Path) -> None:
     assert any(n == "absent, as in their shipped files: num_stages=4" for n in found.notes)
 
 
+def test_the_dead_inner_rate_is_pointed_out(tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps(shipped("miniimagenet", 5, 1)))
+    said = "inner rates start at 0.1, not at init_inner_loop_learning_rate=0.01"
+    assert said in read_experiment(path).notes
+    assert said not in read_experiment(path, {"inner_lr": 0.01}).notes
+
+
 def test_settings_replace_what_the_file_says(tmp_path: Path) -> None:
     path = write_experiment(tmp_path / "e.json", task_learning_rate=-1, dataset_name="birds")
     config = read_experiment(path, {"inner_lr": 0.01, "dataset": "folder", "steps": 3}).config

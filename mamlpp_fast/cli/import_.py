@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_experiment
 
 __all__ = ["add", "run"]
+
+# What the command that goes on need not say.
+_DEFAULTS = {"engine": "auto", "precision": "float32", "data": None}
 
 
 def add(commands: Commands) -> None:
@@ -35,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.compat.experiment import read_experiment
     from mamlpp_fast.train import parse_settings
     from mamlpp_fast.train.build import resolve_device
+    from mamlpp_fast.train.run_folder import read_config
 
     experiment = read_experiment(arguments.config, parse_settings(arguments.set))
     notes = import_checkpoints(
@@ -48,7 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for note in (*experiment.notes, *notes):
         print(note, file=sys.stderr)
+    _, record = read_config(Path(arguments.out))
+    same = [f"--{key} {record[key]}" for key, default in _DEFAULTS.items() if record[key] != default]
+    same += [f"--set {' '.join(arguments.set)}"] if arguments.set else []
     print(f"wrote {arguments.out}; next:")
     print(f"  mamlpp-fast evaluate {arguments.out}")
-    print(f"  mamlpp-fast train --config {arguments.config} --out {arguments.out}")
+    print(" ".join([f"  mamlpp-fast train --config {arguments.config} --out {arguments.out}", *same]))
     return 0

@@ -100,7 +100,7 @@ _UNUSED = {
         ),
         _NEVER_READ,
     ),
-    "init_inner_loop_learning_rate": "the authors' code never reads it, task_learning_rate decides (--set inner_lr)",
+    "init_inner_loop_learning_rate": "the authors' code never reads it but task_learning_rate (--set inner_lr)",
     "indexes_of_folders_indicating_class": "classes are told from the layout of the folders",
     "labels_as_int": "classes are told from the layout of the folders",
     "load_into_memory": "images are always kept in memory",
@@ -304,24 +304,31 @@ class _Translation:
                 reasons.setdefault(reason, []).append(key)
         if dataset == "miniimagenet" and "train_val_test_split" in self.values:
             reasons["sets_are_pre_split says that the folders are split"] = ["train_val_test_split"]
+        if (
+            documented := self.values.get("init_inner_loop_learning_rate", config.inner_lr)
+        ) != config.inner_lr:
+            yield f"inner rates start at {config.inner_lr}, not at init_inner_loop_learning_rate={documented}"
         for reason, keys in reasons.items():
             yield f"no effect: {', '.join(keys)}: {reason}"
         for required, why in ((False, "as by their defaults"), (True, "as in their shipped files")):
             absent = [
                 f"{name}={key.default}"
                 for name, key in _USED.items()
-                if name not in self.values and key.required is required and key.default is not None
+                if name not in self.values
+                and key.required is required
+                and key.default is not None
+                and key.ours not in self.settings
             ]
             if absent:
                 yield f"absent, {why}: {', '.join(absent)}"
         if dataset == "omniglot" and config.val_seed != 0:
             yield "val_seed: draws the tasks of validation and test; the split into classes stays that of val_seed 0"
-        if config.eval_steps is not None:
+        if config.eval_steps is not None and "eval_steps" not in self.settings:
             yield (
                 f"number_of_evaluation_steps_per_iter: judged after step {config.eval_steps}; their code judges after "
                 f"step {config.steps} or stops"
             )
-        if config.val_tasks != self["num_evaluation_tasks"]:
+        if "val_tasks" not in self.settings and config.val_tasks != self["num_evaluation_tasks"]:
             yield f"num_evaluation_tasks: {config.val_tasks}, whole batches, as theirs"
         if self["num_of_gpus"] > 1:
             yield f"num_of_gpus: {config.tasks} tasks a batch, as theirs; each task stays whole on one device"
