@@ -12,7 +12,7 @@ from train_helpers import draw_folder, metrics_of
 
 from mamlpp_fast.cli import main
 from mamlpp_fast.compat.experiment import read_experiment
-from mamlpp_fast.train import load_checkpoint
+from mamlpp_fast.train import load_checkpoint, save_checkpoint
 
 ANY_IMAGES = ["--set", "dataset=folder"]
 
@@ -89,9 +89,26 @@ def test_a_run_stopped_exported_and_imported_ends_as_the_undisturbed_one(tmp_pat
     for kind in ("model", "rates"):
         for name, value in states[0]["learner"][kind].items():
             torch.testing.assert_close(states[1]["learner"][kind][name], value, rtol=0, atol=0)
+    assert [state["untimed"] for state in states] == [0, 6]
     ours, gone_on = metrics_of(whole), metrics_of(second)
     assert gone_on[2] == ours[2]
     assert [m["val_accuracy"] for m in gone_on] == [m["val_accuracy"] for m in ours]
+
+
+def test_a_run_older_than_a_setting_goes_on(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, run = write_experiment(tmp_path / "e.json", **TINY), tmp_path / "run"
+    assert main([*command(experiment, data, run), "--max-iters", "3"]) == 0
+    config = json.loads((run / "config.json").read_text())
+    del config["learn_gamma"]
+    (run / "config.json").write_text(json.dumps(config))
+    latest = run / "checkpoints" / "latest.pt"
+    content = load_checkpoint(latest, "training")
+    del content["config"]["learn_gamma"], content["untimed"]
+    save_checkpoint(latest, "training", content)
+    assert main([*command(experiment, data, run), "--max-iters", "6"]) == 0
+    assert "going on from iteration 3" in capsys.readouterr().out
 
 
 def test_import_evaluate_and_the_test_alone(

@@ -240,6 +240,27 @@ def test_adams_numbers_follow_the_order_of_the_file(tmp_path: Path) -> None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
+def test_files_of_older_versions(tmp_path: Path) -> None:
+    """NumPy 1 named its module otherwise, PyTorch before 1.6 wrote no archives, Adam counted its steps in integers."""
+    experiment = tiny_experiment(tmp_path)
+    theirs = TheirSystem(experiment.config)
+    for batch in their_batches(3):
+        theirs.step(batch)
+    state = theirs.state([0.5])
+    torch.save(state, tmp_path / "new")
+    for moments in state["optimizer"]["state"].values():
+        moments["step"] = int(moments["step"])
+    torch.save(state, tmp_path / "old", _use_new_zipfile_serialization=False)
+    written = (tmp_path / "old").read_bytes()
+    old = written.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    assert b"cnumpy.core.multiarray\n" in old
+    (tmp_path / "old").write_bytes(old)
+    for name in ("old", "new"):
+        import_checkpoints([tmp_path / name], experiment, tmp_path / f"run-{name}")
+    runs = [stored(tmp_path / f"run-{name}", experiment).state_dict() for name in ("old", "new")]
+    same_tensors(runs[0], runs[1])
+
+
 def test_the_best_of_several_are_the_ensemble(tmp_path: Path) -> None:
     experiment = tiny_experiment(tmp_path)
     theirs = TheirSystem(experiment.config)

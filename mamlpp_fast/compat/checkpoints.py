@@ -95,6 +95,9 @@ def import_checkpoints(
         precision=precision,
         device=device,
     )
+    for c in checkpoints:  # all of them fit before anything is written
+        _load(learner, c)
+    notes, rest = _load_adam(learner, latest, config)
     with run_lock(folder):
         if (folder / "config.json").exists():
             raise ValueError(f"--out: expected a folder without a run, {folder} holds one")
@@ -107,7 +110,6 @@ def import_checkpoints(
         for entry in entries:
             if entry not in best:
                 (folder / "checkpoints" / entry["file"]).unlink()
-        notes = _load_adam(learner, latest, config, folder)
         notes += _write_metrics(folder, latest, learner, config)
         content = {
             "config": config.deciding(),
@@ -125,6 +127,7 @@ def import_checkpoints(
             "rng_cuda": None,
         }
         save_checkpoint(folder / "checkpoints" / "latest.pt", "training", content)
+        save_checkpoint(folder / _REST, "authors", rest)
         identity = {"engine": engine, "precision": precision, "device": torch.device(device).type}
         data = None if data_path is None else str(data_path)
         # Last: with it the folder is a run.
@@ -212,9 +215,9 @@ def _save_model(
 
 
 def _load_adam(
-    learner: MAMLPlusPlus, checkpoint: _Checkpoint, config: TrainConfig, folder: Path
-) -> list[str]:
-    """Puts their Adam's state into ours and keeps what has no place there."""
+    learner: MAMLPlusPlus, checkpoint: _Checkpoint, config: TrainConfig
+) -> tuple[list[str], dict[str, Any]]:
+    """Puts their Adam's state into ours; returns what the user should know, and what has no place there."""
     tensors = {"/".join(our_name(name)): value for name, value in checkpoint.network.items()}
     rest: dict[str, Any] = {
         "rates": {name: tensors[f"rates/{name}"][-1].clone() for name in learner.rates.names},
@@ -237,8 +240,7 @@ def _load_adam(
             ) from error
         learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state})
         rest |= unused
-    save_checkpoint(folder / _REST, "authors", rest)
-    return notes
+    return notes, rest
 
 
 def _write_metrics(
