@@ -172,6 +172,8 @@ def to_authors(
         unused: the entries [] that follow it in their vectors.
     """
     return {
-        e.name: model[e.ours] if e.kind == "model" else torch.cat([rates[e.ours], unused[e.ours].view(1)])
+        e.name: model[e.ours]
+        if e.kind == "model"
+        else torch.cat([rates[e.ours], unused[e.ours].view(1).to(rates[e.ours])])
         for e in entries
     }
