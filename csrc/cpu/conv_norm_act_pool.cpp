@@ -438,9 +438,8 @@ void conv_norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& v, 
   check_like("v", v, w.sizes(), w.scalar_type());
   check_like("sums", sums, {p.tasks, p.s.values(), p.s.co}, w.scalar_type());
   check_like("gw_dot", gw_dot, w.sizes(), w.scalar_type());
-  for (const auto& [name, row] : {std::pair<const char*, const Tensor&>("t", t),
-                                  {"ggamma_dot", ggamma_dot},
-                                  {"gbeta_dot", gbeta_dot}})
+  for (const auto& [name, row] :
+       {std::pair<const char*, const Tensor&>("t", t), {"ggamma_dot", ggamma_dot}, {"gbeta_dot", gbeta_dot}})
     check_row(p, name, row, w);
   typed(padded, [&](auto type) {
     using T = typename decltype(type)::type;

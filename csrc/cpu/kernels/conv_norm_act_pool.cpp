@@ -118,8 +118,8 @@ void forward(const FirstLayer& s, const T* image, const T* w, const T* shift, T 
 }
 
 template <typename T, int R>
-void tangent(const FirstLayer& s, const T* image, const T* w, const T* shift, const T* y, const uint8_t* index,
-             T slope, T* uy, int64_t left) {
+void tangent(const FirstLayer& s, const T* image, const T* w, const T* shift, const T* y, const uint8_t* index, T slope,
+             T* uy, int64_t left) {
   using V = Vec<T>;
   const Places places(s);
   const V leak = V::broadcast(slope);
