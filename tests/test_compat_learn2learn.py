@@ -187,7 +187,19 @@ def test_a_relu_with_hooks_is_not_fused_away() -> None:
     seen: list[Tensor] = []
     relu.register_forward_hook(lambda module, inputs, output: seen.append(output))
     normalise_relu(norm, relu, x)
-    assert len(seen) == 1
+    l2l.clone_module(nn.Sequential(norm, relu))(x)
+    assert len(seen) == 2
+
+
+def test_a_cloned_sequence_stays_one() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(0.2), nn.BatchNorm2d(3), nn.BatchNorm2d(3)).double()
+    clone = l2l.clone_module(model)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(clone(x), copy.deepcopy(model)(x))
+    assert repr(clone) == repr(model) and isinstance(clone, nn.Sequential)
+    torch.testing.assert_close(clone[:1](x), copy.deepcopy(model)[:1](x))
+    clone.eval(), model.eval()
+    torch.testing.assert_close(clone(x), model(x))
 
 
 class _Tied(nn.Module):
@@ -336,7 +348,7 @@ def test_small_helpers() -> None:
     assert float(l2l.accuracy(logits, labels)) == float(l2l.utils.accuracy(logits, labels)) == 0.5
     x = torch.tensor(3.0, requires_grad=True)
     (l2l.magic_box(x) * 2).backward()
-    assert float(l2l.magic_box(x)) == 1 and float(x.grad) == 2 and l2l.magic_box("x") == "x"
+    assert float(l2l.magic_box(x).detach()) == 1 and float(x.grad) == 2 and l2l.magic_box("x") == "x"
     clone = l2l.clone_distribution(torch.distributions.Normal(x, torch.tensor(1.0)))
     assert clone.loc is not x and clone.loc.requires_grad
     assert not l2l.detach_distribution(clone).loc.requires_grad

@@ -46,7 +46,7 @@ ENVIRONMENTS = {
     "higher": Environment(("higher==0.2.1", *_TORCH)),
     # The C files it comes with do not compile for Python 3.11 or later: they are made anew.
     "learn2learn": Environment(
-        (*_TORCH, "cython==0.29.37", "setuptools==69.5.1", "wheel", *_LOADS),
+        (*_TORCH, "cython==0.29.37", "setuptools", "wheel", *_LOADS),
         sources=("learn2learn==0.2.0",),
         cython=("learn2learn/data/*.pyx",),
     ),

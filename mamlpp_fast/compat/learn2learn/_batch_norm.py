@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mamlpp_fast import ops
 
-__all__ = ["FusedBatchNorm1d", "FusedBatchNorm2d", "fused_class", "normalise_relu", "plain_batch_norm"]
+__all__ = [
+    "FusedBatchNorm1d",
+    "FusedBatchNorm2d",
+    "FusedSequential",
+    "fused_class",
+    "normalise_relu",
+    "plain_batch_norm",
+]
 
 
 class _Fused(_BatchNorm):
@@ -86,23 +93,53 @@ class FusedBatchNorm2d(_Fused, nn.BatchNorm2d):
         return "BatchNorm2d"
 
 
+def normalise_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
+    """``relu(norm(x))``, in one operation where ``norm`` is fused, ``relu`` a (leaky) ReLU and neither has hooks."""
+    slope = _slope(norm, relu)
+    if slope is not None:
+        assert isinstance(norm, _Fused)
+        return norm.fused(x, slope)
+    y: Tensor = relu(norm(x))
+    return y
+
+
+def _slope(norm: nn.Module, relu: nn.Module | None) -> float | None:
+    """The slope of ``relu`` if it can be fused with ``norm``."""
+    if not isinstance(norm, _Fused) or relu is None or _hooked(norm) or _hooked(relu):
+        return None
+    return 0.0 if type(relu) is nn.ReLU else relu.negative_slope if type(relu) is nn.LeakyReLU else None
+
+
+class FusedSequential(nn.Sequential):
+    """``nn.Sequential`` that runs a batch norm and the (leaky) ReLU right behind it as one operation."""
+
+    def _get_name(self) -> str:
+        return "Sequential"
+
+    def forward(self, input: Any) -> Any:
+        children = list(self)
+        skip = False
+        for child, following in zip(children, [*children[1:], None], strict=True):
+            if skip:
+                skip = False
+            elif _slope(child, following) is not None:
+                assert following is not None
+                input, skip = normalise_relu(child, following, input), True
+            else:
+                input = child(input)
+        return input
+
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FusedBatchNorm1d,
     nn.BatchNorm2d: FusedBatchNorm2d,
+    nn.Sequential: FusedSequential,
 }
 
 
 def fused_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a clone of ``module``: fused for PyTorch's own batch norms, else the same."""
+    """The class of a clone of ``module``: fused for PyTorch's own batch norms and sequences, else the same."""
     return _CLASSES.get(type(module), type(module))
-
-
-def normalise_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
-    """``relu(norm(x))`` of an ``nn.ReLU``, in one operation where ``norm`` is fused and neither has hooks."""
-    if isinstance(norm, _Fused) and type(relu) is nn.ReLU and not (_hooked(norm) or _hooked(relu)):
-        return norm.fused(x, 0.0)
-    y: Tensor = relu(norm(x))
-    return y
 
 
 def _hooked(module: nn.Module) -> bool:

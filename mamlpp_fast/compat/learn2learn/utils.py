@@ -48,7 +48,8 @@ def clone_module(module: Any, memo: dict[int, Tensor] | None = None) -> Any:
 
     Buffers that take a gradient are copied likewise; the others (running statistics) are shared with ``module``. A
     parameter used in several places is copied once. A ``nn.BatchNorm1d`` or ``nn.BatchNorm2d`` becomes a subclass of
-    it that computes the same in one operation; see :func:`plain_batch_norm`.
+    it that computes the same in one operation, in a ``nn.Sequential`` with the ReLU behind it; see
+    :func:`plain_batch_norm`.
 
     Args:
         module: the module; anything else is returned as is.
@@ -71,8 +72,6 @@ def clone_module(module: Any, memo: dict[int, Tensor] | None = None) -> Any:
                 tensors[name] = memo[id(tensor)]
     for name, child in children.items():
         children[name] = clone_module(child, memo)
-    if hasattr(clone, "flatten_parameters"):  # a recurrent network keeps its weights in a list too
-        clone = clone._apply(lambda tensor: tensor)
     return clone
 
 
@@ -169,8 +168,6 @@ def update_module(
     for child in children.values():
         if child is not None:
             update_module(child, memo=memo)
-    if hasattr(module, "flatten_parameters"):
-        module._apply(lambda tensor: tensor)
     return module
 
 

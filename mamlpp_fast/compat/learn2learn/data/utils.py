@@ -84,5 +84,5 @@ class OnDeviceDataset(TensorDataset):
         return list(self.tensors[1].tolist())
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        x, y = super().__getitem__(index)
+        x, y = (tensor[index] for tensor in self.tensors)
         return (x if self.transform is None else self.transform(x)), y

@@ -46,7 +46,8 @@ class KroneckerLinear(nn.Module):
         device = x.device
         if self.device is not None:
             x = x.to(self.device)
-        left, right = self.left, self.right
+        left: Tensor = self.left
+        right: Tensor = self.right
         if self.psd:
             left, right = left.t() @ left, right.t() @ right
         n, m = len(left), len(right)

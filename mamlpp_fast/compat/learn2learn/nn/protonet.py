@@ -55,7 +55,8 @@ class PrototypicalClassifier(nn.Module):
 
     @staticmethod
     def normalize(x: Tensor, epsilon: float = 1e-8) -> Tensor:
-        return x / (x.norm(p=2, dim=1, keepdim=True) + epsilon)
+        length: Tensor = x.norm(p=2, dim=1, keepdim=True)
+        return x / (length + epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.prototypes is not None, "Prototypes not computed, use compute_prototypes(support, labels)"

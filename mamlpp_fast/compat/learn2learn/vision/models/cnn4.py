@@ -204,7 +204,9 @@ class CNN4Backbone(ConvBase):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).flatten(1)
+        for block in self:
+            x = block(x)
+        return x.flatten(1)
 
 
 class CNN4(nn.Module):

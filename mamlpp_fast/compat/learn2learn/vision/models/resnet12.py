@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamlpp_fast.compat.learn2learn._batch_norm import FusedBatchNorm2d
+from mamlpp_fast.compat.learn2learn._batch_norm import FusedBatchNorm2d, normalise_relu
 from mamlpp_fast.compat.learn2learn.nn import Flatten, Lambda
 
 __all__ = ["BasicBlock", "DropBlock", "ResNet12", "ResNet12Backbone"]
@@ -60,8 +60,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.num_batches_tracked += 1
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
+        y = normalise_relu(self.bn1, self.relu, self.conv1(x))
+        y = normalise_relu(self.bn2, self.relu, self.conv2(y))
         y = self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x))
         out: Tensor = self.maxpool(self.relu(y))
         if self.drop_rate <= 0:
@@ -91,9 +91,7 @@ class DropBlock(nn.Module):
             return x
         height, width = x.shape[-2:]
         edge = self.block_size - 1
-        corners = torch.distributions.Bernoulli(gamma).sample(
-            (*x.shape[:2], height - edge, width - edge)  # type: ignore[arg-type]
-        )
+        corners = torch.distributions.Bernoulli(gamma).sample((*x.shape[:2], height - edge, width - edge))
         padded = F.pad(corners.to(x.device), [edge] * 4)
         keep = 1 - F.max_pool2d(padded, self.block_size, stride=1)
         return keep * x * (keep.numel() / keep.sum())
