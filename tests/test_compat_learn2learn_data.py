@@ -255,9 +255,24 @@ def test_omniglot_tasks(real_data: Path) -> None:
     assert set(known) == set(own.validation.dataset.labels) and len(known) == 100
 
 
-@pytest.mark.data
-def test_mini_imagenet_tasks(real_data: Path) -> None:
-    images = l2l.vision.datasets.MiniImagenet(str(real_data), mode="test")
-    assert len(images) == 20 * 600 and images.sample_labels()[600] == 1
-    x, label = images[0]
-    assert x.shape == (3, 84, 84) and x.dtype == torch.float32 and float(x.max()) > 1 and label == 0
+def test_mini_imagenet_tasks_from_learn2learns_files(tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "validation", "test")):
+        images = np.full((6, 84, 84, 3), number, np.uint8) + np.arange(6, dtype=np.uint8)[:, None, None, None]
+        content = {"image_data": images, "class_dict": {"a": [0, 1, 2], "b": [3, 4, 5]}}
+        (tmp_path / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content))
+    images = l2l.vision.datasets.MiniImagenet(str(tmp_path), mode="validation")
+    assert len(images) == 6 and images.sample_labels() == [0, 0, 0, 1, 1, 1]
+    x, label = images[5]
+    assert x.shape == (3, 84, 84) and x.dtype == torch.float32 and label == 1
+    assert torch.equal(x, torch.full_like(x, 6))
+    sizes = {"train_ways": 2, "train_samples": 3, "test_ways": 1, "test_samples": 2}
+    for device in (None, "cpu"):
+        sets = l2l.vision.benchmarks.get_tasksets(
+            "mini-imagenet", root=str(tmp_path), data_augmentation="normalize", device=device, **sizes
+        )
+        x, y = sets.train.sample()
+        assert x.shape == (6, 3, 84, 84) and float(x.max()) == pytest.approx(5 / 255)
+        assert sorted(y.tolist()) == [0, 0, 0, 1, 1, 1]
+        assert sets.test.sample()[1].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="Invalid data_augmentation argument"):
+        l2l.vision.benchmarks.get_tasksets("mini-imagenet", root=str(tmp_path), data_augmentation="other")

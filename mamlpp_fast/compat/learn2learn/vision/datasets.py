@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mamlpp_fast.data import DataError, ImageClasses, load
+from mamlpp_fast.data import DataError, FewShotData, ImageClasses, load
 
 __all__ = ["FullOmniglot", "MiniImagenet"]
 
@@ -94,8 +95,14 @@ class FullOmniglot(_Images):
         return Image.fromarray((255 - self.images[item, 0]).numpy())
 
 
+@lru_cache(maxsize=1)
+def _mini_imagenet(root: str) -> FewShotData:
+    """All splits, which are read together: kept for the data sets of the others."""
+    return load("miniimagenet", root if os.path.exists(root) else None, protocol="unnormalised")
+
+
 class MiniImagenet(_Images):
-    """A split of mini-ImageNet (Ravi & Larochelle 2017).
+    """A split of mini-ImageNet (Ravi & Larochelle 2017); classes are numbered by sorted name.
 
     Args:
         root: folder of the data: ``mini-imagenet-cache-*.pkl``, ``mini_imagenet_*.npz``, or images with CSV files.
@@ -122,8 +129,7 @@ class MiniImagenet(_Images):
         if mode not in splits:
             raise ValueError("Needs to be train, test or validation")
         self.mode = mode
-        path = self.root if os.path.exists(self.root) else None
-        split = load("miniimagenet", path, protocol="unnormalised").split(splits[mode])
+        split = _mini_imagenet(self.root).split(splits[mode])
         self._take(split.images, [split])
 
     def _label(self, item: int) -> Any:
