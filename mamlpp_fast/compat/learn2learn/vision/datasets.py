@@ -53,6 +53,23 @@ class _Images(Dataset[Any]):
         return len(self.y)
 
 
+def _first(name: str, root: str, choices: list[dict[str, Any]], download: bool) -> FewShotData:
+    """What ``root`` has, else the usual places, by the first of the choices that will do; else the download.
+
+    Raises:
+        DataError: of the last attempt.
+    """
+    places = [root, None] if os.path.exists(root) else [None]
+    attempts = [(place, choice) for place in places for choice in choices]
+    for place, choice in attempts if download else attempts[:-1]:
+        try:
+            return load(name, place, **choice)
+        except DataError:
+            continue
+    place, choice = (None, choices[0]) if download else attempts[-1]
+    return load(name, place, download=download, **choice)
+
+
 class FullOmniglot(_Images):
     """Omniglot's 1623 characters (Lake et al. 2015): the background set's first, each set by sorted name.
 
@@ -77,14 +94,10 @@ class FullOmniglot(_Images):
         image_size: int | None = None,
     ) -> None:
         super().__init__(root, transform, target_transform)
-        path = self.root if os.path.exists(self.root) else None
-        options: dict[str, Any] = {"protocol": "lake", "download": download}
-        try:
-            data = load("omniglot", path, image_size=image_size or 105, **options)
-        except DataError:
-            if image_size is not None:
-                raise
-            data = load("omniglot", path, image_size=28, **options)
+        sizes = (105, 28) if image_size is None else (image_size,)
+        data = _first(
+            "omniglot", self.root, [{"protocol": "lake", "image_size": size} for size in sizes], download
+        )
         background = [(name, data.train, i) for i, name in enumerate(data.train.names)]
         background += [(name, data.val, i) for i, name in enumerate(data.val.names)]
         ordered = [split.select([i]) for _, split, i in sorted(background, key=lambda entry: entry[0])]
@@ -98,7 +111,7 @@ class FullOmniglot(_Images):
 @lru_cache(maxsize=1)
 def _mini_imagenet(root: str) -> FewShotData:
     """All splits, which are read together: kept for the data sets of the others."""
-    return load("miniimagenet", root if os.path.exists(root) else None, protocol="unnormalised")
+    return _first("miniimagenet", root, [{"protocol": "unnormalised"}], download=False)
 
 
 class MiniImagenet(_Images):
