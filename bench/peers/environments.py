@@ -39,6 +39,7 @@ class Environment:
 
 
 _TORCH = ("torch==2.13.0", "numpy==2.4.6")
+_BUILDS = ("cython==0.29.37", "setuptools==80.9.0", "wheel==0.45.1")
 _LOADS = ("scipy==1.17.1", "requests==2.32.5", "tqdm==4.70.1", "pillow==13.0.0")
 ENVIRONMENTS = {
     "torch": Environment(_TORCH),
@@ -46,7 +47,7 @@ ENVIRONMENTS = {
     "higher": Environment(("higher==0.2.1", *_TORCH)),
     # The C files it comes with do not compile for Python 3.11 or later: they are made anew.
     "learn2learn": Environment(
-        (*_TORCH, "cython==0.29.37", "setuptools", "wheel", *_LOADS),
+        (*_TORCH, *_BUILDS, *_LOADS),
         sources=("learn2learn==0.2.0",),
         cython=("learn2learn/data/*.pyx",),
     ),
