@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mamlpp_fast.compat.learn2learn as l2l
+from bench.drop_in_learn2learn import SCRIPTS, errors, run
 from mamlpp_fast.compat.learn2learn._batch_norm import FusedBatchNorm2d, normalise_relu
 from mamlpp_fast.compat.learn2learn.algorithms import MAML, MetaSGD
 
@@ -359,3 +360,13 @@ def test_small_helpers() -> None:
     v = torch.randn(6)
     matrix = torch.kron(kronecker.right.t().contiguous(), kronecker.left)
     torch.testing.assert_close(kronecker(v), matrix @ v)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_gives_the_same_numbers_on_pytorchs_batch_norm(script: str) -> None:
+    sizes = {"ways": 3, "iterations": 2, "tasks": 1, "steps": 2, "hidden": 4, "dtype": "float64"}
+    fused = run(script, l2l, **sizes)
+    with l2l.plain_batch_norm():
+        plain = run(script, l2l, **sizes)
+    assert max(errors(fused, plain).values()) < 1e-6
+    assert all(torch.isfinite(loss) for loss in fused["losses"])

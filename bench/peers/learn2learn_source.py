@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from functools import cache
 from types import ModuleType
 
 __all__ = ["load", "skeleton"]
@@ -28,14 +29,13 @@ def skeleton() -> None:
         sys.modules[f"learn2learn{name}"] = package
 
 
+@cache
 def load() -> ModuleType:
     """``learn2learn`` with what few-shot scripts use: algorithms, data, nn, optim, utils and vision.models.
 
     Raises:
         ImportError: when it, or something it needs, is not there.
     """
-    if "learn2learn" in sys.modules:
-        return sys.modules["learn2learn"]
     skeleton()
     top = sys.modules["learn2learn"]
     utils = importlib.import_module("learn2learn.utils")
