@@ -14,7 +14,7 @@ from bench.peers.problem import Problem, Sizes, make
 
 SMALL = Sizes(ways=3, tasks=2, image_size=16, filters=8, steps=2)
 SETTINGS = Settings(
-    rounds=2, threads=1, device="cpu", tolerance=1e-6, float32_tolerance=0.3, cache=None, lock=None
+    rounds=2, threads=1, device="cpu", tolerance=1e-6, float32_tolerance=0.3, limit=60, cache=None, lock=None
 )
 WRONG = """
 from bench.peers import textbook

@@ -5,7 +5,8 @@
 MODULE has ``build(problem, device, argument)``, which returns a function that computes the mean target loss and the
 meta-gradients by name, and returns when the device is done. What a request asks:
 
-    {"do": "setup", "path": NPZ, "device": "cpu", "dtype": "float32"}   {"seconds": of building and the first run}
+    {"do": "setup", "path": NPZ, "device": "cpu", "dtype": "float32"}   {"import_seconds": of the libraries,
+                                                                         "first_seconds": of building and the first run}
     {"do": "check", "path": NPZ}                                        {} (the NPZ: the last run's loss and gradients)
     {"do": "time", "runs": N}                                           {"seconds": [...], "peak_mib": ...}
 
@@ -48,9 +49,12 @@ class Worker:
         self.device = device
         problem = Problem.load(Path(path), dtype)
         start = time.perf_counter()
-        self.step = importlib.import_module(self.module).build(problem, device, self.argument)
+        module = importlib.import_module(self.module)
+        imported = time.perf_counter()
+        self.step = module.build(problem, device, self.argument)
         self._run()
-        return {"seconds": time.perf_counter() - start}
+        # Apart, for the libraries may have to come from a slow disk.
+        return {"import_seconds": imported - start, "first_seconds": time.perf_counter() - imported}
 
     def check(self, path: str) -> dict[str, Any]:
         if self.result is None:
@@ -76,9 +80,10 @@ class Worker:
     def _peak_mib(self) -> float | None:
         if self.device == "cpu":
             return _peak_resident_mib()
-        if "torch" in sys.modules:
-            return float(sys.modules["torch"].cuda.max_memory_allocated() / 2**20)
-        return None
+        if "jax" in sys.modules:
+            found = sys.modules["jax"].devices("gpu")[0].memory_stats() or {}
+            return float(found["peak_bytes_in_use"]) / 2**20 if "peak_bytes_in_use" in found else None
+        return float(sys.modules["torch"].cuda.max_memory_allocated() / 2**20)
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
