@@ -2,9 +2,9 @@
 
     python -m bench [PART ...] [--out DIR] [--quick] [--list]
 
-All parts without a name. DIR is the machine's folder under bench/results unless given; only then the pages are rewritten.
-``--list`` says how long each takes on two cores. ``--quick`` rehearses: the smallest sizes and the shortest times, in
-minutes, for nothing that is to be kept. A part that fails is named at the end and the next one runs.
+All parts without a name. DIR is the machine's folder under bench/results unless given; only then the pages are
+rewritten. ``--list`` says how long each takes on two cores. ``--quick`` rehearses: the smallest sizes and the shortest
+times, in minutes, for nothing that is to be kept. A part that fails is named at the end and the next one runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Part:
 
 _KERNELS = "-m bench.kernels --json {out}/kernels.json"
 _CLOSED = "-m bench.kernels --groups batch-norm,lslr,head,dispatch --json {out}/closed_form.json"
-_SMALL = "torch.func,textbook,ours-fused"
+_QUICK_PEERS = "textbook,torch.func,ours-reference,ours-autograd,ours-fused"
 PARTS = {
     "environments": Part("-m bench.peers.environments --missing", 6, None),
     "kernels": Part(_KERNELS, 8, f"{_KERNELS} --groups lslr,head,dispatch --seconds 0.05"),
@@ -63,7 +63,8 @@ PARTS = {
     "peers": Part(
         "-m bench.peers --json {out}/peers.json",
         60,
-        f"-m bench.peers --here --peers {_SMALL} --workloads omniglot-5w1s --rounds 2 --json {{out}}/peers.json",
+        f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny-final,tiny --rounds 2 "
+        "--json {out}/peers.json",
     ),
 }
 

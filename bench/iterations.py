@@ -194,7 +194,7 @@ def scaling(device: str, seconds: float, ceilings: Ceilings) -> Iterator[dict[st
         step()
 
     jobs = {str(count): functools.partial(with_threads, count) for count in range(1, threads + 1)}
-    for name, times in interleaved(jobs, seconds, at_least=3).items():
+    for name, times in interleaved(jobs, seconds, at_least=3, warm=True).items():
         count = int(name)
         rates = ceilings.rates(learner, base, times)
         rates["share_of_peak"] *= threads / count  # of the threads that ran

@@ -29,7 +29,8 @@ def describe(row: dict[str, Any]) -> str:
     return (
         f"{name} {row['ours_us'][1]:9.1f} us, torch {row['torch_us'][1]:9.1f} us: {row['ratio']:5.2f} x "
         f"(noise {row['noise']:4.0%}) {row['gb_per_s']:6.1f} GB/s {row['share_of_copy']:4.0%} of copy "
-        f"{row['gflop_per_s']:7.1f} GFLOP/s {row['share_of_peak']:5.0%} of peak, {row['share_of_roof']:5.0%} of the roof"
+        f"{row['gflop_per_s']:7.1f} GFLOP/s {row['share_of_peak']:5.0%} of peak, "
+        f"{row['share_of_roof']:5.0%} of the roof"
     )
 
 

@@ -126,7 +126,7 @@ def _roofs(ax: Axes, rows: Rows) -> None:
     for copy, style in ((min(copies), ":"), (max(copies), "--")):
         end = min(peak / copy, right)
         ax.plot([left, end], [left * copy, end * copy], style, color=_GREY, lw=1)
-        ax.annotate(f"copy {copy:.0f} GB/s", (left, left * copy), va="bottom", fontsize=7, color=_GREY)
+        ax.annotate(f"copy {copy:.0f} GB/s", (left, left * copy), va="top", fontsize=7, color=_GREY)
 
 
 @_drawn

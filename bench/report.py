@@ -3,8 +3,8 @@
     python -m bench.report [--check]
 
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
-show, which is the one with the newest full set of results; a folder under bench/results/, a slash and a table; or
-`runs/` and the folders under results/ to compare, with commas. Plots are of the same machine and go to docs/images/.
+show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table; or
+`runs/` or `run-headline/` and the folders under results/ to compare, with commas. Plots are of the same machine and go to docs/images/.
 `--check` changes nothing and exits with 1 when a page or plot and the JSON disagree.
 """
 
@@ -42,6 +42,7 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "scaling": ("scaling", tables.scaling),
     "drop-in": ("drop_in", tables.drop_in),
 }
+RUNS = {"runs": tables.runs, "run-headline": tables.run_headline}
 PLOTS: dict[str, tuple[str, Callable[[tables.Rows], bytes]]] = {
     "peers": ("peers", plots.peers),
     "roofline": ("kernels", plots.roofline),
@@ -61,10 +62,10 @@ def load(machine: str, file: str) -> dict[str, Any] | None:
 
 @functools.cache
 def shown() -> str:
-    """The machine whose full set of results is the newest."""
+    """The CPU whose full set of results is the newest."""
     full = [
         folder.name
-        for folder in sorted(RESULTS.iterdir())
+        for folder in sorted(RESULTS.glob("cpu-*"))
         if all((folder / f"{file}.json").exists() for file in FULL_SET)
     ]
     if not full:
@@ -87,8 +88,8 @@ def where(m: dict[str, Any]) -> str:
 def render(name: str) -> str:
     """The table and the line that says where it was taken."""
     machine, slash, what = name.rpartition("/")
-    if machine == "runs":
-        return f"\n{tables.runs(what.split(','))}\n\n"
+    if machine in RUNS:
+        return f"\n{RUNS[machine](what.split(','))}\n\n"
     machine = machine if slash else shown()
     if what == "machine":
         content = load(machine, "iterations")

@@ -175,6 +175,16 @@ def drop_in(rows: Rows) -> str:
     return table(["textbook loop", "before, ms", "after, ms", "times as fast"], lines)
 
 
+def run_headline(names: list[str]) -> str:
+    """Test accuracy and time of each run, one line a run."""
+    lines = []
+    for name in names:
+        s = json.loads((_ROOT / "results" / name / "summary.json").read_text())
+        accuracy = f"{100 * s['test_accuracy']:.1f} ± {100 * s['test_accuracy_ci95']:.1f}"
+        lines.append([name, accuracy, f"{s['seconds'] / 60:.0f}"])
+    return table(["run", "test accuracy, %", "minutes"], lines)
+
+
 def runs(names: list[str]) -> str:
     """Test accuracies, then validation accuracy by epoch side by side."""
     folders = [_ROOT / "results" / name for name in names]
@@ -235,7 +245,7 @@ def peer_headline(rows: Rows) -> str:
         "TorchOpt": ("torchopt",),
         "higher": ("higher",),
         "learn2learn": ("learn2learn",),
-        "JAX": ("jax-vmap", "jax-map", "jax-map-patches"),
+        "JAX": ("jax-vmap", "jax-vmap-patches", "jax-map", "jax-map-patches"),
         "mamlpp_fast": ("ours-fused",),
     }
     lines = []

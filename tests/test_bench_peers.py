@@ -10,9 +10,9 @@ import pytest
 
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.driver import PEERS, Settings, compare, describe
-from bench.peers.problem import Problem, Sizes, make
+from bench.peers.problem import TINY, Problem, Sizes, make
 
-SMALL = Sizes(ways=3, tasks=2, image_size=16, filters=8, steps=2)
+SMALL = TINY["tiny-final"]
 SETTINGS = Settings(
     rounds=2, threads=1, device="cpu", tolerance=1e-6, float32_tolerance=0.3, limit=60, cache=None, lock=None
 )
@@ -36,10 +36,18 @@ def peers(*names: str) -> list[Peer]:
     return [peer for peer in PEERS if peer.name in names]
 
 
-def test_peers_that_agree_are_timed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "names"),
+    [
+        (SMALL, ("textbook", "ours-reference", "ours-autograd", "ours-fused")),
+        (TINY["tiny"], ("textbook", "torch.func", "ours-reference", "ours-fused")),
+    ],
+    ids=["maml", "maml++"],
+)
+def test_peers_that_agree_are_timed(sizes: Sizes, names: tuple[str, ...], tmp_path: Path) -> None:
     settings = Settings(**vars(SETTINGS) | {"lock": tmp_path / "lock"})
-    rows = compare(SMALL, peers("textbook", "ours-reference", "ours-autograd", "ours-fused"), settings)
-    assert [row["peer"] for row in rows] == ["textbook", "ours-reference", "ours-autograd", "ours-fused"]
+    rows = compare(sizes, peers(*names), settings)
+    assert [row["peer"] for row in rows] == list(names)
     for row in rows:
         assert "fault" not in row
         assert row["error"] < 1e-9

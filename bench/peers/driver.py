@@ -14,8 +14,8 @@ meta-gradient of every parameter must agree with textbook PyTorch's in float64 t
   two ways differ so much: one value near a max-pool's or leaky ReLU's kink that falls to the other side moves the inner
   gradients, and the steps after it amplify that.
 
-Then all take turns, a run each a round: one alone computes at a time. Before the first round each has run twice: once to
-build and compile, timed apart from importing its libraries, and once more, discarded.
+Then all take turns, a run each a round: one alone computes at a time. Before the first round each has run twice: once
+to build and compile, timed apart from importing its libraries, and once more, discarded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import torch
 from bench.harness import machine
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, recorded
-from bench.peers.problem import SIZES, Arrays, Sizes, make
+from bench.peers.problem import SIZES, TINY, Arrays, Sizes, make
 
 __all__ = ["PEERS", "Settings", "compare"]
 
@@ -56,6 +56,7 @@ PEERS = (
     Peer("higher", _P + "with_higher", None, "higher", plus=False),
     Peer("learn2learn", _P + "with_learn2learn", None, "learn2learn", plus=False),
     Peer("jax-vmap", _P + "with_jax", "vmap", "jax"),
+    Peer("jax-vmap-patches", _P + "with_jax", "vmap-patches", "jax"),
     Peer("jax-map", _P + "with_jax", "map", "jax"),
     Peer("jax-map-patches", _P + "with_jax", "map-patches", "jax"),
     Peer("ours-reference", _P + "ours", "reference"),
@@ -181,7 +182,14 @@ def _readiness(row: dict[str, Any]) -> str:
     errors = (
         f"float64 error {row['error']:.1e} in {row['error_in']}, float32 error {row['float32_error']:.1e}"
     )
-    return f"{errors}, first run {row['first_seconds']:.1f} s"
+    return f"{errors}, first run {row['first_seconds']:.1f} s{_held_up(row)}"
+
+
+def _held_up(row: dict[str, Any]) -> str:
+    """A warning where setting up waited for more than it computed: then the first run's time says nothing."""
+    wall = row["import_seconds"] + row["first_seconds"]
+    cpu = row["setup_cpu_seconds"]
+    return f" (of {wall:.0f} s computed {cpu:.0f} s)" if wall > 5 + 2 * cpu else ""
 
 
 def describe(row: dict[str, Any], textbook: float | None) -> str:
@@ -221,6 +229,8 @@ def main() -> int:
     wanted = settings.peers.split(",")
     if unknown := set(wanted) - {peer.name for peer in PEERS}:
         parser.error(f"--peers: expected names of peers, got {', '.join(sorted(unknown))}")
+    if unknown := set(settings.workloads.split(",")) - set(SIZES | TINY):
+        parser.error(f"--workloads: expected {', '.join(SIZES | TINY)}, got {', '.join(sorted(unknown))}")
     peers = [peer for peer in PEERS if peer.name in wanted]
     result: dict[str, Any] = {"workloads": {}}
     if settings.json and settings.json.exists():
@@ -236,7 +246,7 @@ def main() -> int:
     failed = False
     for name in settings.workloads.split(","):
         print(name, flush=True)
-        sizes = SIZES[name]
+        sizes = (SIZES | TINY)[name]
         rows = compare(sizes, [peer for peer in peers if peer.plus or not sizes.plus], settings)
         medians = {row["peer"]: row["quartiles"][1] for row in rows if "quartiles" in row}
         for row in rows:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["EPOCH", "MSL_EPOCHS", "SIZES", "STAGES", "Arrays", "Problem", "Sizes", "make"]
+__all__ = ["EPOCH", "MSL_EPOCHS", "SIZES", "STAGES", "TINY", "Arrays", "Problem", "Sizes", "make"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 STAGES = 4
@@ -50,6 +50,9 @@ SIZES = {
     "omniglot-5w1s": Sizes(ways=5, plus=True),
     "omniglot-20w1s": Sizes(ways=20, plus=True),
 }
+# For rehearsals.
+_TINY = {"ways": 3, "tasks": 2, "image_size": 16, "filters": 8, "steps": 2}
+TINY = {"tiny-final": Sizes(**_TINY), "tiny": Sizes(**_TINY, plus=True)}
 
 
 @dataclass(frozen=True)

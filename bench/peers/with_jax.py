@@ -1,7 +1,7 @@
 """JAX: ``jit`` of the gradient over all tasks.
 
-ARGUMENT ``vmap`` takes the tasks together, ``map`` one after the other; ``map-patches`` does the latter with every
-convolution as patches times a matrix, the form that XLA is fastest with on a CPU.
+ARGUMENT ``vmap`` takes the tasks together, ``map`` one after the other; with ``-patches`` every convolution is patches
+times a matrix, the form that XLA is fastest with on a CPU.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def loss_of(fast: Named, fixed: Named, x: Any, y: Any, patches: bool) -> Any:
 def build(problem: Problem, device: str, argument: str | None) -> Step:
     jax.config.update("jax_enable_x64", problem.weights["head.weight"].dtype == "float64")
     sizes, adapting = problem.sizes, problem.adapting()
-    patches = argument == "map-patches"
+    over, _, form = (argument or "vmap").partition("-")
+    patches = form == "patches"
 
     def task_loss(own: Named, task: tuple[Any, ...]) -> Any:
         support_x, support_y, target_x, target_y = task
@@ -69,8 +70,10 @@ def build(problem: Problem, device: str, argument: str | None) -> Step:
         return total
 
     def mean_loss(own: Named, batch: tuple[Any, ...]) -> Any:
-        over = jax.vmap if argument == "vmap" else lambda f: lambda tasks: lax.map(f, tasks)
-        return over(lambda task: task_loss(own, task))(batch).mean()
+        def one(task: tuple[Any, ...]) -> Any:
+            return task_loss(own, task)
+
+        return (jax.vmap(one)(batch) if over == "vmap" else lax.map(one, batch)).mean()
 
     place = jax.devices("gpu" if device.startswith("cuda") else "cpu")[0]
     support_x, support_y, target_x, target_y = problem.tasks

@@ -6,7 +6,8 @@ MODULE has ``build(problem, device, argument)``, which returns a function that c
 meta-gradients by name, and returns when the device is done. What a request asks:
 
     {"do": "setup", "path": NPZ, "device": "cpu", "dtype": "float32"}   {"import_seconds": of the libraries,
-                                                                         "first_seconds": of building and the first run}
+                                                                         "first_seconds": of building and the first
+                                                                         run, "setup_cpu_seconds": of both}
     {"do": "check", "path": NPZ}                                        {} (the NPZ: the last run's loss and gradients)
     {"do": "time", "runs": N}                                           {"seconds": [...], "peak_mib": ...}
 
@@ -48,13 +49,18 @@ class Worker:
     def setup(self, path: str, device: str, dtype: str) -> dict[str, Any]:
         self.device = device
         problem = Problem.load(Path(path), dtype)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), sum(os.times()[:4])
         module = importlib.import_module(self.module)
         imported = time.perf_counter()
         self.step = module.build(problem, device, self.argument)
         self._run()
-        # Apart, for the libraries may have to come from a slow disk.
-        return {"import_seconds": imported - start, "first_seconds": time.perf_counter() - imported}
+        # Importing apart, for the libraries may have to come from a slow disk. Processor time of all of it, compilers
+        # included, tells whether the machine had other things to do.
+        return {
+            "import_seconds": imported - start,
+            "first_seconds": time.perf_counter() - imported,
+            "setup_cpu_seconds": sum(os.times()[:4]) - before,
+        }
 
     def check(self, path: str) -> dict[str, Any]:
         if self.result is None:
