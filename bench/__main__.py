@@ -54,7 +54,7 @@ PARTS = {
     ),
     "iterations": Part(
         "-m bench.iterations --seconds 30 --json {out}/iterations.json",
-        15,
+        25,
         "-m bench.iterations --workloads omniglot-5w1s-final --engines reference,fused --seconds 1 "
         "--json {out}/iterations.json",
     ),
@@ -62,7 +62,7 @@ PARTS = {
     "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 1, None),
     "peers": Part(
         "-m bench.peers --json {out}/peers.json",
-        60,
+        90,
         f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny-final,tiny --rounds 2 "
         "--json {out}/peers.json",
     ),

@@ -4,7 +4,8 @@
 
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
 show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table; or
-`runs/` or `run-headline/` and the folders under results/ to compare, with commas. Plots are of the same machine and go to docs/images/.
+`runs/` or `run-headline/` and the folders under results/ to compare, with commas. Plots are of the same machine and go
+to docs/images/.
 `--check` changes nothing and exits with 1 when a page or plot and the JSON disagree.
 """
 

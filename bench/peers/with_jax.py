@@ -30,6 +30,22 @@ def convolution(x: Any, weight: Any, patches: bool) -> Any:
     return jnp.concatenate(shifted, -1) @ weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
 
 
+def max_pool(x: Any) -> Any:
+    """2x2, the gradient to the first of the largest.
+
+    ``max`` is not differentiated: its gradient compares x with its maximum, and XLA, which computes x once for each of
+    the two and rounds it differently, then finds no equal (a gradient of 0/0) or loses some.
+    """
+    n, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    x = (
+        x.reshape(n, height // 2, 2, width // 2, 2, channels)
+        .transpose(0, 1, 3, 5, 2, 4)
+        .reshape(n, height // 2, width // 2, channels, 4)
+    )
+    return (x * jax.nn.one_hot(x.argmax(-1), 4, dtype=x.dtype)).sum(-1)
+
+
 def conv4(weights: Named, x: Any, patches: bool) -> Any:
     """Logits for images [n, H, W, 1]."""
     for stage in range(STAGES):
@@ -39,9 +55,7 @@ def conv4(weights: Named, x: Any, patches: bool) -> Any:
         mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
         x = (x - mean) * (scale * lax.rsqrt(var + 1e-5)) + shift
         x = jax.nn.leaky_relu(x, 0.01)
-        n, height, width, channels = x.shape
-        x = x[:, : height // 2 * 2, : width // 2 * 2]
-        x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
+        x = max_pool(x)
     x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
     return x @ weights["head.weight"].T + weights["head.bias"]
 
