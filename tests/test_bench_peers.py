@@ -39,8 +39,8 @@ def peers(*names: str) -> list[Peer]:
 @pytest.mark.parametrize(
     ("sizes", "names"),
     [
-        (SMALL, ("textbook", "ours-reference", "ours-autograd", "ours-fused")),
-        (TINY["tiny"], ("textbook", "torch.func", "ours-reference", "ours-fused")),
+        (SMALL, ("ours-autograd", "ours-fused")),
+        (TINY["tiny"], ("torch.func", "ours-fused")),
     ],
     ids=["maml", "maml++"],
 )
