@@ -18,7 +18,8 @@ def cases() -> Iterator[Case]:
 
 def _smallest() -> Iterator[Case]:
     for order in batch_norm.TENSORS_MOVED:
-        yield batch_norm.case(order, (2, 4, 1, 1), "contiguous", torch.float32)
+        # Not two values a channel: there second derivatives are all rounding.
+        yield batch_norm.case(order, (2, 4, 2, 2), "contiguous", torch.float32)
     for order in lslr.BUFFERS:
         yield lslr.case(order, [torch.Size((4,)), torch.Size((2, 2))], 1)
     for order in norm_act_pool.OPERATIONS:
