@@ -61,10 +61,15 @@ PARTS = {
     "scaling": Part("-m bench.iterations --scaling --json {out}/scaling.json", 3, None),
     "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 1, None),
     "peers": Part(
-        "-m bench.peers --json {out}/peers.json",
-        90,
-        f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny-final,tiny --rounds 2 "
-        "--json {out}/peers.json",
+        "-m bench.peers --workloads omniglot-5w1s-final,omniglot-20w1s-final --json {out}/peers.json",
+        60,
+        f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny-final --rounds 2 --json {{out}}/peers.json",
+    ),
+    # Into the same file, which keeps the workloads it has.
+    "peers-plus": Part(
+        "-m bench.peers --workloads omniglot-5w1s,omniglot-20w1s --json {out}/peers.json",
+        50,
+        f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny --rounds 2 --json {{out}}/peers.json",
     ),
 }
 

@@ -33,7 +33,8 @@ class Failed(Exception):
 class Peer:
     """A row of the table: the worker's module and its argument, and the environment that it runs in.
 
-    Without an environment it runs in the driver's own interpreter. ``plus``: whether it has MAML++ as well as MAML.
+    Without an environment it runs in the driver's own interpreter. ``plus``: whether it is asked for
+    MAML++ as well as MAML.
     """
 
     name: str
