@@ -42,6 +42,12 @@ def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.Monkey
     )
     assert "float64 meta-gradient off by" in (fault(tiny, "autograd", "float32", "cpu") or "")
 
+    def wrong_in_float32(t: torch.Tensor, g: torch.Tensor, r: torch.Tensor, *rest: object) -> torch.Tensor:
+        return lslr_update(t, g, r * 1.01 if t.dtype == torch.float32 else r, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mamlpp_fast.ops.lslr_update", wrong_in_float32)
+    assert "from float64's" in (fault(tiny, "autograd", "float32", "cpu") or "")
+
 
 def test_the_gpu_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
     command = ["bash", "bench/gpu.sh", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
