@@ -40,6 +40,7 @@ def build(problem: Problem, device: str, argument: str | None) -> Step:
         return total / count
 
     if argument == "compiled":
+        torch._dynamo.config.trace_autograd_ops = True
         adapted = torch.compile(adapted, fullgraph=True)
 
     def step():  # type: ignore[no-untyped-def]
