@@ -85,6 +85,17 @@ def test_a_worker_that_dies_says_so() -> None:
             worker.ask("time", runs=1)
 
 
+def test_a_worker_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_peer.py").write_text("import time\nbuild = lambda *_: time.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    make(SMALL).save(tmp_path / "problem.npz")
+    with (
+        Worker(Peer("slow", "slow_peer"), Path(sys.executable), 1, limit=5) as worker,
+        pytest.raises(Failed, match="setup: no answer within 5 s"),
+    ):
+        worker.ask("setup", path=str(tmp_path / "problem.npz"), device="cpu", dtype="float32")
+
+
 def test_problems_survive_their_file(tmp_path: Path) -> None:
     problem = make(SMALL)
     problem.save(tmp_path / "problem.npz")

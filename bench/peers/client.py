@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import threading
@@ -60,6 +61,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            start_new_session=True,
             cwd=ROOT,
             env=os.environ
             | dict.fromkeys(names, str(threads))
@@ -73,7 +75,7 @@ class Worker:
             Failed: with what the worker says went wrong, or its last words.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        late = threading.Timer(min(self._limit, threading.TIMEOUT_MAX), self._process.kill)
+        late = threading.Timer(min(self._limit, threading.TIMEOUT_MAX), self._kill)
         late.start()
         try:
             print(json.dumps({"do": do} | request), file=self._process.stdin, flush=True)
@@ -95,6 +97,11 @@ class Worker:
             raise Failed(f"{do}: {answer['error']}")
         return answer
 
+    def _kill(self) -> None:
+        """Ends the process and what it has started: compilers keep its output open."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def computed(self) -> Arrays:
         """Loss and gradients as the worker has them."""
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +117,7 @@ class Worker:
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._process.stdout.close()
         self._errors.close()
