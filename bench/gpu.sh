@@ -3,7 +3,7 @@
 #
 #     bench/gpu.sh [--out DIR] [--data PATH] [--device cuda] [--tiny] [PART ...]
 #
-# Parts: versions kernels-check equality kernels iterations profile train; all without a name. Each writes DIR/PART.log and,
+# Parts: versions kernels-check equality kernels iterations profile train, all without a name; and peers, by name alone. Each writes DIR/PART.log and,
 # where it has numbers, JSON; one that fails is reported and the next one runs. Exit status: parts that failed.
 # --tiny rehearses the script on a CPU: small sizes, Triton's interpreter for the kernels.
 set -u
@@ -59,6 +59,13 @@ run_part() {
       "$python" -m bench.iterations --device "$device" --engines "$engines" "${workloads[@]}" --seconds 3 \
         --json "$out/iterations.json"
       ;;
+    peers)
+      # What needs nothing but the torch that is there; the others need a network, see bench/peers/environments.py.
+      local some=(--rounds 8 --workloads omniglot-20w1s-final,omniglot-20w1s)
+      [[ $tiny ]] && some=(--rounds 2 --workloads tiny)
+      "$python" -m bench.peers --here --device "$device" --peers textbook,torch.func,ours-autograd,ours-fused \
+        "${some[@]}" --json "$out/peers.json"
+      ;;
     profile)
       local first=omniglot-20w1s
       [[ $tiny ]] && first=omniglot-5w1s-final
@@ -81,7 +88,7 @@ run_part() {
   esac
 }
 
-declare -A limit=([versions]=60 [kernels-check]=90 [equality]=120 [kernels]=120 [iterations]=150 [profile]=60 [train]=150)
+declare -A limit=([versions]=60 [kernels-check]=90 [equality]=120 [kernels]=120 [iterations]=150 [peers]=240 [profile]=60 [train]=150)
 failed=0
 summary=
 for part in "${parts[@]}"; do

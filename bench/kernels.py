@@ -1,6 +1,6 @@
 """Every operation and order against PyTorch's: times, ratios, rates and shares of the machine's ceilings.
 
-    python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv] [--threads N]
+    python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv,head,dispatch] [--threads N]
                             [--device D] [--check] [--json FILE]
 
 Ours, PyTorch's and a copy of as many bytes take turns in one process; a time is a median, `noise` what two timings of
@@ -26,14 +26,11 @@ def describe(row: dict[str, Any]) -> str:
     name = f"{row['operation']:20} {row['order']:24} {row['size']:42} {row['layout']:13} {row['dtype']:9}"
     if "fault" in row:
         return f"{name} FAILS ITS CHECK: {row['fault']}"
-    work = (
-        f"{row['gflop_per_s']:7.1f} GFLOP/s {row['share_of_peak']:5.0%} of peak"
-        if "gflop_per_s" in row
-        else ""
-    )
     return (
         f"{name} {row['ours_us'][1]:9.1f} us, torch {row['torch_us'][1]:9.1f} us: {row['ratio']:5.2f} x "
-        f"(noise {row['noise']:4.0%}) {row['gb_per_s']:6.1f} GB/s {row['share_of_copy']:4.0%} of copy {work}"
+        f"(noise {row['noise']:4.0%}) {row['gb_per_s']:6.1f} GB/s {row['share_of_copy']:4.0%} of copy "
+        f"{row['gflop_per_s']:7.1f} GFLOP/s {row['share_of_peak']:5.0%} of peak, "
+        f"{row['share_of_roof']:5.0%} of the roof"
     )
 
 

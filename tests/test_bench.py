@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness
+from bench import harness, plots, report
+from bench.__main__ import PARTS
+from bench.compare import compare
 from bench.iterations import fault
 from mamlpp_fast.workloads import Workload
 
@@ -20,7 +23,7 @@ def _case(error: float) -> harness.Case:
     exact = torch.rand(64, dtype=torch.float64) + 1
     ours, theirs = (exact * (1 + error)).float(), exact.float()
     subjects = harness.Subjects(lambda: [ours], lambda: [theirs], lambda: [exact])
-    return harness.Case("double", "forward", "[64]", "flat", "float32", lambda: subjects, 512)
+    return harness.Case("double", "forward", "[64]", "flat", "float32", lambda: subjects, 512, 64)
 
 
 def test_a_wrong_result_gets_no_time() -> None:
@@ -38,6 +41,12 @@ def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.Monkey
         "mamlpp_fast.ops.lslr_update", lambda t, g, r, *rest: lslr_update(t, g, r * (1 + 1e-6), *rest)
     )
     assert "float64 meta-gradient off by" in (fault(tiny, "autograd", "float32", "cpu") or "")
+
+    def wrong_in_float32(t: torch.Tensor, g: torch.Tensor, r: torch.Tensor, *rest: object) -> torch.Tensor:
+        return lslr_update(t, g, r * 1.01 if t.dtype == torch.float32 else r, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mamlpp_fast.ops.lslr_update", wrong_in_float32)
+    assert "from float64's" in (fault(tiny, "autograd", "float32", "cpu") or "")
 
 
 def test_the_gpu_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
@@ -58,3 +67,61 @@ def test_the_gpu_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
     summary = (tmp_path / "summary.txt").read_text()
     assert "no-such-part   FAILED 2" in summary and "versions       ok" in summary
     assert (tmp_path / "info.json").exists()
+
+
+def test_two_runs_agree_within_the_spread_that_they_state() -> None:
+    def run(low: float, median: float, high: float) -> dict[str, object]:
+        return {"rows": [{"workload": "w", "engine": "e", "ms": [low, median, high]}]}
+
+    ((name, same, ratio),) = compare(run(9, 10, 11), run(10, 11.5, 13))
+    assert (name, same, ratio) == ("w e ms", True, 1.15)
+    ((_, same, _),) = compare(run(9, 10, 11), run(12, 12.5, 13))
+    assert not same
+    ((_, same, _),) = compare(run(12, 12.5, 13), run(9, 10, 11))
+    assert not same
+
+
+def test_plots_follow_their_rows() -> None:
+    rows = [
+        {"workload": "w", "peer": peer, "quartiles": [low, low + 0.01, low + 0.02]}
+        for peer, low in (("textbook", 0.5), ("ours-fused", 0.1))
+    ]
+    drawn = plots.peers(rows)
+    assert drawn == plots.peers(rows) and b"ours-fused" in drawn
+    assert drawn != plots.peers([rows[0], rows[1] | {"quartiles": [0.2, 0.21, 0.22]}])
+
+
+def test_pages_show_the_newest_full_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, date, files in (
+        ("cpu-old", None, report.FULL_SET),
+        ("cpu-new", "2026-02-01", report.FULL_SET),
+        ("cpu-newer", "2026-03-01", report.FULL_SET[:2]),
+    ):
+        (tmp_path / name).mkdir()
+        machine = {} if date is None else {"date": date}
+        for file in files:
+            content = {"machine": machine, "rows": [], "workloads": {}}
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    report.shown.cache_clear()
+    try:
+        assert report.shown() == "cpu-new"
+    finally:
+        report.shown.cache_clear()
+
+
+def test_a_page_or_plot_that_differs_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(report.PLOTS, "peers", ("peers", lambda rows: b"other"))
+    monkeypatch.setitem(report.TABLES, "headline", ("iterations", lambda rows: "| other |"))
+    assert report.stale(write=False) == ["README.md", "docs/images/peers.svg"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_is_a_command_that_exists(name: str) -> None:
+    for arguments in filter(None, (PARTS[name].arguments, PARTS[name].quick)):
+        _, module, *options = arguments.format(out="DIR").split()
+        source = (ROOT / module.replace(".", "/")).with_suffix(".py")
+        if module == "bench.peers":
+            source = ROOT / "bench/peers/driver.py"
+        for option in options:
+            assert not option.startswith("--") or f'"{option}"' in source.read_text()

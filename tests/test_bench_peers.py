@@ -10,11 +10,11 @@ import pytest
 
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.driver import PEERS, Settings, compare, describe
-from bench.peers.problem import Problem, Sizes, make
+from bench.peers.problem import TINY, Problem, Sizes, make
 
-SMALL = Sizes(ways=3, tasks=2, image_size=16, filters=8, steps=2)
+SMALL = TINY["tiny-final"]
 SETTINGS = Settings(
-    rounds=2, threads=1, device="cpu", tolerance=1e-6, float32_tolerance=0.3, cache=None, lock=None
+    rounds=2, threads=1, device="cpu", tolerance=1e-6, float32_tolerance=0.3, limit=60, cache=None, lock=None
 )
 WRONG = """
 from bench.peers import textbook
@@ -36,10 +36,18 @@ def peers(*names: str) -> list[Peer]:
     return [peer for peer in PEERS if peer.name in names]
 
 
-def test_peers_that_agree_are_timed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "names"),
+    [
+        (SMALL, ("ours-autograd", "ours-fused")),
+        (TINY["tiny"], ("torch.func", "ours-fused")),
+    ],
+    ids=["maml", "maml++"],
+)
+def test_peers_that_agree_are_timed(sizes: Sizes, names: tuple[str, ...], tmp_path: Path) -> None:
     settings = Settings(**vars(SETTINGS) | {"lock": tmp_path / "lock"})
-    rows = compare(SMALL, peers("textbook", "ours-reference", "ours-autograd", "ours-fused"), settings)
-    assert [row["peer"] for row in rows] == ["textbook", "ours-reference", "ours-autograd", "ours-fused"]
+    rows = compare(sizes, peers(*names), settings)
+    assert [row["peer"] for row in rows] == list(names)
     for row in rows:
         assert "fault" not in row
         assert row["error"] < 1e-9
@@ -75,6 +83,17 @@ def test_a_worker_that_dies_says_so() -> None:
         worker._process.kill()
         with pytest.raises(Failed, match="status -9"):
             worker.ask("time", runs=1)
+
+
+def test_a_worker_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_peer.py").write_text("import time\nbuild = lambda *_: time.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    make(SMALL).save(tmp_path / "problem.npz")
+    with (
+        Worker(Peer("slow", "slow_peer"), Path(sys.executable), 1, limit=5) as worker,
+        pytest.raises(Failed, match="setup: no answer within 5 s"),
+    ):
+        worker.ask("setup", path=str(tmp_path / "problem.npz"), device="cpu", dtype="float32")
 
 
 def test_problems_survive_their_file(tmp_path: Path) -> None:

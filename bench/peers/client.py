@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,21 +34,26 @@ class Failed(Exception):
 class Peer:
     """A row of the table: the worker's module and its argument, and the environment that it runs in.
 
-    Without an environment it runs in the driver's own interpreter.
+    Without an environment it runs in the driver's own interpreter. ``plus``: whether it is asked for
+    MAML++ as well as MAML.
     """
 
     name: str
     module: str
     argument: str | None = None
     environment: str | None = None
+    plus: bool = True
 
 
 class Worker:
-    """A peer's process; ends with the ``with`` block or :meth:`close`."""
+    """A peer's process; ends with the ``with`` block or :meth:`close`, or when an answer takes ``limit`` seconds."""
 
-    def __init__(self, peer: Peer, python: Path, threads: int) -> None:
+    def __init__(self, peer: Peer, python: Path, threads: int, limit: float = math.inf) -> None:
+        self._limit = limit
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC", "PJRT_NPROC")
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
+        # Compilers start from nothing every time, so that the first run says what compiling costs.
+        self._compiled = tempfile.TemporaryDirectory()
         command = [str(python), "-m", "bench.peers.worker", peer.module, peer.argument]
         self._process = subprocess.Popen(
             [part for part in command if part is not None],
@@ -54,8 +61,11 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            start_new_session=True,
             cwd=ROOT,
-            env=os.environ | dict.fromkeys(names, str(threads)),
+            env=os.environ
+            | dict.fromkeys(names, str(threads))
+            | {"TORCHINDUCTOR_CACHE_DIR": self._compiled.name, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
         )
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
@@ -65,13 +75,20 @@ class Worker:
             Failed: with what the worker says went wrong, or its last words.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
+        late = threading.Timer(min(self._limit, threading.TIMEOUT_MAX), self._kill)
+        late.start()
         try:
             print(json.dumps({"do": do} | request), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            timed_out = late.finished.is_set()
+            late.cancel()
         if not line:
             status = self._process.wait()
+            if timed_out:
+                raise Failed(f"{do}: no answer within {self._limit:.0f} s")
             self._errors.seek(0)
             words = self._errors.read().strip().splitlines()
             raise Failed(f"{do}: ended with status {status}: {words[-1] if words else 'no message'}")
@@ -79,6 +96,11 @@ class Worker:
         if "error" in answer:
             raise Failed(f"{do}: {answer['error']}")
         return answer
+
+    def _kill(self) -> None:
+        """Ends the process and what it has started: compilers keep its output open."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def computed(self) -> Arrays:
         """Loss and gradients as the worker has them."""
@@ -95,10 +117,11 @@ class Worker:
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._process.stdout.close()
         self._errors.close()
+        self._compiled.cleanup()
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,10 @@
-"""What a user would pick instead: one meta-gradient of plain second-order MAML by every peer, checked, then timed.
+"""What a user would pick instead: one second-order meta-gradient by every peer, checked, then timed.
 
     python -m bench.peers.environments      # once: the peers' libraries, each in its own environment
-    python -m bench.peers [--rounds 8] [--peers NAME,...] [--workloads NAME,...] [--device cuda] [--json FILE]
+    python -m bench.peers [--rounds 8] [--peers NAME,...] [--workloads NAME,...] [--device cuda] [--here] [--json FILE]
+
+Workloads ending in ``-final`` are plain MAML, the others MAML++ by the peers that can be told it. FILE keeps the
+workloads that it has from earlier runs. ``--here`` takes the driver's own interpreter for every peer.
 
 Every peer is a process of its own at the same weights and tasks. Before any time is taken, its mean target loss and the
 meta-gradient of every parameter must agree with textbook PyTorch's in float64 twice; a peer that fails gets none:
@@ -11,7 +14,8 @@ meta-gradient of every parameter must agree with textbook PyTorch's in float64 t
   two ways differ so much: one value near a max-pool's or leaky ReLU's kink that falls to the other side moves the inner
   gradients, and the steps after it amplify that.
 
-Then all take turns, a run each a round: one alone computes at a time.
+Then all take turns, a run each a round: one alone computes at a time. Before the first round each has run twice: once
+to build and compile, timed apart from importing its libraries, and once more, discarded.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ import torch
 from bench.harness import machine
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, recorded
-from bench.peers.problem import SIZES, Arrays, Sizes, make
+from bench.peers.problem import SIZES, TINY, Arrays, Sizes, make
 
 __all__ = ["PEERS", "Settings", "compare"]
 
@@ -45,15 +49,22 @@ PEERS = (
     Peer("textbook", _P + "textbook", None, "torch"),
     Peer("torch.func", _P + "functional", None, "torch"),
     Peer("torch.compile", _P + "functional", "compiled", "torch"),
-    Peer("torchopt", _P + "with_torchopt", None, "torchopt"),
-    Peer("higher", _P + "with_higher", None, "higher"),
-    Peer("learn2learn", _P + "with_learn2learn", None, "learn2learn"),
+    Peer("torch.compile-traced", _P + "functional", "traced", "torch", plus=False),
+    Peer("textbook-compiled", _P + "textbook", "compiled", "torch", plus=False),
+    Peer("textbook-compiled-net", _P + "textbook", "compiled-loss", "torch", plus=False),
+    Peer("torchopt", _P + "with_torchopt", None, "torchopt", plus=False),
+    Peer("higher", _P + "with_higher", None, "higher", plus=False),
+    Peer("learn2learn", _P + "with_learn2learn", None, "learn2learn", plus=False),
     Peer("jax-vmap", _P + "with_jax", "vmap", "jax"),
+    Peer("jax-vmap-patches", _P + "with_jax", "vmap-patches", "jax"),
     Peer("jax-map", _P + "with_jax", "map", "jax"),
+    Peer("jax-map-patches", _P + "with_jax", "map-patches", "jax"),
     Peer("ours-reference", _P + "ours", "reference"),
     Peer("ours-autograd", _P + "ours", "autograd"),
     Peer("ours-fused", _P + "ours", "fused"),
 )
+# Without these a comparison says nothing; of the others some are there to show what fails.
+_NEEDED = ("textbook", "ours-fused")
 _TOLERANCE = 1e-6
 _FLOAT32_TOLERANCE = 0.3
 _HOLD_SECONDS = 120
@@ -67,6 +78,7 @@ class Settings(argparse.Namespace):
     device: str
     tolerance: float
     float32_tolerance: float
+    limit: float
     cache: Path | None
     lock: Path | None
 
@@ -92,8 +104,13 @@ def compare(sizes: Sizes, peers: Sequence[Peer], settings: Settings) -> list[dic
                 live[peer.name] = stack.enter_context(ready)
         for _ in range(settings.rounds):
             lock.turn()
-            for name, worker in live.items():
-                answer = worker.ask("time", runs=1)
+            for name, worker in list(live.items()):
+                try:
+                    answer = worker.ask("time", runs=1)
+                except Failed as error:
+                    del live[name], rows[name]["seconds"]
+                    rows[name]["fault"] = str(error)
+                    continue
                 rows[name]["seconds"] += answer["seconds"]
                 rows[name]["peak_mib"] = max(rows[name]["peak_mib"] or 0, answer["peak_mib"] or 0) or None
     for row in rows.values():
@@ -113,7 +130,7 @@ def _start(peer: Peer, settings: Settings) -> Worker:
         if (fault := recorded(settings.cache, peer.environment)["fault"]) is not None:
             raise Failed(fault)
         python = python_of(settings.cache / peer.environment)
-    return Worker(peer, python, settings.threads)
+    return Worker(peer, python, settings.threads, settings.limit)
 
 
 def _prepare(
@@ -130,11 +147,11 @@ def _prepare(
             if not row["error"] <= settings.tolerance:
                 raise Failed(f"check: float64 error {row['error']:.1e} in {row['error_in']}")
             worker = stack.enter_context(_start(peer, settings))
-            row["first_seconds"] = worker.ask("setup", dtype="float32", **request)["seconds"]
+            row |= worker.ask("setup", dtype="float32", **request)
             row["float32_error"] = distance(worker.computed(), exact)
             if not row["float32_error"] <= settings.float32_tolerance:
                 raise Failed(f"check: float32 error {row['float32_error']:.1e}")
-            worker.ask("time", runs=1)
+            (row["second_seconds"],) = worker.ask("time", runs=1)["seconds"]
         except Failed as error:
             return row | {"fault": str(error)}, None
         stack.pop_all()
@@ -172,17 +189,24 @@ def _readiness(row: dict[str, Any]) -> str:
     errors = (
         f"float64 error {row['error']:.1e} in {row['error_in']}, float32 error {row['float32_error']:.1e}"
     )
-    return f"{errors}, first run after {row['first_seconds']:.1f} s"
+    return f"{errors}, first run {row['first_seconds']:.1f} s{_held_up(row)}"
+
+
+def _held_up(row: dict[str, Any]) -> str:
+    """A warning where setting up waited for more than it computed: then the first run's time says nothing."""
+    wall = row["import_seconds"] + row["first_seconds"]
+    cpu = row["setup_cpu_seconds"]
+    return f" (of {wall:.0f} s computed {cpu:.0f} s)" if wall > 5 + 2 * cpu else ""
 
 
 def describe(row: dict[str, Any], textbook: float | None) -> str:
     if "fault" in row:
-        return f"{row['peer']:15} {row['fault']}"
+        return f"{row['peer']:22} {row['fault']}"
     low, median, high = row["quartiles"]
     ratio = f"{textbook / median:6.2f} x" if textbook else ""
     memory = f"{row['peak_mib']:7.0f} MiB" if row["peak_mib"] else ""
     return (
-        f"{row['peer']:15} {1e3 * median:8.1f} ms [{1e3 * low:.1f}, {1e3 * high:.1f}] {ratio} {memory} "
+        f"{row['peer']:22} {1e3 * median:8.1f} ms [{1e3 * low:.1f}, {1e3 * high:.1f}] {ratio} {memory} "
         f"first {row['first_seconds']:.1f} s, errors {row['error']:.1e}, {row['float32_error']:.1e}"
     )
 
@@ -198,32 +222,44 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tolerance", type=float, default=_TOLERANCE)
     parser.add_argument("--float32-tolerance", type=float, default=_FLOAT32_TOLERANCE)
+    parser.add_argument(
+        "--limit", type=float, default=1200, help="seconds a peer may take to build and compile"
+    )
     parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--here", dest="cache", action="store_const", const=None)
     parser.add_argument(
         "--lock", type=Path, help="a file to lock while anything computes, two minutes at a time"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     settings = parser.parse_args(namespace=Settings())
     torch.set_num_threads(settings.threads)
-    peers = [peer for peer in PEERS if peer.name in settings.peers.split(",")]
-    result: dict[str, Any] = {
+    wanted = settings.peers.split(",")
+    if unknown := set(wanted) - {peer.name for peer in PEERS}:
+        parser.error(f"--peers: expected names of peers, got {', '.join(sorted(unknown))}")
+    if unknown := set(settings.workloads.split(",")) - set(SIZES | TINY):
+        parser.error(f"--workloads: expected {', '.join(SIZES | TINY)}, got {', '.join(sorted(unknown))}")
+    peers = [peer for peer in PEERS if peer.name in wanted]
+    result: dict[str, Any] = {"workloads": {}}
+    if settings.json and settings.json.exists():
+        result = json.loads(settings.json.read_text())
+    result |= {
         "machine": machine(),
-        "threads": settings.threads,
         "device": settings.device,
         "tolerance": settings.tolerance,
         "float32_tolerance": settings.float32_tolerance,
-        "environments": {name: recorded(settings.cache, name) for name in ENVIRONMENTS},
-        "workloads": {},
     }
+    if settings.cache is not None:
+        result["environments"] = {name: recorded(settings.cache, name) for name in ENVIRONMENTS}
     failed = False
     for name in settings.workloads.split(","):
         print(name, flush=True)
-        rows = compare(SIZES[name], peers, settings)
+        sizes = (SIZES | TINY)[name]
+        rows = compare(sizes, [peer for peer in peers if peer.plus or not sizes.plus], settings)
         medians = {row["peer"]: row["quartiles"][1] for row in rows if "quartiles" in row}
         for row in rows:
             print(describe(row, medians.get("textbook")), flush=True)
-            failed = failed or "fault" in row
-        result["workloads"][name] = {"sizes": asdict(SIZES[name]), "rows": rows}
+            failed = failed or ("fault" in row and row["peer"] in _NEEDED)
+        result["workloads"][name] = {"machine": machine(), "sizes": asdict(sizes), "rows": rows}
         if settings.json:
             settings.json.parent.mkdir(parents=True, exist_ok=True)
             settings.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,8 +1,9 @@
 """Makes a virtual environment for each of the peers' libraries, with pinned versions, in a cache folder.
 
-    python -m bench.peers.environments [--cache DIR] [--only NAME,...] [--cuda]
+    python -m bench.peers.environments [--cache DIR] [--only NAME,...] [--missing] [--cuda]
 
-What could not be installed, and why, is recorded and printed; the driver lists it.
+``--missing`` leaves alone what is there as asked for. What could not be installed, and why, is recorded and printed;
+the driver lists it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -83,7 +85,8 @@ def _run(*command: str | Path) -> str:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()]
-        raise _Failed((errors or lines or ["no message"])[0].strip())
+        # Results are published: no addresses or folders of this machine in them.
+        raise _Failed(re.sub(r"(\w+:)?//?\S+/\S*", "...", (errors or lines or ["no message"])[0].strip()))
     return done.stdout
 
 
@@ -151,16 +154,31 @@ def make(cache: Path, name: str, environment: Environment, cuda: bool) -> dict[s
     return record
 
 
+def _complete(cache: Path, name: str, cuda: bool) -> bool:
+    """Whether the environment has the versions that are asked for."""
+    record, wanted = recorded(cache, name), ENVIRONMENTS[name]
+    if record["fault"] is not None:
+        return False
+    packages = wanted.cuda if cuda and wanted.cuda else wanted.packages
+    pinned = (re.sub(r"\[.*\]", "", package).split("==") for package in (*packages, *wanted.sources))
+    # A local part, as in 2.13.0+cpu, says how a version was built.
+    return all(record["versions"].get(package, "").split("+")[0] == version for package, version in pinned)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--only", default=",".join(ENVIRONMENTS))
+    parser.add_argument("--missing", action="store_true", help="only what is not there yet")
     parser.add_argument("--cuda", action="store_true", help="what a GPU needs")
     arguments = parser.parse_args()
     failed = False
     for name in arguments.only.split(","):
+        if arguments.missing and _complete(arguments.cache, name, arguments.cuda):
+            print(f"{name}: there already", flush=True)
+            continue
         record = make(arguments.cache, name, ENVIRONMENTS[name], arguments.cuda)
         print(f"{name}: {record['fault'] or 'installed'}", flush=True)
         failed = failed or record["fault"] is not None

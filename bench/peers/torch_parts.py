@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bench.peers.problem import STAGES, Problem
 
-__all__ = ["Task", "adapts", "conv4", "finished", "tasks"]
+__all__ = ["Named", "Task", "conv4", "finished", "leaves", "norms", "rate", "tasks"]
 
+Named = dict[str, Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
 # float32 means float32 on a GPU too.
 torch.backends.cudnn.allow_tf32 = False
@@ -22,7 +23,10 @@ def _named(**modules: nn.Module) -> nn.Sequential:
 
 
 def conv4(problem: Problem, device: str) -> nn.Sequential:
-    """The network at the problem's weights; its batch norms know batch statistics only."""
+    """The network at the problem's weights; its batch norms know batch statistics only.
+
+    Of batch-norm weights per step it has the first; :func:`norms` gives those of the others.
+    """
     sizes, blocks, channels, size = problem.sizes, [], 1, problem.sizes.image_size
     for _ in range(STAGES):
         blocks.append(
@@ -37,14 +41,29 @@ def conv4(problem: Problem, device: str) -> nn.Sequential:
     model = _named(
         blocks=nn.Sequential(*blocks), flat=nn.Flatten(), head=nn.Linear(channels * size * size, sizes.ways)
     )
-    state = {name: torch.from_numpy(value) for name, value in problem.weights.items()}
-    model.to(device, state["head.weight"].dtype).load_state_dict(state)
+    model.to(device, torch.from_numpy(problem.weights["head.weight"]).dtype)
+    start = norms({name: torch.from_numpy(value) for name, value in problem.weights.items()}, 0)
+    start |= {name: torch.from_numpy(problem.weights[name]) for name in problem.adapting()}
+    model.load_state_dict(start)
     return model
 
 
-def adapts(name: str) -> bool:
-    """Whether the inner loop adapts the parameter of this name."""
-    return ".norm." not in name
+def leaves(problem: Problem, device: str) -> Named:
+    """Everything that has a meta-gradient, by name: weights, and MAML++'s rates."""
+    return {
+        name: torch.from_numpy(value).to(device).clone().requires_grad_()
+        for name, value in problem.weights.items()
+    }
+
+
+def norms(own: Named, step: int) -> Named:
+    """Batch-norm weights of a step."""
+    return {name: p[step] if p.dim() == 2 else p for name, p in own.items() if ".norm." in name}
+
+
+def rate(problem: Problem, own: Named, tensor: int, step: int) -> Tensor | float:
+    """The inner rate: a number in plain MAML, in MAML++ the learned one of the tensor and step."""
+    return own["rates"][tensor, step] if "rates" in own else problem.sizes.rate
 
 
 def tasks(problem: Problem, device: str) -> Task:
@@ -53,8 +72,8 @@ def tasks(problem: Problem, device: str) -> Task:
     return support_x, support_y, target_x, target_y
 
 
-def finished(loss: Tensor, model: nn.Module) -> tuple[Tensor, Mapping[str, Tensor | None]]:
+def finished(loss: Tensor, own: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor | None]]:
     """Loss and ``.grad`` of every parameter, once the device is done."""
     if loss.is_cuda:
         torch.cuda.synchronize()
-    return loss, {name: p.grad for name, p in model.named_parameters()}
+    return loss, {name: p.grad for name, p in own.items()}

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from bench.peers.problem import Problem
-from bench.peers.torch_parts import adapts, conv4, finished, tasks
+from bench.peers.torch_parts import conv4, finished, tasks
 from bench.peers.worker import Step
 
 
 def build(problem: Problem, device: str, argument: str | None) -> Step:
     model, batch = conv4(problem, device), tasks(problem, device)
-    adapting = [p for name, p in model.named_parameters() if adapts(name)]
+    adapting = [p for name, p in model.named_parameters() if name in problem.adapting()]
     optimizer = torch.optim.SGD(adapting, lr=problem.sizes.rate)
 
     def step():  # type: ignore[no-untyped-def]
@@ -26,6 +26,6 @@ def build(problem: Problem, device: str, argument: str | None) -> Step:
                 loss = F.cross_entropy(fast(target_x), target_y) / problem.sizes.tasks
                 loss.backward()
             total += loss.detach()
-        return finished(total, model)
+        return finished(total, dict(model.named_parameters()))
 
     return step

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bench.peers.learn2learn_source import skeleton
 from bench.peers.problem import Problem
-from bench.peers.torch_parts import adapts, conv4, finished, tasks
+from bench.peers.torch_parts import conv4, finished, tasks
 from bench.peers.worker import Step
 
 
@@ -20,13 +20,14 @@ def build(problem: Problem, device: str, argument: str | None) -> Step:
     skeleton()
     algorithms = importlib.import_module("learn2learn.algorithms.maml")
     model, batch = conv4(problem, device), tasks(problem, device)
+    names = set(problem.adapting())
     maml = algorithms.MAML(model, lr=problem.sizes.rate)
 
     def adapt(module: torch.nn.Module, loss: torch.Tensor) -> torch.nn.Module:
         named = dict(module.named_parameters())
-        adapting = [p for name, p in named.items() if adapts(name)]
+        adapting = [p for name, p in named.items() if name in names]
         gradients = iter(torch.autograd.grad(loss, adapting, create_graph=True))
-        chosen = [next(gradients) if adapts(name) else None for name in named]
+        chosen = [next(gradients) if name in names else None for name in named]
         return algorithms.maml_update(module, problem.sizes.rate, chosen)
 
     def step():  # type: ignore[no-untyped-def]
@@ -39,6 +40,6 @@ def build(problem: Problem, device: str, argument: str | None) -> Step:
             loss = F.cross_entropy(module(target_x), target_y) / problem.sizes.tasks
             loss.backward()
             total += loss.detach()
-        return finished(total, model)
+        return finished(total, dict(model.named_parameters()))
 
     return step

@@ -31,6 +31,6 @@ def build(problem: Problem, device: str, argument: str | None) -> Step:
             total += loss.detach()
             for part, state in zip((adapting, optimizer), start, strict=True):
                 torchopt.recover_state_dict(part, state)
-        return finished(total, model)
+        return finished(total, own)
 
     return step

@@ -5,7 +5,9 @@
 MODULE has ``build(problem, device, argument)``, which returns a function that computes the mean target loss and the
 meta-gradients by name, and returns when the device is done. What a request asks:
 
-    {"do": "setup", "path": NPZ, "device": "cpu", "dtype": "float32"}   {"seconds": of building and the first run}
+    {"do": "setup", "path": NPZ, "device": "cpu", "dtype": "float32"}   {"import_seconds": of the libraries,
+                                                                         "first_seconds": of building and the first
+                                                                         run, "setup_cpu_seconds": of both}
     {"do": "check", "path": NPZ}                                        {} (the NPZ: the last run's loss and gradients)
     {"do": "time", "runs": N}                                           {"seconds": [...], "peak_mib": ...}
 
@@ -47,10 +49,18 @@ class Worker:
     def setup(self, path: str, device: str, dtype: str) -> dict[str, Any]:
         self.device = device
         problem = Problem.load(Path(path), dtype)
-        start = time.perf_counter()
-        self.step = importlib.import_module(self.module).build(problem, device, self.argument)
+        start, before = time.perf_counter(), sum(os.times()[:4])
+        module = importlib.import_module(self.module)
+        imported = time.perf_counter()
+        self.step = module.build(problem, device, self.argument)
         self._run()
-        return {"seconds": time.perf_counter() - start}
+        # Importing apart, for the libraries may have to come from a slow disk. Processor time of all of it, compilers
+        # included, tells whether the machine had other things to do.
+        return {
+            "import_seconds": imported - start,
+            "first_seconds": time.perf_counter() - imported,
+            "setup_cpu_seconds": sum(os.times()[:4]) - before,
+        }
 
     def check(self, path: str) -> dict[str, Any]:
         if self.result is None:
@@ -76,9 +86,10 @@ class Worker:
     def _peak_mib(self) -> float | None:
         if self.device == "cpu":
             return _peak_resident_mib()
-        if "torch" in sys.modules:
-            return float(sys.modules["torch"].cuda.max_memory_allocated() / 2**20)
-        return None
+        if "jax" in sys.modules:
+            found = sys.modules["jax"].devices("gpu")[0].memory_stats() or {}
+            return float(found["peak_bytes_in_use"]) / 2**20 if "peak_bytes_in_use" in found else None
+        return float(sys.modules["torch"].cuda.max_memory_allocated() / 2**20)
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:

@@ -1,0 +1,84 @@
+"""Whether two runs of a measurement agree within the spread that they state.
+
+    python -m bench.compare OLD NEW
+
+OLD and NEW are JSON files of one measurement, or folders of them. Two medians agree when they are no further apart than
+the quartiles that face each other reach together. Prints every row where they do not, with its change, and how many do;
+exit status 1 when some do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["agree", "compare", "measurements"]
+
+# What holds [lower quartile, median, upper quartile] in a row, by the unit.
+_QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles")
+_NAMES = (
+    "workload", "peer", "engine", "precision", "operation", "order", "size", "layout", "dtype", "backend",
+    "varies", "value", "tasks", "ways",
+)  # fmt: skip
+
+
+def measurements(data: dict[str, Any]) -> dict[str, list[float]]:
+    """Quartiles by the name of the row and the quantity."""
+    rows = list(data.get("rows", ()))
+    for workload, content in data.get("workloads", {}).items():
+        rows += [{"workload": workload} | row for row in content["rows"]]
+    found = {}
+    for row in rows:
+        name = " ".join(str(row[key]) for key in _NAMES if key in row)
+        for key in _QUARTILES:
+            if isinstance(row.get(key), list):
+                found[f"{name} {key}"] = row[key]
+    return found
+
+
+def agree(old: list[float], new: list[float]) -> bool:
+    """Whether medians are no further apart than the two spreads together reach."""
+    (low, high) = (old, new) if old[1] <= new[1] else (new, old)
+    return high[1] - low[1] <= (low[2] - low[1]) + (high[1] - high[0])
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, bool, float]]:
+    """(name, whether they agree, new median over old) of what both have."""
+    before, after = measurements(old), measurements(new)
+    for name in before:
+        if name in after:
+            yield name, agree(before[name], after[name]), after[name][1] / before[name][1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    arguments = parser.parse_args()
+    for path in (arguments.old, arguments.new):
+        if not path.exists():
+            parser.error(f"expected a file or folder, got {path}")
+    pairs = [(arguments.old, arguments.new)]
+    if arguments.old.is_dir():
+        names = sorted(file.name for file in arguments.old.glob("*.json"))
+        pairs = [(arguments.old / n, arguments.new / n) for n in names if (arguments.new / n).exists()]
+    apart = 0
+    for old, new in pairs:
+        rows = list(compare(json.loads(old.read_text()), json.loads(new.read_text())))
+        for name, same, ratio in rows:
+            if not same:
+                print(f"{name}: {ratio:.2f} times as long")
+        agreeing = sum(same for _, same, _ in rows)
+        print(f"{new.name}: {agreeing} of {len(rows)} medians agree within the quartiles stated")
+        apart += len(rows) - agreeing
+    return int(apart > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

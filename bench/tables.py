@@ -1,0 +1,303 @@
+"""The tables: rows of a result file to Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+_ABSENT = "Not measured on this machine yet."
+
+Rows = list[dict[str, Any]]
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    rule = ["---" if i == 0 else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+
+
+def spread(quartiles: list[float], digits: int) -> str:
+    low, median, high = quartiles
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def iterations(rows: Rows) -> str:
+    lines = []
+    for r in rows:
+        name = [r["workload"], f"{r['engine']}, {r['precision']}"]
+        if "fault" in r:
+            lines.append([*name, f"not timed: {r['fault']}", *[""] * 6])
+            continue
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        lines.append(
+            [
+                *(*name, spread(r["ms"], 0), ratio),
+                *(f"{r['gflop_per_s']:.0f}", f"{r['share_of_peak']:.0%}"),
+                *(_optional(r, "gb_per_s", ".0f"), _optional(r, "share_of_copy", ".0%")),
+                f"{r['peak_memory_mib']:.0f}",
+            ]
+        )
+    header = ["workload", "engine", "ms (quartiles)", "times reference"]
+    return table([*header, "GFLOP/s", "of peak", "GB/s", "of copy", "peak MiB"], lines)
+
+
+def headline(rows: Rows) -> str:
+    """Times of each workload by engine, one line a workload."""
+    by_workload: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in rows:
+        if not r["workload"].endswith("-final"):
+            by_workload.setdefault(r["workload"], {})[f"{r['engine']}:{r['precision']}"] = r
+
+    def cell(r: dict[str, Any] | None) -> str:
+        if r is None or "ms" not in r:
+            return "-"
+        return f"{r['ms'][1]:.0f}" + ("" if r["engine"] == "reference" else f" ({r['ratio']:.1f}x)")
+
+    columns = {
+        "reference:float32": "reference",
+        "autograd:float32": "autograd engine",
+        "fused:float32": "fused engine",
+        "fused:bfloat16": "fused, bfloat16",
+    }
+    lines = [[name, *(cell(found.get(key)) for key in columns)] for name, found in by_workload.items()]
+    return table(["workload, ms an iteration", *columns.values()], lines)
+
+
+def _named(r: dict[str, Any]) -> list[str]:
+    return [f"`{r['operation']}` {r['order']}", r["size"], f"{r['dtype']}, {r['layout']}"]
+
+
+def kernels(rows: Rows) -> str:
+    """Every operation at every size."""
+    header = [
+        *("operation", "size", "", "us", "PyTorch us", "times as fast", "MiB moved"),
+        *("GB/s", "of copy", "GFLOP/s", "of peak", "of the roof"),
+    ]
+    lines = []
+    for r in rows:
+        if "fault" in r:
+            lines.append([*_named(r), f"not timed: {r['fault']}", *[""] * 8])
+            continue
+        lines.append(
+            [
+                *_named(r),
+                *(f"{r['ours_us'][1]:.0f}", f"{r['torch_us'][1]:.0f}", f"{r['ratio']:.2f}"),
+                *(f"{r['bytes'] / 2**20:.1f}", f"{r['gb_per_s']:.1f}", f"{r['share_of_copy']:.0%}"),
+                *(_optional(r, "gflop_per_s", ".0f"), _optional(r, "share_of_peak", ".0%")),
+                _optional(r, "share_of_roof", ".0%"),
+            ]
+        )
+    return table(header, lines)
+
+
+def _optional(r: dict[str, Any], key: str, form: str) -> str:
+    """A number that older results lack."""
+    return format(r[key], form) if r.get(key) is not None else ""
+
+
+def _in_dispatch(r: dict[str, Any]) -> bool:
+    return bool(r["size"].startswith("dispatch"))
+
+
+def kernel_summary(rows: Rows) -> str:
+    """A line for all sizes of an operation, order, dtype and layout."""
+    groups: dict[tuple[str, ...], Rows] = {}
+    for r in rows:
+        if not _in_dispatch(r):
+            groups.setdefault((r["operation"], r["order"], r["dtype"], r["layout"]), []).append(r)
+    lines = []
+    for (operation, order, dtype, layout), found in groups.items():
+        timed = [r for r in found if "fault" not in r]
+        name = [f"`{operation}` {order}", f"{dtype}, {layout}", str(len(found))]
+        if not timed:
+            lines.append([*name, "not timed", ""])
+            continue
+        shares = [max(r["share_of_copy"], r.get("share_of_peak", 0.0)) for r in timed]
+        lines.append([*name, _range([r["ratio"] for r in timed], ".2f"), _range(shares, ".0%")])
+    return table(["operation", "", "sizes", "times as fast as PyTorch", "of the nearer ceiling"], lines)
+
+
+def _range(values: list[float], form: str) -> str:
+    """Median, least and most."""
+    if len(values) == 1:
+        return format(values[0], form)
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def behind(rows: Rows) -> str:
+    """What PyTorch does faster, by more than two timings of the same differ."""
+    lines = [
+        [*_named(r), f"{r['ours_us'][1]:.0f}", f"{r['torch_us'][1]:.0f}", f"{r['ratio']:.2f}"]
+        for r in rows
+        if "fault" not in r and not _in_dispatch(r) and r["ratio"] * (1 + r["noise"]) < 1
+    ]
+    return table(["operation", "size", "", "us", "PyTorch us", "times as fast"], lines) if lines else "None."
+
+
+def dispatch(rows: Rows) -> str:
+    lines = [
+        [
+            f"`{r['operation']}` {r['order']}",
+            *(spread(r[key], 1) for key in ("ours_us", "torch_us")),
+            f"{r['ratio']:.2f}",
+        ]
+        for r in rows
+        if _in_dispatch(r) and "fault" not in r
+    ]
+    if not lines:
+        return _ABSENT
+    return table(["calls", "us (quartiles)", "PyTorch us", "times as fast"], lines)
+
+
+def scaling(rows: Rows) -> str:
+    lines = []
+    for r in rows:
+        ms = spread(r["ms"], 1) if isinstance(r["ms"], list) else f"{r['ms']:.1f}"
+        rates = [_optional(r, "gflop_per_s", ".0f"), _optional(r, "share_of_peak", ".0%")]
+        lines.append([r["varies"], str(r["value"]), ms, f"{r['ms_each']:.2f}", *rates])
+    return table(["varies", "value", "ms (quartiles)", "ms each", "GFLOP/s", "of peak"], lines)
+
+
+def drop_in(rows: Rows) -> str:
+    lines = [
+        [
+            f"{r['tasks']} tasks, {r['ways']}-way",
+            spread(r["before_ms"], 0),
+            spread(r["after_ms"], 0),
+            f"{r['ratio']:.2f}",
+        ]
+        for r in rows
+    ]
+    return table(["textbook loop", "before, ms", "after, ms", "times as fast"], lines)
+
+
+def drop_in_scripts(rows: Rows) -> str:
+    """Times of whole scripts with another package's import and with ours; a script with other numbers has none."""
+    lines = [
+        [r["script"], f"not timed: {r['fault']}", "", "", ""]
+        if "fault" in r
+        else [
+            r["script"],
+            spread(r["before_ms"], 0),
+            spread(r["after_ms"], 0),
+            f"{r['ratio']:.2f}",
+            f"{r['largest_error_float64']:.0e}",
+        ]
+        for r in rows
+    ]
+    return table(["script", "before, ms", "after, ms", "times as fast", "largest difference, float64"], lines)
+
+
+def run_headline(names: list[str]) -> str:
+    """Test accuracy and time of each run, one line a run."""
+    lines = []
+    for name in names:
+        s = json.loads((_ROOT / "results" / name / "summary.json").read_text())
+        accuracy = f"{100 * s['test_accuracy']:.1f} ± {100 * s['test_accuracy_ci95']:.1f}"
+        lines.append([name, accuracy, f"{s['seconds'] / 60:.0f}"])
+    return table(["run", "test accuracy, %", "minutes"], lines)
+
+
+def runs(names: list[str]) -> str:
+    """Test accuracies, then validation accuracy by epoch side by side."""
+    folders = [_ROOT / "results" / name for name in names]
+    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    curves = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    lines = [
+        [
+            name,
+            f"{100 * s['test_accuracy']:.2f} ± {100 * s['test_accuracy_ci95']:.2f}",
+            f"{100 * s['ensemble_test_accuracy']:.2f} ± {100 * s['ensemble_test_accuracy_ci95']:.2f}",
+            str(s["iterations"]),
+            f"{s['seconds'] / 60:.1f}",
+            f"{s['engine']}, {s['precision']}",
+        ]
+        for name, s in zip(names, summaries, strict=True)
+    ]
+    header = ["run", "test, single, %", "ensemble, %", "iterations", "minutes", "engine"]
+    epochs = [
+        [str(row[0]["iteration"]), *(f"{100 * r['val_accuracy']:.1f}" for r in row)]
+        for row in zip(*curves, strict=True)
+    ]
+    return f"{table(header, lines)}\n\n{table(['iteration, validation %', *names], epochs)}"
+
+
+def peers(rows: Rows) -> str:
+    lines = []
+    for r in rows:
+        if "fault" in r:
+            lines.append([r["workload"], r["peer"], f"not timed: {r['fault']}", "", "", ""])
+            continue
+        ms = [1e3 * q for q in r["quartiles"]]
+        memory = f"{r['peak_mib']:.0f}" if r["peak_mib"] else ""
+        lines.append(
+            [
+                r["workload"],
+                r["peer"],
+                spread(ms, 0),
+                f"{r['ratio']:.2f}" if r["ratio"] else "",
+                f"{r['first_seconds']:.1f}",
+                memory,
+            ]
+        )
+    header = ["workload", "peer", "ms (quartiles)", "times textbook", "first run, s", "peak MiB"]
+    return table(header, lines)
+
+
+def peer_headline(rows: Rows) -> str:
+    """Ours, and the fastest of each family of what a user would pick instead."""
+    families = {
+        "textbook PyTorch": ("textbook",),
+        "torch.func": ("torch.func",),
+        "torch.compile": (
+            "torch.compile",
+            "torch.compile-traced",
+            "textbook-compiled",
+            "textbook-compiled-net",
+        ),
+        "TorchOpt": ("torchopt",),
+        "higher": ("higher",),
+        "learn2learn": ("learn2learn",),
+        "JAX": ("jax-vmap", "jax-vmap-patches", "jax-map", "jax-map-patches"),
+        "mamlpp_fast": ("ours-fused",),
+    }
+    lines = []
+    for workload in dict.fromkeys(r["workload"] for r in rows):
+        medians = {
+            r["peer"]: 1e3 * r["quartiles"][1] for r in rows if r["workload"] == workload and "quartiles" in r
+        }
+        best = (
+            min((medians[name] for name in names if name in medians), default=None)
+            for names in families.values()
+        )
+        lines.append([workload, *("-" if ms is None else f"{ms:.0f}" for ms in best)])
+    return table(["ms a meta-gradient", *families], lines)
+
+
+def environments(data: dict[str, Any]) -> str:
+    lines = []
+    for name, e in data.get("environments", {}).items():
+        what = e.get("fault") or ", ".join(
+            f"{package} {version}"
+            for package, version in e["versions"].items()
+            if package in ("torch", "torchopt", "higher", "learn2learn", "jax", "jaxlib", "numpy", "python")
+        )
+        lines.append([f"`{name}`", what])
+    rule = ["| environment | what is in it, or why it is not there |", "| --- | --- |"]
+    return "\n".join([*rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def peer_rows(data: dict[str, Any]) -> Rows:
+    """The rows of all workloads, each with its ratio to the textbook's median."""
+    found = []
+    for workload, content in data["workloads"].items():
+        medians = {r["peer"]: r["quartiles"][1] for r in content["rows"] if "quartiles" in r}
+        base = medians.get("textbook")
+        for r in content["rows"]:
+            ratio = base / medians[r["peer"]] if base and r["peer"] in medians else None
+            found.append(r | {"workload": workload, "ratio": ratio})
+    return found
