@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -212,8 +212,7 @@ class _Trainer:
         if self.unread == len(self.losses):
             self._read()
         if number := self._asked_to_stop():
-            self._save()
-            raise Interrupted(number)
+            self._leave(number)
         if time.perf_counter() - self.saved_at >= self.config.checkpoint_seconds:
             self._save()
 
@@ -223,6 +222,13 @@ class _Trainer:
             return self.stop.received or 0
         due = self.learner.iteration % len(self.losses) == 0
         return int(self.ranks.notes.max()) if due else 0
+
+    def _leave(self, number: int) -> NoReturn:
+        """Saves and stops, all ranks together: a launcher ends the others once one has left."""
+        if self.learner.iteration > self._saved_iteration:
+            self._save()
+        self.ranks.largest(0)
+        raise Interrupted(number)
 
     def _read(self) -> None:
         """Looks at the losses since the last look, and shows them.
@@ -347,9 +353,7 @@ class _Trainer:
     def _give_way(self) -> None:
         """Stops between evaluation batches; training itself stands at a whole iteration then."""
         if number := self.ranks.largest(self.stop.received or 0):
-            if self.learner.iteration > self._saved_iteration:
-                self._save()
-            raise Interrupted(number)
+            self._leave(number)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor, models: int) -> Score:
         return score(logits, labels, models=models, **self.config.conditions())
