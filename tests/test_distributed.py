@@ -347,7 +347,8 @@ def test_a_killed_rank_ends_the_run_cleanly(tmp_path: Path, data: Path) -> None:
     assert process.returncode == 1
     told = [line for line in errors.splitlines() if line.startswith("mamlpp-fast")]
     assert len(told) == 1 and "ranks: expected all to answer" in told[0] and "latest.pt" in told[0], errors
-    assert "Traceback" not in errors
+    # The traceback there is, is torchrun's own.
+    assert not [line for line in errors.splitlines() if line.startswith("  File") and "mamlpp_fast" in line]
     assert output.count("shared by 2 ranks") == 1
     reached = load_checkpoint(latest, "training")["learner"]["iteration"]
     assert math.isfinite(reached)

@@ -134,9 +134,6 @@ class MAMLPlusPlusModule(_Module):
             prediction = self.learner.adapt(support_x, support_y, steps=steps)(x)
         return prediction
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> EpisodeBatch:
-        return _episodes(batch).to(device)
-
     def training_step(self, batch: Any, batch_idx: int) -> None:
         batch, learner = _episodes(batch), self.learner
         total = batch.num_tasks * learner.ranks.size
