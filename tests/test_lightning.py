@@ -24,6 +24,7 @@ QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,
     "logger": False,
+    "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
@@ -105,12 +106,19 @@ def test_testing_predicting_and_adapting(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(own(task.support_x, task.support_y, task.target_x), predicted[0])
 
 
-@pytest.mark.parametrize("limit", [None, 5], ids=["epoch", "within-an-epoch"])
-def test_a_run_goes_on_from_lightnings_checkpoint(folder: Path, tmp_path: Path, limit: int | None) -> None:
-    stop = {"max_steps": limit} if limit else {}
-    _, trainer = fitted(folder, tmp_path, 2 if limit else 1, **stop)
+class _SaveAt(pl.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [3, 5], ids=["after-an-epoch", "within-an-epoch"])
+def test_a_run_goes_on_from_lightnings_checkpoint(folder: Path, tmp_path: Path, step: int) -> None:
     path = tmp_path / "stopped.ckpt"
-    trainer.save_checkpoint(path)
+    fitted(folder, tmp_path, 2, callbacks=[_SaveAt(step, path)])
     own, trainer = fitted(folder, tmp_path, 3, path)
     torch.testing.assert_close(state(own.learner), state(plain(folder, 9)), rtol=0, atol=0)
     assert trainer.global_step == 9

@@ -226,8 +226,8 @@ class EpisodeDataModule(_DataModule):
 
         def batches() -> Iterator[EpisodeBatch]:
             first = self.trainer.lightning_module.learner.iteration
-            # A run resumed within an epoch makes what is left of it.
-            for i in range(first, first - first % self.iterations + self.iterations):
+            # Resumed within an epoch, the trainer stops before the end.
+            for i in range(first, first + self.iterations):
                 yield self.train.batch(i * self.tasks + share.start, len(share))
 
         return _loader(batches, self.iterations)
