@@ -182,8 +182,9 @@ class Reduction:
                 handle.remove()
         norms = []
         for name, module in self.modules.items():
-            per_step = isinstance(module, PerStepBatchNorm2d) and module.per_step_stats
-            rows = module.num_steps if per_step else 1
+            rows = 1
+            if isinstance(module, PerStepBatchNorm2d) and module.per_step_stats:
+                rows = module.num_steps
             passes = {}
             for multi_step in (True, False):
                 count = torch.zeros(rows, dtype=torch.float64)
