@@ -220,21 +220,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results/ranks"))
     options = parser.parse_args()
     about, rows = machine(), []
-    for precision in ("float64", "float32"):
-        rows += equality(precision, options.iterations)
-        print(json.dumps(rows[-1]), flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows.append(resumed(folder))
-        print(json.dumps(rows[-1]), flush=True)
-        for rank in (0, 1):
-            rows.append(killed(folder, rank))
-            print(json.dumps(rows[-1]), flush=True)
     command = f"python -m bench.ranks --iterations {options.iterations}"
-    options.out.with_suffix(".json").write_text(
-        json.dumps({"command": command, "machine": about, "rows": rows}, indent=1) + "\n"
-    )
-    options.out.with_suffix(".md").write_text(page(about, rows, command))
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        """After every part, so that a run cut short leaves what it has."""
+        rows.extend(found)
+        print(json.dumps(found[-1]), flush=True)
+        content = {"command": command, "machine": about, "rows": rows}
+        options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(page(about, rows, command))
+
+    for precision in ("float64", "float32"):
+        keep(equality(precision, options.iterations))
+    with tempfile.TemporaryDirectory() as name:
+        keep([resumed(Path(name))])
+        for rank in (0, 1):
+            keep([killed(Path(name), rank)])
     exact = all(
         max(r["loss"], r["parameters"], r["statistics"]) < 1e-9
         for r in rows
