@@ -93,6 +93,13 @@ class EpisodeBatch:
     def __iter__(self) -> Iterator[Episode]:
         return (self[i] for i in range(self.num_tasks))
 
+    def tasks(self, start: int, stop: int) -> EpisodeBatch:
+        """Tasks ``start`` .. ``stop - 1``, as views."""
+        part = slice(start, stop)
+        return EpisodeBatch(
+            self.support_x[part], self.support_y[part], self.target_x[part], self.target_y[part]
+        )
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EpisodeBatch:
         """Moves to ``device``; inputs (and float targets) become ``dtype``, integer labels stay."""
 

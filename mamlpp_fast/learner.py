@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -13,9 +14,11 @@ from torch.func import functional_call
 from mamlpp_fast import reference
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
+from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine import Engine, EngineName, Precision, dtype_of, make_engine
 from mamlpp_fast.engine.fused import Unsupported
 from mamlpp_fast.engine.graph import Graphed, graphed
+from mamlpp_fast.engine.reduction import Reduction
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.nn import convert_batch_norm
@@ -80,11 +83,14 @@ class MAMLPlusPlus:
         device: where to train; the model's own by default.
         loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names. The fused engine knows
             ``F.cross_entropy`` (``functools.partial`` with ``label_smoothing`` too) and ``F.mse_loss``.
+        process_group: the processes that share the tasks of every meta-batch, ``torch.distributed.group.WORLD`` say.
+            All call :meth:`meta_step` alike and hold the same parameters, those of rank 0 to begin with.
 
     Attributes:
         model: the network at its meta-parameters.
         rates: the inner learning rates (:class:`mamlpp_fast.LSLR`).
         iteration: meta-updates made so far; epochs and schedules follow from it.
+        ranks: this process among those of ``process_group``.
         engine: the engine in use; ``engine_reason`` says why it was chosen.
 
     Raises:
@@ -100,6 +106,7 @@ class MAMLPlusPlus:
         precision: Precision = "float32",
         device: torch.device | str | None = None,
         loss_fn: reference.LossFn | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config = MAMLConfig() if config is None else config
         self.precision: Precision = precision
@@ -135,6 +142,8 @@ class MAMLPlusPlus:
         self._graph: Graphed[..., StepMetrics] | None = None
         self._graph_generation = 0
         self._weights: tuple[int, Tensor | None] = (-1, None)
+        self.ranks = Ranks(process_group)
+        self._reduction = Reduction(self.ranks, self.model, self.rates) if self.ranks.size > 1 else None
 
     @property
     def epoch(self) -> int:
@@ -162,35 +171,71 @@ class MAMLPlusPlus:
         """Whether this epoch differentiates through the inner updates."""
         return reference.is_second_order(self.epoch, self.config.second_order, self.config.da_epoch)
 
-    def meta_gradient(self, batch: EpisodeBatch) -> StepMetrics:
+    def meta_gradient(self, batch: EpisodeBatch, *, total_tasks: int | None = None) -> StepMetrics:
         """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`."""
-        batch = batch.to(self.device, self.dtype)
-        return self._gradient(batch, self.step_weights(), self.second_order())
+        total = batch.num_tasks if total_tasks is None else total_tasks
+        batch = self._own_share(batch, total_tasks).to(self.device, self.dtype)
+        if self._reduction is None:
+            return self._gradient(batch, self.step_weights(), self.second_order())
+        self._reduction.begin(batch.support_x[0], self.step_weights() is not None)
+        own = self._gradient(batch, self.step_weights(), self.second_order(), clamp=False)
+        losses, accuracy = self._reduction.finish(own.task_losses, own.accuracy, total)
+        self._clamp()
+        return StepMetrics(losses.mean(), accuracy, losses)
 
-    def _gradient(self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool) -> StepMetrics:
+    def _own_share(self, batch: EpisodeBatch, total_tasks: int | None) -> EpisodeBatch:
+        size = self.ranks.size
+        total = batch.num_tasks if total_tasks is None else total_tasks
+        if total < size:
+            raise ValueError(f"batch: expected at least one task for each of {size} ranks, got {total}")
+        share = self.ranks.share(total)
+        if total_tasks is None:
+            return batch if size == 1 else batch.tasks(share.start, share.stop)
+        if batch.num_tasks != len(share):
+            raise ValueError(
+                f"batch: expected the {len(share)} tasks of rank {self.ranks.rank} of {total_tasks} in all, "
+                f"got {batch.num_tasks}"
+            )
+        return batch
+
+    def _gradient(
+        self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool, *, clamp: bool = True
+    ) -> StepMetrics:
         result = self._serve(lambda engine: engine.meta_gradient(batch, step_weights, second_order))
-        if (limit := self.config.clamp_meta_gradient) is not None:
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    p.grad.clamp_(-limit, limit)
+        if clamp:
+            self._clamp()
         return StepMetrics(
             result.loss, self._accuracy(result.target_logits, batch.target_y, 1).mean(), result.task_losses
         )
 
-    def meta_step(self, batch: EpisodeBatch) -> StepMetrics:
+    def _clamp(self) -> None:
+        if (limit := self.config.clamp_meta_gradient) is not None:
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad.clamp_(-limit, limit)
+
+    def meta_step(self, batch: EpisodeBatch, *, total_tasks: int | None = None) -> StepMetrics:
         """One meta-update: meta-gradients of a batch of tasks, then Adam; on a GPU one CUDA graph.
 
+        With several ranks the gradients alone are one graph, and each rank computes its share of the tasks
+        (``learner.ranks.share``): the update is one process's up to the order of summation.
+
         Args:
-            batch: tasks; moved to the learner's device and dtype.
+            batch: tasks, the same on every rank; moved to the learner's device and dtype.
+            total_tasks: number of tasks on all ranks, where ``batch`` holds this rank's share alone.
 
         Returns:
-            Loss and accuracy of the batch before the update, as device tensors.
+            Loss and accuracy of the whole batch before the update, as device tensors.
+
+        Raises:
+            ValueError: for fewer tasks than ranks, or a batch that is not this rank's share of ``total_tasks``.
+            mamlpp_fast.distributed.RankLostError: when another rank is gone.
         """
-        if self.device.type != "cuda" or self.engine.name == "reference":
-            metrics = self.meta_gradient(batch)
+        if self.device.type != "cuda" or self.engine.name == "reference" or self._reduction is not None:
+            metrics = self.meta_gradient(batch, total_tasks=total_tasks)
             self.apply_gradient()
             return metrics
-        batch = batch.to(self.device, self.dtype)
+        batch = self._own_share(batch, total_tasks).to(self.device, self.dtype)
         fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
         self._set_learning_rate()
         metrics = self._whole_step()(fields, self.step_weights(), self.second_order())
@@ -240,10 +285,14 @@ class MAMLPlusPlus:
             else:
                 group["lr"] = lr
 
-    def apply_gradient(self) -> None:
-        """The Adam update for the gradients that :meth:`meta_gradient` left; advances the iteration."""
+    def apply_gradient(self, step: Callable[[], Any] | None = None) -> None:
+        """The Adam update for the gradients that :meth:`meta_gradient` left; advances the iteration.
+
+        Args:
+            step: makes the update in place of ``optimizer.step``: a framework's wrapper of it.
+        """
         self._set_learning_rate()
-        self.optimizer.step()
+        (self.optimizer.step if step is None else step)()
         self.iteration += 1
 
     def check_finite(self, task_losses: Tensor) -> None:

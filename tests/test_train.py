@@ -264,8 +264,8 @@ def test_a_non_finite_loss_names_the_place_and_keeps_the_last_good_checkpoint(
 ) -> None:
     original = MAMLPlusPlus.meta_step
 
-    def diverging(learner: MAMLPlusPlus, batch: Any) -> StepMetrics:
-        metrics = original(learner, batch)
+    def diverging(learner: MAMLPlusPlus, batch: Any, **keywords: Any) -> StepMetrics:
+        metrics = original(learner, batch, **keywords)
         if learner.iteration == 5:
             metrics.task_losses[1] = math.inf
             next(learner.model.parameters()).data.fill_(math.nan)

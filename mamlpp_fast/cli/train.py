@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -42,6 +43,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.compat.experiment import read_experiment
+    from mamlpp_fast.distributed import ElsewhereError, RankError, RankLostError, launched, own_device
     from mamlpp_fast.train import (
         DEFAULT_PRESET,
         Interrupted,
@@ -76,31 +78,43 @@ def run(arguments: argparse.Namespace) -> int:
         out = Path("runs") / f"{name}{suffix}"
     else:
         out = Path(arguments.out)
-    device = resolve_device(arguments.device)
+    first = os.environ.get("RANK", "0") == "0"
+    device = own_device(resolve_device(arguments.device))
     if evaluate_only:
         for s in evaluate_run(out, tasks=config.test_tasks, data_path=data, device=device):
             print(f"test accuracy: {s.describe()}")
         return 0
     try:
-        summary = train(
-            config,
-            out=out,
-            preset=name,
-            data_path=data,
-            engine=arguments.engine,
-            precision=arguments.precision,
-            device=device,
-            max_iters=arguments.max_iters,
-        )
+        with launched(device) as group:
+            summary = train(
+                config,
+                out=out,
+                preset=name,
+                data_path=data,
+                engine=arguments.engine,
+                precision=arguments.precision,
+                device=device,
+                max_iters=arguments.max_iters,
+                process_group=group,
+            )
     except Interrupted as stop:
-        print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
+        if first:
+            print(
+                f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr
+            )
         return 128 + stop.number
-    except ArithmeticError as error:
-        print(
-            f"mamlpp-fast train: error: {error}; the last good checkpoint is {out / 'checkpoints' / 'latest.pt'}",
-            file=sys.stderr,
-        )
+    except (ArithmeticError, RankError) as error:
+        if first or isinstance(error, RankLostError):
+            print(
+                f"mamlpp-fast train: error: {error}; "
+                f"the last good checkpoint is {out / 'checkpoints' / 'latest.pt'}",
+                file=sys.stderr,
+            )
         return 1
+    except ElsewhereError as error:
+        return error.status
+    if not first:
+        return 0
     interval = summary["test_accuracy_ci95"]
     spread = "" if interval is None or math.isnan(interval) else f" ± {100 * interval:.2f} %"
     print(f"test accuracy {100 * summary['test_accuracy']:.2f} %{spread}; wrote:")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mamlpp_fast import data as datasets
 from mamlpp_fast._version import __version__
@@ -20,7 +21,15 @@ from mamlpp_fast.models import Conv4, ResNet12
 from mamlpp_fast.reference import PerStepBatchNorm2d
 from mamlpp_fast.train.config import TrainConfig
 
-__all__ = ["build_learner", "fingerprint", "load_data", "make_sampler", "resolve_device", "versions"]
+__all__ = [
+    "build_learner",
+    "device_name",
+    "fingerprint",
+    "load_data",
+    "make_sampler",
+    "resolve_device",
+    "versions",
+]
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -42,6 +51,11 @@ def resolve_device(name: str | None) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"--device: expected one of {count} CUDA devices and the CPU, got {name!r}")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def load_data(config: TrainConfig, path: str | Path | None) -> FewShotData:
@@ -74,6 +88,7 @@ def build_learner(
     engine: EngineName = "auto",
     precision: Precision = "float32",
     device: torch.device | str = "cpu",
+    process_group: dist.ProcessGroup | None = None,
 ) -> MAMLPlusPlus:
     """A learner at its initial parameters, which depend on ``config.initial_seed`` alone.
 
@@ -84,6 +99,7 @@ def build_learner(
         engine: see :class:`mamlpp_fast.MAMLPlusPlus`, as for the others.
         precision: ditto.
         device: ditto.
+        process_group: ditto.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.initial_seed)
@@ -112,7 +128,14 @@ def build_learner(
         if isinstance(module, PerStepBatchNorm2d):
             module.weight.requires_grad_(config.learn_gamma)
             module.bias.requires_grad_(config.learn_beta)
-    return MAMLPlusPlus(model, config.learner_config(), engine=engine, precision=precision, device=device)
+    return MAMLPlusPlus(
+        model,
+        config.learner_config(),
+        engine=engine,
+        precision=precision,
+        device=device,
+        process_group=process_group,
+    )
 
 
 def fingerprint(data: FewShotData) -> dict[str, Any]:

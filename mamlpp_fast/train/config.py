@@ -138,6 +138,16 @@ class TrainConfig(MAMLConfig):
         """The part that the learner takes."""
         return MAMLConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(MAMLConfig)})
 
+    def conditions(self) -> dict[str, Any]:
+        """What a score is stated with, as :func:`mamlpp_fast.train.evaluate.score` takes it."""
+        return {
+            "ways": self.ways,
+            "shots": self.shots,
+            "targets": self.targets,
+            "stats": self.eval_stats,
+            "steps": self.steps if self.eval_steps is None else self.eval_steps,
+        }
+
     def deciding(self) -> dict[str, Any]:
         """The settings that two runs with the same result share, as plain values."""
         return {

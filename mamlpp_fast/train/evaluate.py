@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlpp_fast.data import EpisodeSampler
+from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.learner import MAMLPlusPlus
 
 __all__ = ["Score", "mean_and_interval", "predict", "score"]
@@ -64,26 +65,46 @@ def predict(
     steps: int | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Target logits after the last inner step on tasks 0 .. num_tasks - 1 of a sampler.
+    """Target logits after the last inner step on tasks 0 .. num_tasks - 1 of a sampler, shared by the learner's ranks.
 
     Args:
         learner: at the parameters to judge; unchanged.
         sampler: the tasks.
         num_tasks: number of tasks.
-        batch_size: tasks taken at once.
+        batch_size: tasks a rank takes at once.
         steps: inner updates; the learner's evaluation steps without it.
-        between: called before every batch; may raise to stop.
+        between: called before every batch, as often on every rank; may raise to stop.
 
     Returns:
         logits [num_tasks, m, ways] and labels [num_tasks, m], on the learner's device.
     """
-    logits, labels = [], []
-    for start in range(0, num_tasks, batch_size):
+    ranks = learner.ranks
+    rows: list[int] = []
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    for start in range(0, num_tasks, batch_size * ranks.size):
         between()
-        batch = sampler.batch(start, min(batch_size, num_tasks - start))
-        logits.append(learner.evaluate(batch, steps=steps).logits[-1].detach().clone())
-        labels.append(batch.target_y)
-    return torch.cat(logits), torch.cat(labels).to(logits[0].device)
+        share = ranks.share(min(batch_size * ranks.size, num_tasks - start))
+        if len(share) == 0 and (rows or logits):
+            continue
+        # A rank that never gets a task computes one that nobody counts, for the shape.
+        batch = sampler.batch(start + share.start, len(share)) if share else sampler.batch(0, 1)
+        rows += range(start + share.start, start + share.stop)
+        logits.append(learner.evaluate(batch, steps=steps).logits[-1].detach().clone()[: len(share)])
+        labels.append(batch.target_y[: len(share)].to(logits[0].device))
+    return _whole(ranks, torch.cat(logits), rows, num_tasks), _whole(
+        ranks, torch.cat(labels), rows, num_tasks
+    )
+
+
+def _whole(ranks: Ranks, own: Tensor, rows: list[int], total: int) -> Tensor:
+    """All [total, ...] of which this rank has made ``rows``."""
+    if ranks.size == 1:
+        return own
+    whole = own.new_zeros(total, *own.shape[1:])
+    whole[rows] = own
+    ranks.sum(whole)
+    return whole
 
 
 def score(

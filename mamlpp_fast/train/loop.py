@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
+from mamlpp_fast.distributed import RankError, Ranks
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
-from mamlpp_fast.train.build import build_learner, fingerprint, load_data, make_sampler, versions
-from mamlpp_fast.train.checkpoint import CheckpointError, check_fits, load_checkpoint, save_checkpoint
-from mamlpp_fast.train.config import TrainConfig, differences
+from mamlpp_fast.train.build import (
+    build_learner,
+    device_name,
+    fingerprint,
+    load_data,
+    make_sampler,
+    versions,
+)
+from mamlpp_fast.train.config import TrainConfig
 from mamlpp_fast.train.evaluate import Score, predict, score
-from mamlpp_fast.train.files import append_line, run_lock, write_json
+from mamlpp_fast.train.files import run_lock
 from mamlpp_fast.train.progress import Curves, Progress
-from mamlpp_fast.train.run_folder import finished_summary, load_model, open_folder, ranked
-from mamlpp_fast.train.signals import StopSignal
+from mamlpp_fast.train.record import Record, check_training
+from mamlpp_fast.train.run_folder import finished_summary, open_folder, put_model, ranked
+from mamlpp_fast.train.signals import Interrupted, StopSignal
 
 __all__ = ["NonFiniteParametersError", "train"]
 
@@ -41,6 +51,7 @@ def train(
     device: torch.device | str = "cpu",
     max_iters: int | None = None,
     quiet: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Trains, validates each epoch, keeps the best checkpoints and tests; goes on where ``out`` holds a stopped run.
 
@@ -57,6 +68,8 @@ def train(
         device: ditto.
         max_iters: stop after so many meta-updates in all, then test; a later call goes on.
         quiet: print nothing.
+        process_group: the processes that share the tasks of every meta-batch, of validation and test; all call this
+            alike, rank 0 alone writes and prints. Another number of them may go on with a run.
 
     Returns:
         the content of ``summary.json``.
@@ -65,10 +78,12 @@ def train(
         ValueError: when ``out`` holds a run with other settings or is in use, or data and settings do not fit.
         OSError: when ``out`` cannot be written; the last checkpoint stays whole.
         NonFiniteLossError: names epoch, iteration and task; the last good checkpoint stays.
-        mamlpp_fast.train.signals.Interrupted: after SIGINT or SIGTERM, with everything saved.
+        mamlpp_fast.train.signals.Interrupted: after SIGINT or SIGTERM on any rank, with everything saved.
+        mamlpp_fast.distributed.RankError: when another rank is gone; the last checkpoint stays.
     """
     folder = Path(out)
-    with run_lock(folder):
+    ranks = Ranks(process_group)
+    with ExitStack() as held:
         target = config.iterations if max_iters is None else min(max_iters, config.iterations)
         identity = config.deciding() | {
             "engine": engine,
@@ -76,14 +91,23 @@ def train(
             "device": torch.device(device).type,
         }
         record = {"preset": preset, "data": None if data_path is None else str(data_path), **identity}
-        open_folder(folder, identity, record)
-        finished = finished_summary(folder, target)
+
+        def begin() -> dict[str, Any] | None:
+            if config.tasks < ranks.size:
+                raise ValueError(
+                    f"tasks: expected at least one for each of {ranks.size} ranks, got {config.tasks}"
+                )
+            held.enter_context(run_lock(folder))
+            open_folder(folder, identity, record)
+            return finished_summary(folder, target)
+
+        finished = ranks.from_first(begin)
         if finished is not None:
-            if not quiet:
+            if ranks.first and not quiet:
                 print(f"{folder} holds this run, finished after {finished['iterations']} iterations.")
             return finished
         trainer = _Trainer(
-            config, folder, preset, data_path, engine, precision, torch.device(device), target, quiet
+            config, folder, preset, data_path, engine, precision, torch.device(device), target, quiet, ranks
         )
         with StopSignal() as trainer.stop:
             return trainer.run()
@@ -105,16 +129,19 @@ class _Trainer:
         device: torch.device,
         target: int,
         quiet: bool,
+        ranks: Ranks,
     ) -> None:
         self.config = config
         self.folder = folder
-        self.checkpoints = folder / "checkpoints"
+        self.record = Record(folder, ranks, device)
         self.preset = preset
         self.precision: Precision = precision
         self.device = device
         self.target = target
         data = load_data(config, data_path)
         self.fingerprint = fingerprint(data)
+        if ranks.from_first(lambda: self.fingerprint) != self.fingerprint:
+            raise ValueError(f"--data: expected the data of rank 0, rank {ranks.rank} has other ones")
         self.samplers = {
             split: make_sampler(config, data, split, device, precision) for split in ("train", "val", "test")
         }
@@ -122,12 +149,18 @@ class _Trainer:
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
         self.learner = build_learner(
-            config, data.channels, data.image_size, engine=engine, precision=precision, device=device
+            config,
+            data.channels,
+            data.image_size,
+            engine=engine,
+            precision=precision,
+            device=device,
+            process_group=ranks.group,
         )
+        self.ranks = self.learner.ranks
         torch.manual_seed(config.training_seed)
         self.epochs_done = 0
         self.best: list[dict[str, Any]] = []
-        self.metrics_bytes = 0
         self.seconds = 0.0
         self.train_seconds = 0.0
         # Iterations that other code made, before an import.
@@ -139,12 +172,8 @@ class _Trainer:
         self.unread = 0
         self.resumed = self._resume()
         self.clock = self.saved_at = time.perf_counter()
-        self.progress = Progress(target, self.learner.iteration, config.tasks, quiet=quiet)
-        self.curves = Curves(folder / "tensorboard", self.epochs_done)
-
-    @property
-    def latest(self) -> Path:
-        return self.checkpoints / "latest.pt"
+        self.progress = Progress(target, self.learner.iteration, config.tasks, quiet=quiet or not ranks.first)
+        self.curves = Curves(folder / "tensorboard" if ranks.first else None, self.epochs_done)
 
     def run(self) -> dict[str, Any]:
         try:
@@ -168,24 +197,40 @@ class _Trainer:
             f"{self.preset or 'run'}: {c.ways}-way {c.shots}-shot, {c.tasks} tasks a batch, {self.target} iterations; "
             f"{c.dataset}, {split.num_classes} training classes"
         )
-        say(self.learner.explain().splitlines()[0] + f"; {self.precision} on {self.device}")
+        shared = f", shared by {self.ranks.size} ranks" if self.ranks.size > 1 else ""
+        say(self.learner.explain().splitlines()[0] + f"; {self.precision} on {self.device}{shared}")
         if self.resumed:
             say(f"going on from iteration {self.learner.iteration} in {self.folder}")
 
     def _step(self) -> None:
         tasks = self.config.tasks
-        batch = self.samplers["train"].batch(self.learner.iteration * tasks, tasks)
-        metrics = self.learner.meta_step(batch)
+        share = self.ranks.share(tasks)
+        batch = self.samplers["train"].batch(self.learner.iteration * tasks + share.start, len(share))
+        self.ranks.note = self.stop.received or 0
+        metrics = self.learner.meta_step(batch, total_tasks=tasks)
         self.losses[self.unread].copy_(metrics.task_losses)
         self.sums += torch.stack([metrics.loss.detach(), metrics.accuracy.to(metrics.loss.dtype)])
         self.unread += 1
         if self.unread == len(self.losses):
             self._read()
-        if self.stop.received:
-            self._save()
-            self.stop.interrupt()
+        if number := self._asked_to_stop():
+            self._leave(number)
         if time.perf_counter() - self.saved_at >= self.config.checkpoint_seconds:
             self._save()
+
+    def _asked_to_stop(self) -> int:
+        """The signal that this process or, when the ranks next compare notes, any other received; 0 without."""
+        if self.ranks.size == 1:
+            return self.stop.received or 0
+        due = self.learner.iteration % len(self.losses) == 0
+        return int(self.ranks.notes.max()) if due else 0
+
+    def _leave(self, number: int) -> NoReturn:
+        """Saves and stops, all ranks together: a launcher ends the others once one has left."""
+        if self.learner.iteration > self._saved_iteration:
+            self._save()
+        self.ranks.largest(0)
+        raise Interrupted(number)
 
     def _read(self) -> None:
         """Looks at the losses since the last look, and shows them.
@@ -214,6 +259,13 @@ class _Trainer:
             self.train_seconds += now - self.clock
         self.clock = now
 
+    def _check_ranks(self) -> None:
+        modules = (self.learner.model, self.learner.rates)
+        if not self.ranks.agree(t for m in modules for t in m.state_dict().values()):
+            raise RankError(
+                f"parameters: expected the same on every rank, they differ at iteration {self.learner.iteration}"
+            )
+
     def _check_parameters(self) -> None:
         """A checkpoint is only ever written of finite parameters."""
         modules = {"model": self.learner.model, "rates": self.learner.rates}
@@ -229,6 +281,7 @@ class _Trainer:
 
     def _end_epoch(self) -> None:
         self._read()
+        self._check_ranks()
         c, epoch = self.config, self.epochs_done
         if time.perf_counter() - self.saved_at >= c.checkpoint_seconds:
             self._save()
@@ -237,12 +290,12 @@ class _Trainer:
         best = ranked([*self.best, entry])
         self.best = best[: c.ensemble]
         metrics = self._metrics(epoch, validation, best[0] is entry)
-        self.metrics_bytes = append_line(self.folder / "metrics.jsonl", metrics)
+        self.record.metrics_bytes = self.record.append(metrics)
         self.epochs_done += 1
         self.sums.zero_()
         self._save()
         for dropped in best[c.ensemble :]:
-            (self.checkpoints / dropped["file"]).unlink(missing_ok=True)
+            self.record.drop(dropped["file"])
         self.curves.add(metrics)
         self._announce(metrics)
 
@@ -301,24 +354,11 @@ class _Trainer:
 
     def _give_way(self) -> None:
         """Stops between evaluation batches; training itself stands at a whole iteration then."""
-        if self.stop.received:
-            if self.learner.iteration > self._saved_iteration:
-                self._save()
-            self.stop.interrupt()
+        if number := self.ranks.largest(self.stop.received or 0):
+            self._leave(number)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor, models: int) -> Score:
-        c = self.config
-        steps = c.steps if c.eval_steps is None else c.eval_steps
-        return score(
-            logits,
-            labels,
-            ways=c.ways,
-            shots=c.shots,
-            targets=c.targets,
-            models=models,
-            stats=c.eval_stats,
-            steps=steps,
-        )
+        return score(logits, labels, models=models, **self.config.conditions())
 
     def _finish(self) -> dict[str, Any]:
         """Tests the best checkpoint and the ensemble, and writes the summary."""
@@ -332,16 +372,14 @@ class _Trainer:
             validation = self._validate()
             entry = self._save_model(f"iteration-{learner.iteration:07d}.pt", self.epochs_done, validation)
             models = ranked([*models, entry])
-            append_line(
-                self.folder / "metrics.jsonl",
-                self._metrics(self.epochs_done, validation, models[0] is entry),
-            )
+            self.record.append(self._metrics(self.epochs_done, validation, models[0] is entry))
             models = models[: c.ensemble]
         iterations = learner.iteration
         total: torch.Tensor | None = None
         single: Score | None = None
         for entry in models:
-            load_model(self.checkpoints / entry["file"], learner)
+            path = self.record.checkpoints / entry["file"]
+            put_model(path, self.record.load(path, "model"), learner)
             logits, labels = self._predict("test")
             total = logits.double() if total is None else total + logits.double()
             if single is None:
@@ -364,7 +402,8 @@ class _Trainer:
             "seconds_per_iteration": self.train_seconds / max(iterations - self.untimed, 1),
             "engine": learner.engine.name,
             "precision": self.precision,
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
+            "ranks": self.ranks.size,
             "seed": c.seed,
             "init_seed": c.initial_seed,
             "task_seed": c.training_seed,
@@ -378,7 +417,7 @@ class _Trainer:
             "models": [m["file"] for m in models],
             "versions": versions(),
         }
-        write_json(self.folder / "summary.json", summary)
+        self.record.summarise(summary)
         self.progress.say(f"test accuracy: {single.describe()}")
         if ensemble.models > 1:
             self.progress.say(f"test accuracy: {ensemble.describe()}")
@@ -395,7 +434,8 @@ class _Trainer:
         }
         self._check_parameters()
         state = {"model": self.learner.model.state_dict(), "rates": self.learner.rates.state_dict()}
-        save_checkpoint(self.checkpoints / name, "model", state | entry | {"config": self.config.deciding()})
+        content = state | entry | {"config": self.config.deciding()}
+        self.record.save(self.record.checkpoints / name, "model", content)
         return entry
 
     def _save(self) -> None:
@@ -412,7 +452,7 @@ class _Trainer:
             "epochs_done": self.epochs_done,
             "sums": self.sums,
             "best": self.best,
-            "metrics_bytes": self.metrics_bytes,
+            "metrics_bytes": self.record.metrics_bytes,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "untimed": self.untimed,
@@ -420,7 +460,7 @@ class _Trainer:
             "rng_cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             "environment": self._environment(),
         }
-        save_checkpoint(self.latest, "training", content)
+        self.record.save(self.record.latest, "training", content)
         self._saved_iteration = self.learner.iteration
         self.saved_at = time.perf_counter()
 
@@ -430,53 +470,25 @@ class _Trainer:
         return {
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
+            "ranks": self.ranks.size,
         }
 
     def _resume(self) -> bool:
         """Goes back to the last checkpoint, and undoes what was written after it; False where there is none."""
-        (self.folder / "summary.json").unlink(missing_ok=True)
-        metrics = self.folder / "metrics.jsonl"
-        found = self.latest.exists()
-        if found:
-            self._load(load_checkpoint(self.latest, "training", self.device))
-        length = metrics.stat().st_size if metrics.exists() else 0
-        if length < self.metrics_bytes:
-            raise CheckpointError(f"{metrics}: expected at least {self.metrics_bytes} bytes, got {length}")
-        if length > self.metrics_bytes:
-            with open(metrics, "r+b") as file:
-                file.truncate(self.metrics_bytes)
-        kept = {"latest.pt", *(entry["file"] for entry in self.best)}
-        for path in self.checkpoints.glob("*.pt"):
-            if path.name not in kept:
-                path.unlink()
-        return found
+        content = self.record.load_latest()
+        if content is not None:
+            self._load(content)
+        self.record.undo(entry["file"] for entry in self.best)
+        return content is not None
 
     def _load(self, content: Mapping[str, Any]) -> None:
-        changed = differences(self.config.deciding(), TrainConfig().deciding() | content["config"])
-        if changed:
-            raise CheckpointError(
-                f"{self.latest}: expected a checkpoint of this configuration, now {changed}"
-            )
-        # An imported checkpoint names no data.
-        if content["data"] not in (None, self.fingerprint):
-            raise CheckpointError(
-                f"{self.latest}: expected the data it was made with ({content['data']['name']}), "
-                "got other classes or pixels"
-            )
-        if content["engine"] != self.learner.engine.name:
-            raise CheckpointError(
-                f"{self.latest}: expected engine {content['engine']}, with which it was made, "
-                f"got {self.learner.engine.name} ({self.learner.engine_reason})"
-            )
-        state = content["learner"]
-        check_fits(self.latest, "model", self.learner.model.state_dict(), state["model"])
-        check_fits(self.latest, "rates", self.learner.rates.state_dict(), state["rates"])
-        self.learner.load_state_dict(state)
+        check_training(self.record.latest, content, self.config, self.fingerprint, self.learner)
+        self.learner.load_state_dict(content["learner"])
         self.epochs_done = content["epochs_done"]
         self.sums = content["sums"].to(self.device)
         self.best = content["best"]
-        self.metrics_bytes = content["metrics_bytes"]
+        self.record.metrics_bytes = content["metrics_bytes"]
         self.seconds = content["seconds"]
         self.train_seconds = content["train_seconds"]
         self.untimed = content.get("untimed", 0)
@@ -484,7 +496,3 @@ class _Trainer:
         if content["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["rng_cuda"].cpu(), self.device)
         self._saved_iteration = self.learner.iteration
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

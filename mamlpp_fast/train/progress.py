@@ -54,11 +54,11 @@ class Progress:
 
 
 class Curves:
-    """TensorBoard curves in ``folder``, where TensorBoard is installed; nothing otherwise."""
+    """TensorBoard curves in ``folder``, where one is given and TensorBoard is installed; nothing otherwise."""
 
-    def __init__(self, folder: Path, epochs_done: int) -> None:
+    def __init__(self, folder: Path | None, epochs_done: int) -> None:
         self._writer: Any = None
-        if importlib.util.find_spec("tensorboard") is not None:
+        if folder is not None and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder), purge_step=epochs_done)

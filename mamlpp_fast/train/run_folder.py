@@ -18,7 +18,15 @@ from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.evaluate import Score, predict, score
 from mamlpp_fast.train.files import read_json, remove_leftovers, write_json
 
-__all__ = ["evaluate_run", "finished_summary", "load_model", "open_folder", "ranked", "read_config"]
+__all__ = [
+    "evaluate_run",
+    "finished_summary",
+    "load_model",
+    "open_folder",
+    "put_model",
+    "ranked",
+    "read_config",
+]
 
 
 def open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -67,7 +75,15 @@ def load_model(path: Path, learner: MAMLPlusPlus) -> None:
     Raises:
         CheckpointError: when it cannot be read or is of another shape.
     """
-    content = load_checkpoint(path, "model", learner.device)
+    put_model(path, load_checkpoint(path, "model", learner.device), learner)
+
+
+def put_model(path: Path, content: Mapping[str, Any], learner: MAMLPlusPlus) -> None:
+    """:func:`load_model` for the content that ``path`` had.
+
+    Raises:
+        CheckpointError: when it is of another shape.
+    """
     for what, module in (("model", learner.model), ("rates", learner.rates)):
         check_fits(path, what, module.state_dict(), content.get(what, {}))
         module.load_state_dict(content[what])
@@ -127,13 +143,7 @@ def evaluate_run(
     )
     sampler = make_sampler(config, data, "test", device, record["precision"])
     files = _best_files(folder)[:ensemble]
-    conditions: dict[str, Any] = {
-        "ways": config.ways,
-        "shots": config.shots,
-        "targets": config.targets,
-        "stats": config.eval_stats,
-        "steps": config.steps if config.eval_steps is None else config.eval_steps,
-    }
+    conditions = config.conditions()
     scores = []
     total: torch.Tensor | None = None
     for file in files:

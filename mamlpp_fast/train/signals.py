@@ -36,11 +36,6 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         self._restore()
 
-    def interrupt(self) -> None:
-        """Raises :class:`Interrupted` for the signal received."""
-        if self.received is not None:
-            raise Interrupted(self.received)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
