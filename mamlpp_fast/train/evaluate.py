@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from mamlpp_fast.data import EpisodeSampler
 from mamlpp_fast.learner import MAMLPlusPlus
 
-__all__ = ["Score", "mean_and_interval", "predict", "score"]
+__all__ = ["Predictions", "Score", "mean_and_interval", "predict", "score"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ class Score:
         )
 
 
+class Predictions(NamedTuple):
+    """Target predictions of tasks 0 .. T - 1.
+
+    Attributes:
+        logits: after the last inner step, [T, m, ways], on the learner's device.
+        labels: the right classes, [T, m].
+        step_accuracy: share of target images named rightly after every inner step, [steps].
+    """
+
+    logits: Tensor
+    labels: Tensor
+    step_accuracy: Tensor
+
+
 def predict(
     learner: MAMLPlusPlus,
     sampler: EpisodeSampler,
@@ -63,7 +78,7 @@ def predict(
     *,
     steps: int | None = None,
     between: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, Tensor]:
+) -> Predictions:
     """Target logits after the last inner step on tasks 0 .. num_tasks - 1 of a sampler.
 
     Args:
@@ -73,17 +88,20 @@ def predict(
         batch_size: tasks taken at once.
         steps: inner updates; the learner's evaluation steps without it.
         between: called before every batch; may raise to stop.
-
-    Returns:
-        logits [num_tasks, m, ways] and labels [num_tasks, m], on the learner's device.
     """
-    logits, labels = [], []
+    logits, labels, accuracies = [], [], []
     for start in range(0, num_tasks, batch_size):
         between()
         batch = sampler.batch(start, min(batch_size, num_tasks - start))
-        logits.append(learner.evaluate(batch, steps=steps).logits[-1].detach().clone())
+        result = learner.evaluate(batch, steps=steps)
+        logits.append(result.logits[-1].detach().clone())
+        accuracies.append(result.accuracy)
         labels.append(batch.target_y)
-    return torch.cat(logits), torch.cat(labels).to(logits[0].device)
+    return Predictions(
+        torch.cat(logits),
+        torch.cat(labels).to(logits[0].device),
+        torch.cat(accuracies, 1).double().mean(1),
+    )
 
 
 def score(

@@ -11,11 +11,13 @@ import torch
 
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
+from mamlpp_fast.machine import peak_memory_mib
 from mamlpp_fast.train.build import build_learner, fingerprint, load_data, make_sampler, versions
 from mamlpp_fast.train.checkpoint import CheckpointError, check_fits, load_checkpoint, save_checkpoint
 from mamlpp_fast.train.config import TrainConfig, differences
-from mamlpp_fast.train.evaluate import Score, predict, score
+from mamlpp_fast.train.evaluate import Predictions, Score, predict, score
 from mamlpp_fast.train.files import append_line, run_lock, write_json
+from mamlpp_fast.train.learned import batch_norms, inner_rates
 from mamlpp_fast.train.progress import Curves, Progress
 from mamlpp_fast.train.run_folder import finished_summary, load_model, open_folder
 from mamlpp_fast.train.signals import StopSignal
@@ -230,11 +232,11 @@ class _Trainer:
         c, epoch = self.config, self.epochs_done
         if time.perf_counter() - self.saved_at >= c.checkpoint_seconds:
             self._save()
-        validation = self._validate()
+        validation, steps = self._validate()
         entry = self._save_model(f"epoch-{epoch:04d}.pt", epoch, validation)
         ranked = _ranked([*self.best, entry])
         self.best = ranked[: c.ensemble]
-        metrics = self._metrics(epoch, validation, ranked[0] is entry)
+        metrics = self._metrics(epoch, validation, steps, ranked[0] is entry)
         self.metrics_bytes = append_line(self.folder / "metrics.jsonl", metrics)
         self.epochs_done += 1
         self.sums.zero_()
@@ -253,7 +255,7 @@ class _Trainer:
             f"{rate:.1f} tasks/s"
         )
 
-    def _metrics(self, epoch: int, validation: Score, best: bool) -> dict[str, Any]:
+    def _metrics(self, epoch: int, validation: Score, steps: list[float], best: bool) -> dict[str, Any]:
         """The epoch's line; called while the learner's schedules may already stand at the next epoch."""
         learner, c = self.learner, self.config
         made = learner.iteration - epoch * c.iterations_per_epoch
@@ -267,10 +269,6 @@ class _Trainer:
             "msl_weights": None if weights is None else weights.tolist(),
         }
         learner.iteration = after
-        rates = {
-            name: rate.detach().flatten(1).mean(1).tolist() if rate.ndim > 1 else rate.detach().tolist()
-            for name, rate in learner.rates.as_dict().items()
-        }
         return {
             "epoch": epoch,
             "iteration": after,
@@ -281,16 +279,20 @@ class _Trainer:
             "val_accuracy_ci95": validation.ci95,
             "best": best,
             **schedule,
-            "inner_rates": rates,
+            "val_step_accuracy": steps,
+            "inner_rates": inner_rates(learner),
+            "batch_norm": batch_norms(learner.model),
+            "peak_memory_mib": round(peak_memory_mib(self.device), 1),
             "seconds": self.seconds,
             "seconds_per_iteration": self.train_seconds / max(after, 1),
         }
 
-    def _validate(self) -> Score:
-        logits, labels = self._predict("val")
-        return self._score(logits, labels, 1)
+    def _validate(self) -> tuple[Score, list[float]]:
+        """The validation's score, and the accuracy after every inner step."""
+        logits, labels, accuracy = self._predict("val")
+        return self._score(logits, labels, 1), accuracy.tolist()
 
-    def _predict(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict(self, split: str) -> Predictions:
         c = self.config
         num_tasks = c.val_tasks if split == "val" else c.test_tasks
         result = predict(self.learner, self.samplers[split], num_tasks, c.tasks, between=self._give_way)
@@ -327,12 +329,12 @@ class _Trainer:
             # on from.
             self._read()
             self._save()
-            validation = self._validate()
+            validation, steps = self._validate()
             entry = self._save_model(f"iteration-{learner.iteration:07d}.pt", self.epochs_done, validation)
             models = _ranked([*models, entry])
             append_line(
                 self.folder / "metrics.jsonl",
-                self._metrics(self.epochs_done, validation, models[0] is entry),
+                self._metrics(self.epochs_done, validation, steps, models[0] is entry),
             )
             models = models[: c.ensemble]
         iterations = learner.iteration
@@ -340,7 +342,7 @@ class _Trainer:
         single: Score | None = None
         for entry in models:
             load_model(self.checkpoints / entry["file"], learner)
-            logits, labels = self._predict("test")
+            logits, labels, _ = self._predict("test")
             total = logits.double() if total is None else total + logits.double()
             if single is None:
                 single = self._score(logits, labels, 1)
