@@ -13,18 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+_OFF = ("background-networking", "component-update", "extensions", "gpu", "quic", "sync")
 _FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-extensions",
-    "--hide-scrollbars",
-    "--remote-debugging-pipe",
+    *(f"--disable-{name}" for name in _OFF),
+    *("--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe"),
 ]
 # Chromium reads commands from descriptor 3 and writes answers to 4.
 _LAUNCH = """

@@ -187,8 +187,9 @@ def _protocol(run: Run) -> str:
 
 
 def _figure(figure: Figure, runs: Sequence[Run]) -> str:
-    parts = [f"<figure><figcaption>{_e(figure.text)}</figcaption>", _notes(figure.notes)]
+    parts = [f"<figure><figcaption>{_e(figure.text)}</figcaption>"]
     if figure.panels:
+        parts.append(_notes(figure.notes))
         if len(runs) > 1:
             items = "".join(f"<li>{_swatch(i)} {_e(run.name)}</li>" for i, run in enumerate(runs))
             parts.append(f'<ul class="legend" aria-label="Colours">{items}</ul>')
