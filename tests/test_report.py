@@ -150,8 +150,8 @@ def test_the_figures_are_plotlys_and_agree_with_the_metrics(run: Path, plain: Pa
         for layer, value in zip(layers, shown[k][0], strict=True):
             names = [n for n in last["inner_rates"] if n.removesuffix(".weight") == layer]
             assert value == last["inner_rates"][names[0]][k]
-    # The shorter run has no third epoch: nothing is drawn there.
-    assert shown[0][1] == [None] * len(layers)
+    # The shorter run has no third epoch and stays at its second.
+    assert shown[0][1] == rates.choices[0].frames[1].y[0][1] == pytest.approx([0.1] * len(layers))
     assert [f.label for f in rates.choices[0].frames] == [
         f"epoch {e}, iteration {3 * e + 3}" for e in range(3)
     ]

@@ -51,7 +51,8 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
         Panel("Loss", "iteration", "cross-entropy", loss, log=_spans_decades(loss)),
         Panel("Accuracy", "iteration", "%", accuracy),
     ]
-    if weights := _step_weights(runs):
+    weights, notes = _step_weights(runs)
+    if weights:
         panels.append(Panel("Multi-step weights", "iteration", "weight", weights, legend=True))
     panels.append(
         Panel(
@@ -81,7 +82,7 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
         "Solid: validation, on the same tasks every epoch; dotted: training, mean over the epoch. "
         "The training loss weighs the steps as the multi-step weights say; without any, the last step counts alone."
     )
-    return Figure("curves", "Learning curves", text, panels, Table(header, rows))
+    return Figure("curves", "Learning curves", text, panels, Table(header, rows), notes=notes)
 
 
 def _order(second: bool | None) -> str:
@@ -93,32 +94,27 @@ def _spans_decades(series: Sequence[Series]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
-def _step_weights(runs: Sequence[Run]) -> list[Series]:
-    """A line a step for every schedule that differs; runs that share one are named together."""
+def _step_weights(runs: Sequence[Run]) -> tuple[list[Series], list[str]]:
+    """A line a step for every schedule that differs, and, where several do, which runs follow which."""
     schedules: dict[str, list[Run]] = {}
     for run in runs:
         if run.records("msl_weights"):
             schedules.setdefault(repr([run.iterations, run.column("msl_weights")]), []).append(run)
     dashes = ("solid", "dash", "dot", "dashdot")
-    lines = []
-    for number_, sharing in enumerate(schedules.values()):
+    lines, notes = [], []
+    for at, sharing in enumerate(schedules.values()):
+        dash = dashes[at % len(dashes)]
+        notes.append(f"Multi-step weights, {dash}: {', '.join(run.name for run in sharing)}.")
         column = sharing[0].column("msl_weights")
         steps = max(len(w) for w in column if w is not None)
         # Without weights the last step counts alone.
         full = [[0.0] * (steps - 1) + [1.0] if w is None else w for w in column]
-        names = "" if len(schedules) == 1 else f" ({', '.join(run.name for run in sharing)})"
-        lines += [
-            Series(
-                f"step {k + 1}{names}",
-                sharing[0].iterations,
-                [w[k] for w in full],
-                k,
-                None,
-                dashes[number_ % len(dashes)],
+        for k in range(steps):
+            heights = [w[k] for w in full]
+            lines.append(
+                Series(f"step {k + 1}", sharing[0].iterations, heights, k, None, dash, legend=at == 0)
             )
-            for k in range(steps)
-        ]
-    return lines
+    return lines, notes if len(schedules) > 1 else []
 
 
 def _moving(
@@ -128,8 +124,9 @@ def _moving(
     x: Callable[[str], Sequence[Any]],
     titles: tuple[str, str],
     quantities: dict[str, Heights],
+    zero: bool = False,
 ) -> tuple[list[Panel], list[Choice]]:
-    """Panels with a line a run, moved through the epochs; a choice a quantity."""
+    """Panels with a line a run, moved through the epochs; a choice a quantity. An ended run stays at its end."""
     having = [(i, run) for i, run in enumerate(runs) if run.records(key)]
     count = max((len(run.epochs) for _, run in having), default=0)
     choices = []
@@ -138,14 +135,13 @@ def _moving(
         for at in range(count):
             lines = [
                 [
-                    (heights(run.epochs[at], panel) if at < len(run.epochs) else None)
-                    or [None] * len(x(panel))
+                    heights(run.epochs[min(at, len(run.epochs) - 1)], panel) or [None] * len(x(panel))
                     for _, run in having
                 ]
                 for panel in panels
             ]
             frames.append(Frame(_epoch_label(having, at), lines))
-        choices.append(Choice(label, frames))
+        choices.append(Choice(label, frames, zero))
     if not count:
         return [], []
     last = choices[0].frames[-1].y
@@ -208,7 +204,7 @@ def step_accuracy(runs: Sequence[Run]) -> Figure:
     return Figure(
         "steps",
         "Accuracy after each inner step",
-        "How far every inner update takes the network on the validation tasks. The slider goes through the epochs.",
+        "How far every inner update takes the network on the validation tasks.",
         panels,
         Table(_step_header(rows, ["run", "epoch"]), rows),
         choices,
@@ -238,6 +234,7 @@ def inner_rates(runs: Sequence[Run]) -> Figure:
         lambda _: labels,
         ("", "rate"),
         {"rate": heights},
+        zero=True,
     )
     rows = [
         [run.name, str(e.get("epoch", "–")), name, *(number(r) for r in rates)]
@@ -247,7 +244,7 @@ def inner_rates(runs: Sequence[Run]) -> Figure:
     ]
     text = (
         "The inner learning rate of every layer, a plot for each inner step; below the line at zero a step goes up the "
-        "gradient. Rates are neither clamped nor kept positive. The slider goes through the epochs."
+        "gradient. Rates are neither clamped nor kept positive."
     )
     notes = [*_not_recorded(runs, key), *_thinning_note(runs)]
     if still := [n for n in names if n not in moved]:

@@ -27,6 +27,7 @@ class Series:
     index: int
     run: int | None = None
     dash: str = "solid"
+    legend: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,19 @@ class Frame:
 
 @dataclass(frozen=True)
 class Choice:
-    """The frames of one quantity, all on one scale."""
+    """The frames of one quantity, all on one scale, which takes in 0 if asked to."""
 
     label: str
     frames: Sequence[Frame]
+    zero: bool = False
 
     def range(self) -> tuple[float, float] | None:
         values = [v for f in self.frames for panel in f.y for line in panel for v in line if v is not None]
         if not values:
             return None
         low, high = min(values), max(values)
+        if self.zero:
+            low, high = min(low, 0.0), max(high, 0.0)
         pad = 0.06 * (high - low) or 0.1 * abs(high) or 0.1
         return low - pad, high + pad
 
@@ -130,8 +134,10 @@ def _panel(panel: Panel, scale: tuple[float, float] | None) -> dict[str, Any]:
         yaxis |= {"type": "log", **_log_ticks([v for s in panel.series for v in s.y if v is not None])}
     if scale is not None:
         yaxis["range"] = list(scale)
+    named = any(isinstance(x, str) for s in panel.series for x in s.x)
+    kind = "category" if named else "linear"
     layout = {
-        "xaxis": {"title": {"text": html.escape(panel.x_title)}, "automargin": True},
+        "xaxis": {"title": {"text": html.escape(panel.x_title)}, "automargin": True, "type": kind},
         "yaxis": yaxis,
         "showlegend": panel.legend,
     }
@@ -158,4 +164,5 @@ def _trace(series: Series) -> dict[str, Any]:
         "line": {"color": colour, "dash": series.dash, "width": 2},
         "marker": {"color": colour, "symbol": SYMBOLS[series.index % len(SYMBOLS)], "size": 6},
         "meta": {"run": series.run},
+        "showlegend": series.legend,
     }

@@ -127,9 +127,11 @@ def _results(runs: Sequence[Run]) -> str:
     for i, (run, protocol) in enumerate(zip(runs, protocols, strict=True)):
         box = f'<input type="checkbox" checked data-run="{i}">' if len(runs) > 1 else ""
         name = f'<th scope="row"><label class="pick">{box}{_swatch(i)} {_e(run.name)}</label></th>'
-        cells = "".join(f"<td class=n>{_e(cell)}</td>" for cell in _result_cells(run))
-        rows.append(f"<tr>{name}{cells}{'' if same else f'<td>{_e(protocol)}</td>'}</tr>")
-    kinds = ["", *[" class=n"] * 9, ""]
+        *numbers, engine = _result_cells(run)
+        cells = "".join(f"<td class=n>{_e(cell)}</td>" for cell in numbers)
+        texts = "".join(f"<td>{_e(text)}</td>" for text in [engine, *([] if same else [protocol])])
+        rows.append(f"<tr>{name}{cells}{texts}</tr>")
+    kinds = ["", *[" class=n"] * 8, "", ""]
     head = "".join(
         f'<th scope="col"{kind}>{_e(cell)}</th>' for cell, kind in zip(header, kinds, strict=False)
     )
@@ -187,7 +189,12 @@ def _protocol(run: Run) -> str:
 
 
 def _figure(figure: Figure, runs: Sequence[Run]) -> str:
-    parts = [f"<figure><figcaption>{_e(figure.text)}</figcaption>"]
+    moves = (
+        " The slider goes through the epochs; a run that has ended stays at its end."
+        if figure.choices
+        else ""
+    )
+    parts = [f"<figure><figcaption>{_e(figure.text)}{moves}</figcaption>"]
     if figure.panels:
         parts.append(_notes(figure.notes))
         if len(runs) > 1:
