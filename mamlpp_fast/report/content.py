@@ -100,11 +100,11 @@ def _step_weights(runs: Sequence[Run]) -> tuple[list[Series], list[str]]:
     for run in runs:
         if run.records("msl_weights"):
             schedules.setdefault(repr([run.iterations, run.column("msl_weights")]), []).append(run)
-    dashes = ("solid", "dash", "dot", "dashdot")
+    dashes = {"solid": "solid", "dash": "dashed", "dot": "dotted", "dashdot": "dashes and dots"}
     lines, notes = [], []
     for at, sharing in enumerate(schedules.values()):
-        dash = dashes[at % len(dashes)]
-        notes.append(f"Multi-step weights, {dash}: {', '.join(run.name for run in sharing)}.")
+        dash, word = list(dashes.items())[at % len(dashes)]
+        notes.append(f"Multi-step weights, {word}: {', '.join(run.name for run in sharing)}.")
         column = sharing[0].column("msl_weights")
         steps = max(len(w) for w in column if w is not None)
         # Without weights the last step counts alone.

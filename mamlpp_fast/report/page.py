@@ -248,12 +248,11 @@ def _pairs(run: Run, found: Confusions, several: bool) -> str:
     text = f"{found.checkpoint}: {found.wrong} of {found.images} target images wrong in {found.tasks} tasks."
     if not found.pairs:
         return f"{title}<p>{_e(text)}</p>"
-    header = ("image", "class", "taken for", "its class", "times", "of", "mean probability, %")
-    head = "".join(f'<th scope="col"{" class=n" if i > 3 else ""}>{h}</th>' for i, h in enumerate(header))
+    header = ("class", "taken for", "times", "of", "mean probability, %")
+    head = "".join(f'<th scope="col"{" class=n" if i > 1 else ""}>{h}</th>' for i, h in enumerate(header))
     rows = "".join(
-        f"<tr><td>{_image(p.image, p.true)}</td><td>{_e(p.true)}</td><td>{_image(p.support, p.predicted)}</td>"
-        f"<td>{_e(p.predicted)}</td><td class=n>{p.count}</td><td class=n>{p.met}</td>"
-        f"<td class=n>{percent(p.probability, 0)}</td></tr>"
+        f"<tr><td>{_image(p.image, p.true)}</td><td>{_image(p.support, p.predicted)}</td>"
+        f"<td class=n>{p.count}</td><td class=n>{p.met}</td><td class=n>{percent(p.probability, 0)}</td></tr>"
         for p in found.pairs
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
@@ -262,7 +261,8 @@ def _pairs(run: Run, found: Confusions, several: bool) -> str:
 
 def _image(png: str, name: str) -> str:
     alt = _e(f"image of {name}")
-    return f'<img class="sample" width="56" height="56" alt="{alt}" src="data:image/png;base64,{png}">'
+    image = f'<img class="sample" width="56" height="56" alt="{alt}" src="data:image/png;base64,{png}">'
+    return f'<div class="class">{image}<span>{_e(name)}</span></div>'
 
 
 def _settings(runs: Sequence[Run]) -> str:
