@@ -234,9 +234,9 @@ def _controls(figure: Figure) -> str:
 def _confusions(runs: Sequence[Run], found: Sequence[Confusions]) -> str:
     return (
         "<p class=soft>The pairs of classes the best checkpoint confuses most often, counted over test tasks: how "
-        "many target images of the first it named as the second, of how many it saw in tasks that had both. Of equals, "
-        "the surer mistakes come first. The images: one of the mistaken ones, and a support image of the other class "
-        "in the same task.</p>"
+        "many target images of the first it named as the second, of how many it saw in tasks that had both, and how "
+        "sure it was of the second in the mean; of equals, the surer come first. The images: one of the mistaken ones, "
+        "and a support image of the other class in the same task.</p>"
         + "".join(_pairs(run, c, len(runs) > 1) for run, c in zip(runs, found, strict=True))
     )
 
@@ -248,7 +248,7 @@ def _pairs(run: Run, found: Confusions, several: bool) -> str:
     text = f"{found.checkpoint}: {found.wrong} of {found.images} target images wrong in {found.tasks} tasks."
     if not found.pairs:
         return f"{title}<p>{_e(text)}</p>"
-    header = ("class", "taken for", "times", "of", "mean probability, %")
+    header = ("class", "taken for", "times", "of", "sure, %")
     head = "".join(f'<th scope="col"{" class=n" if i > 1 else ""}>{h}</th>' for i, h in enumerate(header))
     rows = "".join(
         f"<tr><td>{_image(p.image, p.true)}</td><td>{_image(p.support, p.predicted)}</td>"
