@@ -202,8 +202,7 @@ def test_runs_that_recorded_less_say_so(run: Path, tmp_path: Path) -> None:
     text = page.text("main")
     assert text.count("Not recorded by any of these runs.") == 2
     assert "old: not recorded: memory." in text
-    # No checkpoints were copied.
-    assert "Not computed:" in text
+    assert re.search(r"Not computed: the best checkpoint, checkpoints/epoch-000\d\.pt, was not kept", text)
     assert {f["key"]: len(f["panels"]) for f in page.figures()} == {
         "curves": 4,
         "steps": 0,
@@ -305,6 +304,13 @@ def test_confusions_show_images_of_their_classes(run: Path) -> None:
             start, count = int(data.test.class_start[c]), int(data.test.class_count[c])
             own = data.test.images[start : start + count, 0].flatten(1).long()
             assert bool((own == pixels).all(1).any())
+
+
+def test_confusions_without_data_say_so(run: Path, tmp_path: Path) -> None:
+    found = confusion.confusions(run, data_path=tmp_path / "nowhere")
+    assert found.reason is not None
+    assert "expected an existing file or folder" in found.reason
+    assert found.pairs == ()
 
 
 def test_names_tell_runs_apart(run: Path, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def confusions(
     try:
         config, record = read_config(folder)
         checkpoint = best_files(folder)[0]
+        if not (folder / "checkpoints" / checkpoint).exists():
+            return Confusions(reason=f"the best checkpoint, checkpoints/{checkpoint}, was not kept.")
         data, learner, sampler = open_test(config, record, data_path=data_path, device=device)
         load_model(folder / "checkpoints" / checkpoint, learner)
     except (ValueError, OSError, KeyError) as error:
