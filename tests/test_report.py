@@ -19,7 +19,7 @@ from train_helpers import draw_folder, tiny
 from mamlpp_fast.cli import main
 from mamlpp_fast.report import confusion, write_report
 from mamlpp_fast.report.content import all_figures
-from mamlpp_fast.report.figures import COLOURS, plotly
+from mamlpp_fast.report.figures import COLOURS, look, plotly
 from mamlpp_fast.report.runs import Run, read_run, read_runs
 from mamlpp_fast.train import train
 from mamlpp_fast.train.run_folder import best_files, load_model, open_test, read_config
@@ -240,7 +240,14 @@ def test_nan_losses(run: Path, tmp_path: Path) -> None:
     lost = _copy(
         run, tmp_path / "lost", metrics=lambda line: line | {"val_loss": None, "val_accuracy_ci95": None}
     )
-    Page(write_report([lost], tmp_path / "lost.html", tasks=0))
+    (lost / "metrics.jsonl").write_text((lost / "metrics.jsonl").read_text().replace("null", "NaN"))
+    page = write_report([lost], tmp_path / "lost.html", tasks=0)
+    script = Page(page).texts["script"][-2]
+
+    def never(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    json.loads(script, parse_constant=never)
 
 
 def test_hostile_names(run: Path, tmp_path: Path) -> None:
@@ -353,6 +360,12 @@ def _luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_lines_differ_by_more_than_colour() -> None:
+    looks = [look(i) for i in range(64)]
+    assert len(set(looks)) == 64
+    assert len({symbol for _, symbol, _ in looks[:8]}) == 8
 
 
 @pytest.mark.parametrize("ground", ["#ffffff", "#14181d"])

@@ -8,11 +8,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["COLOURS", "Choice", "Figure", "Frame", "Panel", "Series", "Table", "number", "percent", "plotly"]
+__all__ = [
+    "COLOURS",
+    "Choice",
+    "Figure",
+    "Frame",
+    "Panel",
+    "Series",
+    "Table",
+    "look",
+    "number",
+    "percent",
+    "plotly",
+]
 
 # Each at least 3:1 against the page's light and its dark ground (WCAG 1.4.11).
 COLOURS = ("#2f7de1", "#d9691e", "#1f9d6b", "#c74aa0", "#8a6fe8", "#a07d1c", "#d9484f", "#3a94a8")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
+# plotly's markers, and the characters that stand for them in the page.
+_SYMBOLS = {
+    "circle": "●",
+    "square": "■",
+    "diamond": "◆",
+    "triangle-up": "▲",
+    "x": "✖",
+    "star": "★",
+    "cross": "✚",
+    "triangle-down": "▼",
+}
 
 Number = float | int | None
 
@@ -101,6 +123,13 @@ class Figure:
     notes: Sequence[str] = field(default=())
 
 
+def look(index: int) -> tuple[str, str, str]:
+    """Colour, plotly's marker and its character of the line ``index``: all different for the first 64."""
+    n = len(_SYMBOLS)
+    symbol = list(_SYMBOLS)[(index + index // len(COLOURS)) % n]
+    return COLOURS[index % len(COLOURS)], symbol, _SYMBOLS[symbol]
+
+
 def number(value: Any, digits: int = 4) -> str:
     """``digits`` significant digits; a dash for nothing."""
     return "–" if value is None else f"{value:.{digits}g}"
@@ -153,7 +182,7 @@ def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _trace(series: Series) -> dict[str, Any]:
-    colour = COLOURS[series.index % len(COLOURS)]
+    colour, symbol, _ = look(series.index)
     texts = [html.escape(x) if isinstance(x, str) else x for x in series.x]
     return {
         "type": "scatter",
@@ -162,7 +191,7 @@ def _trace(series: Series) -> dict[str, Any]:
         "x": texts,
         "y": list(series.y),
         "line": {"color": colour, "dash": series.dash, "width": 2},
-        "marker": {"color": colour, "symbol": SYMBOLS[series.index % len(SYMBOLS)], "size": 6},
+        "marker": {"color": colour, "symbol": symbol, "size": 6},
         "meta": {"run": series.run},
         "showlegend": series.legend,
     }

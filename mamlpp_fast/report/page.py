@@ -10,7 +10,7 @@ from typing import Any
 
 from mamlpp_fast._version import __version__
 from mamlpp_fast.report.confusion import Confusions
-from mamlpp_fast.report.figures import COLOURS, Figure, Table, number, percent, plotly
+from mamlpp_fast.report.figures import Figure, Table, look, number, percent, plotly
 from mamlpp_fast.report.runs import Run
 
 __all__ = ["page"]
@@ -83,8 +83,8 @@ def _json(value: Any) -> str:
 
 
 def _swatch(index: int) -> str:
-    colour = COLOURS[index % len(COLOURS)]
-    return f'<span class="swatch" style="background:{colour}" aria-hidden="true"></span>'
+    colour, _, character = look(index)
+    return f'<span class="swatch" style="color:{colour}" aria-hidden="true">{character}</span>'
 
 
 def _scroll(label: str, table: str) -> str:

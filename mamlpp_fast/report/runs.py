@@ -87,7 +87,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(line)
+            # NaN is no JSON, and the page is read by a browser.
+            value = json.loads(line, parse_constant=lambda _: None)
         except ValueError as error:
             if number == len(lines):
                 break
