@@ -126,7 +126,8 @@ def _results(runs: Sequence[Run]) -> str:
     rows = []
     for i, (run, protocol) in enumerate(zip(runs, protocols, strict=True)):
         box = f'<input type="checkbox" checked data-run="{i}">' if len(runs) > 1 else ""
-        name = f'<th scope="row"><label class="pick">{box}{_swatch(i)} {_e(run.name)}</label></th>'
+        tag = "label" if box else "span"
+        name = f'<th scope="row"><{tag} class="pick">{box}{_swatch(i)} {_e(run.name)}</{tag}></th>'
         *numbers, engine = _result_cells(run)
         cells = "".join(f"<td class=n>{_e(cell)}</td>" for cell in numbers)
         texts = "".join(f"<td>{_e(text)}</td>" for text in [engine, *([] if same else [protocol])])
