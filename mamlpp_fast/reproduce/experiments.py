@@ -36,7 +36,7 @@ _STEPS = {
 TABLES: dict[str, str] = {
     "omniglot-20w": "Omniglot, 20-way",
     "mini-imagenet": "mini-ImageNet, 5-way, by number of inner steps",
-    "instability": "Stride-2 convolutions instead of max-pooling, Omniglot, 20-way 1-shot",
+    "instability": "Stride-2 convolutions instead of max-pooling, Omniglot, 1-shot",
 }
 # Rows that run unless others are asked for: cosine annealing and derivative-order annealing are whole runs more.
 _DEFAULT_ROWS = {"omniglot-20w": [row for row in _OMNIGLOT if row not in ("maml-ca", "maml-da")]}
