@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/performance.md", "results/README.md")
+PAGES = ("README.md", "docs/drop_in.md", "docs/performance.md", "results/README.md")
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[^ ]+/[^ ]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 Rows = list[dict[str, Any]]
@@ -108,6 +108,23 @@ def drop_in(rows: Rows) -> str:
     return table(["textbook loop", "before, ms", "after, ms", "times as fast"], lines)
 
 
+def drop_in_scripts(rows: Rows) -> str:
+    """Times of whole scripts with another package's import and with ours; a script with other numbers has none."""
+    lines = [
+        [r["script"], f"not timed: {r['fault']}", "", "", ""]
+        if "fault" in r
+        else [
+            r["script"],
+            spread(r["before_ms"], 0),
+            spread(r["after_ms"], 0),
+            f"{r['ratio']:.2f}",
+            f"{max(r['errors_float64'].values()):.0e}",
+        ]
+        for r in rows
+    ]
+    return table(["script", "before, ms", "after, ms", "times as fast", "largest difference, float64"], lines)
+
+
 def runs(names: list[str]) -> str:
     """Test accuracies, then validation accuracy by epoch side by side."""
     folders = [ROOT / "results" / name for name in names]
@@ -173,6 +190,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "peers": ("peers", peers),
     "scaling": ("scaling", scaling),
     "drop-in": ("drop_in", drop_in),
+    "drop-in-learn2learn": ("drop_in_learn2learn", drop_in_scripts),
 }
 
 

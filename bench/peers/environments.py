@@ -27,22 +27,30 @@ class Environment:
 
     Attributes:
         main: the package it is named for in the results, then the others that pip installs.
-        sources: packages of which only the Python files of the source distribution are taken.
+        sources: packages of which only the files of the source distribution are taken.
+        cython: of those, the Cython files to compile where they lie.
         cuda: what replaces ``packages`` on a GPU.
     """
 
     packages: tuple[str, ...]
     sources: tuple[str, ...] = ()
+    cython: tuple[str, ...] = ()
     cuda: tuple[str, ...] | None = None
 
 
 _TORCH = ("torch==2.13.0", "numpy==2.4.6")
+_BUILDS = ("cython==0.29.37", "setuptools==80.9.0", "wheel==0.45.1")
+_LOADS = ("scipy==1.17.1", "requests==2.32.5", "tqdm==4.70.1", "pillow==13.0.0")
 ENVIRONMENTS = {
     "torch": Environment(_TORCH),
     "torchopt": Environment(("torchopt==0.7.3", *_TORCH)),
     "higher": Environment(("higher==0.2.1", *_TORCH)),
-    # Its extensions do not compile for Python 3.11 or later; MAML needs none of them.
-    "learn2learn": Environment(_TORCH, sources=("learn2learn==0.2.0",)),
+    # The C files it comes with do not compile for Python 3.11 or later: they are made anew.
+    "learn2learn": Environment(
+        (*_TORCH, *_BUILDS, *_LOADS),
+        sources=("learn2learn==0.2.0",),
+        cython=("learn2learn/data/*.pyx",),
+    ),
     "jax": Environment(("jax==0.10.2", "numpy==2.4.6"), cuda=("jax[cuda12]==0.10.2", "numpy==2.4.6")),
 }
 _RECORD = "environment.json"
@@ -79,10 +87,22 @@ def _run(*command: str | Path) -> str:
     return done.stdout
 
 
+def _site(python: Path) -> Path:
+    return Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+
+def _compile(python: Path, pattern: str) -> None:
+    """Compiles unpacked Cython files where they lie, their outdated C files set aside."""
+    site = _site(python)
+    for source in site.glob(pattern):
+        source.with_suffix(".c").unlink(missing_ok=True)
+        _run(python, "-m", "Cython.Build.Cythonize", "-i", source)
+
+
 def _unpack(python: Path, requirement: str) -> None:
-    """Puts the Python package of a source distribution where the environment finds it, and builds nothing."""
+    """Puts the package of a source distribution where the environment finds it, and builds nothing."""
     name = requirement.partition("==")[0]
-    site = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    site = _site(python)
     with tempfile.TemporaryDirectory() as folder:
         _run(
             python,
@@ -91,6 +111,7 @@ def _unpack(python: Path, requirement: str) -> None:
             "download",
             "-q",
             "--no-deps",
+            "--no-build-isolation",
             "--no-binary",
             ":all:",
             "-d",
@@ -116,6 +137,8 @@ def make(cache: Path, name: str, environment: Environment, cuda: bool) -> dict[s
         _run(python, "-m", "pip", "install", "-q", *packages)
         for source in environment.sources:
             _unpack(python, source)
+        for pattern in environment.cython:
+            _compile(python, pattern)
         listed = json.loads(_run(python, "-m", "pip", "list", "--format", "json"))
         versions = {entry["name"]: entry["version"] for entry in listed}
         versions |= dict(source.split("==") for source in environment.sources)

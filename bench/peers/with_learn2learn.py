@@ -6,33 +6,19 @@ Its ``MAML.adapt`` adapts every parameter; ``maml_update`` takes the gradients, 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
+from bench.peers.learn2learn_source import skeleton
 from bench.peers.problem import Problem
 from bench.peers.torch_parts import adapts, conv4, finished, tasks
 from bench.peers.worker import Step
 
 
-def _algorithms() -> ModuleType:
-    """Its module of MAML without the packages' own imports, some of them compiled or of other frameworks."""
-    spec = importlib.util.find_spec("learn2learn")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("learn2learn is not there")
-    folder = spec.submodule_search_locations[0]
-    for name, path in (("learn2learn", folder), ("learn2learn.algorithms", f"{folder}/algorithms")):
-        package = ModuleType(name)
-        package.__path__ = [path]
-        sys.modules[name] = package
-    return importlib.import_module("learn2learn.algorithms.maml")
-
-
 def build(problem: Problem, device: str, argument: str | None) -> Step:
-    algorithms = _algorithms()
+    skeleton()
+    algorithms = importlib.import_module("learn2learn.algorithms.maml")
     model, batch = conv4(problem, device), tasks(problem, device)
     maml = algorithms.MAML(model, lr=problem.sizes.rate)
 

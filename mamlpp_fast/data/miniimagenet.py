@@ -38,7 +38,11 @@ PROTOCOLS = {
 _NPZ = "mini_imagenet_{}.npz"
 _PICKLES = {
     "train": ("mini-imagenet-cache-train.pkl", "miniImageNet_category_split_train_phase_train.pickle"),
-    "val": ("mini-imagenet-cache-val.pkl", "miniImageNet_category_split_val.pickle"),
+    "val": (
+        "mini-imagenet-cache-val.pkl",
+        "mini-imagenet-cache-validation.pkl",  # learn2learn's
+        "miniImageNet_category_split_val.pickle",
+    ),
     "test": ("mini-imagenet-cache-test.pkl", "miniImageNet_category_split_test.pickle"),
 }
 _EXPECTED = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,10 +18,17 @@ from torch import Tensor
 from mamlpp_fast._version import __version__
 from mamlpp_fast.train.files import write_whole
 
-__all__ = ["FORMAT_VERSION", "CheckpointError", "check_fits", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "check_fits",
+    "load_checkpoint",
+    "load_tensors",
+    "save_checkpoint",
+]
 
 FORMAT_VERSION = 1
-Kind = Literal["training", "model"]
+Kind = Literal["training", "model", "authors"]
 
 
 class CheckpointError(ValueError):
@@ -31,7 +40,8 @@ def save_checkpoint(path: Path, kind: Kind, content: Mapping[str, Any]) -> None:
 
     Args:
         path: the file; an older one stays as it is until the new one is complete on disk.
-        kind: ``"training"`` (everything a run goes on from) or ``"model"`` (parameters and inner rates).
+        kind: ``"training"`` (everything a run goes on from), ``"model"`` (parameters and inner rates) or ``"authors"``
+            (what an imported checkpoint of the authors' code has beyond these).
         content: tensors and plain values in dictionaries and lists.
 
     Raises:
@@ -60,14 +70,7 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
         raise CheckpointError(f"{path}: expected a whole checkpoint, {reason}") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: expected a whole checkpoint, its part {damaged} is damaged")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: expected tensors and plain values only, got a pickle that would run other code; refused"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint, {_first_line(error)}") from error
+    content = load_tensors(path, device)
     expected = f"mamlpp_fast {kind}"
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != expected:
@@ -79,6 +82,28 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
         )
     result: dict[str, Any] = content
     return result
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``torch.save`` wrote, in either of its formats, provided it is tensors and plain values.
+
+    Raises:
+        CheckpointError: for a file that is missing or damaged, or that holds anything else, which is never run.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickle protocols
+            return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"a pickle that asks for {asked[1]}" if asked else "something else"
+        raise CheckpointError(
+            f"{path}: expected tensors and plain values only, got {found}; refused, nothing was run"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a checkpoint, {error.strerror}") from error
+    except (RuntimeError, EOFError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected a checkpoint, {_first_line(error)}") from error
 
 
 def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:

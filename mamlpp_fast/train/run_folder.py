@@ -26,6 +26,7 @@ __all__ = [
     "load_model",
     "open_folder",
     "open_test",
+    "ranked",
     "read_config",
 ]
 
@@ -38,7 +39,8 @@ def open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, 
     remove_leftovers(checkpoints)
     path = folder / "config.json"
     if path.exists():
-        stored = read_json(path)
+        # Settings younger than the run have their defaults.
+        stored = TrainConfig().deciding() | read_json(path)
         plain = json.loads(json.dumps(identity))
         changed = differences(plain, {k: stored[k] for k in stored if k in plain})
         if changed:
@@ -109,6 +111,11 @@ def open_test(
         device=device,
     )
     return data, learner, make_sampler(config, data, "test", device, record["precision"])
+
+
+def ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Best validation accuracy first, the earlier one of equals."""
+    return sorted(entries, key=lambda e: (-e["val_accuracy"], e["iteration"]))
 
 
 def evaluate_run(

@@ -1,0 +1,113 @@
+"""learn2learn's ``GBML``: gradient-based meta-learning with a learned transform of inner gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
+from mamlpp_fast.compat.learn2learn.utils import clone_module
+
+__all__ = ["GBML"]
+
+
+class GBML(nn.Module):
+    """MAML whose inner gradients pass through a transform that is meta-learned with the module.
+
+    Args:
+        module: the module.
+        transform: makes the transform of a parameter: a module, or None to leave its gradients as they are.
+        lr: inner learning rate.
+        adapt_transform: adapt the transforms' parameters too, in every step but the first.
+        first_order: treat inner gradients as constants.
+        allow_unused: parameters that the loss does not use stay as they are.
+        allow_nograd: so do parameters with ``requires_grad=False``.
+        compute_update: a :class:`ParameterUpdate` instead of one made of ``transform``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        transform: Callable[[Tensor], nn.Module | None],
+        lr: float = 1.0,
+        adapt_transform: bool = False,
+        first_order: bool = False,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.transform = transform
+        self.adapt_transform = adapt_transform
+        self.lr = lr
+        self.first_order = first_order
+        self.allow_unused = allow_unused
+        self.allow_nograd = allow_nograd
+        if "compute_update" in kwargs:
+            self.compute_update = kwargs["compute_update"]
+        else:
+            self.compute_update = ParameterUpdate(parameters=module.parameters(), transform=transform)
+        self.diff_sgd = DifferentiableSGD(lr=lr)
+        self._params_updated = False  # before the first update the loss does not depend on the transforms
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        adapt_transform: bool | None = None,
+    ) -> GBML:
+        """A learner on differentiable copies of module and transforms; what is not given is as this learner has it."""
+        return GBML(
+            module=clone_module(self.module),
+            transform=self.transform,
+            lr=self.lr,
+            adapt_transform=self.adapt_transform if adapt_transform is None else adapt_transform,
+            first_order=self.first_order if first_order is None else first_order,
+            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
+            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+            compute_update=clone_module(self.compute_update),
+        )
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One transformed gradient step on ``loss``, in place; what is not given is as the learner has it.
+
+        Raises:
+            AdaptationError: a RuntimeError; a parameter is unused or takes no gradient, and that is not allowed.
+        """
+        second_order = not (self.first_order if first_order is None else first_order)
+        allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        if self.adapt_transform and self._params_updated:
+            gradients = torch.autograd.grad(
+                loss,
+                list(self.compute_update.parameters()),
+                create_graph=second_order,
+                retain_graph=second_order,
+                allow_unused=allow_unused,
+            )
+            self.diff_sgd(self.compute_update, gradients)
+            self._params_updated = False
+        updates = self.compute_update(
+            loss,
+            self.module.parameters(),
+            create_graph=second_order or self.adapt_transform,
+            retain_graph=second_order or self.adapt_transform,
+            allow_unused=allow_unused,
+            allow_nograd=allow_nograd,
+        )
+        self.diff_sgd(self.module, updates)
+        self._params_updated = True

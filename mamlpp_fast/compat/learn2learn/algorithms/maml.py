@@ -1,0 +1,105 @@
+"""learn2learn's ``MAML``: same interface, gradients and errors; batch norm and updates in fewer operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast.compat.learn2learn._gradients import inner_gradients
+from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner
+from mamlpp_fast.compat.learn2learn.utils import clone_module, update_module, warn_of_lengths
+
+__all__ = ["MAML", "maml_update"]
+
+
+def maml_update(
+    model: nn.Module, lr: float | Tensor, grads: Sequence[Tensor | None] | None = None
+) -> nn.Module:
+    """Replaces every parameter p of a module by p − lr·grad, differentiably; returns the module.
+
+    Args:
+        model: changed in place; its tensors are not.
+        lr: inner learning rate.
+        grads: one a parameter, None for what stays; without it each parameter's attribute ``update`` is added.
+    """
+    if grads is None:
+        return update_module(model)
+    parameters = list(model.parameters())
+    warn_of_lengths("maml_update", parameters, grads, "gradients")
+    updated: dict[Tensor, Tensor] = {}
+    for p, grad in zip(parameters, grads, strict=False):
+        if grad is not None:
+            fixed = isinstance(lr, int | float)
+            updated[p] = torch.add(p, grad, alpha=-lr) if fixed else p - lr * grad  # type: ignore[arg-type]
+    return update_module(model, memo=updated)
+
+
+class MAML(BaseLearner):
+    """Model-agnostic meta-learning (Finn et al. 2017) of any module.
+
+    ``clone()`` it for a task, ``adapt(loss)`` the clone, and call ``backward`` on the adapted clone's loss: gradients
+    arrive at the parameters of the wrapped module.
+
+    Args:
+        model: the module.
+        lr: inner learning rate.
+        first_order: treat inner gradients as constants (FOMAML).
+        allow_unused: parameters that the loss does not use stay as they are; by default as ``allow_nograd``.
+        allow_nograd: so do parameters with ``requires_grad=False``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__()
+        self.module = model
+        self.lr = lr
+        self.first_order = first_order
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One gradient step on ``loss``, in place; what is not given is as the learner has it.
+
+        Raises:
+            AdaptationError: a RuntimeError; a parameter is unused or takes no gradient, and that is not allowed.
+        """
+        second_order = not (self.first_order if first_order is None else first_order)
+        gradients = inner_gradients(
+            loss,
+            self.module.parameters(),
+            create_graph=second_order,
+            retain_graph=second_order,
+            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
+            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+            hint="learn2learn: Maybe try with allow_nograd=True and/or allow_unused=True ?",
+        )
+        self.module = maml_update(self.module, self.lr, gradients)
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> MAML:
+        """A learner on a differentiable copy of the module; what is not given is as this learner has it."""
+        options: dict[str, Any] = {
+            "first_order": self.first_order if first_order is None else first_order,
+            "allow_unused": self.allow_unused if allow_unused is None else allow_unused,
+            "allow_nograd": self.allow_nograd if allow_nograd is None else allow_nograd,
+        }
+        return MAML(clone_module(self.module), lr=self.lr, **options)

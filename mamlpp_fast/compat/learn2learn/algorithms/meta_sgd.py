@@ -1,0 +1,93 @@
+"""learn2learn's ``MetaSGD``: same interface and gradients; batch norm and updates in fewer operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner
+from mamlpp_fast.compat.learn2learn.utils import clone_module, clone_parameters
+
+__all__ = ["MetaSGD", "meta_sgd_update"]
+
+
+def meta_sgd_update(
+    model: nn.Module,
+    lrs: Iterable[Tensor] | None = None,
+    grads: Sequence[Tensor | None] | None = None,
+) -> nn.Module:
+    """Replaces every parameter p of a module by p − lr·grad, differentiably; returns the module.
+
+    As in learn2learn, a parameter used in several places is replaced in the first of them only.
+
+    Args:
+        model: changed in place; its tensors are not.
+        lrs: one a parameter, of its shape; without it, or without ``grads``, each parameter's attribute ``_lr``.
+        grads: one a parameter, None for what stays; without it, or without ``lrs``, each parameter's ``grad``.
+    """
+    updated: dict[Tensor, Tensor] = {}
+    if grads is not None and lrs is not None:
+        for p, lr, grad in zip(model.parameters(), lrs, grads, strict=False):
+            if grad is not None:
+                updated[p] = torch.addcmul(p, lr, grad, value=-1)
+    else:
+        for module in model.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if (
+                    tensor is not None
+                    and tensor.grad is not None
+                    and getattr(tensor, "_lr", None) is not None
+                ):
+                    updated[tensor] = tensor - tensor._lr * tensor.grad  # type: ignore[attr-defined]
+                    tensor.grad = tensor._lr = None  # type: ignore[attr-defined]
+    for module in model.modules():
+        groups: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in groups:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor in updated:
+                    tensors[name] = updated.pop(tensor)
+    return model
+
+
+class MetaSGD(BaseLearner):
+    """Meta-SGD (Li et al. 2017): MAML with a learned inner learning rate for every element of every parameter.
+
+    Args:
+        model: the module.
+        lr: initial value of every rate.
+        first_order: treat inner gradients as constants.
+        lrs: the rates, one a parameter and of its shape; without it parameters of value ``lr``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        first_order: bool = False,
+        lrs: Iterable[Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = model
+        self.lrs = (
+            nn.ParameterList([nn.Parameter(torch.ones_like(p) * lr) for p in model.parameters()])
+            if lrs is None
+            else lrs
+        )
+        self.first_order = first_order
+
+    def clone(self) -> MetaSGD:
+        """A learner on differentiable copies of the module and the rates."""
+        return MetaSGD(
+            clone_module(self.module), lrs=clone_parameters(self.lrs), first_order=self.first_order
+        )
+
+    def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
+        """One gradient step on ``loss``, in place; first order as the learner has it where not given."""
+        second_order = not (self.first_order if first_order is None else first_order)
+        gradients = torch.autograd.grad(
+            loss, list(self.module.parameters()), retain_graph=second_order, create_graph=second_order
+        )
+        self.module = meta_sgd_update(self.module, self.lrs, gradients)

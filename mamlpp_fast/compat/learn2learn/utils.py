@@ -1,0 +1,200 @@
+"""learn2learn's ``utils``: differentiable copies and updates of modules, and small helpers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast.compat.learn2learn._batch_norm import fused_class
+
+__all__ = [
+    "accuracy",
+    "clone_distribution",
+    "clone_module",
+    "clone_named_parameters",
+    "clone_parameters",
+    "detach_distribution",
+    "detach_module",
+    "magic_box",
+    "update_module",
+    "warn_once",
+]
+
+T = TypeVar("T")
+
+
+def magic_box(x: T) -> T | Tensor:
+    """DiCE's operator: 1 in value, the gradient of ``x`` (Foerster et al. 2018); what is no tensor comes back as is."""
+    return torch.exp(x - x.detach()) if isinstance(x, Tensor) else x
+
+
+def clone_parameters(param_list: Iterable[Tensor]) -> list[Tensor]:
+    """Differentiable copies."""
+    return [p.clone() for p in param_list]
+
+
+def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Differentiable copies by name."""
+    return {name: p.clone() for name, p in param_dict.items()}
+
+
+def clone_module(module: Any, memo: dict[int, Tensor] | None = None) -> Any:
+    """A copy of a module whose parameters are differentiable copies: gradients flow to the originals.
+
+    Buffers that take a gradient are copied likewise; the others (running statistics) are shared with ``module``. A
+    parameter used in several places is copied once. A ``nn.BatchNorm1d`` or ``nn.BatchNorm2d`` becomes a subclass of
+    it that computes the same in one operation, in a ``nn.Sequential`` with the ReLU behind it; see
+    :func:`plain_batch_norm`.
+
+    Args:
+        module: the module; anything else is returned as is.
+        memo: copies made so far, by ``id`` of the original.
+    """
+    if not isinstance(module, nn.Module):
+        return module
+    memo = {} if memo is None else memo
+    kind = fused_class(module)
+    clone = kind.__new__(kind)
+    clone.__dict__ = module.__dict__.copy()
+    for group in ("_parameters", "_buffers", "_modules"):
+        clone.__dict__[group] = module.__dict__[group].copy()
+    parameters, buffers, children = _parts(clone)
+    for tensors, always in ((parameters, True), (buffers, False)):
+        for name, tensor in tensors.items():
+            if tensor is not None and (always or tensor.requires_grad):
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = tensor.clone()
+                tensors[name] = memo[id(tensor)]
+    for name, child in children.items():
+        children[name] = clone_module(child, memo)
+    return clone
+
+
+def _parts(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Parameters, buffers and children, to be written to without nn.Module's checks."""
+    own = module.__dict__
+    return own["_parameters"], own["_buffers"], own["_modules"]
+
+
+def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
+    """Cuts the parameters and buffers of a cloned module off their graph, in place.
+
+    Args:
+        module: the module; anything else is left as is.
+        keep_requires_grad: those that took a gradient take one again, as leaves; without it none does.
+    """
+    if not isinstance(module, nn.Module):
+        return
+    parameters, buffers, children = _parts(module)
+    for tensor in (*parameters.values(), *(b for b in buffers.values() if b is not None and b.requires_grad)):
+        if tensor is not None:
+            requires_grad = tensor.requires_grad
+            tensor.detach_()
+            if keep_requires_grad and requires_grad:
+                tensor.requires_grad_()
+    for child in children.values():
+        detach_module(child, keep_requires_grad)
+
+
+def clone_distribution(dist: Any) -> Any:
+    """A copy of a distribution whose tensors that take a gradient, and modules, are differentiable copies."""
+    clone = copy.deepcopy(dist)
+    for name, value in dist.__dict__.items():
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                clone.__dict__[name] = value.clone()
+        elif isinstance(value, nn.Module):
+            clone.__dict__[name] = clone_module(value)
+        elif isinstance(value, torch.distributions.Distribution):
+            clone.__dict__[name] = clone_distribution(value)
+    return clone
+
+
+def detach_distribution(dist: Any) -> Any:
+    """Cuts a distribution's tensors and modules off their graph; returns it."""
+    for name, value in dist.__dict__.items():
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                dist.__dict__[name] = value.detach()
+        elif isinstance(value, nn.Module):
+            detach_module(value)
+        elif isinstance(value, torch.distributions.Distribution):
+            dist.__dict__[name] = detach_distribution(value)
+    return dist
+
+
+def warn_of_lengths(caller: str, parameters: Sequence[Any], others: Sequence[Any], what: str) -> None:
+    """Prints learn2learn's warning when there are not as many as parameters."""
+    if len(parameters) != len(others):
+        print(
+            f"WARNING:{caller}(): Parameters and {what} have different length. "
+            f"({len(parameters)} vs {len(others)})"
+        )
+
+
+def update_module(
+    module: nn.Module,
+    updates: Sequence[Tensor | None] | None = None,
+    memo: dict[Tensor, Tensor] | None = None,
+) -> nn.Module:
+    """Replaces every parameter p of a module by p + its update, differentiably; returns the module.
+
+    Args:
+        module: changed in place; its tensors are not.
+        updates: one a parameter, None for what stays. Without it each parameter's (and buffer's) attribute ``update``.
+        memo: tensors replaced so far and what by, which holds for every place that uses one.
+    """
+    memo = {} if memo is None else memo
+    if updates is not None:
+        given = list(module.parameters())
+        warn_of_lengths("update_module", given, updates, "updates")
+        for p, update in zip(given, updates, strict=False):
+            p.update = update  # type: ignore[attr-defined]
+    parameters, buffers, children = _parts(module)
+    for tensors in (parameters, buffers):
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            update = getattr(tensor, "update", None)
+            if tensor not in memo and update is not None:
+                memo[tensor] = tensor + update
+                tensor.update = None
+            tensors[name] = memo.get(tensor, tensor)
+    for child in children.values():
+        if child is not None:
+            update_module(child, memo=memo)
+    return module
+
+
+def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
+    """Share of rows of ``preds`` [N, classes] whose largest entry is the target's [N]."""
+    return (preds.argmax(dim=1).long() == targets.long()).sum().float() / preds.size(0)
+
+
+class _WarnOnce:
+    """Warns, but of each message once."""
+
+    def __init__(self) -> None:
+        self.warned_messages: list[str] = []
+
+    def __call__(self, message: str, severity: str | type[Warning] | None = None) -> None:
+        if message in self.warned_messages:
+            return
+        if severity == "error":
+            raise RuntimeError(message)
+        categories: dict[Any, type[Warning]] = {
+            None: UserWarning,
+            "default": UserWarning,
+            "deprecation": DeprecationWarning,
+        }
+        category = severity if isinstance(severity, type) else categories[severity]
+        self.warned_messages.append(message)
+        warnings.warn(message, category=category, stacklevel=3)
+
+
+warn_once = _WarnOnce()
