@@ -43,6 +43,6 @@ class BuildPy(build_py):
 setup(
     packages=[*find_packages(include=["mamlpp_fast", "mamlpp_fast.*"]), "mamlpp_fast.kernels"],
     package_dir={"mamlpp_fast.kernels": "kernels"},
-    package_data={"mamlpp_fast": ["py.typed"]},
+    package_data={"mamlpp_fast": ["py.typed"], "mamlpp_fast.report": ["page.css", "page.js"]},
     cmdclass={"build_py": BuildPy},
 )

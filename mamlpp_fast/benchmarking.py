@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 
 import torch
 
 from mamlpp_fast.engine import EngineName, Precision
+from mamlpp_fast.machine import peak_memory_mib
 from mamlpp_fast.train.build import versions
 from mamlpp_fast.workloads import Workload
 
@@ -102,24 +101,11 @@ def bench(
         else f"{cpu_name()}, {torch.get_num_threads()} threads",
         seconds_per_iteration={"min": min(seconds), "median": median, "max": max(seconds)},
         iterations=iters,
-        peak_memory_mib=_peak_memory_mib(learner.device),
+        peak_memory_mib=peak_memory_mib(learner.device),
         gflop_per_iteration=gflop,
         gflop_per_second=gflop / median,
         versions=versions(),
     )
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        # Of this program alone: what getrusage says goes back to the process that started it.
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 2**10
-    except (OSError, StopIteration):
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def cpu_name() -> str:

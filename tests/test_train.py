@@ -89,6 +89,9 @@ def test_a_run_writes_what_the_contract_names(whole: Path) -> None:
     assert all(line["second_order"] for line in lines)
     assert lines[0]["meta_lr"] == 1e-3
     assert all(len(rates) == 2 for rates in lines[0]["inner_rates"].values())
+    for line in lines:
+        assert len(line["val_step_accuracy"]) == 2
+        assert line["val_step_accuracy"][-1] == pytest.approx(line["val_accuracy"])
     files = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert files == sorted(["latest.pt", *summary["models"]])
     accuracies = sorted((line["val_accuracy"] for line in lines), reverse=True)

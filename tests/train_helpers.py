@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
 }
 
 # What may differ between two runs with the same result.
-TIMING = {"seconds", "seconds_per_iteration"}
+TIMING = {"seconds", "seconds_per_iteration", "peak_memory_mib"}
 
 
 def tiny(**changes: Any) -> TrainConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from mamlpp_fast.data import EpisodeSampler
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.learner import MAMLPlusPlus
 
-__all__ = ["Score", "mean_and_interval", "predict", "score"]
+__all__ = ["Predictions", "Score", "mean_and_interval", "predict", "score"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,20 @@ class Score:
         )
 
 
+class Predictions(NamedTuple):
+    """Target predictions of tasks 0 .. T - 1.
+
+    Attributes:
+        logits: after the last inner step, [T, m, ways], on the learner's device.
+        labels: the right classes, [T, m].
+        step_accuracy: share of target images named rightly after every inner step, [steps].
+    """
+
+    logits: Tensor
+    labels: Tensor
+    step_accuracy: Tensor
+
+
 def predict(
     learner: MAMLPlusPlus,
     sampler: EpisodeSampler,
@@ -64,7 +79,7 @@ def predict(
     *,
     steps: int | None = None,
     between: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, Tensor]:
+) -> Predictions:
     """Target logits after the last inner step on tasks 0 .. num_tasks - 1 of a sampler, shared by the learner's ranks.
 
     Args:
@@ -74,14 +89,12 @@ def predict(
         batch_size: tasks a rank takes at once.
         steps: inner updates; the learner's evaluation steps without it.
         between: called before every batch, as often on every rank; may raise to stop.
-
-    Returns:
-        logits [num_tasks, m, ways] and labels [num_tasks, m], on the learner's device.
     """
     ranks = learner.ranks
     rows: list[int] = []
     logits: list[Tensor] = []
     labels: list[Tensor] = []
+    accuracies: list[Tensor] = []
     for start in range(0, num_tasks, batch_size * ranks.size):
         between()
         share = ranks.share(min(batch_size * ranks.size, num_tasks - start))
@@ -89,12 +102,14 @@ def predict(
             continue
         # A rank that never gets a task computes one that nobody counts, for the shape.
         batch = sampler.batch(start + share.start, len(share)) if share else sampler.batch(0, 1)
+        result = learner.evaluate(batch, steps=steps)
         rows += range(start + share.start, start + share.stop)
-        logits.append(learner.evaluate(batch, steps=steps).logits[-1].detach().clone()[: len(share)])
+        logits.append(result.logits[-1].detach().clone()[: len(share)])
+        accuracies.append(result.accuracy.double().T[: len(share)])
         labels.append(batch.target_y[: len(share)].to(logits[0].device))
-    return _whole(ranks, torch.cat(logits), rows, num_tasks), _whole(
-        ranks, torch.cat(labels), rows, num_tasks
-    )
+    parts = (logits, labels, accuracies)
+    whole = [_whole(ranks, torch.cat(own), rows, num_tasks) for own in parts]
+    return Predictions(whole[0], whole[1], whole[2].mean(0))
 
 
 def _whole(ranks: Ranks, own: Tensor, rows: list[int], total: int) -> Tensor:

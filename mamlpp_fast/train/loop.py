@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mamlpp_fast.distributed import RankError, Ranks
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
+from mamlpp_fast.machine import peak_memory_mib
 from mamlpp_fast.train.build import (
     build_learner,
     device_name,
@@ -23,8 +24,9 @@ from mamlpp_fast.train.build import (
     versions,
 )
 from mamlpp_fast.train.config import TrainConfig
-from mamlpp_fast.train.evaluate import Score, predict, score
+from mamlpp_fast.train.evaluate import Predictions, Score, predict, score
 from mamlpp_fast.train.files import run_lock
+from mamlpp_fast.train.learned import batch_norms, inner_rates
 from mamlpp_fast.train.progress import Curves, Progress
 from mamlpp_fast.train.record import Record, check_training
 from mamlpp_fast.train.run_folder import finished_summary, open_folder, put_model, ranked
@@ -285,11 +287,11 @@ class _Trainer:
         c, epoch = self.config, self.epochs_done
         if time.perf_counter() - self.saved_at >= c.checkpoint_seconds:
             self._save()
-        validation = self._validate()
+        validation, steps = self._validate()
         entry = self._save_model(f"epoch-{epoch:04d}.pt", epoch, validation)
         best = ranked([*self.best, entry])
         self.best = best[: c.ensemble]
-        metrics = self._metrics(epoch, validation, best[0] is entry)
+        metrics = self._metrics(epoch, validation, steps, best[0] is entry)
         self.record.metrics_bytes = self.record.append(metrics)
         self.epochs_done += 1
         self.sums.zero_()
@@ -308,7 +310,7 @@ class _Trainer:
             f"{rate:.1f} tasks/s"
         )
 
-    def _metrics(self, epoch: int, validation: Score, best: bool) -> dict[str, Any]:
+    def _metrics(self, epoch: int, validation: Score, steps: list[float], best: bool) -> dict[str, Any]:
         """The epoch's line; called while the learner's schedules may already stand at the next epoch."""
         learner, c = self.learner, self.config
         made = learner.iteration - epoch * c.iterations_per_epoch
@@ -322,10 +324,6 @@ class _Trainer:
             "msl_weights": None if weights is None else weights.tolist(),
         }
         learner.iteration = after
-        rates = {
-            name: rate.detach().flatten(1).mean(1).tolist() if rate.ndim > 1 else rate.detach().tolist()
-            for name, rate in learner.rates.as_dict().items()
-        }
         return {
             "epoch": epoch,
             "iteration": after,
@@ -336,16 +334,20 @@ class _Trainer:
             "val_accuracy_ci95": validation.ci95,
             "best": best,
             **schedule,
-            "inner_rates": rates,
+            "val_step_accuracy": steps,
+            "inner_rates": inner_rates(learner),
+            "batch_norm": batch_norms(learner.model),
+            "peak_memory_mib": round(peak_memory_mib(self.device), 1),
             "seconds": self.seconds,
             "seconds_per_iteration": self.train_seconds / max(after - self.untimed, 1),
         }
 
-    def _validate(self) -> Score:
-        logits, labels = self._predict("val")
-        return self._score(logits, labels, 1)
+    def _validate(self) -> tuple[Score, list[float]]:
+        """The validation's score, and the accuracy after every inner step."""
+        logits, labels, accuracy = self._predict("val")
+        return self._score(logits, labels, 1), accuracy.tolist()
 
-    def _predict(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predict(self, split: str) -> Predictions:
         c = self.config
         num_tasks = c.val_tasks if split == "val" else c.test_tasks
         result = predict(self.learner, self.samplers[split], num_tasks, c.tasks, between=self._give_way)
@@ -369,10 +371,10 @@ class _Trainer:
             # on from.
             self._read()
             self._save()
-            validation = self._validate()
+            validation, steps = self._validate()
             entry = self._save_model(f"iteration-{learner.iteration:07d}.pt", self.epochs_done, validation)
             models = ranked([*models, entry])
-            self.record.append(self._metrics(self.epochs_done, validation, models[0] is entry))
+            self.record.append(self._metrics(self.epochs_done, validation, steps, models[0] is entry))
             models = models[: c.ensemble]
         iterations = learner.iteration
         total: torch.Tensor | None = None
@@ -380,7 +382,7 @@ class _Trainer:
         for entry in models:
             path = self.record.checkpoints / entry["file"]
             put_model(path, self.record.load(path, "model"), learner)
-            logits, labels = self._predict("test")
+            logits, labels, _ = self._predict("test")
             total = logits.double() if total is None else total + logits.double()
             if single is None:
                 single = self._score(logits, labels, 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mamlpp_fast.data import EpisodeSampler, FewShotData
 from mamlpp_fast.engine import EngineName
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train.build import build_learner, load_data, make_sampler
@@ -19,10 +20,12 @@ from mamlpp_fast.train.evaluate import Score, predict, score
 from mamlpp_fast.train.files import read_json, remove_leftovers, write_json
 
 __all__ = [
+    "best_files",
     "evaluate_run",
     "finished_summary",
     "load_model",
     "open_folder",
+    "open_test",
     "put_model",
     "ranked",
     "read_config",
@@ -89,6 +92,36 @@ def put_model(path: Path, content: Mapping[str, Any], learner: MAMLPlusPlus) -> 
         module.load_state_dict(content[what])
 
 
+def open_test(
+    config: TrainConfig,
+    record: Mapping[str, Any],
+    *,
+    data_path: str | Path | None = None,
+    engine: EngineName | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[FewShotData, MAMLPlusPlus, EpisodeSampler]:
+    """The data of a run, a learner at its initial parameters, and the sampler of its test tasks.
+
+    Args:
+        config: the run's settings.
+        record: the whole content of its ``config.json``.
+        data_path: where the data set lies; where the run found it without it.
+        engine: the run's own without it.
+        device: where to run.
+    """
+    device = torch.device(device)
+    data = load_data(config, record["data"] if data_path is None else data_path)
+    learner = build_learner(
+        config,
+        data.channels,
+        data.image_size,
+        engine=record["engine"] if engine is None else engine,
+        precision=record["precision"],
+        device=device,
+    )
+    return data, learner, make_sampler(config, data, "test", device, record["precision"])
+
+
 def ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Best validation accuracy first, the earlier one of equals."""
     return sorted(entries, key=lambda e: (-e["val_accuracy"], e["iteration"]))
@@ -131,24 +164,14 @@ def evaluate_run(
         config = dataclasses.replace(config, test_tasks=tasks)
     if steps is not None:
         config = dataclasses.replace(config, eval_steps=steps)
-    device = torch.device(device)
-    data = load_data(config, record["data"] if data_path is None else data_path)
-    learner = build_learner(
-        config,
-        data.channels,
-        data.image_size,
-        engine=record["engine"] if engine is None else engine,
-        precision=record["precision"],
-        device=device,
-    )
-    sampler = make_sampler(config, data, "test", device, record["precision"])
-    files = _best_files(folder)[:ensemble]
+    _, learner, sampler = open_test(config, record, data_path=data_path, engine=engine, device=device)
+    files = best_files(folder)[:ensemble]
     conditions = config.conditions()
     scores = []
     total: torch.Tensor | None = None
     for file in files:
         load_model(folder / "checkpoints" / file, learner)
-        logits, labels = predict(learner, sampler, config.test_tasks, config.tasks)
+        logits, labels, _ = predict(learner, sampler, config.test_tasks, config.tasks)
         if total is None:
             scores.append(score(logits, labels, models=1, **conditions))
         total = logits.double() if total is None else total + logits.double()
@@ -157,8 +180,12 @@ def evaluate_run(
     return scores
 
 
-def _best_files(folder: Path) -> list[str]:
-    """Model checkpoints, the best first: those of the summary, else those of the last training checkpoint."""
+def best_files(folder: Path) -> list[str]:
+    """Model checkpoints, the best first: those of the summary, else those of the last training checkpoint.
+
+    Raises:
+        ValueError: when there is none.
+    """
     summary = folder / "summary.json"
     if summary.exists():
         files: list[str] = read_json(summary)["models"]

@@ -1,0 +1,43 @@
+"""``mamlpp-fast report``."""
+
+from __future__ import annotations
+
+import argparse
+
+from mamlpp_fast.cli._arguments import Commands, add_command, at_least
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(commands, "report", run, "One HTML page about a run, or comparing several.")
+    sub.add_argument("dirs", nargs="+", metavar="DIR", help="a run's folder")
+    sub.add_argument(
+        "--out", metavar="FILE", help="the page (default: DIR/report.html; for several ./report.html)"
+    )
+    sub.add_argument(
+        "--tasks",
+        type=at_least(0),
+        default=100,
+        metavar="N",
+        help="test tasks to count confusions over, 0 for none (default: 100)",
+    )
+    sub.add_argument(
+        "--data", metavar="PATH", help="where the data set lies (default: where each run found it)"
+    )
+    sub.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.report import write_report
+    from mamlpp_fast.train.build import resolve_device
+
+    path = write_report(
+        arguments.dirs,
+        arguments.out,
+        tasks=arguments.tasks,
+        data_path=arguments.data,
+        device=resolve_device(arguments.device),
+    )
+    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    return 0

@@ -1,0 +1,71 @@
+"""``mamlpp-fast reproduce``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, at_least
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(
+        commands,
+        "reproduce",
+        run,
+        "Trains the rows of a published table over seeds; goes on where it was stopped.",
+    )
+    sub.add_argument("table", metavar="TABLE", help="omniglot-20w, mini-imagenet or instability")
+    sub.add_argument(
+        "--scale", type=float, default=1.0, metavar="S", help="share of the published budget (default: 1)"
+    )
+    sub.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="runs a row (default: 3)")
+    sub.add_argument(
+        "--shots", type=int, nargs="+", choices=(1, 5), default=[1], metavar="K", help="1, 5 or both"
+    )
+    sub.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="rows such as maml maml-lslr maml++ (default: all)"
+    )
+    sub.add_argument("--protocol", choices=("paper", "authors-code", "default"), default="paper")
+    sub.add_argument("--data", metavar="PATH", help="where the data set lies")
+    sub.add_argument("--out", metavar="DIR", help="the table's folder (default: runs/reproduce-TABLE)")
+    add_engine(sub)
+    sub.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change settings of every row",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.reproduce import reproduce
+    from mamlpp_fast.train import Interrupted, parse_settings
+    from mamlpp_fast.train.build import resolve_device
+
+    out = Path("runs") / f"reproduce-{arguments.table}" if arguments.out is None else Path(arguments.out)
+    try:
+        text = reproduce(
+            arguments.table,
+            out=out,
+            scale=arguments.scale,
+            seeds=arguments.seeds,
+            shots=tuple(dict.fromkeys(arguments.shots)),
+            rows=arguments.rows,
+            protocol=arguments.protocol,
+            settings=parse_settings(arguments.set),
+            data_path=arguments.data,
+            engine=arguments.engine,
+            precision=arguments.precision,
+            device=resolve_device(arguments.device),
+        )
+    except Interrupted as stop:
+        print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
+        return 128 + stop.number
+    print(f"\n{text}\nwrote {out / 'table.md'}, {out / 'table.json'}")
+    return 0
