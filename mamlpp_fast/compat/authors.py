@@ -54,6 +54,11 @@ def from_authors(state: Mapping[str, Tensor], learner: MAMLPlusPlus) -> tuple[di
     if missing:
         raise ValueError(f"state: expected inner rates of {missing[0]}, got none")
     steps = learner.config.steps
+    for name in learner.rates.names:
+        if rates[name].ndim != 1 or len(rates[name]) < steps:
+            raise ValueError(
+                f"state: expected at least {steps} inner rates of {name}, got {list(rates[name].shape)}"
+            )
     return model, torch.stack([rates[name][:steps] for name in learner.rates.names])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
 import zipfile
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mamlpp_fast.data import folder
+from mamlpp_fast.data.archives import read_npz
 from mamlpp_fast.data.classes import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,8 +26,9 @@ from mamlpp_fast.data.classes import (
     from_arrays,
 )
 from mamlpp_fast.data.errors import DataError
-from mamlpp_fast.data.locate import cache_folder, find, progress, read_npz, write_atomically
+from mamlpp_fast.data.locate import cache_folder, find, progress, write_atomically
 from mamlpp_fast.data.pickles import read_pickle
+from mamlpp_fast.data.pictures import decode_image
 
 __all__ = ["PROTOCOLS", "load_miniimagenet"]
 
@@ -177,13 +178,7 @@ def _decode_npz(a: dict[str, NDArray[Any]], label: str, source: str, size: int) 
 
 
 def _decode(data: bytes, source: str, size: int) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return folder.to_pixels(image, size, 3)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(
-            f"{source}: expected a whole JPEG image, got {' '.join(str(error).split())}"
-        ) from error
+    return decode_image(data, source, "JPEG image", lambda image: folder.to_pixels(image, size, 3))
 
 
 def _read_pickle(place: Path, split: str, size: int) -> ImageClasses:

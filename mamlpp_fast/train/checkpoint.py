@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,16 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast._version import __version__
+from mamlpp_fast.data.archives import DAMAGED_ZIP, one_line
+from mamlpp_fast.data.pickles import Refused
+from mamlpp_fast.train._vetting import vet
 from mamlpp_fast.train.files import write_whole
 
 __all__ = ["FORMAT_VERSION", "CheckpointError", "check_fits", "load_checkpoint", "save_checkpoint"]
 
 FORMAT_VERSION = 1
 Kind = Literal["training", "model"]
+_REFUSAL = "expected tensors and plain values only, got a pickle that would run other code; refused"
 
 
 class CheckpointError(ValueError):
@@ -55,23 +58,25 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            if damaged is None:
+                _vet(path, archive)
+    except DAMAGED_ZIP as error:
         reason = getattr(error, "strerror", None) or "it is truncated or something else"
         raise CheckpointError(f"{path}: expected a whole checkpoint, {reason}") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: expected a whole checkpoint, its part {damaged} is damaged")
+        raise CheckpointError(f"{path}: expected a whole checkpoint, its part {damaged!r:.100} is damaged")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: expected tensors and plain values only, got a pickle that would run other code; refused"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint, {_first_line(error)}") from error
+    except (pickle.UnpicklingError, Refused) as error:
+        raise CheckpointError(f"{path}: {_REFUSAL}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{path}: expected a checkpoint, {one_line(error)}") from error
     expected = f"mamlpp_fast {kind}"
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != expected:
-        raise CheckpointError(f"{path}: expected a {expected!r} checkpoint, got {found!r}")
+        raise CheckpointError(f"{path}: expected a {expected!r} checkpoint, got {found!r:.100}")
+    if type(content.get("version")) is not int:
+        raise CheckpointError(f"{path}: expected a format version, got {content.get('version')!r:.100}")
     if content["version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: expected format {FORMAT_VERSION} or older, got {content['version']} "
@@ -81,7 +86,7 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
     return result
 
 
-def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Any) -> None:
     """Compares names and shapes before anything is loaded.
 
     Args:
@@ -93,11 +98,13 @@ def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Mapping[st
     Raises:
         CheckpointError: names the first parameter that differs.
     """
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: expected {what} by name, got {type(loaded).__name__}")
     for name in [*own, *loaded]:
         ours = _shape(own.get(name))
         theirs = _shape(loaded.get(name))
         if ours != theirs:
-            raise CheckpointError(f"{path}: expected {what} {name} {ours}, got {theirs}")
+            raise CheckpointError(f"{path}: expected {what} {name!s:.100} {ours}, got {theirs}")
 
 
 def _shape(value: Any) -> str:
@@ -106,5 +113,10 @@ def _shape(value: Any) -> str:
     return "absent" if value is None else type(value).__name__
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _vet(path: Path, archive: zipfile.ZipFile) -> None:
+    try:
+        vet(archive, lambda reason: CheckpointError(f"{path}: {reason}"))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything at all
+        raise CheckpointError(f"{path}: {_REFUSAL} ({one_line(error)})") from error

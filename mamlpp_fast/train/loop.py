@@ -11,8 +11,9 @@ import torch
 
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
+from mamlpp_fast.train._resumable import check_training
 from mamlpp_fast.train.build import build_learner, fingerprint, load_data, make_sampler, versions
-from mamlpp_fast.train.checkpoint import CheckpointError, check_fits, load_checkpoint, save_checkpoint
+from mamlpp_fast.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.evaluate import Score, predict, score
 from mamlpp_fast.train.files import append_line, run_lock, write_json
@@ -450,6 +451,7 @@ class _Trainer:
         return found
 
     def _load(self, content: Mapping[str, Any]) -> None:
+        check_training(self.latest, content, self.learner)
         changed = differences(self.config.deciding(), content["config"])
         if changed:
             raise CheckpointError(
@@ -457,7 +459,7 @@ class _Trainer:
             )
         if content["data"] != self.fingerprint:
             raise CheckpointError(
-                f"{self.latest}: expected the data it was made with ({content['data']['name']}), "
+                f"{self.latest}: expected the data it was made with ({content['data'].get('name')!s:.50}), "
                 "got other classes or pixels"
             )
         if content["engine"] != self.learner.engine.name:
@@ -466,8 +468,6 @@ class _Trainer:
                 f"got {self.learner.engine.name} ({self.learner.engine_reason})"
             )
         state = content["learner"]
-        check_fits(self.latest, "model", self.learner.model.state_dict(), state["model"])
-        check_fits(self.latest, "rates", self.learner.rates.state_dict(), state["rates"])
         self.learner.load_state_dict(state)
         self.epochs_done = content["epochs_done"]
         self.sums = content["sums"].to(self.device)
