@@ -2,10 +2,10 @@
 
     python -m bench.soak [--minutes 120] [--share 0.25] [--json FILE]
 
-One process: two learners that live as long as it does go through first and second order, multi-step loss on and off, an
-evaluation, a checkpoint and its reading back; every few minutes a whole ``train`` run starts and ends in a fresh folder.
-Once a minute resident memory, open files, threads and Python's objects are written down. The verdict is the least-squares
-slope after the warm-up, the first quarter of the time: at most 2 MiB an hour, no file or thread more than at its end.
+One process: two learners that live as long as it does go through first and second order, multi-step loss on and off,
+an evaluation, a checkpoint and its reading back; every few minutes a whole ``train`` run starts and ends in a fresh
+folder. Once a minute resident memory, open files, threads and Python's objects are written down. The verdict is the
+least-squares slope after the warm-up, the first quarter of the time: at most 2 MiB an hour, no file or thread more.
 Exits with 1 where something grows. ``--share`` of one core is used: it sleeps the rest.
 """
 

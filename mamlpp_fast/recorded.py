@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mamlpp_fast.data.archives import read_npz
+from mamlpp_fast.data.archives import read_npz, shown
 
 __all__ = ["read_record"]
 
@@ -70,16 +70,16 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         value = config[key]
         if type(value) is not int or not least <= value <= _MOST:
             raise ValueError(
-                f"{path}: config {key}: expected an integer of at least {least}, got {value!r:.50}"
+                f"{path}: config {key}: expected an integer of at least {least}, got {shown(value)}"
             )
     for key in _SWITCHES:
         if type(config[key]) is not bool:
-            raise ValueError(f"{path}: config {key}: expected true or false, got {config[key]!r:.50}")
+            raise ValueError(f"{path}: config {key}: expected true or false, got {shown(config[key])}")
     rate = config["inner_lr"]
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate):
-        raise ValueError(f"{path}: config inner_lr: expected a number, got {rate!r:.50}")
+        raise ValueError(f"{path}: config inner_lr: expected a number, got {shown(rate)}")
     if not isinstance(config["dataset"], str):
-        raise ValueError(f"{path}: config dataset: expected a name, got {config['dataset']!r:.50}")
+        raise ValueError(f"{path}: config dataset: expected a name, got {shown(config['dataset'])}")
 
 
 def _check_arrays(path: Path, c: dict[str, Any], record: dict[str, Any]) -> None:

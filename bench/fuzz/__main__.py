@@ -2,8 +2,8 @@
 
     python -m bench.fuzz [--inputs 100000] [--seed 0] [--only NAME,...] [--json FILE] [--keep DIR]
 
-Each input must be accepted, or refused by a ValueError, TypeError or OSError of one line, within the time limit and within
-the memory limit, and without running anything: pickles are laid that would make a folder, and the interpreter's audit
+Each input must be accepted, or refused by a ValueError, TypeError or OSError of one line, within the limits of time and
+memory, and without running anything: pickles are laid that would make a folder, and the interpreter's audit
 hook watches for processes, connections and files written elsewhere. Inputs go in batches to child processes, so that a
 crash is seen and counted too. Exits with 1 where anything fails; ``--keep`` writes the failing inputs.
 """

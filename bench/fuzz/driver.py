@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from bench.fuzz.mutations import Canary
 from bench.fuzz.subjects import SUBJECTS, Subject
 
@@ -56,16 +58,12 @@ class _Watch:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
             return
-        if event in _WATCHED:
-            self.seen.append(event)
-        elif event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
-            if not str(arguments[0]).startswith(self._folder):
-                self.seen.append(f"open {arguments[0]}")
-        elif event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir") and isinstance(
-            arguments[0], str | Path
-        ):
-            if not str(arguments[0]).startswith(self._folder):
-                self.seen.append(f"{event} {arguments[0]}")
+        target = str(arguments[0]) if arguments else ""
+        writes = event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir") or (
+            event == "open" and isinstance(arguments[1], str) and bool(set(arguments[1]) & set("wax+"))
+        )
+        if event in _WATCHED or (writes and not target.startswith(self._folder)):
+            self.seen.append(f"{event} {target}")
 
 
 def fuzz(
@@ -85,6 +83,7 @@ def fuzz(
         keep: a folder for the inputs that fail.
         say: told of each finished kind.
     """
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     rows = []
     chosen = [s for s in SUBJECTS if not only or s.name in only]
     total = sum(s.share for s in chosen)
@@ -219,7 +218,7 @@ def _run(subject: Subject, indices: range, seed: int, folder: Path, progress: mm
         except (ValueError, TypeError, OSError) as error:
             text = str(error)
             outcome = (
-                "refused" if text and "\n" not in text and len(text) < 2000 else f"message {text!r:.300}"
+                "refused" if text and "\n" not in text and len(text) < 10_000 else f"message {text!r:.300}"
             )
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error!s:.300}"

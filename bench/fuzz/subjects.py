@@ -21,7 +21,7 @@ from mamlpp_fast import data, replay
 from mamlpp_fast.data.classes import FewShotData
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train import TrainConfig, parse_settings, preset
-from mamlpp_fast.train._resumable import check_training
+from mamlpp_fast.train._resumable import check_learner, check_training
 from mamlpp_fast.train.build import build_learner
 from mamlpp_fast.train.checkpoint import load_checkpoint, save_checkpoint
 from mamlpp_fast.train.run_folder import finished_summary, load_model, read_config
@@ -245,7 +245,7 @@ class Config(Subject):
 class Checkpoint(Subject):
     """A run's training checkpoint and a model, from their pickles and records to the optimiser's moments."""
 
-    name, share = "checkpoint", 0.15
+    name, share = "checkpoint", 0.05
 
     def prepare(self, folder: Path) -> None:
         self.path = folder / "latest.pt"
@@ -300,7 +300,8 @@ class Checkpoint(Subject):
                 raise
             load_model(self.path, self.learner)
             return
-        check_training(self.path, loaded, self.learner)
+        check_training(self.path, loaded)
+        check_learner(self.path, loaded["learner"], self.learner)
         self.learner.load_state_dict(loaded["learner"])
         self.learner.optimizer.step()
 
@@ -335,7 +336,7 @@ def _changed(rng: random.Random, value: Any) -> Any:
 class Recorded(Subject):
     """A recorded run with other arrays and another ``config``; what is accepted is replayed."""
 
-    name, share = "replay", 0.05
+    name, share = "replay", 0.02
 
     def prepare(self, folder: Path) -> None:
         self.path = folder / "recorded.npz"
@@ -405,13 +406,13 @@ class Recorded(Subject):
 @functools.cache
 def subjects() -> tuple[Subject, ...]:
     return (
-        Omniglot("omniglot-npz", 0.1, "omniglot", "omniglot.npz"),
-        OmniglotZip("omniglot-zip", 0.05, "omniglot", "images_background.zip", protocol="vinyals"),
-        MiniImageNet("miniimagenet-npz", 0.05, "miniimagenet", "mini_imagenet_train.npz", image_size=16),
-        Pickles("pickles", 0.2, "miniimagenet", "mini-imagenet-cache-train.pkl", image_size=4),
-        Csv("csv", 0.05, "miniimagenet", "train.csv", image_size=12),
+        Omniglot("omniglot-npz", 0.03, "omniglot", "omniglot.npz"),
+        OmniglotZip("omniglot-zip", 0.02, "omniglot", "images_background.zip", protocol="vinyals"),
+        MiniImageNet("miniimagenet-npz", 0.03, "miniimagenet", "mini_imagenet_train.npz", image_size=16),
+        Pickles("pickles", 0.3, "miniimagenet", "mini-imagenet-cache-train.pkl", image_size=4),
+        Csv("csv", 0.1, "miniimagenet", "train.csv", image_size=12),
         Cifar("cifar-npz", 0.05, "cifar-fs", "cifar_fs_subset.npz", image_size=8),
-        Folder("images", 0.1, "folder", "a/0.png", image_size=12),
+        Folder("images", 0.2, "folder", "a/0.png", image_size=12),
         Config(),
         Checkpoint(),
         Recorded(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from mamlpp_fast.data.errors import DataError
 
-__all__ = ["DAMAGED_ZIP", "check_expansion", "one_line", "read_npz"]
+__all__ = ["DAMAGED_ZIP", "check_expansion", "one_line", "read_npz", "shown"]
 
 # What zipfile raises for an archive that is none, is cut short, encrypted or compressed in a way it does not know.
 DAMAGED_ZIP = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
@@ -46,7 +47,7 @@ def read_npz(file: Path, keys: Iterable[str] | None = None) -> dict[str, NDArray
                 return {k: _array(archive, found[k], f"{file}: {k}") for k in wanted}
     except DataError:
         raise
-    except (*DAMAGED_ZIP, ValueError, KeyError, TypeError, SyntaxError, MemoryError) as error:
+    except Exception as error:  # a damaged header may raise anything at all
         raise DataError(
             f"{file}: expected a whole .npz archive, got a damaged one ({one_line(error)})"
         ) from error
@@ -66,6 +67,13 @@ def check_expansion(archive: zipfile.ZipFile, source: str) -> None:
             f"{source}: expected an archive that unpacks to at most {_EXPANSION} times its size, "
             f"got {unpacked} bytes in {packed}"
         )
+
+
+def shown(value: Any) -> str:
+    """A value that came from outside, in part of a line: of a tensor or array its form."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype!s:.50} {list(value.shape)}"
+    return " ".join(f"{reprlib.repr(value):.100}".split())
 
 
 def one_line(error: BaseException) -> str:

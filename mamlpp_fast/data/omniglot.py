@@ -256,7 +256,13 @@ def _from_pngs(
         match = _MEMBER.search(name)
         if match is None:
             continue
-        ink = _decode(f"{source}/{name}", read())
+        try:
+            data = read()
+        except DAMAGED_ZIP as error:
+            raise DataError(
+                f"{source}: expected a whole zip archive, got a damaged one ({one_line(error)})"
+            ) from error
+        ink = _decode(f"{source}/{name}", data)
         label = f"{match[1]}/{match[2]}"
         classes.setdefault(label, []).append(
             (match[3], _antialias(ink, size) if antialiased else _nearest(ink, size))

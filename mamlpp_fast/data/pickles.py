@@ -228,7 +228,7 @@ def _set_dtype(dtype: np.dtype[Any], state: Any) -> None:
     flexible = dtype.kind in "SUV"
     size, alignment = (dtype.itemsize, dtype.alignment) if flexible else (-1, -1)
     # As the numpy that runs would write it: flags of the file's making could claim objects where there are bytes.
-    flags = np.dtype(dtype.str).__reduce__()[2][7]  # type: ignore[index]
+    flags = np.dtype(dtype.str).__reduce__()[2][7]
     dtype.__setstate__((3, order, None, None, None, size, alignment, flags))  # type: ignore[attr-defined]
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamlpp_fast.data.archives import shown
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train.checkpoint import CheckpointError, check_fits
 
-__all__ = ["check_best", "check_training", "is_model_name"]
+__all__ = ["check_best", "check_learner", "check_training", "is_model_name"]
 
 _NAME = re.compile(r"[\w-]+\.pt")
 
@@ -24,13 +25,12 @@ def is_model_name(value: Any) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
-def check_training(path: Path, content: Mapping[str, Any], learner: MAMLPlusPlus) -> None:
-    """Checks types and shapes of everything that a run goes on from.
+def check_training(path: Path, content: Mapping[str, Any]) -> None:
+    """Checks the types of everything that a run goes on from, but for what the learner's state holds.
 
     Args:
         path: the checkpoint, for the message.
         content: what was read.
-        learner: the learner it is to be loaded into.
 
     Raises:
         CheckpointError: names the first entry that is not as expected.
@@ -38,7 +38,7 @@ def check_training(path: Path, content: Mapping[str, Any], learner: MAMLPlusPlus
 
     def need(name: str, fits: bool, expected: str) -> None:
         if not fits:
-            raise CheckpointError(f"{path}: {name}: expected {expected}, got {content.get(name)!r:.100}")
+            raise CheckpointError(f"{path}: {name}: expected {expected}, got {shown(content.get(name))}")
 
     for name in ("config", "data", "learner"):
         need(name, isinstance(content.get(name), dict), "a dictionary")
@@ -56,7 +56,6 @@ def check_training(path: Path, content: Mapping[str, Any], learner: MAMLPlusPlus
     need("rng_cpu", fits, "a random state")
     need("rng_cuda", isinstance(content.get("rng_cuda"), Tensor | None), "a random state or none")
     check_best(path, content.get("best"))
-    _check_learner(path, content["learner"], learner)
 
 
 def check_best(path: Path, best: Any) -> list[str]:
@@ -65,7 +64,7 @@ def check_best(path: Path, best: Any) -> list[str]:
     Raises:
         CheckpointError: for anything but a list of models with names and accuracies.
     """
-    entries = best if isinstance(best, list) else [None]
+    entries: list[Any] = best if isinstance(best, list) else [None]
     for entry in entries:
         if (
             not isinstance(entry, dict)
@@ -74,7 +73,7 @@ def check_best(path: Path, best: Any) -> list[str]:
             or not all(_whole(entry.get(key)) for key in ("epoch", "iteration"))
         ):
             raise CheckpointError(
-                f"{path}: best: expected models with names and accuracies, got {entry!r:.100}"
+                f"{path}: best: expected models with names and accuracies, got {shown(entry)}"
             )
     return [entry["file"] for entry in entries]
 
@@ -83,24 +82,29 @@ def _whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 48
 
 
-def _check_learner(path: Path, state: dict[str, Any], learner: MAMLPlusPlus) -> None:
+def check_learner(path: Path, state: Mapping[str, Any], learner: MAMLPlusPlus) -> None:
+    """Checks a learner's state: names and shapes of everything in it, Adam's moments among them.
+
+    Raises:
+        CheckpointError: names the first entry that is not as expected.
+    """
     check_fits(path, "model", learner.model.state_dict(), state.get("model"))
     check_fits(path, "rates", learner.rates.state_dict(), state.get("rates"))
     if not _whole(state.get("iteration")):
-        raise CheckpointError(f"{path}: iteration: expected an integer, got {state.get('iteration')!r:.100}")
+        raise CheckpointError(f"{path}: iteration: expected an integer, got {shown(state.get('iteration'))}")
     optimizer = state.get("optimizer")
-    ours = learner.optimizer.state_dict()
+    ours: dict[str, Any] = learner.optimizer.state_dict()
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
         raise CheckpointError(f"{path}: optimizer: expected Adam's state, got {type(optimizer).__name__}")
     groups = optimizer.get("param_groups")
-    if not _same_form(groups, ours["param_groups"]):
-        raise CheckpointError(f"{path}: optimizer: expected Adam's parameter groups, got {groups!r:.100}")
+    if groups is None or not _same_form(groups, ours["param_groups"]):
+        raise CheckpointError(f"{path}: optimizer: expected Adam's parameter groups, got {shown(groups)}")
     for index, moments in optimizer["state"].items():
         known = type(index) is int and 0 <= index < len(parameters)
         if not known or not isinstance(moments, dict) or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise CheckpointError(
-                f"{path}: optimizer: expected Adam's moments, got {index!r:.50}: {moments!r:.100}"
+                f"{path}: optimizer: expected Adam's moments, got {shown(index)}: {shown(moments)}"
             )
         p = parameters[index]
         for key, value in moments.items():

@@ -1,4 +1,4 @@
-"""Looks a checkpoint through before torch reads it: only tensors that fill storages that are there, and plain values."""
+"""Looks a checkpoint through before torch reads it: tensors within storages that are there, and plain values."""
 
 from __future__ import annotations
 
@@ -74,6 +74,25 @@ class _Vetting(DataUnpickler):
         ):
             raise pickle.UnpicklingError("storage of another size than its record")
         return _Storage(elements)
+
+    def _got(self) -> None:
+        """Nothing that holds parts is there twice: parts that share parts spell out to a power of two."""
+        if type(self.stack[-1]) in (list, tuple, dict, set) and self.stack[-1]:  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("containers in two places")
+
+
+def _checked(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def loaded(unpickler: _Vetting) -> None:
+        load(unpickler)
+        unpickler._got()
+
+    return loaded
+
+
+_Vetting.dispatch = DataUnpickler.dispatch | {
+    code[0]: _checked(DataUnpickler.dispatch[code[0]])
+    for code in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.DUP)
+}
 
 
 def vet(archive: zipfile.ZipFile, refused: Callable[[str], Exception]) -> None:

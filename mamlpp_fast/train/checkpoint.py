@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast._version import __version__
-from mamlpp_fast.data.archives import DAMAGED_ZIP, one_line
+from mamlpp_fast.data.archives import DAMAGED_ZIP, one_line, shown
 from mamlpp_fast.data.pickles import Refused
 from mamlpp_fast.train._vetting import vet
 from mamlpp_fast.train.files import write_whole
@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
         reason = getattr(error, "strerror", None) or "it is truncated or something else"
         raise CheckpointError(f"{path}: expected a whole checkpoint, {reason}") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: expected a whole checkpoint, its part {damaged!r:.100} is damaged")
+        raise CheckpointError(f"{path}: expected a whole checkpoint, its part {shown(damaged)} is damaged")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, Refused) as error:
@@ -74,9 +74,9 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
     expected = f"mamlpp_fast {kind}"
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != expected:
-        raise CheckpointError(f"{path}: expected a {expected!r} checkpoint, got {found!r:.100}")
+        raise CheckpointError(f"{path}: expected a {expected!r} checkpoint, got {shown(found)}")
     if type(content.get("version")) is not int:
-        raise CheckpointError(f"{path}: expected a format version, got {content.get('version')!r:.100}")
+        raise CheckpointError(f"{path}: expected a format version, got {shown(content.get('version'))}")
     if content["version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: expected format {FORMAT_VERSION} or older, got {content['version']} "

@@ -11,7 +11,7 @@ import torch
 
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
-from mamlpp_fast.train._resumable import check_training
+from mamlpp_fast.train._resumable import check_learner, check_training
 from mamlpp_fast.train.build import build_learner, fingerprint, load_data, make_sampler, versions
 from mamlpp_fast.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from mamlpp_fast.train.config import TrainConfig, differences
@@ -451,7 +451,7 @@ class _Trainer:
         return found
 
     def _load(self, content: Mapping[str, Any]) -> None:
-        check_training(self.latest, content, self.learner)
+        check_training(self.latest, content)
         changed = differences(self.config.deciding(), content["config"])
         if changed:
             raise CheckpointError(
@@ -468,6 +468,7 @@ class _Trainer:
                 f"got {self.learner.engine.name} ({self.learner.engine_reason})"
             )
         state = content["learner"]
+        check_learner(self.latest, state, self.learner)
         self.learner.load_state_dict(state)
         self.epochs_done = content["epochs_done"]
         self.sums = content["sums"].to(self.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mamlpp_fast.data.archives import shown
 from mamlpp_fast.engine import EngineName
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train._resumable import check_best, is_model_name
@@ -49,7 +50,7 @@ def finished_summary(folder: Path, target: int) -> dict[str, Any] | None:
     summary = read_json(path)
     made = summary.get("iterations", 0)
     if type(made) is not int:
-        raise ValueError(f"{path}: iterations: expected an integer, got {made!r:.50}")
+        raise ValueError(f"{path}: iterations: expected an integer, got {shown(made)}")
     return summary if made >= target else None
 
 
@@ -64,7 +65,7 @@ def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     for key, kind in (("engine", str), ("precision", str), ("data", str | None)):
         if key not in record or not isinstance(record[key], kind):
             raise ValueError(
-                f"{folder / 'config.json'}: expected {key} as a text, got {record.get(key)!r:.50}"
+                f"{folder / 'config.json'}: expected {key} as a text, got {shown(record.get(key))}"
             )
     return TrainConfig.from_dict({k: v for k, v in record.items() if k in known}), record
 
@@ -161,5 +162,5 @@ def _best_files(folder: Path) -> list[str]:
     if not files:
         raise ValueError(f"DIR: expected a run with at least one finished epoch, {folder} has none")
     if not isinstance(files, list) or not all(map(is_model_name, files)):
-        raise ValueError(f"{summary}: expected names of model checkpoints, got {files!r:.100}")
+        raise ValueError(f"{summary}: expected names of model checkpoints, got {shown(files)}")
     return files
