@@ -1,6 +1,6 @@
-"""The native kernels under the address and undefined-behaviour sanitizers, over the odd shapes of the operations' tests.
+"""The native kernels under the address and undefined-behaviour sanitizers, over odd shapes of the operations' tests.
 
-The library is built once for given sources (two minutes on two cores) and kept in the user's cache beside the usual one.
+The library is built once for given sources (two minutes on two cores) and kept in the cache beside the usual one.
 """
 
 import os

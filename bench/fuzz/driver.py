@@ -52,7 +52,7 @@ class _Watch:
     def __init__(self, folder: Path) -> None:
         self.on = False
         self.seen: list[str] = []
-        self._folder = str(folder)
+        self._folder = f"{folder}/"
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -96,9 +96,9 @@ def fuzz(
                 Canary.path = str(canaries / subject.name)
                 subject.prepare(folder)
                 row = _fuzz_one(subject, max(1, round(inputs * subject.share / total)), seed, folder, keep)
-                rows.append(row | {"code_run": len(list(canaries.iterdir()))})
-                if rows[-1]["code_run"]:
-                    row["failed"] += 1
+                row["code_run"] = int(Path(Canary.path).exists())
+                row["failed"] += row["code_run"]
+                rows.append(row)
                 say(json.dumps(rows[-1]))
     return rows
 
