@@ -14,6 +14,7 @@ from mamlpp_fast import reference
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.engine import EngineName, Precision, dtype_of, make_engine
+from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
@@ -75,6 +76,8 @@ class MAMLPlusPlus:
         precision: ``"float32"``, ``"float64"``, ``"tf32"`` or ``"bfloat16"`` (the last two keep float32 parameters).
         device: where to train; the model's own by default.
         loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names.
+        deterministic: the same bits on any number of CPU threads; by default what
+            ``torch.use_deterministic_algorithms`` says. Costs the fused engine little; the others run on one thread.
 
     Attributes:
         model: the network at its meta-parameters.
@@ -95,6 +98,7 @@ class MAMLPlusPlus:
         precision: Precision = "float32",
         device: torch.device | str | None = None,
         loss_fn: reference.LossFn | None = None,
+        deterministic: bool | None = None,
     ) -> None:
         self.config = config = MAMLConfig() if config is None else config
         self.precision: Precision = precision
@@ -115,9 +119,14 @@ class MAMLPlusPlus:
             rates=config.rates,
             learnable=config.lslr or config.rates == "element",
         )
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        self.deterministic = deterministic and self.device.type == "cpu"
         self.engine, self.engine_reason = make_engine(
-            engine, self.model, self.rates, config, self.loss_fn, precision
+            engine, self.model, self.rates, config, self.loss_fn, precision, self.deterministic
         )
+        # The fused engine parts what may run on several threads from what may not.
+        self._one_thread = self.deterministic and self.engine.name != "fused"
         trainable = [p for m in (self.model, self.rates) for p in m.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
         # A tensor learning rate lets the schedule change it inside a captured graph.
@@ -162,7 +171,8 @@ class MAMLPlusPlus:
         return self._gradient(batch, self.step_weights(), self.second_order())
 
     def _gradient(self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool) -> StepMetrics:
-        result = self.engine.meta_gradient(batch, step_weights, second_order)
+        with one_thread(self._one_thread):
+            result = self.engine.meta_gradient(batch, step_weights, second_order)
         if (limit := self.config.clamp_meta_gradient) is not None:
             for p in self.model.parameters():
                 if p.grad is not None:
@@ -237,7 +247,8 @@ class MAMLPlusPlus:
     def apply_gradient(self) -> None:
         """The Adam update for the gradients that :meth:`meta_gradient` left; advances the iteration."""
         self._set_learning_rate()
-        self.optimizer.step()
+        with one_thread(self.deterministic):
+            self.optimizer.step()
         self.iteration += 1
 
     def check_finite(self, task_losses: Tensor) -> None:
@@ -267,7 +278,7 @@ class MAMLPlusPlus:
         """
         steps = self._eval_steps(steps)
         self.model.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), one_thread(self.deterministic):
             fast = adapt(
                 self.model,
                 support_x.to(self.device, self.dtype),
@@ -284,7 +295,7 @@ class MAMLPlusPlus:
             reference.set_step(self.model, steps - 1)
             reference.set_eval_stats(self.model, self.config.eval_stats)
             try:
-                with torch.no_grad():
+                with torch.no_grad(), one_thread(self.deterministic):
                     prediction: Tensor = functional_call(self.model, frozen, (x.to(self.device, self.dtype),))
             finally:
                 reference.set_eval_stats(self.model, "batch")
@@ -304,7 +315,8 @@ class MAMLPlusPlus:
             fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
             batch = EpisodeBatch(*(t.unsqueeze(0) for t in fields))
         batch = batch.to(self.device, self.dtype)
-        logits = self.engine.evaluate(batch, steps=self._eval_steps(steps), stats=self.config.eval_stats)
+        with one_thread(self._one_thread):
+            logits = self.engine.evaluate(batch, steps=self._eval_steps(steps), stats=self.config.eval_stats)
         losses = torch.stack([self.loss_fn(p, y) for p, y in zip(logits[-1], batch.target_y, strict=True)])
         return Evaluation(logits, losses, self._accuracy(logits, batch.target_y))
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, at_least
@@ -41,11 +42,15 @@ def add(commands: Commands) -> None:
         help="change settings; repeatable",
     )
     sub.add_argument(
+        "--deterministic", action="store_true", help="the same result on any number of CPU threads"
+    )
+    sub.add_argument(
         "--max-iters", type=at_least(1), metavar="N", help="stop after N meta-updates in all, and test"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.engine.deterministic import deterministic_algorithms
     from mamlpp_fast.train import DEFAULT_PRESET, Interrupted, parse_settings, preset, preset_names, train
     from mamlpp_fast.train.build import resolve_device
 
@@ -61,17 +66,20 @@ def run(arguments: argparse.Namespace) -> int:
         out = Path("runs") / f"{name}{suffix}"
     else:
         out = Path(arguments.out)
+    device = resolve_device(arguments.device)
+    with_switch = arguments.deterministic and device.type == "cpu"
     try:
-        summary = train(
-            config,
-            out=out,
-            preset=name,
-            data_path=arguments.data,
-            engine=arguments.engine,
-            precision=arguments.precision,
-            device=resolve_device(arguments.device),
-            max_iters=arguments.max_iters,
-        )
+        with deterministic_algorithms() if with_switch else nullcontext():
+            summary = train(
+                config,
+                out=out,
+                preset=name,
+                data_path=arguments.data,
+                engine=arguments.engine,
+                precision=arguments.precision,
+                device=device,
+                max_iters=arguments.max_iters,
+            )
     except Interrupted as stop:
         print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
         return 128 + stop.number
