@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
 import math
 import os
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +21,25 @@ from torch import Tensor
 
 from mamlpp_fast import _native
 from mamlpp_fast.benchmarking import cpu_name
+from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.train.build import versions
 
-__all__ = ["Case", "Subjects", "Times", "check", "interleaved", "keep", "machine", "peak_flops", "rows"]
+__all__ = [
+    "RESULTS",
+    "Case",
+    "Subjects",
+    "Times",
+    "check",
+    "copy_bandwidth",
+    "interleaved",
+    "keep",
+    "machine",
+    "machine_name",
+    "peak_flops",
+    "rows",
+]
 
+RESULTS = Path(__file__).resolve().parent / "results"
 Job = Callable[[], Sequence[Tensor]]
 _PEAK_ROUNDS = 100_000
 GRAPH_REPEATS = 20
@@ -47,7 +66,7 @@ class Case:
         operation, order, size, layout, dtype: what a row of the table is known by.
         make: builds the tensors; called when the case's turn comes.
         bytes: the least that must be read and written.
-        flops: multiply-adds counted twice; 0 for what memory bounds.
+        flops: arithmetic of the formulas, a multiply-add counted twice.
         terms: products that one sum takes.
     """
 
@@ -58,7 +77,7 @@ class Case:
     dtype: str
     make: Callable[[], Subjects]
     bytes: int
-    flops: int = 0
+    flops: int
     terms: int = 1
 
     @property
@@ -149,29 +168,39 @@ def check(case: Case, subjects: Subjects) -> str | None:
 def peak_flops(dtype: str = "float32") -> float:
     """Multiply-add peak [FLOP/s]: vector FMA in registers, all threads; on a GPU a large matrix product in tf32.
 
-    In bfloat16 where the machine multiplies that, else in float32.
+    In bfloat16 where the machine multiplies that, in float64 half of float32's, else in float32. Without the native
+    library a matrix product stands for it on a CPU too.
     """
-    if torch.cuda.is_available():
-        a, b, out = torch.randn(3, 8192, 8192).to(getattr(torch, dtype))
+    ops = torch.ops.mamlpp_fast
+    if torch.cuda.is_available() or not hasattr(ops, "fma_peak"):
+        size = 8192 if torch.cuda.is_available() else 1024
+        a, b, out = torch.randn(3, size, size).to(getattr(torch, dtype))
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         product = captured(lambda: torch.mm(a, b, out=out), 1)
         torch.backends.cuda.matmul.fp32_precision = before
-        return 2 * 8192**3 / interleaved({"product": product}, 0.5)["product"].median
-    ops = torch.ops.mamlpp_fast
+        return 2 * size**3 / interleaved({"product": product}, 0.5)["product"].median
     op = ops.bf16_peak if dtype == "bfloat16" and ops.bf16_peak(1) > 0 else ops.fma_peak
     per_call = op(1) * _PEAK_ROUNDS
     job = lambda: op(_PEAK_ROUNDS)  # noqa: E731
     one_thread = per_call / interleaved({"peak": job}, 0.2)["peak"].median
-    return one_thread * torch.get_num_threads()
+    return one_thread * torch.get_num_threads() / (2 if dtype == "float64" else 1)
+
+
+def copy_bandwidth(nbytes: int = 2**28) -> float:
+    """Bytes a second, read and written, of a copy too large for any cache."""
+    source = torch.empty(nbytes // 2, dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    return nbytes / interleaved({"copy": lambda: target.copy_(source)}, 0.3)["copy"].median
 
 
 def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
     """A row for each case: the check's verdict and, where it passed, times, rates and shares of the ceilings.
 
-    The ceiling of memory is what a copy of as many bytes reaches in the same rounds.
+    The ceiling of memory is what a copy of as many bytes reaches in the same rounds. The roof is the lower of the
+    multiply-add peak and that copy's rate times the operations a byte.
     """
-    peaks = {dtype: peak_flops(dtype) for dtype in ("float32", "bfloat16")}
+    peaks = {dtype: peak_flops(dtype) for dtype in ("float32", "bfloat16", "float64")}
     for case in cases:
         torch.manual_seed(0)
         subjects = case.make()
@@ -181,6 +210,7 @@ def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
             "size": case.size,
             "layout": case.layout,
             "dtype": case.dtype,
+            "backend": backend_of(case.operation),
         }
         fault = check(case, subjects)
         if fault is not None:
@@ -202,33 +232,86 @@ def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
         )
         if torch.cuda.is_available():
             times = {name: Times([s / GRAPH_REPEATS for s in t.seconds]) for name, t in times.items()}
-        ours = times["ours"].median
-        row |= {
+        ours, copy, peak = times["ours"].median, times["copy"].median, peaks[case.dtype]
+        roof = min(peak, case.flops / copy)
+        yield row | {
             "ours_us": [1e6 * q for q in times["ours"].quartiles()],
             "torch_us": [1e6 * q for q in times["torch"].quartiles()],
             "ratio": times["torch"].median / ours,
             "noise": abs(times["again"].median / ours - 1),
             "bytes": case.bytes,
+            "flops": case.flops,
             "gb_per_s": case.bytes / ours / 1e9,
-            "share_of_copy": times["copy"].median / ours,
+            "gflop_per_s": case.flops / ours / 1e9,
+            "copy_gb_per_s": case.bytes / copy / 1e9,
+            "peak_gflop_per_s": peak / 1e9,
+            "share_of_copy": copy / ours,
+            "share_of_peak": case.flops / ours / peak,
+            "share_of_roof": case.flops / ours / roof,
         }
-        if case.flops:
-            peak = peaks["bfloat16" if case.dtype == "bfloat16" else "float32"]
-            row |= {"gflop_per_s": case.flops / ours / 1e9, "share_of_peak": case.flops / ours / peak}
-        yield row
+
+
+def backend_of(operation: str) -> str:
+    """What serves an operation on the device in use: ``native``, ``triton`` or ``python``, the closed form."""
+    key = "CUDA" if torch.cuda.is_available() else "CPU"
+    return served_by(operation, key) if operation in OPERATIONS else "python"
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit measured, with a plus where files other than results had changed."""
+    git = ["git", "-C", str(RESULTS.parent.parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs", ":!*.md"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout else "")
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """What the numbers were taken on, when, and of which commit."""
     native = _native.status()
     return {
+        "name": machine_name(),
         "cpu": cpu_name(),
+        "vendor": _vendor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "isa": native.isa,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": _commit(),
     }
+
+
+def machine_name() -> str:
+    """The folder under bench/results that this machine's results go to."""
+    if torch.cuda.is_available():
+        return "gpu-" + _slug(torch.cuda.get_device_name())
+    return _slug(f"cpu-{len(os.sched_getaffinity(0))}-{_vendor()}-{_native.status().isa or 'no-native'}")
+
+
+def _vendor() -> str:
+    """``intel``, ``amd``, or what the system calls the processor's maker."""
+    try:
+        found = re.search(r"^vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    name = found[1] if found else cpu_name()
+    return {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(name, _slug(name))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def keep(path: Path | None, rows: Sequence[dict[str, Any]], **about: Any) -> None:

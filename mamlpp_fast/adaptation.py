@@ -29,7 +29,7 @@ def adapt(
 
     Equivalent to K times ``theta = theta - rate * autograd.grad(loss, theta, create_graph=True)``. Use the result with
     ``torch.func.functional_call(model, fast, (target_x,))``; the inner step of per-step batch norms is left at the
-    last one, where the target pass belongs.
+    last one, where the target pass belongs. Under ``torch.no_grad`` it adapts as well, and returns constants.
 
     Args:
         model: any module; its parameters named in ``rates`` adapt, the others take part as they are.
@@ -46,14 +46,24 @@ def adapt(
         The fast weights by parameter name, views of one buffer.
 
     Raises:
-        ValueError: when ``rates`` names a parameter that ``model`` lacks, or ``steps`` is below 1.
+        TypeError: when ``rates`` is neither an ``LSLR`` nor a number.
+        ValueError: when ``rates`` names a parameter that ``model`` lacks or has in another shape, or ``steps`` is
+            below 1.
     """
+    differentiable = torch.is_grad_enabled()
     fast: dict[str, Tensor] = {}
-    for fast in inner_steps(  # noqa: B007
-        model, support_x, support_y, rates, steps=steps, loss_fn=loss_fn, first_order=first_order
-    ):
-        pass
-    return fast
+    with torch.enable_grad():
+        for fast in inner_steps(  # noqa: B007
+            model,
+            support_x,
+            support_y,
+            rates,
+            steps=steps,
+            loss_fn=loss_fn,
+            first_order=first_order or not differentiable,
+        ):
+            pass
+    return fast if differentiable else {name: p.detach() for name, p in fast.items()}
 
 
 def inner_steps(
@@ -68,14 +78,20 @@ def inner_steps(
 ) -> Iterator[dict[str, Tensor]]:
     """Like :func:`adapt`, but yields the fast weights after every update (for a multi-step loss)."""
     if not isinstance(rates, LSLR):
+        if isinstance(rates, bool) or not isinstance(rates, (int, float)):
+            raise TypeError(f"rates: expected mf.LSLR or a number, got {type(rates).__name__}")
         rates = LSLR(model, 1, rates, learnable=False)
     steps = rates.num_steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     own = dict(model.named_parameters())
-    missing = [name for name in rates.names if name not in own]
-    if missing:
-        raise ValueError(f"rates: expected names of parameters of the model, got {missing[0]!r}")
+    for name, shape in zip(rates.names, rates.shapes, strict=True):
+        if name not in own:
+            raise ValueError(f"rates: expected names of parameters of the model, got {name!r}")
+        if own[name].shape != shape:
+            raise ValueError(
+                f"rates: expected {name!r} of shape {tuple(shape)}, the model has {tuple(own[name].shape)}"
+            )
     flat = rates.flatten(own)
     if not flat.requires_grad:
         flat.requires_grad_()

@@ -31,7 +31,7 @@ class MAMLConfig:
         msl_epochs: epochs over which its weights move to the last step.
         bnwb: batch-norm weights and biases per inner step.
         bnrs: batch-norm running statistics per inner step.
-        adapt: ``"all"``, ``"head"`` (ANIL), or a tuple of parameter-name prefixes: what the inner loop adapts.
+        adapt: ``"all"``, ``"head"`` (ANIL), or a parameter-name prefix or a tuple of them: what the inner loop adapts.
         adapt_norm: adapt batch-norm weights too (needs ``bnwb=False``).
         eval_stats: normalise target passes in evaluation with ``"batch"`` (published numbers, transductive) or
             ``"running"`` statistics.

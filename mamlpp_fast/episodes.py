@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 __all__ = ["Episode", "EpisodeBatch"]
 
@@ -101,3 +102,12 @@ class EpisodeBatch:
         return EpisodeBatch(
             move(self.support_x), move(self.support_y), move(self.target_x), move(self.target_y)
         )
+
+
+def _fields(episode: Episode | EpisodeBatch) -> tuple[list[Tensor], None]:
+    return [episode.support_x, episode.support_y, episode.target_x, episode.target_y], None
+
+
+# So that a captured step (:func:`mamlpp_fast.graphed`) sees the tensors in them.
+pytree.register_pytree_node(Episode, _fields, lambda tensors, _: Episode(*tensors))
+pytree.register_pytree_node(EpisodeBatch, _fields, lambda tensors, _: EpisodeBatch(*tensors))

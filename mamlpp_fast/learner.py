@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from torch.func import functional_call
 from mamlpp_fast import reference
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
-from mamlpp_fast.engine import EngineName, Precision, dtype_of, make_engine
+from mamlpp_fast.engine import Engine, EngineName, Precision, dtype_of, make_engine
 from mamlpp_fast.engine.deterministic import one_thread
+from mamlpp_fast.engine.fused import Unsupported
 from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
@@ -22,6 +23,7 @@ from mamlpp_fast.nn import convert_batch_norm
 
 __all__ = ["Evaluation", "MAMLPlusPlus", "NonFiniteLossError", "StepMetrics"]
 
+_T = TypeVar("_T")
 _LOSSES: dict[str, reference.LossFn] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 
 
@@ -30,7 +32,8 @@ class StepMetrics(NamedTuple):
 
     Attributes:
         loss: weighted target loss, mean over tasks, scalar.
-        accuracy: share of target examples predicted right after the last update, scalar (NaN for regression).
+        accuracy: share of target examples predicted right after the last update, scalar; NaN where predictions are not
+            logits [..., ways] for integer labels (regression).
         task_losses: loss of each task, [tasks].
     """
 
@@ -45,7 +48,8 @@ class Evaluation(NamedTuple):
     Attributes:
         logits: target predictions after every inner step, [steps, tasks, m, ways].
         loss: target loss after the last step, [tasks].
-        accuracy: share of target examples predicted right after every step, [steps, tasks] (NaN for regression).
+        accuracy: share of target examples predicted right after every step, [steps, tasks]; NaN as in
+            :class:`StepMetrics`.
     """
 
     logits: Tensor
@@ -75,7 +79,8 @@ class MAMLPlusPlus:
         engine: ``"auto"``, ``"reference"``, ``"autograd"`` or ``"fused"``.
         precision: ``"float32"``, ``"float64"``, ``"tf32"`` or ``"bfloat16"`` (the last two keep float32 parameters).
         device: where to train; the model's own by default.
-        loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names.
+        loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names. The fused engine knows
+            ``F.cross_entropy`` (``functools.partial`` with ``label_smoothing`` too) and ``F.mse_loss``.
         deterministic: the same bits on any number of CPU threads; by default what
             ``torch.use_deterministic_algorithms`` says. Costs the fused engine little; the others run on one thread.
 
@@ -122,11 +127,10 @@ class MAMLPlusPlus:
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         self.deterministic = deterministic and self.device.type == "cpu"
+        self._asked: EngineName = engine
         self.engine, self.engine_reason = make_engine(
             engine, self.model, self.rates, config, self.loss_fn, precision, self.deterministic
         )
-        # The fused engine parts what may run on several threads from what may not.
-        self._one_thread = self.deterministic and self.engine.name != "fused"
         trainable = [p for m in (self.model, self.rates) for p in m.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
         # A tensor learning rate lets the schedule change it inside a captured graph.
@@ -135,7 +139,7 @@ class MAMLPlusPlus:
             trainable, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu
         )
         self.iteration = 0
-        self._graph: Graphed | None = None
+        self._graph: Graphed[..., StepMetrics] | None = None
         self._graph_generation = 0
         self._weights: tuple[int, Tensor | None] = (-1, None)
 
@@ -171,14 +175,13 @@ class MAMLPlusPlus:
         return self._gradient(batch, self.step_weights(), self.second_order())
 
     def _gradient(self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool) -> StepMetrics:
-        with one_thread(self._one_thread):
-            result = self.engine.meta_gradient(batch, step_weights, second_order)
+        result = self._serve(lambda engine: engine.meta_gradient(batch, step_weights, second_order))
         if (limit := self.config.clamp_meta_gradient) is not None:
             for p in self.model.parameters():
                 if p.grad is not None:
                     p.grad.clamp_(-limit, limit)
         return StepMetrics(
-            result.loss, self._accuracy(result.target_logits, batch.target_y).mean(), result.task_losses
+            result.loss, self._accuracy(result.target_logits, batch.target_y, 1).mean(), result.task_losses
         )
 
     def meta_step(self, batch: EpisodeBatch) -> StepMetrics:
@@ -201,7 +204,7 @@ class MAMLPlusPlus:
         self.iteration += 1
         return StepMetrics(*(t.clone() for t in metrics))
 
-    def _whole_step(self) -> Graphed:
+    def _whole_step(self) -> Graphed[..., StepMetrics]:
         generation = getattr(self.engine, "generation", 0)
         if self._graph is None or self._graph_generation != generation:
             # What was captured before the engine's memory moved would write to memory that is no longer its own.
@@ -315,10 +318,10 @@ class MAMLPlusPlus:
             fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
             batch = EpisodeBatch(*(t.unsqueeze(0) for t in fields))
         batch = batch.to(self.device, self.dtype)
-        with one_thread(self._one_thread):
-            logits = self.engine.evaluate(batch, steps=self._eval_steps(steps), stats=self.config.eval_stats)
+        steps = self._eval_steps(steps)
+        logits = self._serve(lambda engine: engine.evaluate(batch, steps=steps, stats=self.config.eval_stats))
         losses = torch.stack([self.loss_fn(p, y) for p, y in zip(logits[-1], batch.target_y, strict=True)])
-        return Evaluation(logits, losses, self._accuracy(logits, batch.target_y))
+        return Evaluation(logits, losses, self._accuracy(logits, batch.target_y, 2))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: model, rates, Adam, iteration."""
@@ -353,6 +356,26 @@ class MAMLPlusPlus:
         describe = getattr(self.engine, "explain", None)
         return text if describe is None else f"{text}\n{describe()}"
 
+    def _serve(self, call: Callable[[Engine], _T]) -> _T:
+        """Calls the engine; where it cannot take the shapes of a batch, ``auto`` goes over to the autograd engine."""
+        try:
+            with one_thread(self._one_thread):
+                return call(self.engine)
+        except Unsupported as error:
+            if self._asked != "auto":
+                raise
+            self.engine, _ = make_engine(
+                "autograd", self.model, self.rates, self.config, self.loss_fn, self.precision
+            )
+            self.engine_reason = f"not fused: {error}"
+            with one_thread(self._one_thread):
+                return call(self.engine)
+
+    @property
+    def _one_thread(self) -> bool:
+        """Whether the engine runs on one thread whole; the fused one parts itself what may run on several."""
+        return self.deterministic and self.engine.name != "fused"
+
     def _eval_steps(self, steps: int | None) -> int:
         if steps is None:
             steps = self.config.steps if self.config.eval_steps is None else self.config.eval_steps
@@ -360,11 +383,11 @@ class MAMLPlusPlus:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         return steps
 
-    def _accuracy(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Share of right answers over the target axis."""
-        if target.is_floating_point():
-            return torch.full(prediction.shape[:-2], float("nan"), device=self.device)
-        return (prediction.argmax(-1) == target).to(torch.float32).mean(-1)
+    def _accuracy(self, prediction: Tensor, target: Tensor, lead: int) -> Tensor:
+        """Share of right answers over all but the first ``lead`` axes of the predictions, the last of them tasks."""
+        if target.is_floating_point() or prediction.shape[lead:-1] != target.shape[1:]:
+            return torch.full(prediction.shape[:lead], float("nan"), device=self.device)
+        return (prediction.argmax(-1) == target).to(torch.float32).flatten(lead).mean(-1)
 
 
 def _check_rows(model: nn.Module, steps: int) -> None:

@@ -33,6 +33,7 @@ class LSLR(nn.Module):
         names: the L names, in order.
 
     Raises:
+        TypeError: when ``adapting`` is neither a model nor pairs (``model.parameters()`` have no names).
         ValueError: without parameters or steps.
     """
 
@@ -51,7 +52,7 @@ class LSLR(nn.Module):
         if isinstance(adapting, nn.Module):
             chosen = adapted_names(adapting)
             adapting = [(name, adapting.get_parameter(name)) for name in chosen]
-        named = [(name, p.shape, p.device, p.dtype) for name, p in adapting]
+        named = [_named(pair) for pair in adapting]
         if not named:
             raise ValueError("adapting: expected at least one parameter, got none")
         if num_steps < 1:
@@ -116,3 +117,18 @@ class LSLR(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} tensors, num_steps={self.num_steps}, rates={self.kind!r}"
+
+
+def _named(pair: object) -> tuple[str, torch.Size, torch.device, torch.dtype]:
+    if not (
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], Tensor)
+    ):
+        kind = type(pair).__name__
+        raise TypeError(
+            f"adapting: expected a model or (name, parameter) pairs as of model.named_parameters(), got {kind}"
+        )
+    name, p = pair
+    return name, p.shape, p.device, p.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ __all__ = [
     "set_eval_stats",
     "set_step",
 ]
+
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
@@ -80,31 +84,37 @@ class InertBiasConv2d(nn.Conv2d):
 
 
 def convert_batch_norm(
-    model: nn.Module, num_steps: int, *, per_step_affine: bool = True, per_step_stats: bool = True
-) -> nn.Module:
+    model: _M, num_steps: int, *, per_step_affine: bool = True, per_step_stats: bool = True
+) -> _M:
     """Replaces every ``nn.BatchNorm2d`` of ``model`` by a :class:`PerStepBatchNorm2d`, in place.
 
     Weights, biases and running statistics are repeated for each step. Tell the model the inner step with
-    :func:`set_step` (:func:`mamlpp_fast.adapt` does).
+    :func:`set_step` (:func:`mamlpp_fast.adapt` does). Without both flags weights and statistics keep their shapes. A
+    batch norm used in several places stays one. Optimizers must be made after, of the new parameters.
+
+    In evaluation mode the new batch norms, unlike PyTorch's, use the statistics of the batch until
+    :func:`set_eval_stats` chooses ``"running"``.
 
     Args:
-        model: the network; returned too (a batch norm itself is returned converted).
+        model: the network; returned too (a batch norm itself is returned converted, as another object).
         num_steps: inner steps K.
         per_step_affine: a weight and bias per step (BNWB).
         per_step_stats: running statistics per step (BNRS).
 
     Raises:
-        ValueError: for a batch norm without weights.
+        ValueError: for a batch norm without weights, or ``num_steps`` below 1.
     """
-    if isinstance(model, nn.BatchNorm2d):
-        return _converted(model, num_steps, per_step_affine, per_step_stats)
-    for name, child in model.named_children():
-        new = convert_batch_norm(
-            child, num_steps, per_step_affine=per_step_affine, per_step_stats=per_step_stats
-        )
-        if new is not child:
-            setattr(model, name, new)
-    return model
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+    new: dict[nn.Module, nn.Module] = {}
+    for old in model.modules():
+        if isinstance(old, nn.BatchNorm2d):
+            new[old] = _converted(old, num_steps, per_step_affine, per_step_stats)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                setattr(parent, name, new[child])
+    return cast(_M, new.get(model, model))
 
 
 def _converted(old: nn.BatchNorm2d, num_steps: int, per_step_affine: bool, per_step_stats: bool) -> nn.Module:

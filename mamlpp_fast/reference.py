@@ -195,13 +195,15 @@ def adapted_names(
 
     Args:
         model: any module.
-        adapt: ``"all"``, ``"head"`` (the last module that holds parameters of its own: ANIL), or name prefixes.
+        adapt: ``"all"``, ``"head"`` (the last module that holds parameters of its own: ANIL), or name prefixes (one
+            string, or several).
         adapt_norm: whether weights and biases of normalisation layers adapt too (per-step ones never can).
 
     Raises:
         ValueError: when nothing is left to adapt, or ``adapt_norm`` meets per-step weights.
     """
     chosen: list[str] = []
+    prefixes = (adapt,) if isinstance(adapt, str) else tuple(adapt)
     owners = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     for owner in owners:
         module = model.get_submodule(owner)
@@ -217,11 +219,7 @@ def adapted_names(
             if not p.requires_grad:
                 continue
             full = prefix + name
-            if adapt == "head":
-                wanted = owner == owners[-1]
-            else:
-                wanted = adapt == "all" or any(full.startswith(a) for a in adapt)
-            if wanted:
+            if adapt == "all" or (owner == owners[-1] if adapt == "head" else full.startswith(prefixes)):
                 chosen.append(full)
     if not chosen:
         raise ValueError(f"adapt: expected a choice that leaves parameters to adapt, got {adapt!r}")

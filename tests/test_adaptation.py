@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import random_batch, small_conv4
 from torch.func import functional_call
 from torch.testing import assert_close
+from torch.utils import _pytree as pytree
 
 import mamlpp_fast as mf
 from mamlpp_fast.adaptation import inner_steps
@@ -77,6 +78,25 @@ def test_lslr_shapes_names_and_errors() -> None:
         mf.adapt(model, task.support_x, task.support_y, stranger)
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         mf.adapt(model, task.support_x, task.support_y, rates, steps=0)
+    other = mf.LSLR(small_conv4(filters=5), 3)
+    with pytest.raises(ValueError, match=r"rates: expected 'blocks.0.conv.weight' of shape \(5, 1, 3, 3\)"):
+        mf.adapt(model, task.support_x, task.support_y, other)
+    with pytest.raises(TypeError, match=r"rates: expected mf.LSLR or a number, got list"):
+        mf.adapt(model, task.support_x, task.support_y, [0.1])  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"adapting: expected a model or \(name, parameter\) pairs .* got Parameter"
+    ):
+        mf.LSLR(model.parameters(), 3)  # type: ignore[arg-type]
+
+
+def test_adapt_without_gradients_gives_the_same_weights_as_constants() -> None:
+    model, task = small_conv4(), random_batch()[0]
+    rates = mf.LSLR(model, 3, 0.2)
+    expected = mf.adapt(model, task.support_x, task.support_y, rates)
+    with torch.no_grad():
+        constants = mf.adapt(model, task.support_x, task.support_y, rates)
+    assert not any(p.requires_grad for p in constants.values())
+    assert_close(constants, {name: p.detach() for name, p in expected.items()}, rtol=1e-12, atol=1e-12)
 
 
 def test_graphed_calls_through_on_the_cpu() -> None:
@@ -89,3 +109,24 @@ def test_graphed_calls_through_on_the_cpu() -> None:
     fast = mf.graphed(step)
     assert_close(fast((torch.ones(2), torch.ones(2)), 3.0)["sum"], torch.full((2,), 6.0))
     assert calls == [3.0]
+
+
+def test_graphed_takes_keywords_and_names_mistakes() -> None:
+    fast = mf.graphed(lambda x, *, scale: x * scale)
+    assert_close(fast(torch.ones(2), scale=2.0), torch.full((2,), 2.0))
+    assert fast.graphs == 0
+    with pytest.raises(TypeError, match="step: expected a callable, got Tensor"):
+        mf.graphed(torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="preserve: expected a callable, got list"):
+        mf.graphed(torch.add, preserve=[])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="warmup: expected at least 1, got 0"):
+        mf.graphed(torch.add, warmup=0)
+
+
+def test_the_tensors_of_episodes_are_seen_by_a_capture() -> None:
+    batch = random_batch()
+    leaves, spec = pytree.tree_flatten({"batch": batch, "task": batch[0]})
+    assert [tuple(leaf.shape[:2]) for leaf in leaves[:4]] == [(2, 6)] * 4 and len(leaves) == 8
+    again = pytree.tree_unflatten(leaves, spec)
+    assert isinstance(again["batch"], mf.EpisodeBatch) and isinstance(again["task"], mf.Episode)
+    assert again["batch"].target_x is batch.target_x

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_helpers import RunsCode
 
 from mamlpp_fast.train import checkpoint, files
 from mamlpp_fast.train.checkpoint import CheckpointError, check_fits, load_checkpoint, save_checkpoint
@@ -67,21 +68,13 @@ def test_newer_version(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_checkpoint(saved, "model")
 
 
-class _RunsCode:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.mark.parametrize("form", ["archive", "plain pickle"])
 def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, form: str) -> None:
     marker, path = tmp_path / "ran", tmp_path / "evil.pt"
     if form == "archive":
-        torch.save({"model": _RunsCode(marker)}, path)
+        torch.save({"model": RunsCode(marker)}, path)
     else:
-        path.write_bytes(pickle.dumps(_RunsCode(marker)))
+        path.write_bytes(pickle.dumps(RunsCode(marker)))
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path, "model")
     assert "\n" not in str(caught.value)

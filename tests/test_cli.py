@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_helpers import fails
 from train_helpers import draw_folder, tiny_arguments
 
 from mamlpp_fast import workloads
@@ -38,23 +39,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     with torch.random.fork_rng():
         assert main(train_command(data, out, epochs=1)) == 0
     return out
-
-
-def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
-    """Runs a command that must fail with status 2 and one line on standard error that has all of ``parts``."""
-    capsys.readouterr()
-    try:
-        status = main(arguments)
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    error = capsys.readouterr().err
-    assert status == 2, error
-    lines = [line for line in error.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    assert error.splitlines()[-1] == lines[0]
-    assert "Traceback" not in error
-    for part in parts:
-        assert part in lines[0]
 
 
 # What goes right ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ def kinds(
 
 
 def test_conv4_is_one_convolution_and_one_norm_a_stage() -> None:
-    assert kinds(small_conv4()) == ["Conv", "NormActPool"] * 2 + ["Flatten", "Linear"]
+    assert kinds(small_conv4()) == ["FirstLayer", "Conv", "NormActPool", "Flatten", "Linear"]
 
 
 def test_strided_conv4_ends_in_an_average() -> None:
@@ -52,7 +54,7 @@ def test_plain_module_with_functional_calls_lowers() -> None:
             x = F.avg_pool2d(x, 3)
             return self.head(x.view(x.size(0), -1))
 
-    assert kinds(Net()) == ["Conv", "NormActPool", "Activation", "Add", "AveragePool", "Flatten", "Linear"]
+    assert kinds(Net()) == ["FirstLayer", "Activation", "Add", "AveragePool", "Flatten", "Linear"]
 
 
 def test_bias_stays_where_no_batch_norm_follows() -> None:
@@ -108,8 +110,34 @@ def test_auto_says_which_module_stopped_it() -> None:
 
 
 def test_other_losses_are_unsupported() -> None:
-    with pytest.raises(ValueError, match=r"loss: expected F\.cross_entropy or F\.mse_loss"):
+    with pytest.raises(ValueError, match=r"loss: expected F\.cross_entropy .* or F\.mse_loss"):
         mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3), engine="fused", loss_fn=F.multi_margin_loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(F.binary_cross_entropy_with_logits, id="bce"),
+        pytest.param(nn.CrossEntropyLoss(weight=torch.ones(3)), id="class-weights"),
+        pytest.param(nn.CrossEntropyLoss(reduction="sum"), id="sum"),
+        pytest.param(functools.partial(F.cross_entropy, reduction="sum"), id="partial-sum"),
+        pytest.param(nn.MSELoss(reduction="sum"), id="mse-sum"),
+        pytest.param(lambda p, y: F.cross_entropy(p, y), id="lambda"),
+    ],
+)
+def test_auto_takes_other_losses_to_the_autograd_engine(loss: mf.reference.LossFn) -> None:
+    learner = mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3), loss_fn=loss)
+    assert learner.engine.name == "autograd"
+    assert learner.engine_reason.startswith("not fused: loss: expected F.cross_entropy")
+
+
+def test_label_smoothing_has_a_range() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing: expected 0 to 1, got 1.5"):
+        mf.MAMLPlusPlus(
+            small_conv4(),
+            mf.MAMLConfig(steps=3),
+            loss_fn=functools.partial(F.cross_entropy, label_smoothing=1.5),
+        )
 
 
 def test_buffers_alive_together_never_overlap() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -150,13 +152,6 @@ def test_squared_error() -> None:
     compare(engines(small_conv4(), 3, loss=F.mse_loss), batch, step_weights(3))
 
 
-def test_resnet12() -> None:
-    torch.manual_seed(0)
-    model = jittered(mf.ResNet12(3, 3, filters=(3, 4, 3, 4), num_steps=2))
-    pair = engines(model, 2)
-    compare(pair, random_batch(channels=3, size=17), step_weights(2))
-
-
 class _Residual(nn.Module):
     def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
@@ -165,6 +160,80 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + self.shortcut(x)
+
+
+FEATURES: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
+    "relu": (lambda: [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)], (3,)),
+    "without-bias": (
+        lambda: [nn.Linear(1, 8, bias=False), nn.LeakyReLU(), nn.Linear(8, 1, bias=False)],
+        (1,),
+    ),
+    "layer-norm": (lambda: [nn.Linear(3, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2)], (3,)),
+    "residual": (lambda: [_Residual(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)], (4,)),
+    "two-axes": (lambda: [nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)], (2, 3)),
+    "images": (lambda: [nn.ReLU(), nn.Flatten(), nn.Linear(24, 5), nn.ReLU(), nn.Linear(5, 2)], (2, 3, 4)),
+}
+
+
+def regression_batch(
+    example: tuple[int, ...], outputs: int, *, tasks: int = 3, seed: int = 0
+) -> mf.EpisodeBatch:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((5, *example), (5, outputs), (4, *example), (4, outputs))
+    fields = (torch.randn(tasks, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return mf.EpisodeBatch(*fields)
+
+
+@pytest.mark.parametrize(("multi_step", "second_order"), FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(("layers", "example"), FEATURES.values(), ids=FEATURES.keys())
+def test_regression_from_features(
+    layers: Callable[[], list[nn.Module]], example: tuple[int, ...], multi_step: bool, second_order: bool
+) -> None:
+    model = jittered(nn.Sequential(*layers()))
+    outputs = model[-1].out_features
+    pair = engines(model, 3, loss=F.mse_loss)
+    batch = regression_batch(example, outputs)
+    compare(pair, batch, step_weights(3) if multi_step else None, second_order)
+    for steps in (1, 5):
+        expected, ours = (engine.evaluate(batch, steps=steps, stats="batch") for engine in pair)
+        assert_same(ours, expected, "evaluation")
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory": "recompute"}, {"group": 1}, {"rates": "element"}, {"adapt": "head"}]
+)
+def test_regression_in_every_setting(options: dict[str, Any]) -> None:
+    model = jittered(nn.Sequential(*FEATURES["relu"][0]()))
+    compare(engines(model, 3, loss=F.mse_loss, **options), regression_batch((3,), 2), step_weights(3))
+
+
+def test_regression_targets_are_not_broadcast() -> None:
+    pair = engines(nn.Sequential(nn.Linear(3, 2)).double(), 2, loss=F.mse_loss)
+    with pytest.raises(ValueError, match=r"targets: expected one for each prediction, .*2\), got .*1\)"):
+        pair[1].meta_gradient(regression_batch((3,), 1), None, True)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(F.cross_entropy, label_smoothing=0.2),
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        nn.CrossEntropyLoss(),
+    ],
+    ids=["partial", "module", "plain-module"],
+)
+def test_label_smoothing(loss: reference.LossFn) -> None:
+    pair = engines(small_conv4(), 3, loss=loss)
+    compare(pair, random_batch(), step_weights(3))
+    expected, ours = (engine.evaluate(random_batch(seed=1), steps=4, stats="batch") for engine in pair)
+    assert_same(ours, expected, "evaluation")
+
+
+def test_resnet12() -> None:
+    torch.manual_seed(0)
+    model = jittered(mf.ResNet12(3, 3, filters=(3, 4, 3, 4), num_steps=2))
+    pair = engines(model, 2)
+    compare(pair, random_batch(channels=3, size=17), step_weights(2))
 
 
 def random_network(rng: random.Random, steps: int, ways: int) -> tuple[nn.Module, int, int]:
@@ -274,7 +343,7 @@ def test_another_batch_shape_and_form_in_between_changes_nothing() -> None:
                 torch.zeros(1, 2, 1, 9, 9),
                 torch.zeros(1, 2, dtype=torch.int64),
             ),
-            "target_x: expected images of shape",
+            "target_x: expected examples of shape",
             id="sizes",
         ),
     ],

@@ -10,7 +10,7 @@ import torch
 if pytest.importorskip("triton", reason="no Triton").knobs.runtime.interpret is False:
     pytest.skip("TRITON_INTERPRET is not 1", allow_module_level=True)
 
-from mamlpp_fast.kernels import norm_act_pool, per_step_batch_norm, task_conv2d
+from mamlpp_fast.kernels import conv_norm_act_pool, norm_act_pool, per_step_batch_norm, task_conv2d
 from mamlpp_fast.kernels._launch import TYPE_NAMES, Configuration
 from triton.runtime import interpreter
 
@@ -78,6 +78,21 @@ def _norm_act_pool() -> None:
         norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean)
 
 
+def _conv_norm_act_pool() -> None:
+    for dtype, ci in itertools.product((torch.float64, torch.float32), (1, 3)):
+        x, padded = torch.ones(2, 3, 6, 6, ci, dtype=dtype), torch.ones(2, 3, 8, 8, ci, dtype=dtype)
+        moments = torch.ones(2, 9 * ci + 2, 9 * ci, dtype=torch.float64)
+        w, sums = torch.ones(2, 3, 3, ci, 64, dtype=dtype), torch.ones(2, 9 * ci, 64, dtype=dtype)
+        y, index = torch.ones(2, 3, 3, 3, 64, dtype=dtype), torch.ones(2, 3, 3, 3, 64, dtype=torch.uint8)
+        row, rows = torch.ones(64, dtype=dtype), torch.ones(2, 64, dtype=dtype)
+        saved = (y, index, padded, moments, w, row, rows, 0.01)
+        conv_norm_act_pool.moments(x, 3, 3, 1, padded, moments)
+        conv_norm_act_pool.forward(padded, moments, w, row, row, 1e-5, 0.01, y, index, rows, rows)
+        conv_norm_act_pool.backward(y, *saved, w, sums, rows, rows)
+        conv_norm_act_pool.tangent(w, *saved, y, rows)
+        conv_norm_act_pool.backward_tangent(y, w, *saved, sums, rows, w, rows, rows)
+
+
 def _task_conv2d() -> None:
     precision = torch.backends.cuda.matmul.fp32_precision
     modes = [*((t, t, "none") for t in FLOATS), (torch.bfloat16, torch.float32, "none")]
@@ -100,6 +115,7 @@ def _task_conv2d() -> None:
     [
         pytest.param(per_step_batch_norm, _batch_norm, id="per_step_batch_norm"),
         pytest.param(norm_act_pool, _norm_act_pool, id="norm_act_pool"),
+        pytest.param(conv_norm_act_pool, _conv_norm_act_pool, id="conv_norm_act_pool"),
         pytest.param(task_conv2d, _task_conv2d, id="task_conv2d"),
     ],
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import gradients, random_batch, small_conv4, small_learner
 from torch import nn
 from torch.testing import assert_close
@@ -67,6 +69,81 @@ def test_regression_with_a_loss_of_ones_own() -> None:
     losses = [float(learner.meta_step(batch).loss) for _ in range(60)]
     assert losses[-1] < losses[0] * 0.9
     assert learner.evaluate(batch).accuracy.isnan().all()
+
+
+@pytest.mark.parametrize("engine", ["autograd", "fused"])
+@pytest.mark.parametrize("name", ["maml++", "final", "first-order", "meta-sgd", "anil"])
+def test_engines_agree_in_regression(name: str, engine: str) -> None:
+    """Sine waves through the MLP of Finn et al. 2017, from the same start."""
+    x = torch.linspace(-3, 3, 10, dtype=torch.float64).view(1, 10, 1).repeat(4, 1, 1)
+    batch = mf.EpisodeBatch(x, torch.sin(x + torch.arange(4).view(4, 1, 1)), x + 0.1, torch.cos(x))
+    learners = []
+    for kind in ("reference", engine):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+        config = dataclasses.replace(CONFIGS[name], loss="mse", inner_lr=0.05)
+        learners.append(mf.MAMLPlusPlus(model, config, engine=kind, precision="float64"))  # type: ignore[arg-type]
+    for learner in learners:
+        learner.meta_gradient(batch)
+    found = [gradients(learner.model, learner.rates) for learner in learners]
+    assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    for _ in range(3):
+        metrics = [learner.meta_step(batch) for learner in learners]
+    assert_close(metrics[1], metrics[0], rtol=1e-9, atol=1e-12, equal_nan=True)
+    evaluations = [learner.evaluate(batch, steps=5) for learner in learners]
+    assert_close(evaluations[1], evaluations[0], rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_a_loss_of_ones_own_agrees_with_the_reference_in_every_engine_that_takes_it() -> None:
+    """Several labels an image: binary cross-entropy with logits, float targets [tasks, n, 3]."""
+    batch = random_batch()
+    targets = [F.one_hot(y, 3).double() for y in (batch.support_y, batch.target_y)]
+    batch = mf.EpisodeBatch(batch.support_x, targets[0], batch.target_x, targets[1])
+    loss = F.binary_cross_entropy_with_logits
+    learners = [
+        mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3), engine=e, precision="float64", loss_fn=loss)  # type: ignore[arg-type]
+        for e in ("reference", "auto")
+    ]
+    metrics = [learner.meta_gradient(batch) for learner in learners]
+    assert_close(metrics[1], metrics[0], rtol=1e-9, atol=1e-12, equal_nan=True)
+    found = [gradients(learner.model, learner.rates) for learner in learners]
+    assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+    assert learners[1].engine.name == "autograd"
+
+
+def test_auto_leaves_the_fused_engine_when_the_shapes_of_a_batch_stop_it() -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LayerNorm(200), nn.Linear(200, 3))
+
+    expected, ours = (
+        mf.MAMLPlusPlus(network(), mf.MAMLConfig(steps=2), engine=e, precision="float64")  # type: ignore[arg-type]
+        for e in ("reference", "auto")
+    )
+    assert ours.engine.name == "fused"
+    assert_close(ours.meta_step(random_batch()), expected.meta_step(random_batch()), rtol=1e-9, atol=1e-12)
+    assert ours.engine.name == "autograd"
+    assert ours.engine_reason == "not fused: 2: layer norm: expected images or features, got flattened images"
+    strict = mf.MAMLPlusPlus(network(), mf.MAMLConfig(steps=2), engine="fused", precision="float64")
+    with pytest.raises(ValueError, match="2: layer norm: expected images or features"):
+        strict.meta_step(random_batch())
+
+
+def test_accuracy_has_its_shape_whatever_the_predictions() -> None:
+    class Scalar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x).squeeze(-1)
+
+    learner = mf.MAMLPlusPlus(Scalar(), mf.MAMLConfig(steps=2, loss="mse"))
+    batch = mf.EpisodeBatch(*(torch.randn(3, 4, 2), torch.randn(3, 4)) * 2)
+    assert learner.meta_step(batch).accuracy.shape == ()
+    evaluation = learner.evaluate(batch)
+    assert evaluation.logits.shape == (2, 3, 4)
+    assert evaluation.accuracy.shape == (2, 3) and evaluation.accuracy.isnan().all()
 
 
 def test_schedules_follow_the_iteration() -> None:

@@ -74,6 +74,25 @@ def test_convert_keeps_values_mode_and_frozen_parameters() -> None:
         mf.convert_batch_norm(nn.Sequential(nn.BatchNorm2d(4, affine=False)), 2)
 
 
+def test_convert_keeps_a_shared_batch_norm_shared_and_changes_nothing_on_an_error() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.BatchNorm2d(2)
+            self.again = self.first
+            self.inner = nn.Sequential(self.first)
+
+    model = mf.convert_batch_norm(Twice(), 3)
+    assert isinstance(model.first, mf.PerStepBatchNorm2d)
+    assert model.first is model.again and model.first is model.inner[0]
+    mixed = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False))
+    with pytest.raises(ValueError, match="affine=False"):
+        mf.convert_batch_norm(mixed, 3)
+    assert type(mixed[0]) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="num_steps: expected at least 1, got 0"):
+        mf.convert_batch_norm(nn.Sequential(), 0)
+
+
 def test_plain_batch_norm_is_undone_after_an_error() -> None:
     model = mf.Conv4(1, 3, image_size=12, stages=2, filters=4)
     with pytest.raises(RuntimeError), plain_batch_norm(model):

@@ -59,6 +59,7 @@ def test_adapted_names_leave_norms_out_and_find_the_head() -> None:
         "head.bias",
     )
     assert reference.adapted_names(model, "head") == ("head.weight", "head.bias")
+    assert reference.adapted_names(model, "blocks.1.") == reference.adapted_names(model, ("blocks.1.",))
     assert reference.adapted_names(model, ("blocks.1.",)) == ("blocks.1.conv.weight", "blocks.1.conv.bias")
     shared = small_conv4(per_step_affine=False)
     assert "blocks.0.norm.weight" in reference.adapted_names(shared, adapt_norm=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,13 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` without their times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [without_timing(json.loads(line)) for line in lines]
+
+
+class RunsCode:
+    """Unpickled, it makes the file ``marker``."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)

@@ -80,24 +80,27 @@ def make(order: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subjects:
     )
 
 
+def case(order: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    tasks, images, side, ci, co = shape
+    pixels = tasks * images * side * side
+    sizes = {"forward": pixels * co, "to input": pixels * ci, "to weight": tasks * 9 * ci * co}
+    operands = sum(sizes.values()) - sizes[order]
+    return Case(
+        "task_conv2d",
+        order,
+        f"{name}, {ci} to {co}, {tasks} tasks x {images}",
+        "channels-last",
+        str(dtype).removeprefix("torch."),
+        partial(make, order, shape, dtype),
+        operands * dtype.itemsize + sizes[order] * 4,
+        2 * pixels * 9 * ci * co,
+        {"forward": 9 * ci, "to input": 9 * co, "to weight": pixels // tasks}[order],
+    )
+
+
 def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for name, shape in SHAPES.items():
-            tasks, images, side, ci, co = shape
-            pixels = tasks * images * side * side
-            sizes = {"forward": pixels * co, "to input": pixels * ci, "to weight": tasks * 9 * ci * co}
             for order in ORDERS:
-                if ci <= 3 and order == "to input":
-                    continue
-                operands = sum(sizes.values()) - sizes[order]
-                yield Case(
-                    "task_conv2d",
-                    order,
-                    f"{name}, {ci} to {co}, {tasks} tasks x {images}",
-                    "channels-last",
-                    str(dtype).removeprefix("torch."),
-                    partial(make, order, shape, dtype),
-                    operands * dtype.itemsize + sizes[order] * 4,
-                    2 * pixels * 9 * ci * co,
-                    {"forward": 9 * ci, "to input": 9 * co, "to weight": pixels // tasks}[order],
-                )
+                if shape[3] > 3 or order != "to input":
+                    yield case(order, name, shape, dtype)

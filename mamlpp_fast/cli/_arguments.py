@@ -9,7 +9,17 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
-__all__ = ["ENGINES", "Commands", "Parser", "add_command", "add_engine", "add_json", "at_least", "print_json"]
+__all__ = [
+    "ENGINES",
+    "Commands",
+    "Parser",
+    "add_command",
+    "add_engine",
+    "add_experiment",
+    "add_json",
+    "at_least",
+    "print_json",
+]
 
 ENGINES = ("auto", "reference", "autograd", "fused")
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16")
@@ -47,6 +57,23 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="float32", metavar="P", help=", ".join(PRECISIONS)
+    )
+
+
+def add_experiment(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="FILE",
+        help="an experiment file (JSON) of the MAML++ authors' code",
+    )
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change settings; repeatable",
     )
 
 

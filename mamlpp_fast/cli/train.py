@@ -9,7 +9,7 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, at_least
+from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_experiment, at_least
 
 __all__ = ["add", "run"]
 
@@ -31,16 +31,11 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--data", metavar="PATH", help="where the data set lies (default: MAMLPP_FAST_DATA, then cache)"
     )
-    sub.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/PRESET)")
-    add_engine(sub)
     sub.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change settings; repeatable",
+        "--out", metavar="DIR", help="the run's folder (default: runs/PRESET or runs/EXPERIMENT)"
     )
+    add_engine(sub)
+    add_experiment(sub, required=False)
     sub.add_argument(
         "--deterministic", action="store_true", help="the same result on any number of CPU threads"
     )
@@ -50,16 +45,36 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.compat.experiment import read_experiment
     from mamlpp_fast.engine.deterministic import deterministic_algorithms
-    from mamlpp_fast.train import DEFAULT_PRESET, Interrupted, parse_settings, preset, preset_names, train
+    from mamlpp_fast.train import (
+        DEFAULT_PRESET,
+        Interrupted,
+        evaluate_run,
+        parse_settings,
+        preset,
+        preset_names,
+        train,
+    )
     from mamlpp_fast.train.build import resolve_device
 
     if arguments.list:
         print("\n".join(preset_names()))
         return 0
-    name = DEFAULT_PRESET if arguments.preset is None else arguments.preset
     settings = parse_settings(arguments.set)
-    config = preset(name, settings)
+    data = arguments.data
+    evaluate_only = False
+    if arguments.config is None:
+        name = DEFAULT_PRESET if arguments.preset is None else arguments.preset
+        config = preset(name, settings)
+    elif arguments.preset is not None:
+        raise ValueError(f"PRESET: expected none beside --config, got {arguments.preset!r}")
+    else:
+        experiment = read_experiment(arguments.config, settings)
+        for note in experiment.notes:
+            print(f"{arguments.config}: {note}", file=sys.stderr)
+        name, config, evaluate_only = experiment.name, experiment.config, experiment.evaluate_only
+        data = experiment.data if data is None else data
     if arguments.out is None:
         changed = {k: v for k, v in settings.items() if k in config.deciding()}
         suffix = f"-{zlib.crc32(repr(sorted(changed.items())).encode()):08x}" if changed else ""
@@ -67,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         out = Path(arguments.out)
     device = resolve_device(arguments.device)
+    if evaluate_only:
+        for s in evaluate_run(out, tasks=config.test_tasks, data_path=data, device=device):
+            print(f"test accuracy: {s.describe()}")
+        return 0
     with_switch = arguments.deterministic and device.type == "cpu"
     try:
         with deterministic_algorithms() if with_switch else nullcontext():
@@ -74,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
                 config,
                 out=out,
                 preset=name,
-                data_path=arguments.data,
+                data_path=data,
                 engine=arguments.engine,
                 precision=arguments.precision,
                 device=device,

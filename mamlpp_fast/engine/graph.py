@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch.utils import _pytree as pytree
 __all__ = ["Graphed", "graphed"]
 
 _Key = tuple[Any, ...]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-class Graphed:
+class Graphed(Generic[_P, _R]):
     """A step captured as a CUDA graph, once for every form of its inputs; made by :func:`graphed`.
 
     Called by a step that is being captured itself, it calls through and becomes part of that graph.
@@ -22,18 +24,21 @@ class Graphed:
 
     _inside = False
 
-    def __init__(
-        self, step: Callable[..., Any], warmup: int, preserve: Callable[[], Iterable[Tensor]]
-    ) -> None:
+    def __init__(self, step: Callable[_P, _R], warmup: int, preserve: Callable[[], Iterable[Tensor]]) -> None:
         self.step = step
         self.warmup = warmup
         self.preserve = preserve
         self._captured: dict[_Key, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
 
-    def __call__(self, *args: Any) -> Any:
-        leaves, spec = pytree.tree_flatten(args)
+    @property
+    def graphs(self) -> int:
+        """Graphs captured so far; 0 on the CPU."""
+        return len(self._captured)
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
         if Graphed._inside or not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
-            return self.step(*args)
+            return self.step(*args, **kwargs)
         key: _Key = (spec, *(_form(leaf) for leaf in leaves))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if key not in self._captured:
@@ -42,40 +47,41 @@ class Graphed:
         for buffer, tensor in zip(static, tensors, strict=True):
             buffer.copy_(tensor)
         graph.replay()
-        return outputs
+        result: _R = outputs
+        return result
 
     def _capture(
         self, leaves: list[Any], spec: pytree.TreeSpec
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args = pytree.tree_unflatten(static, spec)
+        args, kwargs = pytree.tree_unflatten(static, spec)
         Graphed._inside = True
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.warm_up(args)
+                self.warm_up(args, kwargs)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                outputs = self.step(*args)
+                outputs = self.step(*args, **kwargs)
         finally:
             Graphed._inside = False
         return graph, [s for s in static if isinstance(s, Tensor)], outputs
 
-    def warm_up(self, args: Sequence[Any]) -> None:
+    def warm_up(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
         """Runs the step a few times and puts back what it must not change."""
         before = [(t, t.detach().clone()) for t in self.preserve()]
         for _ in range(self.warmup):
-            self.step(*args)
+            self.step(*args, **(kwargs or {}))
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
 
 
 def graphed(
-    step: Callable[..., Any], *, warmup: int = 3, preserve: Callable[[], Iterable[Tensor]] = tuple
-) -> Graphed:
+    step: Callable[_P, _R], *, warmup: int = 3, preserve: Callable[[], Iterable[Tensor]] = tuple
+) -> Graphed[_P, _R]:
     """Captures a step of one's own as a CUDA graph; on the CPU it calls through.
 
     Equivalent to ``step``, but each new form of the arguments (structure, shapes, dtypes, plain values) is run
@@ -84,14 +90,24 @@ def graphed(
     ``zero_grad(set_to_none=False)`` inside). The warm-up runs are real; name what they must not change in ``preserve``.
 
     Args:
-        step: any callable of tensors and nested containers of them.
-        warmup: uncaptured runs before the capture.
+        step: any callable of tensors, nested containers of them and :class:`mamlpp_fast.EpisodeBatch`. Tensors that it
+            reads otherwise (parameters, say) keep their place and may change their values.
+        warmup: uncaptured runs before the capture, at least 1.
         preserve: gives the tensors (parameters, optimizer state, running statistics) that are put back to their values
             after the warm-up.
 
     Returns:
         A callable with the same arguments; its outputs are overwritten by the next call.
+
+    Raises:
+        TypeError: when ``step`` or ``preserve`` cannot be called.
+        ValueError: when ``warmup`` is below 1.
     """
+    for name, value in (("step", step), ("preserve", preserve)):
+        if not callable(value):
+            raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")
+    if warmup < 1:
+        raise ValueError(f"warmup: expected at least 1, got {warmup}")
     return Graphed(step, warmup, preserve)
 
 

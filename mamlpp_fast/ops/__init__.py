@@ -1,7 +1,12 @@
 """The operations, each differentiable as often as its page in ``docs/derivations`` says."""
 
 from mamlpp_fast import _native
-from mamlpp_fast.ops import linear_cross_entropy, norm_act_pool, task_conv2d  # noqa: F401 - registers them
+from mamlpp_fast.ops import (  # noqa: F401 - registers them
+    conv_norm_act_pool,
+    linear_cross_entropy,
+    norm_act_pool,
+    task_conv2d,
+)
 from mamlpp_fast.ops.lslr_update import lslr_update
 from mamlpp_fast.ops.per_step_batch_norm import (
     per_step_batch_norm,

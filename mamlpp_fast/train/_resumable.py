@@ -40,8 +40,10 @@ def check_training(path: Path, content: Mapping[str, Any]) -> None:
         if not fits:
             raise CheckpointError(f"{path}: {name}: expected {expected}, got {shown(content.get(name))}")
 
-    for name in ("config", "data", "learner"):
+    for name in ("config", "learner"):
         need(name, isinstance(content.get(name), dict), "a dictionary")
+    need("untimed", _whole(content.get("untimed", 0)), "an integer of at least 0")
+    need("data", isinstance(content.get("data"), dict | None), "a dictionary or none")
     need("engine", isinstance(content.get("engine"), str), "a name")
     for name in ("epochs_done", "metrics_bytes"):
         need(name, _whole(content.get(name)), "an integer of at least 0")

@@ -18,6 +18,7 @@ from mamlpp_fast.data.classes import SPLITS
 from mamlpp_fast.engine import EngineName, Precision, dtype_of
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.models import Conv4, ResNet12
+from mamlpp_fast.reference import PerStepBatchNorm2d
 from mamlpp_fast.train.config import TrainConfig
 
 __all__ = ["build_learner", "fingerprint", "load_data", "make_sampler", "resolve_device", "versions"]
@@ -107,6 +108,10 @@ def build_learner(
                 per_step_affine=config.bnwb,
                 per_step_stats=config.bnrs,
             )
+    for module in model.modules():
+        if isinstance(module, PerStepBatchNorm2d):
+            module.weight.requires_grad_(config.learn_gamma)
+            module.bias.requires_grad_(config.learn_beta)
     return MAMLPlusPlus(model, config.learner_config(), engine=engine, precision=precision, device=device)
 
 

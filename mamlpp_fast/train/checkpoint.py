@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +20,18 @@ from mamlpp_fast.data.pickles import Refused
 from mamlpp_fast.train._vetting import vet
 from mamlpp_fast.train.files import write_whole
 
-__all__ = ["FORMAT_VERSION", "CheckpointError", "check_fits", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "check_fits",
+    "load_checkpoint",
+    "load_tensors",
+    "save_checkpoint",
+]
 
 FORMAT_VERSION = 1
-Kind = Literal["training", "model"]
-_REFUSAL = "expected tensors and plain values only, got a pickle that would run other code; refused"
+Kind = Literal["training", "model", "authors"]
+_EXPECTED = "expected tensors and plain values only"
 
 
 class CheckpointError(ValueError):
@@ -34,7 +43,8 @@ def save_checkpoint(path: Path, kind: Kind, content: Mapping[str, Any]) -> None:
 
     Args:
         path: the file; an older one stays as it is until the new one is complete on disk.
-        kind: ``"training"`` (everything a run goes on from) or ``"model"`` (parameters and inner rates).
+        kind: ``"training"`` (everything a run goes on from), ``"model"`` (parameters and inner rates) or ``"authors"``
+            (what an imported checkpoint of the authors' code has beyond these).
         content: tensors and plain values in dictionaries and lists.
 
     Raises:
@@ -65,12 +75,7 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
         raise CheckpointError(f"{path}: expected a whole checkpoint, {reason}") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: expected a whole checkpoint, its part {shown(damaged)} is damaged")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, Refused) as error:
-        raise CheckpointError(f"{path}: {_REFUSAL}") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint, {one_line(error)}") from error
+    content = load_tensors(path, device)
     expected = f"mamlpp_fast {kind}"
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != expected:
@@ -84,6 +89,26 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
         )
     result: dict[str, Any] = content
     return result
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``torch.save`` wrote, in either of its formats, provided it is tensors and plain values.
+
+    Raises:
+        CheckpointError: for a file that is missing or damaged, or that holds anything else, which is never run.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickle protocols
+            return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"a pickle that asks for {asked[1]}" if asked else "something else"
+        raise CheckpointError(f"{path}: {_EXPECTED}, got {found}; refused, nothing was run") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a checkpoint, {error.strerror}") from error
+    except (RuntimeError, EOFError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected a checkpoint, {one_line(error)}") from error
 
 
 def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Any) -> None:
@@ -118,5 +143,9 @@ def _vet(path: Path, archive: zipfile.ZipFile) -> None:
         vet(archive, lambda reason: CheckpointError(f"{path}: {reason}"))
     except CheckpointError:
         raise
+    except Refused as refused:
+        raise CheckpointError(
+            f"{path}: {_EXPECTED}, got a pickle that asks for {refused}; refused, nothing was run"
+        ) from None
     except Exception as error:  # a damaged pickle may raise anything at all
-        raise CheckpointError(f"{path}: {_REFUSAL} ({one_line(error)})") from error
+        raise CheckpointError(f"{path}: {_EXPECTED}, got a damaged pickle ({one_line(error)})") from error

@@ -57,6 +57,8 @@ class TrainConfig(MAMLConfig):
         stages: stages of ``conv4``.
         max_pool: max-pooling in ``conv4``, else stride-2 convolutions.
         norm: ``"batch"`` or ``"layer"`` in ``conv4``.
+        learn_gamma: meta-learn the batch-norm weights; False keeps them at 1.
+        learn_beta: meta-learn the batch-norm biases; False keeps them at 0.
         val_tasks: tasks of each epoch's validation, the same ones every epoch.
         test_tasks: tasks of the final test.
         ensemble: best checkpoints kept, and averaged in the test.
@@ -81,6 +83,8 @@ class TrainConfig(MAMLConfig):
     stages: int = 4
     max_pool: bool = True
     norm: Literal["batch", "layer"] = "batch"
+    learn_gamma: bool = True
+    learn_beta: bool = True
     val_tasks: int = 600
     test_tasks: int = 600
     ensemble: int = 5

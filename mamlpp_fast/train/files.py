@@ -42,8 +42,8 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads one of a run's JSON files.
+def read_json(path: Path, what: str = "a run's folder") -> dict[str, Any]:
+    """Reads a JSON object: one of a run's files, or ``what`` else it is.
 
     Raises:
         ValueError: when it is missing or damaged.
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"{path}: expected a run's folder, {error.strerror}") from error
+        raise ValueError(f"{path}: expected {what}, {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, {error!s:.200}") from error
     if not isinstance(value, dict):

@@ -18,7 +18,7 @@ from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.evaluate import Score, predict, score
 from mamlpp_fast.train.files import append_line, run_lock, write_json
 from mamlpp_fast.train.progress import Curves, Progress
-from mamlpp_fast.train.run_folder import finished_summary, load_model, open_folder
+from mamlpp_fast.train.run_folder import finished_summary, load_model, open_folder, ranked
 from mamlpp_fast.train.signals import StopSignal
 
 __all__ = ["NonFiniteParametersError", "train"]
@@ -131,6 +131,8 @@ class _Trainer:
         self.metrics_bytes = 0
         self.seconds = 0.0
         self.train_seconds = 0.0
+        # Iterations that other code made, before an import.
+        self.untimed = 0
         # Sums over the epoch's iterations: loss, accuracy.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         window = _GPU_WINDOW if device.type == "cuda" else 1
@@ -233,14 +235,14 @@ class _Trainer:
             self._save()
         validation = self._validate()
         entry = self._save_model(f"epoch-{epoch:04d}.pt", epoch, validation)
-        ranked = _ranked([*self.best, entry])
-        self.best = ranked[: c.ensemble]
-        metrics = self._metrics(epoch, validation, ranked[0] is entry)
+        best = ranked([*self.best, entry])
+        self.best = best[: c.ensemble]
+        metrics = self._metrics(epoch, validation, best[0] is entry)
         self.metrics_bytes = append_line(self.folder / "metrics.jsonl", metrics)
         self.epochs_done += 1
         self.sums.zero_()
         self._save()
-        for dropped in ranked[c.ensemble :]:
+        for dropped in best[c.ensemble :]:
             (self.checkpoints / dropped["file"]).unlink(missing_ok=True)
         self.curves.add(metrics)
         self._announce(metrics)
@@ -284,7 +286,7 @@ class _Trainer:
             **schedule,
             "inner_rates": rates,
             "seconds": self.seconds,
-            "seconds_per_iteration": self.train_seconds / max(after, 1),
+            "seconds_per_iteration": self.train_seconds / max(after - self.untimed, 1),
         }
 
     def _validate(self) -> Score:
@@ -330,7 +332,7 @@ class _Trainer:
             self._save()
             validation = self._validate()
             entry = self._save_model(f"iteration-{learner.iteration:07d}.pt", self.epochs_done, validation)
-            models = _ranked([*models, entry])
+            models = ranked([*models, entry])
             append_line(
                 self.folder / "metrics.jsonl",
                 self._metrics(self.epochs_done, validation, models[0] is entry),
@@ -360,7 +362,7 @@ class _Trainer:
             "best_epoch": models[0]["epoch"],
             "iterations": iterations,
             "seconds": self.seconds,
-            "seconds_per_iteration": self.train_seconds / max(iterations, 1),
+            "seconds_per_iteration": self.train_seconds / max(iterations - self.untimed, 1),
             "engine": learner.engine.name,
             "precision": self.precision,
             "device": _device_name(self.device),
@@ -414,6 +416,7 @@ class _Trainer:
             "metrics_bytes": self.metrics_bytes,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
+            "untimed": self.untimed,
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             "environment": self._environment(),
@@ -452,12 +455,13 @@ class _Trainer:
 
     def _load(self, content: Mapping[str, Any]) -> None:
         check_training(self.latest, content)
-        changed = differences(self.config.deciding(), content["config"])
+        changed = differences(self.config.deciding(), TrainConfig().deciding() | content["config"])
         if changed:
             raise CheckpointError(
                 f"{self.latest}: expected a checkpoint of this configuration, now {changed}"
             )
-        if content["data"] != self.fingerprint:
+        # An imported checkpoint names no data.
+        if content["data"] not in (None, self.fingerprint):
             raise CheckpointError(
                 f"{self.latest}: expected the data it was made with ({content['data'].get('name')!s:.50}), "
                 "got other classes or pixels"
@@ -476,15 +480,11 @@ class _Trainer:
         self.metrics_bytes = content["metrics_bytes"]
         self.seconds = content["seconds"]
         self.train_seconds = content["train_seconds"]
+        self.untimed = content.get("untimed", 0)
         torch.set_rng_state(content["rng_cpu"].cpu())
         if content["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["rng_cuda"].cpu(), self.device)
         self._saved_iteration = self.learner.iteration
-
-
-def _ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Best validation accuracy first, the earlier one of equals."""
-    return sorted(entries, key=lambda e: (-e["val_accuracy"], e["iteration"]))
 
 
 def _device_name(device: torch.device) -> str:

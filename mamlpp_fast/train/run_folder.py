@@ -20,7 +20,7 @@ from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.evaluate import Score, predict, score
 from mamlpp_fast.train.files import read_json, remove_leftovers, write_json
 
-__all__ = ["evaluate_run", "finished_summary", "load_model", "open_folder", "read_config"]
+__all__ = ["evaluate_run", "finished_summary", "load_model", "open_folder", "ranked", "read_config"]
 
 
 def open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -31,7 +31,8 @@ def open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, 
     remove_leftovers(checkpoints)
     path = folder / "config.json"
     if path.exists():
-        stored = read_json(path)
+        # Settings younger than the run have their defaults.
+        stored = TrainConfig().deciding() | read_json(path)
         plain = json.loads(json.dumps(identity))
         changed = differences(plain, {k: stored[k] for k in stored if k in plain})
         if changed:
@@ -80,6 +81,11 @@ def load_model(path: Path, learner: MAMLPlusPlus) -> None:
     for what, module in (("model", learner.model), ("rates", learner.rates)):
         check_fits(path, what, module.state_dict(), content.get(what))
         module.load_state_dict(content[what])
+
+
+def ranked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Best validation accuracy first, the earlier one of equals."""
+    return sorted(entries, key=lambda e: (-e["val_accuracy"], e["iteration"]))
 
 
 def evaluate_run(

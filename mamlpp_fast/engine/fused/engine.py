@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class FusedEngine:
         model: built from the modules that :func:`mamlpp_fast.engine.fused.trace.trace` knows.
         rates: inner learning rates; their names say what adapts.
         config: not read beyond what ``rates`` holds; kept for a uniform signature.
-        loss_fn: ``F.cross_entropy`` or ``F.mse_loss``.
+        loss_fn: ``F.cross_entropy``, ``functools.partial`` of it with ``label_smoothing``, ``F.mse_loss``, or
+            the modules of these.
         precision: ``"bfloat16"`` rounds the operands of convolutions and accumulates in float32. ``"float32"`` is
             computed in float64, and rounded at the end, where no convolution has more than 8 channels: that costs
             little there.
@@ -215,23 +217,20 @@ class FusedEngine:
             matmul.fp32_precision = before
 
     def _check(self, batch: EpisodeBatch) -> None:
-        if batch.support_x.ndim != 5:
-            raise ValueError(
-                f"support_x: expected images [tasks, n, C, H, W], got {tuple(batch.support_x.shape)}"
-            )
+        if batch.support_x.ndim < 3 or (batch.support_x.ndim != 5 and self._takes_images()):
+            form = "images [tasks, n, C, H, W]" if self._takes_images() else "features [tasks, n, F]"
+            raise ValueError(f"support_x: expected {form}, got {tuple(batch.support_x.shape)}")
         if batch.support_x.shape[2:] != batch.target_x.shape[2:]:
             raise ValueError(
-                f"target_x: expected images of shape {tuple(batch.support_x.shape[2:])} like support_x, "
+                f"target_x: expected examples of shape {tuple(batch.support_x.shape[2:])} like support_x, "
                 f"got {tuple(batch.target_x.shape[2:])}"
             )
         self.loss.check("support_y", batch.support_y)
         self.loss.check("target_y", batch.target_y)
 
     def _lower(self, batch: EpisodeBatch, batch_stats: Callable[[nn.Module], bool]) -> Network:
-        channels, height, width = batch.support_x.shape[2:]
-        return lower(
-            self.nodes, self.output, self.model, (channels, height, width), self.adapted, batch_stats
-        )
+        example = tuple(batch.support_x.shape[2:])
+        return lower(self.nodes, self.output, self.model, example, self.adapted, batch_stats)
 
     def _form(self, batch: EpisodeBatch, tasks: int, steps: int, **options: bool) -> Form:
         return Form(
@@ -246,6 +245,9 @@ class FusedEngine:
             rate_names=self.rates.names if self.rates.kind == "tensor" else None,
             **options,
         )
+
+    def _takes_images(self) -> bool:
+        return any(isinstance(n.module, nn.Conv2d) for n in self.nodes)
 
     def _is_narrow(self) -> bool:
         widths = [n.module.out_channels for n in self.nodes if isinstance(n.module, nn.Conv2d)]
@@ -339,7 +341,7 @@ class FusedEngine:
             sizes = [max(d for d in divisors if d <= self.group)]
         elif self.deterministic:
             sizes = [max(d for d in divisors if d <= _DETERMINISTIC_GROUP)]
-        elif self.device.type == "cpu":
+        elif self.device.type == "cpu" and self._takes_images():
             # A task per thread keeps what a thread works on in its caches.
             sizes = [d for d in divisors if d <= max(1, torch.get_num_threads())]
         else:
@@ -396,8 +398,8 @@ class FusedEngine:
     ) -> None:
         m = prepared.memory
         support_x, support_y, target_x, target_y = (t[tasks] for t in fields)
-        m.support_x.tensor().copy_(support_x.permute(0, 1, 3, 4, 2))
-        m.target_x.tensor().copy_(target_x.permute(0, 1, 3, 4, 2))
+        for stored, x in ((m.support_x.tensor(), support_x), (m.target_x.tensor(), target_x)):
+            stored.copy_(x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x)
         self.loss.load(m.support_t.tensor(), support_y)
         self.loss.load(m.target_t.tensor(), target_y)
 
@@ -461,12 +463,22 @@ class FusedEngine:
 
 
 def _loss(loss_fn: LossFn) -> Loss:
+    """The rules of a loss, which must be known to be a mean over the examples."""
+    if loss_fn is F.mse_loss or (type(loss_fn) is nn.MSELoss and loss_fn.reduction == "mean"):
+        return SquaredError()
     if loss_fn is F.cross_entropy:
         return CrossEntropy()
-    if loss_fn is F.mse_loss:
-        return SquaredError()
+    if isinstance(loss_fn, functools.partial) and loss_fn.func is F.cross_entropy and not loss_fn.args:
+        if loss_fn.keywords.keys() <= {"label_smoothing"}:
+            return CrossEntropy(loss_fn.keywords.get("label_smoothing", 0.0))
+    elif type(loss_fn) is nn.CrossEntropyLoss:
+        plain = (loss_fn.weight, loss_fn.ignore_index, loss_fn.reduction) == (None, -100, "mean")
+        if plain:
+            return CrossEntropy(loss_fn.label_smoothing)
     raise Unsupported(
-        "loss", f"expected F.cross_entropy or F.mse_loss, got {getattr(loss_fn, '__name__', loss_fn)}"
+        "loss",
+        "expected F.cross_entropy (with label_smoothing or without) or F.mse_loss, "
+        f"got {getattr(loss_fn, '__name__', loss_fn)}",
     )
 
 

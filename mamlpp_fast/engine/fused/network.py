@@ -1,4 +1,4 @@
-"""Lowering: from traced operations and an image size to steps with shapes and parameter layouts."""
+"""Lowering: from traced operations and the shape of an example to steps with shapes and parameter layouts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mamlpp_fast.engine.fused.steps import (
     AveragePool,
     Bias,
     Conv,
+    FirstLayer,
     Flatten,
     FrozenNorm,
     Linear,
@@ -31,10 +32,13 @@ from mamlpp_fast.nn import InertBiasConv2d
 
 __all__ = ["Network", "lower"]
 
+# Colours; above, the covariance of a patch is no longer small beside the feature map.
+_FEW_CHANNELS = 3
+
 
 @dataclass(frozen=True)
 class Network:
-    """A lowered network for one image size.
+    """A lowered network for one shape of examples.
 
     Attributes:
         steps: in order.
@@ -80,11 +84,11 @@ def lower(
     nodes: Sequence[Node],
     output: int,
     model: nn.Module,
-    image: tuple[int, int, int],
+    example: tuple[int, ...],
     adapted: frozenset[str],
     batch_stats: Callable[[nn.Module], bool],
 ) -> Network:
-    """Steps for images of shape ``image`` (channels, height, width).
+    """Steps for examples of this shape: images (channels, height, width), or anything else, such as features (F,).
 
     Args:
         nodes, output: of :func:`trace`.
@@ -95,7 +99,7 @@ def lower(
     Raises:
         Unsupported: when shapes do not fit the rules.
     """
-    return _Lowering(nodes, output, model, image, adapted, batch_stats).run()
+    return _Lowering(nodes, output, model, example, adapted, batch_stats).run()
 
 
 class _Lowering:
@@ -104,7 +108,7 @@ class _Lowering:
         nodes: Sequence[Node],
         output: int,
         model: nn.Module,
-        image: tuple[int, int, int],
+        example: tuple[int, ...],
         adapted: frozenset[str],
         batch_stats: Callable[[nn.Module], bool],
     ) -> None:
@@ -113,8 +117,9 @@ class _Lowering:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.adapted = adapted
         self.batch_stats = batch_stats
-        channels, height, width = image
-        self.shapes: dict[int, tuple[int, ...]] = {0: (height, width, channels)}
+        # Images are kept as [H, W, C].
+        shape = (*example[1:], example[0]) if len(example) == 3 else example
+        self.shapes: dict[int, tuple[int, ...]] = {0: shape}
         self.grids: dict[int, tuple[int, ...]] = {}
         self.steps: list[Step] = []
         self.norms: dict[str, tuple[str | None, int]] = {}
@@ -137,7 +142,7 @@ class _Lowering:
         """Lowers the node there, and what fuses with it; returns how many nodes that took."""
         node = self.nodes[position]
         shape = self.shapes[node.inputs[0]]
-        if node.kind not in ("linear", "act", "add", "flatten") and len(shape) != 3:
+        if node.kind not in ("linear", "act", "add", "flatten", "layer_norm") and len(shape) != 3:
             raise Unsupported(node.name, f"{node.kind}: expected images, got features of shape {shape}")
         if node.kind == "norm":
             return self._norm(position)
@@ -233,7 +238,10 @@ class _Lowering:
                 used, output = used + 1, pool.output
                 shape = (shape[0] // 2, shape[1] // 2, shape[2])
             slope = 1.0 if slope is None else slope
-            self._batch_norm(node, output, shape, affine, module.eps, slope, pool is not None)
+            if pool is not None and slope >= 0 and (first := self._first_conv(node)) is not None:
+                self._first_layer(node, first, output, shape, affine, module.eps, slope)
+            else:
+                self._batch_norm(node, output, shape, affine, module.eps, slope, pool is not None)
             return used
         normal = self._value() if adapts or slope is not None else output
         if self.batch_stats(module):
@@ -249,6 +257,49 @@ class _Lowering:
             self._step(Activation, node, output, shape, slope, source=normal)
         return used
 
+    def _first_conv(self, node: Node) -> Conv | None:
+        """The convolution right in front of a norm, when it reads the images and its output need not be stored."""
+        conv = self.steps[-1] if self.steps else None
+        fits = (
+            isinstance(conv, Conv)
+            and conv.inputs == (0,)
+            and conv.output == node.inputs[0]
+            and self.uses[conv.output] == 1
+            and conv.stride == 1
+            and conv.weight.shape[2] <= _FEW_CHANNELS
+        )
+        return conv if fits and isinstance(conv, Conv) else None
+
+    def _first_layer(
+        self,
+        node: Node,
+        conv: Conv,
+        output: int,
+        shape: tuple[int, ...],
+        affine: Rows,
+        eps: float,
+        slope: float,
+    ) -> None:
+        self.steps.pop()
+        self._keep_statistics(node)
+        self._step(
+            FirstLayer,
+            node,
+            output,
+            shape,
+            conv.weight,
+            conv.padding,
+            affine,
+            eps,
+            slope,
+            node.name,
+            source=0,
+        )
+
+    def _keep_statistics(self, node: Node) -> None:
+        before = self.shapes[node.inputs[0]]
+        self.norms[node.name] = (self.skipped.get(node.inputs[0]), before[0] * before[1])
+
     def _batch_norm(
         self,
         node: Node,
@@ -259,22 +310,22 @@ class _Lowering:
         slope: float,
         pool: bool,
     ) -> None:
-        before = self.shapes[node.inputs[0]]
-        self.norms[node.name] = (self.skipped.get(node.inputs[0]), before[0] * before[1])
+        self._keep_statistics(node)
         self._step(NormActPool, node, output, shape, affine, eps, slope, pool, False, node.name)
 
     def _layer_norm(self, node: Node, shape: tuple[int, ...]) -> None:
         module = node.module
         assert isinstance(module, nn.LayerNorm)
-        height, width, channels = shape
-        if module.normalized_shape != (channels, height, width):
+        # Of images, stored [H, W, C], or of features.
+        split, order = ((shape[2], *shape[:2]), (1, 2, 0)) if len(shape) == 3 else (shape, (0,))
+        if node.inputs[0] in self.grids:
+            raise Unsupported(node.name, "layer norm: expected images or features, got flattened images")
+        if module.normalized_shape != split:
             raise Unsupported(
-                node.name,
-                f"layer norm: expected normalized_shape {(channels, height, width)}, got {module.normalized_shape}",
+                node.name, f"layer norm: expected normalized_shape {split}, got {module.normalized_shape}"
             )
         slots = [
-            None if p is None else self._slot(p, (channels, height, width), (1, 2, 0), shape)
-            for p in (module.weight, module.bias)
+            None if p is None else self._slot(p, split, order, shape) for p in (module.weight, module.bias)
         ]
         affine = any(s is not None for s in slots)
         normal = self._value() if affine else node.output

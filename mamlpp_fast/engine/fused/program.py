@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from mamlpp_fast.engine.deterministic import on_one_thread
 __all__ = ["Buffer", "Emitter", "Instruction", "Program", "Ref", "Workspace"]
 
 _ALIGNMENT = 64
+_Made = TypeVar("_Made")
 
 
 class Buffer:
@@ -214,6 +215,7 @@ class Emitter:
         self._buffers: list[Buffer] = []
         self._constants: dict[float, Ref] = {}
         self._operands: dict[int, tuple[Ref, Ref]] = {}
+        self._once: dict[Hashable, Any] = {}
 
     def new(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Ref:
         """A buffer in the workspace, alive from the first call that names it to the last."""
@@ -250,6 +252,13 @@ class Emitter:
             b.first = index if b.first < 0 else b.first
             b.last = index
         self._instructions.append(instruction)
+
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` left when it was first called for ``key``: for values that stay the same in an iteration."""
+        if key not in self._once:
+            self._once[key] = make()
+        made: _Made = self._once[key]
+        return made
 
     def operand(self, ref: Ref) -> Ref:
         """``ref`` in the precision that products take their operands in."""

@@ -6,10 +6,12 @@ Notation of ``docs/engine.md``: fast weights θ_k, support gradients g_k, rates 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
+from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Emitter, Program, Ref
 from mamlpp_fast.engine.fused.steps import Gradients, Loss, Pass, Rows, Slot
@@ -83,6 +85,7 @@ class Memory:
     rate_grads: dict[str, Ref] = field(default_factory=dict)
 
 
+ops = torch.ops.mamlpp_fast
 ALL_RATES = ""
 """Key of the rates [L, K] in :class:`Memory`."""
 
@@ -104,7 +107,12 @@ class _Writer:
         self.inner = form.adapted & params
         self.meta = (form.trainable | form.adapted) & params
         self.inner_values = net.depends(self.inner)
+        inner = [name for name in form.rate_names or sorted(self.inner) if name in self.inner]
+        self.inner_layout = Layout(self.slots, inner, form.tasks, em.dtype)
         self.memory = self._memory(every_step)
+        if form.rate_names is not None:
+            offsets = self.inner_layout.offsets(form.rate_names)
+            self.segments = em.own("segments of the rates", offsets.to(em.device))
 
     def _zeros(self, name: str, *shape: int) -> Ref:
         return self.em.own(name, torch.zeros(shape, dtype=self.em.dtype, device=self.em.device))
@@ -134,20 +142,19 @@ class _Writer:
             memory.rates[ALL_RATES] = self._zeros("rates", len(f.rate_names), f.rate_steps)
         return memory
 
-    def load(self) -> dict[str, Ref]:
-        """θ_0: the meta-parameters, once for every task."""
+    def load(self) -> tuple[Ref, dict[str, Ref]]:
+        """θ_0: the meta-parameters, once for every task; those that adapt lie in the flat buffer that comes first."""
         self.em.phase, self.em.label = "load", "parameters"
-        theta = {}
+        flat = self.inner_layout.new(self.em, "fast weights")
+        theta = self.inner_layout.views(flat)
         for name, slot in self.slots.items():
-            theta[name] = self.em.new(name, (self.form.tasks, *slot.shape))
+            if name not in theta:
+                theta[name] = self.em.new(name, (self.form.tasks, *slot.shape))
             self.em.call(aten.copy_.default, theta[name], self.memory.meta[name])
-        return theta
+        return flat, theta
 
-    def rate(self, name: str, step: int) -> Ref:
-        row = min(step, self.form.rate_steps - 1)
-        if self.form.rate_names is None:
-            return self.memory.rates[name][row]
-        return self.memory.rates[ALL_RATES][self.form.rate_names.index(name), row]
+    def rate_row(self, step: int) -> int:
+        return min(step, self.form.rate_steps - 1)
 
     def start(
         self,
@@ -194,26 +201,63 @@ class _Writer:
         stats: Mapping[str, tuple[Ref, Ref]],
         *,
         again: bool = False,
-    ) -> tuple[Pass, LossValue, dict[str, Ref]]:
-        """Support pass and its gradient; ``again``: for the activations and their gradients only."""
+    ) -> tuple[Pass, LossValue, Ref | None]:
+        """Support pass and its flat gradient; ``again``: for the activations and their gradients only."""
         ps = self.start(self.net, self.memory.support_x, step, theta, stats)
         self.forward(self.net, ps)
         self.em.label = "loss"
         value = self.loss.value(self.em, ps.values[self.net.output], self.memory.support_t, None, False)
-        wanted = frozenset() if again else self.inner
-        grads = self.backward(self.net, ps, value.grad, Gradients(self.inner_values, wanted), keep=True)
-        return ps, value, grads
+        if again:
+            self.backward(self.net, ps, value.grad, Gradients(self.inner_values, frozenset()), keep=True)
+            return ps, value, None
+        flat, out = self.gradients(self.inner_layout, "support gradient", self.inner_values)
+        self.backward(self.net, ps, value.grad, out, keep=True)
+        self.complete(out)
+        return ps, value, flat
 
-    def update(self, step: int, theta: Mapping[str, Ref], grads: Mapping[str, Ref]) -> dict[str, Ref]:
+    def gradients(
+        self,
+        layout: Layout,
+        name: str,
+        values: frozenset[int],
+        rows: Mapping[str, tuple[Ref, Ref]] | None = None,
+    ) -> tuple[Ref, Gradients]:
+        """A flat buffer for the gradients of the parameters of ``layout``, and what a backward pass fills it by."""
+        flat = layout.new(self.em, name)
+        return flat, Gradients(
+            values, frozenset(layout.names), row_memory=rows or {}, memory=layout.views(flat)
+        )
+
+    def complete(self, out: Gradients) -> None:
+        """Clears the places of gradients that the pass did not find."""
+        for name, place in out.memory.items():
+            if name not in out.params:
+                self.em.call(aten.zero_.default, place)
+
+    def update(
+        self, step: int, flat: Ref, theta: Mapping[str, Ref], grads: Ref
+    ) -> tuple[Ref, dict[str, Ref]]:
         """θ_{k+1} = θ_k − α_k ∘ g_k."""
-        self.em.label = "inner update"
-        new = dict(theta)
-        for name in sorted(self.inner):
-            new[name] = self.em.like(name, theta[name])
-            self.em.call(
-                aten.addcmul.out, theta[name], grads[name], self.rate(name, step), value=-1, out=new[name]
+        em, row = self.em, self.rate_row(step)
+        em.label = "inner update"
+        new = em.like("fast weights", flat)
+        views = self.inner_layout.views(new)
+        if self.form.rate_names is not None:
+            em.call(
+                ops.lslr_update_out.default,
+                flat,
+                grads,
+                self.memory.rates[ALL_RATES],
+                self.segments,
+                row,
+                new,
             )
-        return new
+        else:
+            g = self.inner_layout.views(grads)
+            for name, place in views.items():
+                rate = self.memory.rates[name][row]
+                em.call(aten.addcmul.out, theta[name], g[name], rate, value=-1, out=place)
+        return new, {**theta, **views}
 
 
 class _MetaGradient(_Writer):
@@ -234,6 +278,13 @@ class _MetaGradient(_Writer):
             )
         for name, ref in m.rates.items():
             m.rate_grads[name] = self._zeros("rates' gradient", *ref.shape)
+        others = sorted((self.slots.keys() & self.meta) - self.inner)
+        self.meta_layout = Layout(self.slots, [*self.inner_layout.names, *others], form.tasks, em.dtype)
+        self.rate_terms = (
+            self._zeros("rates' gradient of a group", *m.rates[ALL_RATES].shape)
+            if ALL_RATES in m.rates
+            else None
+        )
         self.events = {
             name: tuple(
                 self._zeros(f"{name} {what}", f.steps, 2, f.tasks, r.channels)
@@ -253,27 +304,35 @@ class _MetaGradient(_Writer):
             name: (mean[step, side], rstd[step, side]) for name, (mean, rstd) in self.memory.stats.items()
         }
 
-    def _wanted(self, step: int, event: int) -> Gradients:
-        memory = {name: (w[step, event], b[step, event]) for name, (w, b) in self.events.items()}
-        return Gradients(self.meta_values, self.meta, row_memory=memory)
+    def _meta_gradients(self, name: str, step: int, event: int) -> tuple[Ref, Gradients]:
+        rows = {norm: (w[step, event], b[step, event]) for norm, (w, b) in self.events.items()}
+        flat, out = self.gradients(self.meta_layout, name, self.meta_values, rows)
+        return flat, replace(out, wanted_params=self.meta)
 
     def write(self) -> None:
         f = self.form
-        thetas, support, targets = [self.load()], [], {}
+        flat, theta = self.load()
+        thetas, support, targets = [theta], [], {}
         for k in range(f.steps):
             self.em.phase = f"support {k}"
-            support.append(self.support_pass(k, thetas[k], self._stats(k, 0)))
-            thetas.append(self.update(k, thetas[k], support[k][2]))
+            ps, value, grads = self.support_pass(k, theta, self._stats(k, 0))
+            assert grads is not None
+            support.append((ps, value, grads))
+            flat, theta = self.update(k, flat, theta, grads)
+            thetas.append(theta)
             if f.multi_step or k == f.steps - 1:
                 self.em.phase = f"target {k}"
-                targets[k] = self._target_pass(k, thetas[k + 1])
-        adjoint: dict[str, Ref] = {}
+                targets[k] = self._target_pass(k, theta)
+        adjoint: Ref | None = None
         for k in reversed(range(f.steps)):
-            adjoint = self._reverse(k, thetas[k], support[k], targets.get(k), adjoint)
-        self._finish(adjoint)
+            terms = [r for r in (adjoint, targets.get(k)) if r is not None]
+            self.em.phase, self.em.label = f"reverse {k}", "adjoint"
+            adjoint = self._reverse(k, thetas[k], support[k], self.em.sum("adjoint", terms))
+        assert adjoint is not None
+        self._finish(self.meta_layout.views(adjoint))
 
-    def _target_pass(self, k: int, theta: Mapping[str, Ref]) -> dict[str, Ref]:
-        """w_k ∇T_k(θ_{k+1})."""
+    def _target_pass(self, k: int, theta: Mapping[str, Ref]) -> Ref:
+        """w_k ∇T_k(θ_{k+1}), flat."""
         em, m = self.em, self.memory
         ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1))
         self.forward(self.net, ps)
@@ -286,70 +345,55 @@ class _MetaGradient(_Writer):
         em.call(aten.copy_.default if first else aten.add_.Tensor, m.losses, value.loss)
         if k == self.form.steps - 1:
             em.call(aten.copy_.default, m.logits, logits)
-        return self.backward(self.net, ps, value.grad, self._wanted(k, 0))
+        flat, out = self._meta_gradients("target gradient", k, 0)
+        self.backward(self.net, ps, value.grad, out)
+        self.complete(out)
+        return flat
 
     def _reverse(
-        self,
-        k: int,
-        theta: Mapping[str, Ref],
-        support: tuple[Pass, LossValue, dict[str, Ref]],
-        target: dict[str, Ref] | None,
-        adjoint: dict[str, Ref],
-    ) -> dict[str, Ref]:
+        self, k: int, theta: Mapping[str, Ref], support: tuple[Pass, LossValue, Ref], adjoint: Ref
+    ) -> Ref:
         """One step of the reverse sweep: λ after the update to λ before it."""
         em = self.em
-        em.phase, em.label = f"reverse {k}", "adjoint"
         ps, value, grads = support
-        if target is not None:
-            adjoint = {
-                name: em.sum("adjoint", [*([adjoint[name]] if adjoint else []), g])
-                for name, g in target.items()
-                if name in self.slots
-            }
-        self._rate_gradient(k, grads, adjoint)
+        direction = self._direction(k, grads, adjoint)
         if not self.form.second_order:
             return adjoint
         if self.form.recompute:
             ps, value, _ = self.support_pass(k, theta, {}, again=True)
-            em.label = "adjoint"
-        directions: dict[str, Ref] = {}
-        for name in sorted(self.inner):
-            directions[name] = em.like(f"direction of {name}", adjoint[name])
-            em.call(aten.mul.out, adjoint[name], self.rate(name, k), out=directions[name])
-        ps.directions = directions
+        ps.directions = self.inner_layout.views(direction)
         for step in self.net.steps:
             if step.output in self.inner_values:
                 em.label = step.name
                 step.tangent(em, ps)
         em.label = "loss"
         grad_dot = self.loss.tangent(em, value, ps.tangents[self.net.output])
-        products = self.backward(self.net, ps, grad_dot, self._wanted(k, 1), tangent=True)
+        product, out = self._meta_gradients("Hessian-vector product", k, 1)
+        self.backward(self.net, ps, grad_dot, out, tangent=True)
         em.label = "adjoint"
-        before = {}
-        for name, product in products.items():
-            before[name] = em.like("adjoint", product)
-            em.call(aten.sub.out, adjoint[name], product, out=before[name])
-        return before
+        self.complete(out)
+        return em.sum("adjoint", [adjoint, product])
 
-    def _rate_gradient(self, k: int, grads: Mapping[str, Ref], adjoint: Mapping[str, Ref]) -> None:
-        """∂L/∂α_k = −⟨g_k, λ⟩, of each tensor or element."""
-        em, f = self.em, self.form
-        for name in sorted(self.inner):
-            product = em.like("g λ", grads[name])
-            em.call(aten.mul.out, grads[name], adjoint[name], out=product)
-            if f.rate_names is None:
-                total, grad = (
-                    em.new("rates' gradient", grads[name].shape[1:]),
-                    self.memory.rate_grads[name][k],
-                )
-                em.call(aten.sum.IntList_out, product, [0], out=total)
-            else:
-                total, grad = (
-                    em.new("rate's gradient", ()),
-                    self.memory.rate_grads[ALL_RATES][f.rate_names.index(name), k],
-                )
-                em.call(aten.sum.IntList_out, product, list(range(len(product.shape))), out=total)
-            em.call(aten.add_.Tensor, grad, total, alpha=-1 / f.total_tasks)
+    def _direction(self, k: int, grads: Ref, adjoint: Ref) -> Ref:
+        """−v = −α_k ∘ λ, the derivative of the update by its gradient; leaves ∂L/∂α_k = −⟨g_k, λ⟩."""
+        em, f, m = self.em, self.form, self.memory
+        direction = self.inner_layout.new(em, "direction")
+        if self.rate_terms is not None:
+            inner = adjoint[: self.inner_layout.size]
+            em.call(
+                ops.lslr_update_backward_out.default,
+                *(inner, grads, m.rates[ALL_RATES], self.segments, k, direction, self.rate_terms),
+            )
+            return direction
+        λ, g = self.meta_layout.views(adjoint), self.inner_layout.views(grads)
+        for name, place in self.inner_layout.views(direction).items():
+            em.call(aten.mul.out, λ[name], g[name], out=place)
+            total = em.new("rates' gradient", place.shape[1:])
+            em.call(aten.sum.IntList_out, place, [0], out=total)
+            em.call(aten.add_.Tensor, m.rate_grads[name][k], total, alpha=-1 / f.total_tasks)
+            em.call(aten.mul.out, λ[name], m.rates[name][k], out=place)
+            em.call(aten.neg_.default, place)
+        return direction
 
     def _finish(self, adjoint: Mapping[str, Ref]) -> None:
         """Adds this group of tasks to the gradients."""
@@ -359,13 +403,14 @@ class _MetaGradient(_Writer):
             total = em.like(f"meta-gradient of {name}", out)
             em.call(aten.sum.IntList_out, adjoint[name], [0], out=total)
             em.call(aten.add_.Tensor, out, total, alpha=1 / f.total_tasks)
+        if self.rate_terms is not None:
+            em.call(aten.add_.Tensor, m.rate_grads[ALL_RATES], self.rate_terms, alpha=1 / f.total_tasks)
         em.label = "batch-norm rows"
         for name, rows in self.rows.items():
-            signs = torch.zeros(rows.rows, f.steps, 2, f.tasks, dtype=em.dtype, device=em.device)
+            shares = torch.zeros(rows.rows, f.steps, 2, f.tasks, dtype=em.dtype, device=em.device)
             for k in range(f.steps):
-                signs[min(k, rows.rows - 1), k, 0] = 1 / f.total_tasks
-                signs[min(k, rows.rows - 1), k, 1] = -1 / f.total_tasks
-            factors = em.own(f"{name} signs", signs.flatten(1))
+                shares[min(k, rows.rows - 1), k] = 1 / f.total_tasks
+            factors = em.own(f"{name} shares", shares.flatten(1))
             for out, terms in zip(m.row_grads[name], self.events[name], strict=True):
                 em.call(aten.addmm_.default, out, factors, terms.reshape(-1, rows.channels))
 
@@ -389,11 +434,12 @@ class _Evaluation(_Writer):
         }
 
     def write(self) -> None:
-        theta = self.load()
+        flat, theta = self.load()
         for k in range(self.form.steps):
             self.em.phase = f"support {k}"
             _, _, grads = self.support_pass(k, theta, self._stats(self.net, k))
-            theta = self.update(k, theta, grads)
+            assert grads is not None
+            flat, theta = self.update(k, flat, theta, grads)
             self.em.phase = f"target {k}"
             ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
             self.forward(self.target_net, ps)

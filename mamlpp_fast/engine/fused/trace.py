@@ -77,7 +77,7 @@ def trace(model: nn.Module) -> tuple[list[Node], int]:
     """Operations of ``model`` in order, and the value that it returns.
 
     Args:
-        model: takes one batch of images [N, C, H, W] and returns predictions [N, ways].
+        model: takes one batch of images [N, C, H, W] or features [N, F] and returns predictions [N, ways].
 
     Raises:
         Unsupported: names the first module or call without rules.

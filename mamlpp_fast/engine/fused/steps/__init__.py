@@ -1,6 +1,7 @@
 """The steps a lowered network is made of, each with its rules."""
 
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Slot, Step
+from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
 from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Flatten, Linear
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
@@ -13,6 +14,7 @@ __all__ = [
     "Bias",
     "Conv",
     "CrossEntropy",
+    "FirstLayer",
     "Flatten",
     "FrozenNorm",
     "Gradients",

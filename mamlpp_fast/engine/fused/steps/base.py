@@ -91,9 +91,23 @@ class Gradients:
     terms: dict[int, list[Ref]] = field(default_factory=dict)
     params: dict[str, Ref] = field(default_factory=dict)
     row_memory: Mapping[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    memory: Mapping[str, Ref] = field(default_factory=dict)
 
     def add(self, value: int, ref: Ref) -> None:
         self.terms.setdefault(value, []).append(ref)
+
+    def of(self, em: Emitter, slot: Slot, tasks: int) -> Ref:
+        """Where the gradient of a parameter goes."""
+        if slot.name in self.memory:
+            return self.memory[slot.name]
+        return em.new(f"gradient of {slot.name}", (tasks, *slot.shape))
+
+    def of_rows(self, em: Emitter, rows: Rows | None, shape: tuple[int, ...]) -> tuple[Ref, Ref]:
+        """Where the gradients of a batch norm's weight and bias go, of this shape."""
+        if rows is not None and rows.name in self.row_memory:
+            return self.row_memory[rows.name]
+        name = "a norm" if rows is None else rows.name
+        return em.new(f"gradient of {name}'s weight", shape), em.new(f"gradient of {name}'s bias", shape)
 
 
 @dataclass

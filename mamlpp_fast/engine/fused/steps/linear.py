@@ -73,7 +73,7 @@ class Conv(Step):
             out.add(source, gx)
         if name in out.wanted_params:
             pairs = [(x, g)] + ([] if u is None or g0 is None else [(u, g0)])
-            gw = em.new(f"gradient of {name}", (ps.tasks, *self.weight.shape))
+            gw = out.of(em, self.weight, ps.tasks)
             self._product(em, ps, "task_conv2d_to_weight", pairs, gw)
             out.params[name] = gw
 
@@ -118,7 +118,7 @@ class Bias(Step):
         if self.inputs[0] in out.wanted_values:
             out.add(self.inputs[0], gy)
         if self.bias.name in out.wanted_params and not self.inert:
-            gb = em.new(f"gradient of {self.bias.name}", (ps.tasks, *self.bias.shape))
+            gb = out.of(em, self.bias, ps.tasks)
             em.call(aten.sum.IntList_out, gy, list(range(1, 1 + len(self.shape))), out=gb)
             out.params[self.bias.name] = gb
 
@@ -186,11 +186,11 @@ class Linear(Step):
             out.add(source, gx)
         if name in out.wanted_params:
             terms = [(_transposed(x), g)] + ([] if u is None or g0 is None else [(_transposed(u), g0)])
-            gw = em.new(f"gradient of {name}", (ps.tasks, *self.weight.shape))
+            gw = out.of(em, self.weight, ps.tasks)
             self._product(em, ps, terms, None, gw)
             out.params[name] = gw
         if self.bias is not None and self.bias.name in out.wanted_params:
-            gb = em.new(f"gradient of {self.bias.name}", (ps.tasks, *self.bias.shape))
+            gb = out.of(em, self.bias, ps.tasks)
             em.call(aten.sum.IntList_out, g, [1], out=gb)
             out.params[self.bias.name] = gb
 

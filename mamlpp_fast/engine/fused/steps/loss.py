@@ -52,12 +52,20 @@ def _scaled(em: Emitter, mean: float, weight: Ref | None) -> Ref:
     return out
 
 
+@dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """Softmax cross-entropy; the targets are stored one-hot."""
+    """Softmax cross-entropy; the targets are stored one-hot, a share ``smoothing`` spread over all classes."""
+
+    smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f"label_smoothing: expected 0 to 1, got {self.smoothing}")
 
     def load(self, stored: Tensor, labels: Tensor) -> None:
-        stored.zero_()
-        stored.scatter_(-1, labels.unsqueeze(-1), 1.0)
+        spread = self.smoothing / stored.shape[-1]
+        stored.fill_(spread)
+        stored.scatter_(-1, labels.unsqueeze(-1), 1.0 - self.smoothing + spread)
 
     def check(self, name: str, labels: Tensor) -> None:
         if labels.dtype != torch.int64 or labels.ndim != 2:
@@ -100,6 +108,10 @@ class SquaredError(Loss):
     """Mean of squared differences over images and outputs."""
 
     def load(self, stored: Tensor, labels: Tensor) -> None:
+        if labels.shape != stored.shape:  # `copy_` would broadcast
+            raise ValueError(
+                f"targets: expected one for each prediction, {tuple(stored.shape)}, got {tuple(labels.shape)}"
+            )
         stored.copy_(labels)
 
     def check(self, name: str, labels: Tensor) -> None:

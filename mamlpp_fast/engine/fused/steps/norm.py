@@ -80,15 +80,8 @@ class NormActPool(Step):
 
     def _outputs(self, em: Emitter, ps: Pass, out: Gradients) -> tuple[Ref, Ref, Ref]:
         gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
-        memory = None if self.affine is None else out.row_memory.get(self.affine.name)
-        if memory is None:
-            shape = self._stats_shape(ps)
-            memory = (
-                em.new(f"gradient of {self.name} weight", shape),
-                em.new(f"gradient of {self.name} bias", shape),
-            )
         out.add(self.inputs[0], gx)
-        return (self._view(ps, gx), *memory)
+        return (self._view(ps, gx), *out.of_rows(em, self.affine, self._stats_shape(ps)))
 
     def _wanted(self, out: Gradients) -> bool:
         return self.inputs[0] in out.wanted_values or bool(self.params() & out.wanted_params)

@@ -108,10 +108,10 @@ class ScaleShift(Step):
         ones = [1] * (1 + len(self.shape) - len(slot.shape))
         return source.reshape(ps.tasks, *ones, *slot.shape)
 
-    def _reduced(self, em: Emitter, slot: Slot, g: Ref) -> Ref:
-        out = em.new(f"gradient of {slot.name}", (g.shape[0], *slot.shape))
-        em.call(aten.sum.IntList_out, g, list(range(1, len(g.shape) - len(slot.shape))), out=out)
-        return out
+    def _reduce(self, em: Emitter, slot: Slot, g: Ref, out: Gradients) -> None:
+        total = out.of(em, slot, g.shape[0])
+        em.call(aten.sum.IntList_out, g, list(range(1, len(g.shape) - len(slot.shape))), out=total)
+        out.params[slot.name] = total
 
     def forward(self, em: Emitter, ps: Pass) -> None:
         y = ps.values[self.inputs[0]]
@@ -157,7 +157,7 @@ class ScaleShift(Step):
     def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
         source, scale, shift = self.inputs[0], self.scale, self.shift
         if shift is not None and shift.name in out.wanted_params:
-            out.params[shift.name] = self._reduced(em, shift, g)
+            self._reduce(em, shift, g, out)
         if scale is None:
             if source in out.wanted_values:
                 out.add(source, g)
@@ -167,7 +167,7 @@ class ScaleShift(Step):
             terms = [self._times(em, g, ps.values[source])]
             if g0 is not None and u is not None:
                 terms.append(self._times(em, g0, u))
-            out.params[scale.name] = self._reduced(em, scale, em.sum("product", terms))
+            self._reduce(em, scale, em.sum("product", terms), out)
         if source in out.wanted_values:
             terms = [self._times(em, g, self._wide(ps, scale, ps.weights[scale.name]))]
             if g0 is not None and v is not None:

@@ -1,0 +1,271 @@
+"""The first layer in one, without its feature map, on a GPU.
+
+Arguments and formulas are those of ``mamlpp_fast.ops.conv_norm_act_pool``. Forward and tangent fold scale and mean
+into the weights, then pass over the windows; both backward orders sum over the windows in pieces, then finish channel
+by channel. Two launches each, no atomics.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _conv_norm_act_pool_kernels as kernels
+from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, split
+
+_TYPES = (torch.float64, torch.float32)
+_PATCHES = (16, 32)
+"""Sizes that the values of a patch are padded to, at least one more than there are."""
+_PIECES = 64
+_CHANNELS = 4
+"""Input channels, rounded up to a power of two; three are what the patches have room for."""
+
+
+def _constants(kernel: Any, dtype: torch.dtype, values: int) -> dict[str, Any]:
+    """Launch configuration: 32 windows or patches of 32 channels; float64, for checks, gets what its registers hold."""
+    given = {
+        "KP": values,
+        "ACC": accumulator(dtype)[1],
+        "BM": 32,
+        "BC": _CHANNELS if kernel in _PREPARE else 32,
+        "BS": _PIECES,
+    }
+    if kernel in (kernels.pixel_sums, kernels.pad):
+        given["BM"] = 256
+    elif kernel is kernels.patch_products:
+        given["BM"] = 16
+    elif kernel is kernels.backward_tangent_finish:
+        given["BC"] = 16
+    elif kernel is kernels.chosen_sums and dtype == torch.float64:
+        given["BM"], given["BC"] = 256 // values, 16
+    return {name: given[name] for name in kernel.arg_names if name in given}
+
+
+_PREPARE = (kernels.pixel_sums, kernels.pad, kernels.moments)
+_KERNELS = (
+    *_PREPARE,
+    kernels.patch_products,
+    kernels.forward_fold,
+    kernels.tangent_fold,
+    kernels.forward_windows,
+    kernels.tangent_windows,
+    kernels.chosen_sums,
+    kernels.backward_finish,
+    kernels.backward_tangent_finish,
+)
+
+
+def _options(kernel: Any) -> tuple[int, int]:
+    """Warps and pipeline depth: what keeps the sums over windows in registers."""
+    return (8, 2) if kernel is kernels.chosen_sums else (4, 3)
+
+
+_FLOAT32 = (kernels.forward_windows, kernels.tangent_windows, kernels.chosen_sums)
+
+
+def _padded_values(values: int) -> int:
+    return next(size for size in _PATCHES if size > values)
+
+
+class _Call:
+    """Sizes and scratch memory of one call, by name."""
+
+    def __init__(self, padded: Tensor, kh: int, kw: int, channels: int) -> None:
+        tasks, images, height, width, ci = padded.shape
+        if padded.dtype not in _TYPES or kh * kw * ci >= _PATCHES[-1]:
+            raise TypeError(
+                f"padded: expected float32 or float64 in patches of fewer than {_PATCHES[-1]} values, "
+                f"got {padded.dtype} in patches of {kh * kw * ci}"
+            )
+        if images * height * width * max(ci, channels) >= 2**31:
+            raise ValueError(
+                f"padded: expected fewer than 2**31 elements a task, got shape {tuple(padded.shape)}"
+            )
+        self.dtype, self.device = padded.dtype, padded.device
+        self.values = kh * kw * ci
+        self.size = _padded_values(self.values)
+        self.tasks, self.channels, self.images = tasks, channels, images
+        self.out = (height - kh + 1, width - kw + 1)
+        rows, columns = self.out[0] // 2, self.out[1] // 2
+        self.windows = images * rows * columns
+        self.arguments: dict[str, Any] = {
+            "C": channels, "K": self.values, "H": height, "W": width, "CI": ci, "KW": kw, "OH": rows, "OW": columns,
+            "T": tasks, "N": images,
+        }  # fmt: skip
+
+    def blocks(self, kernel: Any) -> int:
+        return triton.cdiv(self.channels, _constants(kernel, self.dtype, self.size)["BC"])
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **scalars: Any) -> None:
+        for name, tensor in zip(kernel.arg_names, tensors, strict=False):
+            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise ValueError(
+                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
+                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
+                )
+        given = self.arguments | scalars | _constants(kernel, self.dtype, self.size)
+        names = kernel.arg_names[len(tensors) :]
+        kernel[grid](*tensors, **{n: given[n] for n in names}, **launch_options(*_options(kernel)))
+
+    def affine(self, *rows: Tensor) -> tuple[int, list[Tensor]]:
+        """Stride from task to task, and γ (and β) contiguous and aligned."""
+        first = rows[0]
+        wide = [row.expand(first.shape).to(self.dtype).contiguous() for row in rows]
+        wide = [row if row.data_ptr() % 16 == 0 else row.clone() for row in wide]
+        return (self.channels if first.dim() == 2 else 0), wide
+
+
+def moments(images: Tensor, kh: int, kw: int, padding: int, padded: Tensor, moments: Tensor) -> None:
+    """``patch_moments`` of ``mamlpp_fast.ops``; all tensors contiguous, as below."""
+    call = _Call(padded, kh, kw, 0)
+    tasks, count, height, width, ci = images.shape
+    piece, pieces = split(count * height * width, tasks, 256, limit=_PIECES)
+    part = call.empty(pieces, tasks, _CHANNELS, dtype=torch.float64)
+    sizes = {"S": pieces, "piece": piece, "CI": ci}
+    call(kernels.pixel_sums, (pieces, tasks), images, part, M=count * height * width, **sizes)
+    centre = call.empty(tasks, _CHANNELS, dtype=torch.float64)
+    pixels = padded.shape[1] * padded.shape[2] * padded.shape[3]
+    call(
+        kernels.pad, (triton.cdiv(pixels, 256), tasks), images, part, padded, centre,
+        H=height, W=width, CI=ci, S=pieces, padding=padding,
+    )  # fmt: skip
+    patches = count * call.out[0] * call.out[1]
+    piece, pieces = split(patches, tasks, 32, limit=_PIECES)
+    products = call.empty(pieces, tasks, call.size, call.size, dtype=torch.float64)
+    shape = {"OH": call.out[0], "OW": call.out[1]}
+    call(kernels.patch_products, (pieces, tasks), padded, products, M=patches, S=pieces, piece=piece, **shape)
+    call(kernels.moments, (tasks,), products, centre, moments, S=pieces)
+
+
+def _over_windows(call: _Call, kernel: Any, *tensors: Tensor, slope: float) -> None:
+    grid = (triton.cdiv(call.windows, _constants(kernel, call.dtype, call.size)["BM"]), call.blocks(kernel))
+    call(kernel, (*grid, call.tasks), *tensors, M=call.windows, slope=slope)
+
+
+def forward(
+    padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, y: Tensor,
+    index: Tensor, mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
+    """``conv_norm_act_pool``."""
+    _check_slope(slope)
+    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    gamma, beta = torch.broadcast_tensors(gamma, beta)
+    stride, rows = call.affine(gamma, beta)
+    folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
+    grid = (call.blocks(kernels.forward_fold), call.tasks)
+    call(kernels.forward_fold, grid, moments, w, *rows, folded, shift, mean, rstd, eps=eps, row_stride=stride)
+    _over_windows(call, kernels.forward_windows, padded, folded, shift, y, index, slope=slope)
+
+
+def tangent(
+    v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
+    slope: float, uy: Tensor, t: Tensor,
+) -> None:  # fmt: skip
+    """``conv_norm_act_pool_tangent``."""
+    _check_slope(slope)
+    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    stride, rows = call.affine(gamma)
+    folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
+    grid = (call.blocks(kernels.tangent_fold), call.tasks)
+    call(kernels.tangent_fold, grid, v, moments, w, *rows, rstd, folded, shift, t, row_stride=stride)
+    _over_windows(call, kernels.tangent_windows, padded, folded, shift, y, index, uy, slope=slope)
+
+
+def _sums(
+    call: _Call, padded: Tensor, gy: Tensor, y: Tensor, index: Tensor, slope: float
+) -> tuple[Tensor, int]:
+    blocks = call.blocks(kernels.chosen_sums)
+    rows = _constants(kernels.chosen_sums, call.dtype, call.size)["BM"]
+    piece, pieces = split(call.windows, blocks * call.tasks, rows)
+    part = call.empty(pieces, call.tasks, call.size, call.channels)
+    sizes = {"M": call.windows, "S": pieces, "piece": piece}
+    call(
+        kernels.chosen_sums,
+        (blocks, call.tasks, pieces),
+        padded,
+        gy,
+        y,
+        index,
+        part,
+        slope=slope,
+        **sizes,
+    )
+    return part, pieces
+
+
+def backward(
+    gy: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
+    slope: float, gw: Tensor, sums: Tensor, ggamma: Tensor, gbeta: Tensor,
+) -> None:  # fmt: skip
+    """``conv_norm_act_pool_backward``."""
+    _check_slope(slope)
+    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    stride, rows = call.affine(gamma)
+    part, pieces = _sums(call, padded, gy, y, index, slope)
+    grid = (call.blocks(kernels.backward_finish), call.tasks)
+    call(
+        kernels.backward_finish, grid, part, moments, w, *rows, rstd, gw, sums, ggamma, gbeta,
+        S=pieces, row_stride=stride,
+    )  # fmt: skip
+
+
+def backward_tangent(
+    gy_dot: Tensor, v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor,
+    rstd: Tensor, slope: float, sums: Tensor, t: Tensor, gw_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor,
+) -> None:  # fmt: skip
+    """``conv_norm_act_pool_backward_tangent``."""
+    _check_slope(slope)
+    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    stride, rows = call.affine(gamma)
+    part, pieces = _sums(call, padded, gy_dot, y, index, slope)
+    grid = (call.blocks(kernels.backward_tangent_finish), call.tasks)
+    call(
+        kernels.backward_tangent_finish, grid, part, v, moments, w, *rows, rstd, sums, t, gw_dot, ggamma_dot,
+        gbeta_dot, M=call.images * call.out[0] * call.out[1], S=pieces, row_stride=stride,
+    )  # fmt: skip
+
+
+def _check_slope(slope: float) -> None:
+    if slope < 0:
+        raise ValueError(f"slope: expected at least 0, got {slope}")
+
+
+def launch_configurations() -> Iterator[Configuration]:
+    """Everything a call can launch: two types, two sizes of patches."""
+    doubles = {"part_ptr", "centre_ptr", "moments_ptr"}
+    for dtype in _TYPES:
+        for values in _PATCHES:
+            for kernel in _KERNELS:
+                constants = _constants(kernel, dtype, values)
+                if values != _PATCHES[0] and not {"KP"} & constants.keys():
+                    continue
+                if dtype == torch.float32 and kernel is kernels.moments:
+                    continue  # all float64
+                kind = TYPE_NAMES[dtype]
+                sums_of_windows = kernel in (
+                    kernels.chosen_sums,
+                    kernels.backward_finish,
+                    kernels.backward_tangent_finish,
+                )
+                types = {}
+                for name in kernel.arg_names:
+                    if name in constants:
+                        continue
+                    if name in ("eps", "slope"):
+                        types[name] = "fp64"
+                    elif name == "index_ptr":
+                        types[name] = "*u8"
+                    elif name in doubles and not (name == "part_ptr" and sums_of_windows):
+                        types[name] = "*fp64"
+                    else:
+                        types[name] = f"*{kind}" if name.endswith("_ptr") else "i32"
+                pointers = tuple(n for n in types if n.endswith("_ptr"))
+                # Products of what happens once a channel are float64 ones.
+                wide = "" if kernel in _FLOAT32 or kind == "fp64" else "fp64 of "
+                text = f"{kernel.__name__} {values} values {wide}{kind}"
+                yield Configuration(text, kernel, types, constants, *_options(kernel), aligned=pointers)

@@ -1,0 +1,31 @@
+"""``mamlpp-fast export``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mamlpp_fast.cli._arguments import Commands, add_command
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    sub = add_command(
+        commands, "export", run, "Writes a run's last state as a checkpoint of the MAML++ authors' code."
+    )
+    sub.add_argument("dir", metavar="DIR", help="the run's folder")
+    sub.add_argument(
+        "--out", required=True, metavar="FILE", help="such as saved_models/train_model_latest of their code"
+    )
+    sub.add_argument("--legacy", action="store_true", help="in the file format of PyTorch before 1.6")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mamlpp_fast.compat.checkpoints import export_checkpoint
+
+    iteration, notes = export_checkpoint(arguments.dir, arguments.out, legacy=arguments.legacy)
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(f"wrote {arguments.out} (iteration {iteration})")
+    return 0

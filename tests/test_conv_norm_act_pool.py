@@ -1,0 +1,224 @@
+"""The first layer in one: four orders, every backend, against autograd through PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamlpp_fast.ops._library import OPERATIONS
+from mamlpp_fast.ops.conv_norm_act_pool import (
+    conv_norm_act_pool,
+    conv_norm_act_pool_backward,
+    conv_norm_act_pool_backward_tangent,
+    conv_norm_act_pool_tangent,
+    output_shape,
+    patch_moments,
+)
+from mamlpp_fast.testing import backends, use_backend
+
+BACKENDS = backends("conv_norm_act_pool")
+# Images [T, N, H, W, Ci], filters, kernel, padding.
+SHAPES = {
+    "even": ((2, 3, 6, 4, 1), 8, (3, 3), 1),
+    "odd": ((2, 2, 7, 5, 3), 5, (3, 3), 1),
+    "omniglot": ((1, 2, 9, 8, 1), 64, (3, 3), 1),
+    "three-registers": ((1, 2, 5, 6, 3), 48, (3, 3), 1),
+    "remainder": ((3, 1, 5, 6, 2), 67, (3, 3), 1),
+    "no-padding": ((2, 2, 7, 6, 1), 3, (3, 3), 0),
+    "point": ((1, 3, 4, 5, 3), 4, (1, 1), 0),
+    "smallest": ((1, 1, 2, 2, 1), 1, (3, 3), 1),
+}
+EPS = 1e-5
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with use_backend(request.param):
+        yield request.param
+
+
+class Case:
+    """Inputs of all orders, and the results of all of them by the operations."""
+
+    def __init__(
+        self,
+        images: tuple[int, ...],
+        channels: int,
+        kernel: tuple[int, int] = (3, 3),
+        padding: int = 1,
+        *,
+        slope: float = 0.01,
+        per_task: bool = False,
+        dtype: torch.dtype = torch.float64,
+        offset: float = 0.0,
+    ) -> None:
+        tasks, count, height, width, ci = images
+        self.padding, self.slope, self.dtype, self.rows = padding, slope, dtype, (tasks, channels)
+        self.padded = (tasks, count, height + 2 * padding, width + 2 * padding, ci)
+        weights = (tasks, *kernel, ci, channels)
+        self.small = output_shape(self.padded, weights)
+        self.values = kernel[0] * kernel[1] * ci
+        self.x = torch.randn(images, dtype=dtype) + offset
+        self.w, self.v = (torch.randn(weights, dtype=dtype) for _ in range(2))
+        self.gy, self.gy_dot = (torch.randn(self.small, dtype=dtype) for _ in range(2))
+        self.gamma, self.beta = (
+            torch.randn(self.rows if per_task else (channels,), dtype=dtype) for _ in range(2)
+        )
+
+    def fresh(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        return [torch.full(shape, float("nan"), dtype=self.dtype) for shape in shapes]
+
+    def prepared(self) -> tuple[Tensor, Tensor]:
+        (padded,) = self.fresh(self.padded)
+        moments = padded.new_full((self.rows[0], self.values + 2, self.values), float("nan")).double()
+        patch_moments(self.x, *self.w.shape[1:3], self.padding, padded, moments)
+        return padded, moments
+
+    def run(self) -> dict[str, Tensor]:
+        images = self.prepared()
+        y, mean, rstd = self.fresh(self.small, self.rows, self.rows)
+        index = torch.full(self.small, 255, dtype=torch.uint8)
+        conv_norm_act_pool(
+            *images, self.w, self.gamma, self.beta, y, index, mean, rstd, eps=EPS, slope=self.slope
+        )
+        saved = (y, index, *images, self.w, self.gamma, rstd)
+        sums = (self.rows[0], self.values, self.rows[1])
+        gw, b, ggamma, gbeta = self.fresh(tuple(self.w.shape), sums, self.rows, self.rows)
+        conv_norm_act_pool_backward(self.gy, *saved, gw, b, ggamma, gbeta, slope=self.slope)
+        uy, t = self.fresh(self.small, self.rows)
+        conv_norm_act_pool_tangent(self.v, *saved, uy, t, slope=self.slope)
+        dots = self.fresh(tuple(self.w.shape), self.rows, self.rows)
+        conv_norm_act_pool_backward_tangent(self.gy_dot, self.v, *saved, b, t, *dots, slope=self.slope)
+        names = ("y", "mean", "rstd", "gw", "ggamma", "gbeta", "uy", "gw_dot", "ggamma_dot", "gbeta_dot")
+        return dict(zip(names, (y, mean, rstd, gw, ggamma, gbeta, uy, *dots), strict=True))
+
+    def plain(self, w: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """The composite of PyTorch's own operations, task by task, and the convolution's output before the rest."""
+        found, features = [], []
+        for x, weight, scale, shift in zip(self.x, w, gamma, beta, strict=True):
+            z = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(3, 2, 0, 1), padding=self.padding)
+            y = F.leaky_relu(F.batch_norm(z, None, None, scale, shift, True, 0.0, EPS), self.slope)
+            found.append(F.max_pool2d(y, 2).permute(0, 2, 3, 1))
+            features.append(z)
+        return torch.stack(found), torch.stack(features)
+
+    def expected(self) -> dict[str, Tensor]:
+        """The same by autograd; a tangent is the derivative of a gradient by its cotangent."""
+        w, gy = self.w.clone().requires_grad_(), self.gy.clone().requires_grad_()
+        gamma, beta = (row.expand(self.rows).clone().requires_grad_() for row in (self.gamma, self.beta))
+        y, z = self.plain(w, gamma, beta)
+        variance, mean = torch.var_mean(z.detach(), (1, 3, 4), correction=0)
+        gradients = torch.autograd.grad(y, (w, gamma, beta), gy, create_graph=True)
+        names = ("y", "mean", "rstd", "gw", "ggamma", "gbeta")
+        found = (y, mean, (variance + EPS).rsqrt(), *gradients)
+        results = {name: value.detach() for name, value in zip(names, found, strict=True)}
+        directions = {"uy": (y, {w: self.v})}
+        for name, gradient in zip(("gw_dot", "ggamma_dot", "gbeta_dot"), gradients, strict=True):
+            directions[name] = (gradient, {w: self.v, gy: self.gy_dot})
+        for name, (value, along) in directions.items():
+            cotangent = torch.zeros_like(value).requires_grad_()
+            pulled = torch.autograd.grad(value, list(along), cotangent, create_graph=True, allow_unused=True)
+            product = sum((p * d).sum() for p, d in zip(pulled, along.values(), strict=True) if p is not None)
+            (results[name],) = torch.autograd.grad(product, cotangent, retain_graph=True)  # type: ignore[arg-type]
+        return results
+
+    def in_float64(self) -> Case:
+        exact = Case.__new__(Case)
+        exact.__dict__ = {k: v.double() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        exact.dtype = torch.float64
+        return exact
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.0, 1.0], ids=["leaky", "relu", "linear"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_four_orders(backend: str, name: str, slope: float) -> None:
+    case = Case(*SHAPES[name], slope=slope, per_task=slope == 0.01)
+    found, expected = case.run(), case.expected()
+    for key, value in found.items():
+        scale = max(1.0, float(expected[key].abs().max()))
+        torch.testing.assert_close(
+            value, expected[key], rtol=1e-10, atol=1e-10 * scale, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0], ids=["centred", "mean-100"])
+def test_float32_errs_at_most_twice_as_much_as_pytorch(backend: str, offset: float) -> None:
+    case = Case((2, 4, 14, 14, 3), 16, dtype=torch.float32, offset=offset)
+    ours, theirs = case.run(), case.expected()
+    for name, value in case.in_float64().expected().items():
+        if name == "mean":
+            continue
+        limit = 2 * (theirs[name].double() - value).abs().max() + 1e-6 * value.abs().max()
+        assert (ours[name].double() - value).abs().max() <= limit, name
+
+
+def test_blank_images_have_no_variance(backend: str) -> None:
+    case = Case((1, 2, 6, 6, 1), 4, padding=0)
+    case.x.fill_(1.0)
+    found = case.run()
+    torch.testing.assert_close(found["rstd"], torch.full_like(found["rstd"], EPS**-0.5))
+    assert found["gw"].abs().max() < 1e-9
+    torch.testing.assert_close(found["y"], F.leaky_relu(case.beta, case.slope).expand(case.small))
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native library")
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+def test_result_does_not_depend_on_threads(tasks: int) -> None:
+    case = Case((tasks, 5, 9, 8, 3), 21, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(case.run())
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+
+def test_opcheck() -> None:
+    case = Case((2, 2, 5, 4, 1), 3)
+    images = case.prepared()
+    y, mean, rstd = case.fresh(case.small, case.rows, case.rows)
+    index = torch.zeros(case.small, dtype=torch.uint8)
+    gw, sums = torch.empty_like(case.w), torch.zeros(case.rows[0], case.values, case.rows[1]).double()
+    saved = (y.zero_(), index, *images, case.w, case.gamma, rstd.fill_(1), case.slope)
+    outputs = (torch.empty_like(mean), torch.empty_like(mean))
+    samples = {
+        "patch_moments": (case.x, 3, 3, case.padding, *images),
+        "conv_norm_act_pool": (*images, case.w, case.gamma, case.beta, EPS, case.slope, y, index, mean, rstd),
+        "conv_norm_act_pool_backward": (case.gy, *saved, gw, sums, *outputs),
+        "conv_norm_act_pool_tangent": (case.v, *saved, torch.empty_like(y), mean),
+        "conv_norm_act_pool_backward_tangent": (case.gy_dot, case.v, *saved, sums, rstd, gw, *outputs),
+    }
+    for name, sample in samples.items():
+        torch.library.opcheck(OPERATIONS[name].overload, sample)
+
+
+def test_errors_name_the_argument(backend: str) -> None:
+    case = Case((1, 2, 4, 4, 1), 3)
+    images = case.prepared()
+    y, mean, rstd = case.fresh(case.small, case.rows, case.rows)
+    index = torch.zeros(case.small, dtype=torch.uint8)
+
+    def attempt(**changes: Tensor | float) -> None:
+        given = {"moments": images[1], "w": case.w, "y": y, "slope": 0.01} | changes
+        conv_norm_act_pool(
+            images[0], given["moments"], given["w"], case.gamma, case.beta, given["y"], index, mean, rstd,
+            eps=EPS, slope=given["slope"],
+        )  # fmt: skip
+
+    attempt()
+    with pytest.raises(ValueError, match="moments: expected float64"):
+        attempt(moments=images[1].float())
+    with pytest.raises(ValueError, match="y: expected"):
+        attempt(y=y[:, :1])
+    with pytest.raises(ValueError, match="padded, w: expected"):
+        attempt(w=torch.randn(1, 3, 3, 2, 3).double())
+    with pytest.raises(ValueError, match="slope: expected at least 0, got -1"):
+        attempt(slope=-1.0)
