@@ -1,7 +1,6 @@
 """A few hundred of the damaged and hostile inputs that ``python -m bench.fuzz`` makes by the hundred thousand."""
 
 import io
-import json
 import pickle
 import struct
 import zipfile
@@ -256,10 +255,3 @@ def test_a_checkpoint_names_no_file_outside_its_folder(name: Any) -> None:
     entry = {"file": name, "val_accuracy": 0.5, "epoch": 0, "iteration": 1}
     with pytest.raises(CheckpointError, match="best: expected models with names"):
         check_best(Path("latest.pt"), [entry])
-
-
-def test_the_kept_figures_are_clean() -> None:
-    """``results/hard_use/fuzz.json``: as many inputs as the documentation says, and none failed."""
-    kept = json.loads((Path(__file__).parents[1] / "results/hard_use/fuzz.json").read_text())
-    assert sum(row["inputs"] for row in kept["rows"]) >= 100_000
-    assert all(row["failed"] == row["code_run"] == 0 for row in kept["rows"])

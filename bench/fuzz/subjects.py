@@ -87,6 +87,7 @@ class DataFile(Subject):
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_bytes(content)
         self.valid.append((self.folder / self.file).read_bytes())
+        self.read(self.valid[-1])  # what is damaged is valid before
 
     def contents(self) -> dict[str, bytes]:
         raise NotImplementedError
@@ -120,7 +121,7 @@ class OmniglotZip(DataFile):
         for part in ("images_background", "images_evaluation"):
             stream = io.BytesIO()
             with zipfile.ZipFile(stream, "w") as archive:
-                for c in range(1, 13):
+                for c in range(1, 21):
                     for d in range(2):
                         name = f"{part}/{part[7]}/character{c:02d}/{c:04d}_{d:02d}.png"
                         archive.writestr(name, _picture("PNG", 105, mode="1"))
@@ -407,7 +408,7 @@ class Recorded(Subject):
 def subjects() -> tuple[Subject, ...]:
     return (
         Omniglot("omniglot-npz", 0.03, "omniglot", "omniglot.npz"),
-        OmniglotZip("omniglot-zip", 0.02, "omniglot", "images_background.zip", protocol="vinyals"),
+        OmniglotZip("omniglot-zip", 0.02, "omniglot", "images_background.zip"),
         MiniImageNet("miniimagenet-npz", 0.03, "miniimagenet", "mini_imagenet_train.npz", image_size=16),
         Pickles("pickles", 0.3, "miniimagenet", "mini-imagenet-cache-train.pkl", image_size=4),
         Csv("csv", 0.1, "miniimagenet", "train.csv", image_size=12),
