@@ -140,6 +140,13 @@ def test_headers_that_promise_what_is_not_there(header: str, message: str, tmp_p
     assert message in str(raised.value)
 
 
+def test_characters_that_are_none(tmp_path: Path) -> None:
+    header = "{'descr': '<U1', 'fortran_order': False, 'shape': (1,)}"
+    with pytest.raises(DataError, match="x: expected texts, got a character 0xffffffff"):
+        read_npz(_npz(tmp_path, header, b"\xff" * 4))
+    assert read_npz(_npz(tmp_path, header, b"a\0\0\0"))["x"].tolist() == ["a"]
+
+
 def test_an_archive_that_unpacks_to_a_thousand_times_its_size(tmp_path: Path) -> None:
     file = tmp_path / "omniglot.npz"
     with (

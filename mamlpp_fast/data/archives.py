@@ -98,7 +98,11 @@ def _array(archive: zipfile.ZipFile, member: str, source: str) -> NDArray[Any]:
         array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
         while stream.read(1 << 16):  # to the end, where the checksum is compared
             pass
-        return array
+    if array.dtype.kind == "U":
+        points = np.frombuffer(array.astype(array.dtype.newbyteorder("=")).tobytes(), np.uint32)
+        if points.size and int(points.max()) > 0x10FFFF:  # numpy makes a SystemError of reading one
+            raise DataError(f"{source}: expected texts, got a character {int(points.max()):#x}")
+    return array
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
