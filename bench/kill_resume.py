@@ -1,8 +1,8 @@
-"""Kills a training run with SIGKILL at random moments, resumes it each time, and compares it with an undisturbed one.
+"""Ends a training run by signals at random moments, resumes it each time, and compares it with an undisturbed one.
 
-    python bench/kill_resume.py [--kills 10] [--seed 0] [--folder DIR] [TRAIN ARGUMENTS ...]
+    python bench/kill_resume.py [--kills 10] [--signals KILL,TERM,INT] [--seed 0] [--folder DIR] [TRAIN ARGUMENTS ...]
 
-Prints where each kill struck; exits with 1 if the summaries (times apart) or any checkpointed tensor differ by a bit.
+Prints where each signal struck; exits with 1 if the summaries (times apart) or any checkpointed tensor differ by a bit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,7 @@ def tensors_of(out: Path) -> dict[str, torch.Tensor]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--signals", default="KILL", help="drawn from: KILL, TERM, INT, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     options, arguments = parser.parse_known_args()
@@ -79,12 +81,16 @@ def main() -> int:
         process.stdout.readline()  # the run has begun: a life is counted from here
         moment = rng.uniform(0, seconds / options.kills)
         time.sleep(moment)
-        process.kill()
+        number = signal.Signals[f"SIG{rng.choice(options.signals.split(','))}"]
+        process.send_signal(number)
         process.communicate()
         latest = killed / "checkpoints" / "latest.pt"
         reached = load_checkpoint(latest, "training")["learner"]["iteration"] if latest.exists() else 0
-        done = "" if process.returncode == -9 else " (it had finished)"
-        print(f"kill {kill + 1}: after {moment:.2f} s, checkpoint at iteration {reached}{done}", flush=True)
+        done = "" if process.returncode in (-number, 128 + number) else f" (status {process.returncode})"
+        print(
+            f"{number.name} {kill + 1}: after {moment:.2f} s, checkpoint at iteration {reached}{done}",
+            flush=True,
+        )
     finish(arguments, killed)
     ours, theirs = tensors_of(killed), tensors_of(undisturbed)
     differing = [k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs]

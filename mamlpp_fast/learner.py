@@ -16,6 +16,7 @@ from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine import Engine, EngineName, Precision, dtype_of, make_engine
+from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.engine.fused import Unsupported
 from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.engine.reduction import Reduction
@@ -85,6 +86,8 @@ class MAMLPlusPlus:
             ``F.cross_entropy`` (``functools.partial`` with ``label_smoothing`` too) and ``F.mse_loss``.
         process_group: the processes that share the tasks of every meta-batch, ``torch.distributed.group.WORLD`` say.
             All call :meth:`meta_step` alike and hold the same parameters, those of rank 0 to begin with.
+        deterministic: the same bits on any number of CPU threads; by default what
+            ``torch.use_deterministic_algorithms`` says. Costs the fused engine little; the others run on one thread.
 
     Attributes:
         model: the network at its meta-parameters.
@@ -107,6 +110,7 @@ class MAMLPlusPlus:
         device: torch.device | str | None = None,
         loss_fn: reference.LossFn | None = None,
         process_group: dist.ProcessGroup | None = None,
+        deterministic: bool | None = None,
     ) -> None:
         self.config = config = MAMLConfig() if config is None else config
         self.precision: Precision = precision
@@ -127,9 +131,12 @@ class MAMLPlusPlus:
             rates=config.rates,
             learnable=config.lslr or config.rates == "element",
         )
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        self.deterministic = deterministic and self.device.type == "cpu"
         self._asked: EngineName = engine
         self.engine, self.engine_reason = make_engine(
-            engine, self.model, self.rates, config, self.loss_fn, precision
+            engine, self.model, self.rates, config, self.loss_fn, precision, self.deterministic
         )
         trainable = [p for m in (self.model, self.rates) for p in m.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
@@ -292,7 +299,8 @@ class MAMLPlusPlus:
             step: makes the update in place of ``optimizer.step``: a framework's wrapper of it.
         """
         self._set_learning_rate()
-        (self.optimizer.step if step is None else step)()
+        with one_thread(self.deterministic):
+            (self.optimizer.step if step is None else step)()
         self.iteration += 1
 
     def check_finite(self, task_losses: Tensor) -> None:
@@ -322,7 +330,7 @@ class MAMLPlusPlus:
         """
         steps = self._eval_steps(steps)
         self.model.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), one_thread(self.deterministic):
             fast = adapt(
                 self.model,
                 support_x.to(self.device, self.dtype),
@@ -339,7 +347,7 @@ class MAMLPlusPlus:
             reference.set_step(self.model, steps - 1)
             reference.set_eval_stats(self.model, self.config.eval_stats)
             try:
-                with torch.no_grad():
+                with torch.no_grad(), one_thread(self.deterministic):
                     prediction: Tensor = functional_call(self.model, frozen, (x.to(self.device, self.dtype),))
             finally:
                 reference.set_eval_stats(self.model, "batch")
@@ -400,7 +408,8 @@ class MAMLPlusPlus:
     def _serve(self, call: Callable[[Engine], _T]) -> _T:
         """Calls the engine; where it cannot take the shapes of a batch, ``auto`` goes over to the autograd engine."""
         try:
-            return call(self.engine)
+            with one_thread(self._one_thread):
+                return call(self.engine)
         except Unsupported as error:
             if self._asked != "auto":
                 raise
@@ -408,7 +417,13 @@ class MAMLPlusPlus:
                 "autograd", self.model, self.rates, self.config, self.loss_fn, self.precision
             )
             self.engine_reason = f"not fused: {error}"
-            return call(self.engine)
+            with one_thread(self._one_thread):
+                return call(self.engine)
+
+    @property
+    def _one_thread(self) -> bool:
+        """Whether the engine runs on one thread whole; the fused one parts itself what may run on several."""
+        return self.deterministic and self.engine.name != "fused"
 
     def _eval_steps(self, steps: int | None) -> int:
         if steps is None:

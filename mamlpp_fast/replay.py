@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from mamlpp_fast.engine import EngineName
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.models import Conv4
+from mamlpp_fast.recorded import read_record
 
 __all__ = ["FLOAT64_TOLERANCE", "ReplayReport", "replay"]
 
@@ -88,7 +87,7 @@ def replay(
     """
     if dtype not in ("float64", "float32"):
         raise ValueError(f"dtype: expected float64 or float32, got {dtype!r}")
-    record = _read(Path(path))
+    record = read_record(Path(path))
     report = _run(record, engine, dtype, torch.device(device))
     if dtype == "float64":
         errors = (report.loss, report.meta_gradient, report.final_parameters, report.eval_logits)
@@ -184,16 +183,16 @@ def _meta_gradient_error(learner: MAMLPlusPlus, record: Mapping[str, Any]) -> fl
         kind, ours = our_name(name)
         if ours.endswith("conv.bias"):
             continue  # rounding noise around an exact zero
-        if kind == "model":
+        grad = None
+        if kind == "model" and ours in own:
             grad = own[ours].grad
-        else:
-            grad = learner.rates.rates.grad
-            if grad is not None:
-                grad, recorded = grad[learner.rates.names.index(ours)], recorded[: learner.config.steps]
+        elif kind == "rates" and ours in learner.rates.names and learner.rates.rates.grad is not None:
+            grad = learner.rates.rates.grad[learner.rates.names.index(ours)]
+            recorded = recorded[: learner.config.steps]
         if grad is None:
             raise ValueError(f"grad0/{name}: expected a gradient of {ours}, this configuration has none")
         errors.append(_error(grad.cpu(), recorded))
-    return max(errors)
+    return max(errors, default=float("inf"))
 
 
 def _final_error(learner: MAMLPlusPlus, record: Mapping[str, Any]) -> float:
@@ -205,17 +204,21 @@ def _final_error(learner: MAMLPlusPlus, record: Mapping[str, Any]) -> float:
         # include the evaluation's, which leak into them.
         if ours.endswith("conv.bias") or ".running_" in ours:
             continue
+        if ours not in (state if kind == "model" else learner.rates.names):
+            raise ValueError(f"final/{name}: expected a parameter of this configuration, it has no {ours}")
         if kind == "model":
             errors.append(_error(state[ours].cpu(), recorded))
         else:
             row = learner.rates.rates[learner.rates.names.index(ours)].detach()
             errors.append(_error(row.cpu(), recorded[: learner.config.steps]))
-    return max(errors)
+    return max(errors, default=float("inf"))
 
 
 def _error(ours: Tensor, recorded: np.ndarray[Any, Any]) -> float:
     """Largest absolute difference relative to the largest recorded value (absolute where all recorded are zero)."""
     expected = torch.as_tensor(recorded, dtype=torch.float64)
+    if expected.shape != ours.shape:
+        raise ValueError(f"recorded: expected a tensor {list(ours.shape)}, got {list(expected.shape)}")
     scale = float(expected.abs().max())
     difference = float((ours.double() - expected).abs().max())
     if difference != difference:
@@ -225,53 +228,3 @@ def _error(ours: Tensor, recorded: np.ndarray[Any, Any]) -> float:
 
 def _group(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(f"{prefix}/"): v for k, v in record.items() if k.startswith(f"{prefix}/")}
-
-
-_CONFIG_KEYS = frozenset(
-    [
-        "ways",
-        "image",
-        "channels",
-        "filters",
-        "stages",
-        "steps",
-        "inner_lr",
-        "lslr",
-        "inner_bn",
-        "msl",
-        "msl_epochs",
-        "second_order",
-        "da_epoch",
-        "max_pool",
-        "per_step_bn",
-        "bn_gamma",
-        "bn_beta",
-        "dataset",
-        "epoch",
-    ]
-)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Reads a recorded run whole.
-
-    Raises:
-        ValueError: when the file cannot be read or lacks a key.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            record: dict[str, Any] = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, BadZipFile, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a recorded run (.npz), {error}") from error
-    batches = {f"batch{i}/{side}_{axis}" for i in range(3) for side in ("support", "target") for axis in "xy"}
-    missing = ({"config", "losses", "eval_logits", "msl_weights"} | batches) - record.keys()
-    if missing:
-        raise ValueError(f"{path}: expected a recorded run, key {min(missing)!r} is missing")
-    try:
-        config = json.loads(str(record["config"]))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected config to be JSON, {error}") from error
-    if not isinstance(config, dict) or (absent := _CONFIG_KEYS - config.keys()):
-        detail = f"{min(absent)!r} is missing" if isinstance(config, dict) else "it is no object"
-        raise ValueError(f"{path}: expected config to say how the run was made, {detail}")
-    return record | {"config": config}

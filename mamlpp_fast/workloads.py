@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mamlpp_fast._seeded import seeded
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.episodes import EpisodeBatch
@@ -59,8 +60,7 @@ class Workload:
             msl=not self.final,
             clamp_meta_gradient=None if self.channels == 1 else 10.0,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model = Conv4(
                 self.channels,
                 self.ways,

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from mamlpp_fast import reference, replay
 from mamlpp_fast.compat.authors import our_name
+from mamlpp_fast.recorded import read_record
 
 ENGINES = ("reference", "autograd", "fused")
 
@@ -53,7 +54,7 @@ def test_the_kernels_own_float32_tips_few_files(golden: Path, monkeypatch: pytes
 
 def test_recorded_running_statistics_are_ours_plus_the_leak_of_their_evaluation(golden: Path) -> None:
     """Spec 1.2: the authors' evaluation updates the running statistics; without it they equal ours."""
-    record = replay._read(golden / "final_loss_epoch50.npz")
+    record = read_record(golden / "final_loss_epoch50.npz")
     learner = replay._learner(record, "reference", "float64", torch.device("cpu"))
     batches = [replay._batch(record, i) for i in range(3)]
     for batch in batches:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_experiment, at_least
@@ -37,6 +38,9 @@ def add(commands: Commands) -> None:
     add_engine(sub)
     add_experiment(sub, required=False)
     sub.add_argument(
+        "--deterministic", action="store_true", help="the same result on any number of CPU threads"
+    )
+    sub.add_argument(
         "--max-iters", type=at_least(1), metavar="N", help="stop after N meta-updates in all, and test"
     )
 
@@ -44,6 +48,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.compat.experiment import read_experiment
     from mamlpp_fast.distributed import ElsewhereError, RankError, RankLostError, launched, own_device
+    from mamlpp_fast.engine.deterministic import deterministic_algorithms
     from mamlpp_fast.train import (
         DEFAULT_PRESET,
         Interrupted,
@@ -84,8 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         for s in evaluate_run(out, tasks=config.test_tasks, data_path=data, device=device):
             print(f"test accuracy: {s.describe()}")
         return 0
+    with_switch = arguments.deterministic and device.type == "cpu"
     try:
-        with launched(device) as group:
+        switch = deterministic_algorithms() if with_switch else nullcontext()
+        with switch, launched(device) as group:
             summary = train(
                 config,
                 out=out,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mamlpp_fast.data.archives import read_npz
 from mamlpp_fast.data.classes import SPLITS, FewShotData, ImageClasses
 from mamlpp_fast.data.errors import DataError
-from mamlpp_fast.data.locate import find, read_npz
+from mamlpp_fast.data.locate import find
+from mamlpp_fast.data.pictures import decode_image
 
 __all__ = ["PROTOCOLS", "load_cifar_fs", "load_fc100"]
 
@@ -103,13 +104,7 @@ def _load(
 
 def _decode(data: bytes, source: str, size: int) -> torch.Tensor:
     """A strip of images, one under the other, as [n, 3, size, size]."""
-    try:
-        with Image.open(io.BytesIO(data)) as strip:
-            image = strip.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(
-            f"{source}: expected a whole WebP image, got {' '.join(str(error).split())}"
-        ) from error
+    image = decode_image(data, source, "WebP image", lambda strip: strip.convert("RGB"))
     side = image.width
     if image.height % side:
         raise DataError(f"{source}: expected a strip of square images, got {image.width}x{image.height}")

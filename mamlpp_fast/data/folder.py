@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mamlpp_fast.data.classes import SPLITS, FewShotData, ImageClasses
 from mamlpp_fast.data.errors import DataError
 from mamlpp_fast.data.locate import find, progress
+from mamlpp_fast.data.pictures import decode_image
 
 __all__ = ["PROTOCOLS", "classes_from_files", "load_folder", "read_classes", "to_pixels"]
 
@@ -107,13 +108,7 @@ def classes_from_files(
     total = sum(len(files[n]) for n in names)
     for name in names:
         for file in files[name]:
-            try:
-                with Image.open(file) as image:
-                    pixels = to_pixels(image, size, channels)
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-                raise DataError(
-                    f"{file}: expected a whole image, got {' '.join(str(error).split())}"
-                ) from error
+            pixels = decode_image(file, str(file), "image", lambda image: to_pixels(image, size, channels))
             if images and pixels.shape != images[0].shape:
                 (_, h0, w0), (_, h, w) = images[0].shape, pixels.shape
                 raise DataError(f"{file}: expected {h0}x{w0} like the others (or an image_size), got {h}x{w}")
@@ -159,8 +154,4 @@ def _split_by_name(files: dict[str, list[Path]], root: Path) -> dict[str, dict[s
 
 
 def _is_grey(file: Path) -> bool:
-    try:
-        with Image.open(file) as image:
-            return image.mode in ("1", "L", "LA", "I;16")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{file}: expected a whole image, got {' '.join(str(error).split())}") from error
+    return decode_image(file, str(file), "image", lambda image: image.mode in ("1", "L", "LA", "I;16"))

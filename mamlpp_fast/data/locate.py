@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mamlpp_fast.data.errors import DataError
 
-__all__ = ["ENV", "cache_folder", "find", "progress", "read_npz", "search_roots", "write_atomically"]
+__all__ = ["ENV", "cache_folder", "find", "progress", "search_roots", "write_atomically"]
 
 ENV = "MAMLPP_FAST_DATA"
 
@@ -79,38 +73,6 @@ def find(
     raise DataError(f"{name}: expected {expected}, found none in {places}")
 
 
-def read_npz(file: Path, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """The arrays ``keys`` of an .npz file, which is never unpickled.
-
-    Raises:
-        DataError: for a file that is no whole archive, or that lacks a key.
-    """
-    keys = list(keys)
-    try:
-        with open(file, "rb") as stream:
-            archive = np.load(stream, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{file}: expected an .npz archive, got a single array")
-            missing = [k for k in keys if k not in archive.files]
-            if missing:
-                raise DataError(f"{file}: expected arrays {', '.join(keys)}; missing {', '.join(missing)}")
-            return {k: archive[k] for k in keys}
-    except DataError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
-        raise DataError(
-            f"{file}: expected a whole .npz archive, got a damaged one ({_one_line(error)})"
-        ) from error
-
-
 def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
     """Has ``write`` make a temporary file beside ``file``, then renames it: readers see all of it or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +94,3 @@ def progress(label: str, done: int, total: int) -> None:
         print(f"\r{label}: {done}/{total}", end=end, file=sys.stderr, flush=True)
     elif done >= total:
         print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

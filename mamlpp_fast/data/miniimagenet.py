@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
 import zipfile
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mamlpp_fast.data import folder
+from mamlpp_fast.data.archives import read_npz
 from mamlpp_fast.data.classes import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,8 +26,9 @@ from mamlpp_fast.data.classes import (
     from_arrays,
 )
 from mamlpp_fast.data.errors import DataError
-from mamlpp_fast.data.locate import cache_folder, find, progress, read_npz, write_atomically
+from mamlpp_fast.data.locate import cache_folder, find, progress, write_atomically
 from mamlpp_fast.data.pickles import read_pickle
+from mamlpp_fast.data.pictures import decode_image
 
 __all__ = ["PROTOCOLS", "load_miniimagenet"]
 
@@ -181,13 +182,7 @@ def _decode_npz(a: dict[str, NDArray[Any]], label: str, source: str, size: int) 
 
 
 def _decode(data: bytes, source: str, size: int) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return folder.to_pixels(image, size, 3)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(
-            f"{source}: expected a whole JPEG image, got {' '.join(str(error).split())}"
-        ) from error
+    return decode_image(data, source, "JPEG image", lambda image: folder.to_pixels(image, size, 3))
 
 
 def _read_pickle(place: Path, split: str, size: int) -> ImageClasses:
@@ -196,40 +191,7 @@ def _read_pickle(place: Path, split: str, size: int) -> ImageClasses:
         raise DataError(
             f"miniimagenet: expected '{place / _PICKLES[split][0]}' beside the other splits, found none"
         )
-    content = read_pickle(file)
-    if isinstance(content, dict):
-        content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
-    if isinstance(content, dict) and {"image_data", "class_dict"} <= content.keys():
-        images, rows = content["image_data"], content["class_dict"]
-        if not isinstance(rows, dict) or not rows:
-            raise DataError(
-                f"{file}: class_dict: expected a dict of image numbers, got {type(rows).__name__}"
-            )
-        names = sorted(rows, key=str)
-        labels = np.full(len(images), -1, np.int64)
-        for c, name in enumerate(names):
-            index = np.asarray(rows[name], np.int64)
-            if len(index) and (index.min() < 0 or index.max() >= len(images)):
-                raise DataError(
-                    f"{file}: class_dict['{name}']: expected 0 .. {len(images) - 1}, "
-                    f"got {index.min()} .. {index.max()}"
-                )
-            labels[index] = c
-        images, labels = np.asarray(images)[labels >= 0], labels[labels >= 0]
-    elif isinstance(content, dict) and {"data", "labels"} <= content.keys():
-        images, values = content["data"], np.asarray(content["labels"])
-        if values.ndim != 1 or len(values) != len(images):
-            raise DataError(f"{file}: labels: expected {len(images)} numbers, got {list(values.shape)}")
-        unique, labels = np.unique(values, return_inverse=True)
-        names = [str(v) for v in unique]
-    else:
-        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{file}: expected keys image_data and class_dict, or data and labels, got {keys}")
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise DataError(
-            f"{file}: images: expected uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}"
-        )
+    images, labels, names = _pickled(file, read_pickle(file))
     if images.shape[1:3] != (size, size):
         resized = [
             np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC)) for i in images
@@ -237,6 +199,66 @@ def _read_pickle(place: Path, split: str, size: int) -> ImageClasses:
         images = np.stack(resized)
     channels_first = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return from_arrays(channels_first, labels, split, names=[str(n) for n in names], source=str(file))
+
+
+def _pickled(file: Path, content: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
+    """Images [n, H, W, 3], their labels and the names of the classes, from either form of the pickles."""
+    if isinstance(content, dict):
+        content = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in content.items()}
+    if isinstance(content, dict) and {"image_data", "class_dict"} <= content.keys():
+        images, rows = _pickled_images(file, content["image_data"]), content["class_dict"]
+        if not isinstance(rows, dict) or not rows:
+            raise DataError(
+                f"{file}: class_dict: expected a dict of image numbers, got {type(rows).__name__}"
+            )
+        order = sorted(rows, key=str)
+        labels = np.full(len(images), -1, np.int64)
+        for c, name in enumerate(order):
+            index = _numbers(f"{file}: class_dict['{name!s:.50}']", rows[name])
+            if len(index) and (index.min() < 0 or index.max() >= len(images)):
+                raise DataError(
+                    f"{file}: class_dict['{name!s:.50}']: expected 0 .. {len(images) - 1}, "
+                    f"got {index.min()} .. {index.max()}"
+                )
+            labels[index] = c
+        return images[labels >= 0], labels[labels >= 0], [str(n) for n in order]
+    if isinstance(content, dict) and {"data", "labels"} <= content.keys():
+        images = _pickled_images(file, content["data"])
+        values = _numbers(f"{file}: labels", content["labels"])
+        if len(values) != len(images):
+            raise DataError(f"{file}: labels: expected {len(images)} numbers, got {list(values.shape)}")
+        unique, labels = np.unique(values, return_inverse=True)
+        return images, labels, [str(v) for v in unique]
+    keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    raise DataError(f"{file}: expected keys image_data and class_dict, or data and labels, got {keys!s:.200}")
+
+
+def _pickled_images(file: Path, images: Any) -> NDArray[np.uint8]:
+    kind = (
+        f"{images.dtype!s:.50} {list(images.shape)}"
+        if isinstance(images, np.ndarray)
+        else type(images).__name__
+    )
+    if (
+        not isinstance(images, np.ndarray)
+        or images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] != 3
+    ):
+        raise DataError(f"{file}: images: expected uint8 [n, H, W, 3], got {kind}")
+    if 0 in images.shape:
+        raise DataError(f"{file}: images: expected at least one pixel, got {list(images.shape)}")
+    return images
+
+
+def _numbers(what: str, value: Any) -> NDArray[np.int64]:
+    """A list or array of integers; a list of lists may spell out to any size and is looked at no further."""
+    fits = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iu"
+    if isinstance(value, list | tuple) and all(isinstance(n, int | np.integer) for n in value):
+        fits = all(-(2**63) <= n < 2**63 for n in value)
+    if not fits:
+        raise DataError(f"{what}: expected integers, got {type(value).__name__} of something else")
+    return np.asarray(value, np.int64)
 
 
 def _read_csv(place: Path, split: str, size: int) -> ImageClasses:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import urllib.error
@@ -17,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mamlpp_fast.data.archives import DAMAGED_ZIP, check_expansion, one_line, read_npz
 from mamlpp_fast.data.authors import authors_class_split
 from mamlpp_fast.data.classes import FewShotData, ImageClasses
 from mamlpp_fast.data.errors import DataError
-from mamlpp_fast.data.locate import cache_folder, find, progress, read_npz, write_atomically
+from mamlpp_fast.data.locate import cache_folder, find, progress, write_atomically
+from mamlpp_fast.data.pictures import decode_image
 
 __all__ = ["PROTOCOLS", "download_omniglot", "load_omniglot"]
 
@@ -236,11 +237,12 @@ def _members(zips: list[Path]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     for archive in zips:
         try:
             with zipfile.ZipFile(archive) as z:
+                check_expansion(z, str(archive))
                 for name in sorted(z.namelist()):
                     yield f"{archive.stem}/{name}", lambda z=z, name=name: z.read(name)  # type: ignore[misc]
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except DAMAGED_ZIP as error:
             raise DataError(
-                f"{archive}: expected a whole zip archive, got a damaged one ({error})"
+                f"{archive}: expected a whole zip archive, got a damaged one ({one_line(error)})"
             ) from error
 
 
@@ -254,7 +256,13 @@ def _from_pngs(
         match = _MEMBER.search(name)
         if match is None:
             continue
-        ink = _decode(f"{source}/{name}", read())
+        try:
+            data = read()
+        except DAMAGED_ZIP as error:
+            raise DataError(
+                f"{source}: expected a whole zip archive, got a damaged one ({one_line(error)})"
+            ) from error
+        ink = _decode(f"{source}/{name}", data)
         label = f"{match[1]}/{match[2]}"
         classes.setdefault(label, []).append(
             (match[3], _antialias(ink, size) if antialiased else _nearest(ink, size))
@@ -281,11 +289,9 @@ def _from_pngs(
 
 def _decode(name: str, data: bytes) -> NDArray[np.uint8]:
     """A PNG as ink = 255 on paper = 0."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            paper: NDArray[Any] = np.asarray(image.convert("L"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{name}: expected a whole PNG file, got {' '.join(str(error).split())}") from error
+    paper: NDArray[Any] = decode_image(
+        data, name, "PNG file", lambda image: np.asarray(image.convert("L")), sides=1024
+    )
     return np.where(paper >= 128, 0, 255).astype(np.uint8)
 
 

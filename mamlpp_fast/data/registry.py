@@ -71,4 +71,9 @@ def load(
                 f"download: expected omniglot, the one data set with a public address, got '{name}'"
             )
         options["download"] = True
-    return _LOADERS[name][0](path, protocol=protocol, image_size=image_size, **options)
+    try:
+        return _LOADERS[name][0](path, protocol=protocol, image_size=image_size, **options)
+    except MemoryError as error:
+        raise DataError(
+            f"{name}: expected data and an image_size ({image_size}) that fit in memory, {error!s:.200}"
+        ) from None

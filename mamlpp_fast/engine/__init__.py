@@ -61,6 +61,7 @@ def make_engine(
     config: MAMLConfig,
     loss_fn: LossFn,
     precision: Precision = "float32",
+    deterministic: bool = False,
 ) -> EngineChoice:
     """Builds the engine of this name; ``auto`` takes the fastest that can serve the model.
 
@@ -87,7 +88,9 @@ def make_engine(
     reason = "asked for"
     if name in ("auto", "fused"):
         try:
-            fused = FusedEngine(model, rates, config, loss_fn, precision=precision)
+            fused = FusedEngine(
+                model, rates, config, loss_fn, precision=precision, deterministic=deterministic
+            )
             return EngineChoice(
                 fused, "every module of the model has fused rules" if name == "auto" else reason
             )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mamlpp_fast import data as datasets
+from mamlpp_fast._seeded import seeded
 from mamlpp_fast._version import __version__
 from mamlpp_fast.data import EpisodeSampler, FewShotData
 from mamlpp_fast.data.classes import SPLITS
@@ -101,8 +102,7 @@ def build_learner(
         device: ditto.
         process_group: ditto.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.initial_seed)
+    with seeded(config.initial_seed):
         if config.model == "conv4":
             model: torch.nn.Module = Conv4(
                 channels,

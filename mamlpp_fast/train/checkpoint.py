@@ -7,7 +7,6 @@ import pickle
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,9 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast._version import __version__
+from mamlpp_fast.data.archives import DAMAGED_ZIP, one_line, shown
+from mamlpp_fast.data.pickles import Refused
+from mamlpp_fast.train._vetting import vet
 from mamlpp_fast.train.files import write_whole
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 Kind = Literal["training", "model", "authors"]
+_EXPECTED = "expected tensors and plain values only"
 
 
 class CheckpointError(ValueError):
@@ -65,16 +68,20 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            if damaged is None:
+                _vet(path, archive)
+    except DAMAGED_ZIP as error:
         reason = getattr(error, "strerror", None) or "it is truncated or something else"
         raise CheckpointError(f"{path}: expected a whole checkpoint, {reason}") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: expected a whole checkpoint, its part {damaged} is damaged")
+        raise CheckpointError(f"{path}: expected a whole checkpoint, its part {shown(damaged)} is damaged")
     content = load_tensors(path, device)
     expected = f"mamlpp_fast {kind}"
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != expected:
-        raise CheckpointError(f"{path}: expected a {expected!r} checkpoint, got {found!r}")
+        raise CheckpointError(f"{path}: expected a {expected!r} checkpoint, got {shown(found)}")
+    if type(content.get("version")) is not int:
+        raise CheckpointError(f"{path}: expected a format version, got {shown(content.get('version'))}")
     if content["version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: expected format {FORMAT_VERSION} or older, got {content['version']} "
@@ -97,16 +104,14 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         found = f"a pickle that asks for {asked[1]}" if asked else "something else"
-        raise CheckpointError(
-            f"{path}: expected tensors and plain values only, got {found}; refused, nothing was run"
-        ) from error
+        raise CheckpointError(f"{path}: {_EXPECTED}, got {found}; refused, nothing was run") from error
     except OSError as error:
         raise CheckpointError(f"{path}: expected a checkpoint, {error.strerror}") from error
     except (RuntimeError, EOFError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint, {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: expected a checkpoint, {one_line(error)}") from error
 
 
-def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Any) -> None:
     """Compares names and shapes before anything is loaded.
 
     Args:
@@ -118,11 +123,13 @@ def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Mapping[st
     Raises:
         CheckpointError: names the first parameter that differs.
     """
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: expected {what} by name, got {type(loaded).__name__}")
     for name in [*own, *loaded]:
         ours = _shape(own.get(name))
         theirs = _shape(loaded.get(name))
         if ours != theirs:
-            raise CheckpointError(f"{path}: expected {what} {name} {ours}, got {theirs}")
+            raise CheckpointError(f"{path}: expected {what} {name!s:.100} {ours}, got {theirs}")
 
 
 def _shape(value: Any) -> str:
@@ -131,5 +138,14 @@ def _shape(value: Any) -> str:
     return "absent" if value is None else type(value).__name__
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _vet(path: Path, archive: zipfile.ZipFile) -> None:
+    try:
+        vet(archive, lambda reason: CheckpointError(f"{path}: {reason}"))
+    except CheckpointError:
+        raise
+    except Refused as refused:
+        raise CheckpointError(
+            f"{path}: {_EXPECTED}, got a pickle that asks for {refused}; refused, nothing was run"
+        ) from None
+    except Exception as error:  # a damaged pickle may raise anything at all
+        raise CheckpointError(f"{path}: {_EXPECTED}, got a damaged pickle ({one_line(error)})") from error

@@ -52,8 +52,8 @@ def read_json(path: Path, what: str = "a run's folder") -> dict[str, Any]:
         value = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: expected {what}, {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, {error!s:.200}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value

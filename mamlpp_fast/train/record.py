@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.learner import MAMLPlusPlus
-from mamlpp_fast.train.checkpoint import CheckpointError, Kind, check_fits, load_checkpoint, save_checkpoint
+from mamlpp_fast.train._resumable import check_content, check_learner
+from mamlpp_fast.train.checkpoint import CheckpointError, Kind, load_checkpoint, save_checkpoint
 from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.files import append_line, write_json
 
@@ -108,13 +109,14 @@ def check_training(
     Raises:
         CheckpointError: when it is of another configuration, data set, engine or model.
     """
+    check_content(path, content)
     changed = differences(config.deciding(), TrainConfig().deciding() | content["config"])
     if changed:
         raise CheckpointError(f"{path}: expected a checkpoint of this configuration, now {changed}")
     # An imported checkpoint names no data.
     if content["data"] not in (None, fingerprint):
         raise CheckpointError(
-            f"{path}: expected the data it was made with ({content['data']['name']}), "
+            f"{path}: expected the data it was made with ({content['data'].get('name')!s:.50}), "
             "got other classes or pixels"
         )
     if content["engine"] != learner.engine.name:
@@ -123,5 +125,4 @@ def check_training(
             f"got {learner.engine.name} ({learner.engine_reason})"
         )
     state = content["learner"]
-    check_fits(path, "model", learner.model.state_dict(), state["model"])
-    check_fits(path, "rates", learner.rates.state_dict(), state["rates"])
+    check_learner(path, state, learner)

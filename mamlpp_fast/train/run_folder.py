@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from mamlpp_fast.data import EpisodeSampler, FewShotData
+from mamlpp_fast.data.archives import shown
 from mamlpp_fast.engine import EngineName
 from mamlpp_fast.learner import MAMLPlusPlus
+from mamlpp_fast.train._resumable import check_best, is_model_name
 from mamlpp_fast.train.build import build_learner, load_data, make_sampler
 from mamlpp_fast.train.checkpoint import check_fits, load_checkpoint
 from mamlpp_fast.train.config import TrainConfig, differences
@@ -58,7 +60,10 @@ def finished_summary(folder: Path, target: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     summary = read_json(path)
-    return summary if summary.get("iterations", 0) >= target else None
+    made = summary.get("iterations", 0)
+    if type(made) is not int:
+        raise ValueError(f"{path}: iterations: expected an integer, got {shown(made)}")
+    return summary if made >= target else None
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -69,6 +74,11 @@ def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """
     record = read_json(folder / "config.json")
     known = {f.name for f in dataclasses.fields(TrainConfig)}
+    for key, kind in (("engine", str), ("precision", str), ("data", str | None)):
+        if key not in record or not isinstance(record[key], kind):
+            raise ValueError(
+                f"{folder / 'config.json'}: expected {key} as a text, got {shown(record.get(key))}"
+            )
     return TrainConfig.from_dict({k: v for k, v in record.items() if k in known}), record
 
 
@@ -88,7 +98,7 @@ def put_model(path: Path, content: Mapping[str, Any], learner: MAMLPlusPlus) -> 
         CheckpointError: when it is of another shape.
     """
     for what, module in (("model", learner.model), ("rates", learner.rates)):
-        check_fits(path, what, module.state_dict(), content.get(what, {}))
+        check_fits(path, what, module.state_dict(), content.get(what))
         module.load_state_dict(content[what])
 
 
@@ -188,10 +198,12 @@ def best_files(folder: Path) -> list[str]:
     """
     summary = folder / "summary.json"
     if summary.exists():
-        files: list[str] = read_json(summary)["models"]
+        files = read_json(summary).get("models")
     else:
         latest = load_checkpoint(folder / "checkpoints" / "latest.pt", "training")
-        files = [entry["file"] for entry in latest["best"]]
+        files = check_best(folder / "checkpoints" / "latest.pt", latest.get("best"))
     if not files:
         raise ValueError(f"DIR: expected a run with at least one finished epoch, {folder} has none")
+    if not isinstance(files, list) or not all(map(is_model_name, files)):
+        raise ValueError(f"{summary}: expected names of model checkpoints, got {shown(files)}")
     return files

@@ -35,6 +35,9 @@ Precision = Literal["float64", "float32", "tf32", "bfloat16"]
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
 _NARROW = 8
 
+# Tasks of a group where their number must not follow that of threads: sums over tasks are taken group by group.
+_DETERMINISTIC_GROUP = 2
+
 
 @dataclass
 class Prepared:
@@ -65,6 +68,8 @@ class FusedEngine:
             little there.
         memory: ``"keep"`` the activations of all support passes, or ``"recompute"`` them in the reverse sweep.
         group: tasks that advance together; fewer need less memory and more launches. None: chosen for the device.
+        deterministic: the same bits on any number of CPU threads: ``group`` is not chosen by their number, and what
+            torch computes runs on one of them.
 
     Raises:
         Unsupported: names the module that has no rules.
@@ -82,6 +87,7 @@ class FusedEngine:
         precision: Precision = "float32",
         memory: MemoryOption = "auto",
         group: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.model = model
         self.rates = rates
@@ -92,6 +98,7 @@ class FusedEngine:
         self.precision = precision
         self.memory = memory
         self.group = group
+        self.deterministic = deterministic and next(model.parameters()).device.type == "cpu"
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.inner_dtype = torch.float64 if precision == "float32" and self._is_narrow() else self.dtype
@@ -248,7 +255,10 @@ class FusedEngine:
 
     def _emitter(self) -> Emitter:
         return Emitter(
-            self.device, self.inner_dtype, torch.bfloat16 if self.precision == "bfloat16" else None
+            self.device,
+            self.inner_dtype,
+            torch.bfloat16 if self.precision == "bfloat16" else None,
+            deterministic=self.deterministic,
         )
 
     def _write_training(
@@ -329,6 +339,8 @@ class FusedEngine:
         divisors = [d for d in range(total, 0, -1) if total % d == 0]
         if self.group is not None:
             sizes = [max(d for d in divisors if d <= self.group)]
+        elif self.deterministic:
+            sizes = [max(d for d in divisors if d <= _DETERMINISTIC_GROUP)]
         elif self.device.type == "cpu" and self._takes_images():
             # A task per thread keeps what a thread works on in its caches.
             sizes = [d for d in divisors if d <= max(1, torch.get_num_threads())]

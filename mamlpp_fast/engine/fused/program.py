@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mamlpp_fast.engine.deterministic import on_one_thread
+
 __all__ = ["Buffer", "Emitter", "Instruction", "Program", "Ref", "Workspace"]
 
 _ALIGNMENT = 64
@@ -196,11 +198,17 @@ class Emitter:
     """Writes a program down."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | None = None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        operand_dtype: torch.dtype | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.operand_dtype = operand_dtype
+        self.deterministic = deterministic
         self.phase = ""
         self.label = ""
         self._instructions: list[Instruction] = []
@@ -236,6 +244,8 @@ class Emitter:
 
     def call(self, fn: Callable[..., Any], *args: Any, flops: int = 0, **kwargs: Any) -> None:
         index = len(self._instructions)
+        if self.deterministic:
+            fn = on_one_thread(fn)
         instruction = Instruction(fn, args, kwargs, self.phase, self.label, flops)
         for ref in instruction.refs():
             b = ref.buffer

@@ -1,0 +1,52 @@
+"""What deterministic mode costs: whole meta-iterations with and without it, in turn.
+
+python -m bench.deterministic [--workload omniglot-5w1s] [--engines fused,fused:bfloat16,autograd]
+                              [--seconds 20] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import interleaved, keep
+from mamlpp_fast.engine.deterministic import deterministic_algorithms
+from mamlpp_fast.workloads import WORKLOADS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
+    parser.add_argument("--engines", default="fused,fused:bfloat16,autograd")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each engine")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    workload = WORKLOADS[options.workload]
+    rows: list[dict[str, Any]] = []
+    for name in options.engines.split(","):
+        engine, _, precision = name.partition(":")
+        jobs = {}
+        for mode in ("default", "deterministic"):
+            if mode == "deterministic":
+                with deterministic_algorithms():
+                    learner = workload.learner(engine, precision or "float32")  # type: ignore[arg-type]
+            else:
+                learner = workload.learner(engine, precision or "float32")  # type: ignore[arg-type]
+            batch = workload.batch(0)
+            jobs[mode] = lambda learner=learner, batch=batch: learner.meta_step(batch)
+        times = interleaved(jobs, options.seconds)
+        row = {"workload": options.workload, "engine": engine, "precision": precision or "float32"}
+        row |= {f"{mode}_ms": 1e3 * t.median for mode, t in times.items()}
+        row["cost"] = times["deterministic"].median / times["default"].median - 1
+        rows.append(row)
+        keep(options.json, rows)
+        print(f"{name}, {torch.get_num_threads()} threads: {row}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""A few hundred of the damaged and hostile inputs that ``python -m bench.fuzz`` makes by the hundred thousand."""
+
+import io
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.fuzz.driver import fuzz
+from bench.fuzz.subjects import SUBJECTS
+from mamlpp_fast.data import DataError, load
+from mamlpp_fast.data.archives import read_npz
+from mamlpp_fast.data.pickles import read_pickle
+from mamlpp_fast.data.pictures import decode_image
+from mamlpp_fast.train import load_checkpoint
+from mamlpp_fast.train._resumable import check_best
+from mamlpp_fast.train.checkpoint import CheckpointError, save_checkpoint
+
+
+def test_every_reader_refuses_in_a_line_and_runs_nothing(tmp_path: Path) -> None:
+    rows = fuzz(600, seed=1, keep=tmp_path)
+    assert [r["kind"] for r in rows] == [s.name for s in SUBJECTS]
+    assert [(r["kind"], r["failures"]) for r in rows if r["failed"] or r["code_run"]] == []
+    assert sum(r["refused"] for r in rows) > 300
+    assert sum(r["accepted"] for r in rows) > 30
+
+
+class _Faulty:
+    """A reader with one fault for each limit."""
+
+    name, share = "faulty", 1.0
+
+    def prepare(self, folder: Path) -> None:
+        self.folder = folder
+
+    def make(self, rng: Any) -> bytes:
+        return b""
+
+    def read(self, content: bytes) -> None:
+        raise NotImplementedError
+
+
+class _Hanging(_Faulty):
+    def read(self, content: bytes) -> None:
+        while True:
+            pass
+
+
+class _Crashing(_Faulty):
+    def read(self, content: bytes) -> None:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)  # as a fault would end it, without the report
+
+
+class _Wordy(_Faulty):
+    def read(self, content: bytes) -> None:
+        raise ValueError("two\nlines")
+
+
+class _Writing(_Faulty):
+    def read(self, content: bytes) -> None:
+        with open(self.folder.parent / f"{self.folder.name}-outside", "w"):
+            pass
+        (self.folder.parent / f"{self.folder.name}-outside").unlink()
+
+
+class _Greedy(_Faulty):
+    def read(self, content: bytes) -> None:
+        bytearray(4 << 30)
+
+
+class _Running(_Faulty):
+    def read(self, content: bytes) -> None:
+        from bench.fuzz.mutations import Canary
+
+        pickle.loads(pickle.dumps(Canary()))
+
+
+@pytest.mark.parametrize(
+    ("subject", "what"),
+    [
+        (_Hanging(), "Hang"),
+        (_Crashing(), "the process died"),
+        (_Wordy(), "message 'two"),
+        (_Writing(), "did open"),
+        (_Greedy(), "MemoryError"),
+        (_Running(), None),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, _Faulty) else "",
+)
+def test_the_harness_sees_each_fault(subject: Any, what: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.fuzz.driver.SUBJECTS", (subject,))
+    monkeypatch.setattr("bench.fuzz.driver.SECONDS", 0.2)
+    (row,) = fuzz(1, seed=0)
+    assert row["failed"] == 1
+    assert row["code_run"] == (what is None)
+    assert what is None or what in row["failures"][0]
+
+
+# What it found, one by one.
+
+
+def _npz(tmp_path: Path, header: str, body: bytes = b"") -> Path:
+    text = header.encode() + b"\n"
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body
+    file = tmp_path / "a.npz"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x.npy", array)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (
+            "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000,)}",
+            "expected 3 bytes as there are",
+        ),
+        (
+            "{'descr': '|S0', 'fortran_order': False, 'shape': (1000000000000,)}",
+            "expected an array of numbers",
+        ),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", "expected an array of numbers"),
+        ("{'descr': '|u1', 'fortran_order': False, 'shape': (-1,)}", "expected 3 bytes as there are"),
+        ("{'descr': [", "expected a whole .npz archive"),
+    ],
+    ids=["promises", "no-size", "objects", "negative", "cut"],
+)
+def test_headers_that_promise_what_is_not_there(header: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as raised:
+        read_npz(_npz(tmp_path, header, b"abc"))
+    assert message in str(raised.value)
+
+
+def test_characters_that_are_none(tmp_path: Path) -> None:
+    header = "{'descr': '<U1', 'fortran_order': False, 'shape': (1,)}"
+    with pytest.raises(DataError, match="x: expected texts, got a character 0xffffffff"):
+        read_npz(_npz(tmp_path, header, b"\xff" * 4))
+    assert read_npz(_npz(tmp_path, header, b"a\0\0\0"))["x"].tolist() == ["a"]
+
+
+def test_an_archive_that_unpacks_to_a_thousand_times_its_size(tmp_path: Path) -> None:
+    file = tmp_path / "omniglot.npz"
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("images_maml_packed.npy", "w", force_zip64=True) as member,
+    ):
+        for _ in range(300):
+            member.write(bytes(1 << 20))
+    with pytest.raises(DataError, match="expected an archive that unpacks to at most 100 times its size"):
+        load("omniglot", file)
+
+
+def test_damage_that_shows_when_a_member_is_read(tmp_path: Path) -> None:
+    for part in ("images_background", "images_evaluation"):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
+            archive.writestr("A/character01/0001_01.png", b"x" * 50)
+    file = tmp_path / "images_background.zip"
+    file.write_bytes(file.read_bytes().replace(b"xxxx", b"yyyy", 1))
+    with pytest.raises(DataError, match=r"expected a whole zip archive, got a damaged one .*CRC"):
+        load("omniglot", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        (10**5, r"x\.png: expected a whole PNG file, got DecompressionBomb"),
+        (9000, r"x\.png: expected at most 8192x8192 pixels, got 9000x9000"),
+    ],
+)
+def test_a_picture_of_ten_thousand_million_pixels(side: int, message: str) -> None:
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(DataError, match=message):
+        decode_image(png, "x.png", "PNG file", lambda image: image.load())
+
+
+_DOUBLED = b")" + b"2\x86" * 60  # a tuple of twice itself, sixty times over
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (b"}" + _DOUBLED + b"Ns.", "key of tuple"),
+        (b"\x8f(" + _DOUBLED + b"\x90.", "key of tuple"),
+        (b"Nr\xff\xff\xff\x7f0N.", None),
+        (b"c_codecs\nencode\n(N}X\x0b\x00\x00\x00__doc__aaaaX\x01\x00\x00\x00xstb.", "state of function"),
+        (
+            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+            b"(K\x01J\x00\xca\x9a;\x85cnumpy\ndtype\nU\x02O8\x85R\x89]tb.",
+            "objects of an array",
+        ),
+        (b"cnumpy\ndtype\nU\x02V0\x85R.", "dtype"),
+        (
+            b"cnumpy\ndtype\nU\x02u1\x85R(K\x03U\x01|N(U\x01at}J\x08\x00\x00\x00K\x01K\x00tb.",
+            "dtype with fields",
+        ),
+    ],
+    ids=["key", "member", "memo", "function", "objects", "no-size", "fields"],
+)
+def test_pickles_that_harm_without_code(program: bytes, reason: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "a.pkl"
+    file.write_bytes(b"\x80\x04" + program)
+    if reason is None:
+        assert read_pickle(file) is None  # a memo of 16 GiB, did the file have its way
+        return
+    with pytest.raises(DataError) as raised:
+        read_pickle(file)
+    assert reason in str(raised.value)
+
+
+def test_labels_that_spell_out_to_a_power_of_two(tmp_path: Path) -> None:
+    labels: list[Any] = [0]
+    for _ in range(50):
+        labels = [labels, labels]
+    for split in ("train", "val", "test"):
+        content = {"data": np.zeros((2, 4, 4, 3), np.uint8), "labels": labels}
+        (tmp_path / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(DataError, match="labels: expected integers, got list of something else"):
+        load("miniimagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"model": {"w": torch.zeros(1).expand(10**12)}}, "tensor outside its storage"),
+        ({"model": {"w": torch.zeros(3).to_sparse()}}, "asks for torch._utils._rebuild_sparse_tensor"),
+        ({"model": [[x := [1], x], [x]]}, "containers in two places"),
+    ],
+    ids=["expanded", "sparse", "shared"],
+)
+def test_checkpoints_of_more_than_plain_tensors(content: Any, reason: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", "model", content)
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(tmp_path / "a.pt", "model")
+    assert reason in str(raised.value)
+
+
+def test_a_compressed_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", "model", {"model": {}})
+    stream = io.BytesIO()
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    (tmp_path / "a.pt").write_bytes(stream.getvalue())
+    with pytest.raises(CheckpointError, match="expected parts stored as they are, got compressed ones"):
+        load_checkpoint(tmp_path / "a.pt", "model")
+
+
+@pytest.mark.parametrize("name", ["../../x.pt", "/etc/passwd", "a/b.pt", "", 3, None])
+def test_a_checkpoint_names_no_file_outside_its_folder(name: Any) -> None:
+    """Models that are no longer among the best are deleted by these names."""
+    entry = {"file": name, "val_accuracy": 0.5, "epoch": 0, "iteration": 1}
+    with pytest.raises(CheckpointError, match="best: expected models with names"):
+        check_best(Path("latest.pt"), [entry])

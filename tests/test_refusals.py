@@ -1,0 +1,130 @@
+"""Mistakes that other tests do not make: each is refused in one line that names the argument."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mamlpp_fast as mf
+from mamlpp_fast import data, replay, testing
+from mamlpp_fast.benchmarking import bench, cpu_name
+from mamlpp_fast.data import locate
+from mamlpp_fast.train import TrainConfig
+from mamlpp_fast.train.build import build_learner, resolve_device
+from mamlpp_fast.train.files import append_line, read_json, write_json
+from mamlpp_fast.train.signals import StopSignal
+from mamlpp_fast.workloads import WORKLOADS
+
+ONE = torch.zeros(1, 2, 1, 4, 4)
+LABELS = torch.zeros(1, 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda: resolve_device("gpu"), "--device: expected cpu, cuda or cuda:N, got 'gpu'"),
+        (lambda: resolve_device("meta"), "--device: expected cpu, cuda or cuda:N, got 'meta'"),
+        (
+            lambda: resolve_device("cuda:7"),
+            "--device: expected one of .* CUDA devices and the CPU, got 'cuda:7'",
+        ),
+        (lambda: bench(WORKLOADS["omniglot-5w1s"], iters=0), "iters, warmup: expected iters >= 1"),
+        (lambda: replay.replay("x.npz", dtype="float16"), "dtype: expected float64 or float32"),  # type: ignore[arg-type]
+        (lambda: data.load("strokes").split("all"), "split: expected one of train, val, test, got 'all'"),
+        (lambda: data.load("cifar-fs", protocol="x"), "protocol: expected one of normalised"),
+        (lambda: data.load("cifar-fs", image_size=0), "image_size: expected at least 1, got 0"),
+        (lambda: data.load("folder", image_size=0), "image_size: expected at least 1, got 0"),
+        (lambda: data.load("folder", channels=2), "channels: expected 1 or 3, got 2"),
+        (lambda: data.load("miniimagenet", image_size=0), "image_size: expected at least 1, got 0"),
+        (
+            lambda: mf.Episode(ONE[0], LABELS[0, :1], ONE[0], LABELS[0]),
+            "support_x and support_y: expected the same",
+        ),
+        (lambda: mf.EpisodeBatch(ONE, LABELS, ONE[:, :1], LABELS), "target_x and target_y: expected"),
+        (lambda: testing.use_backend("cuda").__enter__(), "backend: expected python, native or triton"),
+        (lambda: TrainConfig(seed=1.5), "seed: expected an integer, got 1.5"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(loss="mse"), "loss: expected cross_entropy to train on classes of images"),
+    ],
+)
+def test_mistakes(mistake: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(locate.ENV, raising=False)
+    with pytest.raises(ValueError, match=message) as raised:
+        mistake()
+    assert "\n" not in str(raised.value)
+
+
+def test_folders_that_lack_a_split_or_mix_sizes(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    for place in ("train/a", "train/b"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / place / "0.png")
+    with pytest.raises(data.DataError, match="expected train/, val/ and test/, missing val, test"):
+        data.load("folder", tmp_path)
+    Image.fromarray(np.zeros((6, 4, 3), np.uint8)).save(tmp_path / "train/b/1.png")
+    for split in ("val", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / "a" / "0.png")
+    with pytest.raises(data.DataError, match="expected 4x4 like the others"):
+        data.load("folder", tmp_path)
+
+
+def test_a_missing_path_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(locate.ENV, str(tmp_path / "none"))
+    with pytest.raises(data.DataError, match=f"{locate.ENV}: expected an existing file or folder"):
+        data.load("omniglot")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_of_a_reader(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    locate.progress("reading", 1, 2)
+    locate.progress("reading", 2, 2)
+    assert capsys.readouterr().err == ("\rreading: 1/2\rreading: 2/2\n" if terminal else "reading: 2/2\n")
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [float("nan"), 1.0], "y": (float("inf"),)})
+    assert read_json(tmp_path / "a.json") == {"x": [None, 1.0], "y": [None]}
+    (tmp_path / "b.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+        read_json(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="expected JSON, maximum recursion"):
+        read_json(tmp_path / "c.json")
+    assert append_line(tmp_path / "d.jsonl", {"z": float("nan")}) == len('{"z": null}\n')
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    heard: list[int | None] = []
+
+    def run() -> None:
+        with StopSignal() as stop:
+            stop.interrupt()
+            heard.append(stop.received)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert heard == [None]
+
+
+def test_resnet12_is_built_from_its_seed() -> None:
+    config = TrainConfig(model="resnet12", ways=3, init_seed=5, steps=1)
+    one, two = (build_learner(config, 3, 84, engine="autograd").model.state_dict() for _ in range(2))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_a_processor_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError(os.strerror(2))
+
+    assert cpu_name()
+    monkeypatch.setattr("builtins.open", missing)
+    assert cpu_name() == "cpu"
