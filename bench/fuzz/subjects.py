@@ -21,7 +21,7 @@ from mamlpp_fast import data, replay
 from mamlpp_fast.data.classes import FewShotData
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train import TrainConfig, parse_settings, preset
-from mamlpp_fast.train._resumable import check_learner, check_training
+from mamlpp_fast.train._resumable import check_content, check_learner
 from mamlpp_fast.train.build import build_learner
 from mamlpp_fast.train.checkpoint import load_checkpoint, save_checkpoint
 from mamlpp_fast.train.run_folder import finished_summary, load_model, read_config
@@ -301,7 +301,7 @@ class Checkpoint(Subject):
                 raise
             load_model(self.path, self.learner)
             return
-        check_training(self.path, loaded)
+        check_content(self.path, loaded)
         check_learner(self.path, loaded["learner"], self.learner)
         self.learner.load_state_dict(loaded["learner"])
         self.learner.optimizer.step()
