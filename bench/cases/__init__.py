@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.cases import batch_norm, conv, lslr, norm_act_pool
+from bench.cases import batch_norm, conv, head, lslr, norm_act_pool
 from bench.harness import Case
 
 __all__ = ["GROUPS", "all_cases"]
@@ -14,6 +14,7 @@ GROUPS = {
     "lslr": lslr.cases,
     "norm-act-pool": norm_act_pool.cases,
     "conv": conv.cases,
+    "head": head.cases,
 }
 
 
