@@ -77,10 +77,14 @@ def test_last_layer_and_cross_entropy_are_one_call_a_rule() -> None:
 
 def test_other_losses_and_many_classes_keep_the_linear_layer() -> None:
     features = torch.randn(2, 3, 4)
-    plain = mf.MAMLPlusPlus(nn.Linear(4, 2), mf.MAMLConfig(steps=3), engine="fused", loss_fn=F.mse_loss)
+    plain = mf.MAMLPlusPlus(
+        nn.Sequential(nn.Linear(4, 2)), mf.MAMLConfig(steps=3), engine="fused", loss_fn=F.mse_loss
+    )
     targets = torch.randn(2, 3, 2)
     assert _last(plain, mf.EpisodeBatch(features, targets, features, targets)) == ("Linear", {})
-    wide = mf.MAMLPlusPlus(nn.Linear(4, MOST_CLASSES + 1), mf.MAMLConfig(steps=3), engine="fused")
+    wide = mf.MAMLPlusPlus(
+        nn.Sequential(nn.Linear(4, MOST_CLASSES + 1)), mf.MAMLConfig(steps=3), engine="fused"
+    )
     labels = torch.zeros(2, 3, dtype=torch.int64)
     assert _last(wide, mf.EpisodeBatch(features, labels, features, labels)) == ("Linear", {})
 
