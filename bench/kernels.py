@@ -1,6 +1,6 @@
 """Every operation and order against PyTorch's: times, ratios, rates and shares of the machine's ceilings.
 
-    python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv,head,dispatch] [--threads N]
+    python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv,first-layer,head,dispatch] [--threads N]
                             [--device D] [--check] [--json FILE]
 
 Ours, PyTorch's and a copy of as many bytes take turns in one process; a time is a median, `noise` what two timings of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from helpers import random_batch, small_conv4, small_learner
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
+from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.engine.fused.network import lower
 from mamlpp_fast.engine.fused.program import Buffer, Emitter, Workspace, place
 from mamlpp_fast.engine.fused.steps.base import aten
 from mamlpp_fast.engine.fused.trace import Unsupported, trace
+from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
 
 
 def kinds(
@@ -55,6 +58,35 @@ def test_plain_module_with_functional_calls_lowers() -> None:
             return self.head(x.view(x.size(0), -1))
 
     assert kinds(Net()) == ["FirstLayer", "Activation", "Add", "AveragePool", "Flatten", "Linear"]
+
+
+def _last(learner: mf.MAMLPlusPlus, batch: mf.EpisodeBatch, steps: int = 3) -> tuple[str, dict[str, int]]:
+    engine = learner.engine
+    assert isinstance(engine, FusedEngine)
+    prepared = engine.prepare(batch, True, True)
+    names = Counter(i.name for i in prepared.program.instructions)
+    counts = {n.removeprefix("linear_cross_entropy"): c for n, c in names.items() if "cross_entropy" in n}
+    return prepared.network.steps[-1].kind, {n: c // steps for n, c in counts.items()}
+
+
+def test_last_layer_and_cross_entropy_are_one_call_a_rule() -> None:
+    kind, calls = _last(small_learner(mf.MAMLConfig(steps=3), engine="fused"), random_batch())
+    assert kind == "Head"
+    assert calls == {"": 2, "_backward": 2, "_tangent": 1, "_backward_tangent": 1}
+
+
+def test_other_losses_and_many_classes_keep_the_linear_layer() -> None:
+    features = torch.randn(2, 3, 4)
+    plain = mf.MAMLPlusPlus(
+        nn.Sequential(nn.Linear(4, 2)), mf.MAMLConfig(steps=3), engine="fused", loss_fn=F.mse_loss
+    )
+    targets = torch.randn(2, 3, 2)
+    assert _last(plain, mf.EpisodeBatch(features, targets, features, targets)) == ("Linear", {})
+    wide = mf.MAMLPlusPlus(
+        nn.Sequential(nn.Linear(4, MOST_CLASSES + 1)), mf.MAMLConfig(steps=3), engine="fused"
+    )
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    assert _last(wide, mf.EpisodeBatch(features, labels, features, labels)) == ("Linear", {})
 
 
 def test_bias_stays_where_no_batch_norm_follows() -> None:

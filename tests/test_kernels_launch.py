@@ -10,7 +10,13 @@ import torch
 if pytest.importorskip("triton", reason="no Triton").knobs.runtime.interpret is False:
     pytest.skip("TRITON_INTERPRET is not 1", allow_module_level=True)
 
-from mamlpp_fast.kernels import conv_norm_act_pool, norm_act_pool, per_step_batch_norm, task_conv2d
+from mamlpp_fast.kernels import (
+    conv_norm_act_pool,
+    linear_cross_entropy,
+    norm_act_pool,
+    per_step_batch_norm,
+    task_conv2d,
+)
 from mamlpp_fast.kernels._launch import TYPE_NAMES, Configuration
 from triton.runtime import interpreter
 
@@ -93,6 +99,17 @@ def _conv_norm_act_pool() -> None:
         conv_norm_act_pool.backward_tangent(y, w, *saved, sums, rows, w, rows, rows)
 
 
+def _linear_cross_entropy() -> None:
+    for dtype, classes in itertools.product((torch.float64, torch.float32), (5, 20)):
+        f, weight = torch.ones(2, 3, 40, dtype=dtype), torch.ones(2, 40, classes, dtype=dtype)
+        z, bias = torch.ones(2, 3, classes, dtype=dtype), torch.ones(2, classes, dtype=dtype)
+        scale = bias[0, 0]
+        linear_cross_entropy.forward(f, weight, bias, z, scale, z, z, z, None)
+        linear_cross_entropy.backward(z, f, weight, f, weight, bias)
+        linear_cross_entropy.tangent(f, weight, None, f, weight, z, scale, z)
+        linear_cross_entropy.backward_tangent(z, z, None, weight, f, weight, None, weight, bias)
+
+
 def _task_conv2d() -> None:
     precision = torch.backends.cuda.matmul.fp32_precision
     modes = [*((t, t, "none") for t in FLOATS), (torch.bfloat16, torch.float32, "none")]
@@ -116,6 +133,7 @@ def _task_conv2d() -> None:
         pytest.param(per_step_batch_norm, _batch_norm, id="per_step_batch_norm"),
         pytest.param(norm_act_pool, _norm_act_pool, id="norm_act_pool"),
         pytest.param(conv_norm_act_pool, _conv_norm_act_pool, id="conv_norm_act_pool"),
+        pytest.param(linear_cross_entropy, _linear_cross_entropy, id="linear_cross_entropy"),
         pytest.param(task_conv2d, _task_conv2d, id="task_conv2d"),
     ],
 )

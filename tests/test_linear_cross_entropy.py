@@ -1,6 +1,8 @@
-"""The task-batched head against autograd through F.linear and F.cross_entropy, orders one and two."""
+"""The task-batched head in four orders, every backend, against autograd through F.linear and F.cross_entropy."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,89 +16,225 @@ from mamlpp_fast.ops.linear_cross_entropy import (
     linear_cross_entropy_backward_tangent,
     linear_cross_entropy_tangent,
 )
+from mamlpp_fast.testing import backends, use_backend
 
+BACKENDS = backends("linear_cross_entropy")
+# Tasks, images, features, classes.
 SHAPES = {
     "omniglot": (3, 20, 64, 20),
-    "primes": (2, 7, 5, 3),
+    "primes": (2, 37, 19, 5),
+    "many-classes": (1, 3, 7, 33),
     "one-image": (1, 1, 4, 2),
     "one-class": (2, 3, 2, 1),
+    "one-feature": (2, 5, 1, 3),
+}
+PARAMETERS = ("f", "weight", "bias")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with use_backend(request.param):
+        yield request.param
+
+
+class Case:
+    """Inputs of all orders, and their results by the operations and by autograd."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        *,
+        bias: bool = True,
+        tangents: tuple[str, ...] = PARAMETERS,
+        wanted: tuple[str, ...] = PARAMETERS,
+        want_loss: bool = True,
+        spread: float = 1.0,
+        smoothing: float = 0.1,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        tasks, images, features, classes = shape
+        self.dtype, self.want_loss, self.smoothing = dtype, want_loss, smoothing
+        self.logits = (tasks, images, classes)
+        shapes = ((tasks, images, features), (tasks, features, classes), (tasks, classes))
+        present = PARAMETERS if bias else PARAMETERS[:2]
+        self.given = {
+            name: torch.randn(s, dtype=dtype) * (spread if name == "weight" else 1.0)
+            for name, s in zip(PARAMETERS, shapes, strict=True)
+            if name in present
+        }
+        self.dots = {n: torch.randn_like(t) for n, t in self.given.items() if n in tangents}
+        self.wanted = [n for n in present if n in wanted]
+        self.labels = torch.randint(classes, (tasks, images))
+        hot = F.one_hot(self.labels, classes).to(dtype)
+        self.target = hot * (1 - smoothing) + smoothing / classes
+        self.scale = torch.tensor(0.7 / images, dtype=dtype)
+
+    def fresh(self, *shape: int) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=self.dtype)
+
+    def like(self) -> dict[str, Tensor]:
+        return {n: self.fresh(*self.given[n].shape) for n in self.wanted}
+
+    def run(self) -> dict[str, Tensor]:
+        logits, p, gz, gz_dot = (self.fresh(*self.logits) for _ in range(4))
+        loss = self.fresh(self.logits[0]) if self.want_loss else None
+        f, weight, bias = (self.given.get(n) for n in PARAMETERS)
+        assert f is not None and weight is not None
+        linear_cross_entropy(f, weight, bias, self.target, self.scale, logits, p, gz, loss)
+        grads, dots = self.like(), self.like()
+        linear_cross_entropy_backward(gz, f, weight, *(grads.get(n) for n in PARAMETERS))
+        f_dot, weight_dot, bias_dot = (self.dots.get(n) for n in PARAMETERS)
+        linear_cross_entropy_tangent(f_dot, weight_dot, bias_dot, f, weight, p, self.scale, gz_dot)
+        linear_cross_entropy_backward_tangent(
+            gz_dot, gz, f_dot, weight_dot, f, weight, *(dots.get(n) for n in PARAMETERS)
+        )
+        found = {"logits": logits, "p": p, "gz": gz, "gz_dot": gz_dot}
+        found |= {} if loss is None else {"loss": loss}
+        found |= {f"g{n}": t for n, t in grads.items()}
+        return found | {f"g{n}_dot": t for n, t in dots.items()}
+
+    def expected(self) -> dict[str, Tensor]:
+        """By autograd; the Hessian being symmetric, a gradient's tangent is the gradient of <gradient, direction>."""
+        given = {n: t.clone().requires_grad_() for n, t in self.given.items()}
+        # A shift of the logits, whose gradient is theirs.
+        shift = torch.zeros(self.logits, dtype=self.dtype, requires_grad=True)
+        leaves = {**given, "z": shift}
+        logits, losses = [], []
+        for t in range(self.logits[0]):
+            bias = given["bias"][t] if "bias" in given else None
+            z = F.linear(given["f"][t], given["weight"][t].mT, bias) + shift[t]
+            logits.append(z)
+            share = F.cross_entropy(z, self.labels[t], label_smoothing=self.smoothing, reduction="sum")
+            losses.append(share * self.scale)
+        z, loss = torch.stack(logits), torch.stack(losses)
+        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), create_graph=True)
+        by_name = dict(zip(leaves, gradients, strict=True))
+        product = sum(((by_name[n] * d).sum() for n, d in self.dots.items()), torch.zeros(()))
+        if self.dots:
+            dots = torch.autograd.grad(product, list(leaves.values()), allow_unused=True)
+        else:
+            dots = tuple(torch.zeros_like(t) for t in leaves.values())
+        found = {"logits": z, "p": z.softmax(-1), "loss": loss}
+        found |= {f"g{n}": g for n, g in by_name.items()}
+        found |= {f"g{n}_dot": g for n, g in zip(leaves, dots, strict=True)}
+        return {n: t.detach() for n, t in found.items() if t is not None}
+
+
+def compare(case: Case) -> None:
+    found, expected = case.run(), case.expected()
+    for name, value in found.items():
+        scale = max(1.0, float(expected[name].abs().max()))
+        torch.testing.assert_close(
+            value,
+            expected[name],
+            rtol=1e-10,
+            atol=1e-10 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("spread", [1.0, 300.0], ids=["mild", "saturated"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_four_orders(backend: str, name: str, spread: float) -> None:
+    compare(Case(SHAPES[name], spread=spread, smoothing=0.1 if spread == 1.0 else 0.0))
+
+
+PARTS = {
+    "no-bias": {"bias": False},
+    "head-only": {"tangents": ("weight", "bias"), "wanted": ("weight", "bias")},
+    "features-only": {"tangents": ("f",), "wanted": ("f",)},
+    "bias-only": {"tangents": ("bias",), "wanted": ("bias",)},
+    "nothing-moves": {"tangents": (), "wanted": ("f", "weight")},
+    "no-loss": {"want_loss": False},
 }
 
 
-def fresh(*shape: int) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=torch.float64)
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_absent_parts(backend: str, parts: dict[str, tuple[str, ...]]) -> None:
+    compare(Case((2, 35, 9, 4), **parts))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["mild", "saturated"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_four_orders(shape: tuple[int, int, int, int], scale: float) -> None:
-    tasks, images, features, classes = shape
-    parameters = [
-        torch.randn(s, dtype=torch.float64).mul_(scale if len(s) == 2 else 1.0).requires_grad_()
-        for s in ((tasks, images, features), (tasks, classes, features), (tasks, classes))
-    ]
-    tangents = [torch.randn_like(p) for p in parameters]
-    labels = torch.randint(classes, (tasks, images))
-
-    def losses(f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.stack(
-            [F.cross_entropy(F.linear(*head), y) for *head, y in zip(f, weight, bias, labels, strict=True)]
-        )
-
-    expected = losses(*parameters)
-    gradients = torch.autograd.grad(expected.sum(), parameters, create_graph=True)
-    products = torch.autograd.grad(gradients, parameters, tangents)
-
-    f, weight, bias = (p.detach() for p in parameters)
-    logits, probabilities, gz, z_dot, gz_dot = (fresh(tasks, images, classes) for _ in range(5))
-    loss = linear_cross_entropy(f, weight, bias, labels, logits, probabilities, fresh(tasks))
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        logits, torch.einsum("tnf,tof->tno", f, weight) + bias[:, None], rtol=1e-12, atol=1e-12
-    )
-    torch.testing.assert_close(probabilities, logits.softmax(-1), rtol=1e-12, atol=1e-12)
-
-    found = [fresh(*p.shape) for p in parameters]
-    linear_cross_entropy_backward(f, weight, labels, probabilities, gz, *found)
-    torch.testing.assert_close(found, [g.detach() for g in gradients], rtol=1e-12, atol=1e-12)
-
-    f_dot, weight_dot, bias_dot = tangents
-    linear_cross_entropy_tangent(f_dot, weight_dot, bias_dot, f, weight, z_dot)
-    found = [fresh(*p.shape) for p in parameters]
-    linear_cross_entropy_backward_tangent(
-        z_dot, f_dot, weight_dot, f, weight, probabilities, gz, gz_dot, *found
-    )
-    torch.testing.assert_close(found, list(products), rtol=1e-12, atol=1e-12)
-
-
-def test_opcheck() -> None:
-    f, weight, bias = torch.randn(2, 5, 4), torch.randn(2, 3, 4), torch.randn(2, 3)
-    labels = torch.randint(3, (2, 5))
-    z = [torch.rand(2, 5, 3) for _ in range(4)]
-    out = (torch.empty(2, 5, 3), torch.empty_like(f), torch.empty_like(weight), torch.empty_like(bias))
-    samples = {
-        "linear_cross_entropy": (f, weight, bias, labels, *z[:2], torch.empty(2)),
-        "linear_cross_entropy_backward": (f, weight, labels, z[0], *out),
-        "linear_cross_entropy_tangent": (f, weight, bias, f, weight, z[0]),
-        "linear_cross_entropy_backward_tangent": (z[0], f, weight, f, weight, z[1], z[2], *out),
+def test_float32_errs_at_most_twice_as_much_as_pytorch(backend: str) -> None:
+    case = Case((2, 20, 64, 5), dtype=torch.float32)
+    ours, theirs = case.run(), case.expected()
+    exact = Case.__new__(Case)
+    exact.__dict__ = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in case.__dict__.items()
     }
+    exact.given, exact.dots = ({n: t.double() for n, t in d.items()} for d in (case.given, case.dots))
+    exact.dtype = torch.float64
+    for name, value in exact.expected().items():
+        if name in ours:
+            limit = 2 * (theirs[name].double() - value).abs().max() + 1e-6 * value.abs().max()
+            assert (ours[name].double() - value).abs().max() <= limit, name
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native library")
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+def test_result_does_not_depend_on_threads(tasks: int) -> None:
+    case = Case((tasks, 21, 70, 5), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(case.run())
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("absent", [False, True], ids=["all", "absent"])
+def test_opcheck(absent: bool) -> None:
+    case = Case((2, 5, 4, 3), dtype=torch.float32)
+    f, weight, bias = case.given.values()
+    u, v, b = (None, None, None) if absent else tuple(case.dots.values())
+    z = [torch.rand(case.logits) for _ in range(4)]
+    out = (torch.empty_like(f), torch.empty_like(weight), None if absent else torch.empty_like(bias))
+    loss = None if absent else torch.empty(2)
+    samples = {
+        "linear_cross_entropy": (
+            f, weight, None if absent else bias, case.target, case.scale, *z[:3], loss,
+        ),
+        "linear_cross_entropy_backward": (z[0], f, weight, *out),
+        "linear_cross_entropy_tangent": (u, v, b, f, weight, z[0], case.scale, z[1]),
+        "linear_cross_entropy_backward_tangent": (z[0], z[1], u, v, f, weight, *out),
+    }  # fmt: skip
     for name, sample in samples.items():
         torch.library.opcheck(OPERATIONS[name].overload, sample)
 
 
-def test_errors_name_the_argument() -> None:
-    f, weight, bias, labels = (
-        torch.randn(2, 5, 4),
-        torch.randn(2, 3, 4),
-        torch.randn(2, 3),
-        torch.zeros(2, 5).long(),
-    )
-    out = (torch.empty(2, 5, 3), torch.empty(2, 5, 3), torch.empty(2))
+def test_errors_name_the_argument(backend: str) -> None:
+    case = Case((2, 5, 4, 3))
+    z = [case.fresh(*case.logits) for _ in range(3)]
+    given = {**case.given, "target": case.target, "scale": case.scale}
+    given |= dict(zip(("logits", "probabilities", "gz"), z, strict=True))
+
+    def attempt(**changes: Tensor) -> None:
+        linear_cross_entropy(**(given | changes))
+
+    attempt()
     with pytest.raises(ValueError, match="f, weight: expected"):
-        linear_cross_entropy(f[0], weight, bias, labels, *out)
-    with pytest.raises(ValueError, match="bias: expected"):
-        linear_cross_entropy(f, weight, bias[:, :2], labels, *out)
-    with pytest.raises(ValueError, match="labels: expected"):
-        linear_cross_entropy(f, weight, bias, labels[:, :2], *out)
-    with pytest.raises(TypeError, match=r"labels: expected torch\.int64"):
-        linear_cross_entropy(f, weight, bias, labels.int(), *out)
+        attempt(f=case.given["f"][0])
+    with pytest.raises(ValueError, match=r"bias: expected \(2, 3\)"):
+        attempt(bias=case.given["bias"][:, :2])
+    with pytest.raises(ValueError, match=r"target: expected \(2, 5, 3\)"):
+        attempt(target=case.target[:, :2])
+    with pytest.raises(ValueError, match=r"scale: expected \(\)"):
+        attempt(scale=case.scale[None])
+    f, weight = case.given["f"], case.given["weight"]
+    with pytest.raises(ValueError, match="gweight: expected"):
+        linear_cross_entropy_backward(z[0], f, weight, None, weight.mT, None)
+    if backend != "python":
+        with pytest.raises(TypeError, match="target: expected"):
+            attempt(target=case.target.float())
+        with pytest.raises(ValueError, match="f: expected"):
+            attempt(f=f.mT.contiguous().mT)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no interpreter")
+def test_too_many_classes_for_a_gpu() -> None:
+    with use_backend("triton"), pytest.raises(ValueError, match="weight: expected at most 64 classes"):
+        Case((1, 2, 3, 65)).run()

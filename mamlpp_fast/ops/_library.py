@@ -80,7 +80,7 @@ def _raise_versions(name: str, overload: OpOverload[..., Any]) -> None:
     below = torch._C._after_ADInplaceOrView_keyset
 
     def raise_versions(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        torch.autograd.graph.increment_version([args[index] for index in written])
+        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
         return overload.redispatch(keyset & below, *args)
 
     library.impl(name, raise_versions, "ADInplaceOrView", with_keyset=True)

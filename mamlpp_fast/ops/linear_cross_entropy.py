@@ -1,212 +1,212 @@
 """Linear head and softmax cross-entropy of a batch of tasks, with its tangents.
 
-Every task has a head of its own: features f [T, N, F], weight [T, O, F], bias [T, O], labels int64 [T, N]. The four
-orders are those of ``norm_act_pool``; every op writes into its last arguments and returns nothing. The backward leaves
-gz = (P - Y) / N, the gradient of the logits, for the tangent of the backward. Formulas:
-``docs/derivations/linear_cross_entropy.md``.
+Every task has a head of its own, with logits z = f·W + b. Every op writes into its last arguments and returns nothing;
+arguments that may be None are parts that do not exist (no bias, a tangent that is zero) or that nobody wants.
+Formulas: ``docs/derivations/linear_cross_entropy.md``.
+    f: features [T, N, F]; weight [T, F, O]; bias [T, O] or None; ``_dot``: their tangents, or None.
+    target: shares of the classes [T, N, O], each row's sum 1: one-hot, or smoothed.
+    scale: [], what a row's cross-entropy counts: 1/N for a mean.
+    logits, probabilities: z and softmax(z) [T, N, O].
+    gz: gradient of the logits, scale·(probabilities − target); gz_dot: its tangent.
+    gf, gweight, gbias: gradients of f, weight and bias, of their shapes, or None.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamlpp_fast.ops._library import define
 
+MOST_CLASSES = 64
+"""Classes that the GPU kernels have room for; the others have no limit."""
 
-def _check(f: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> None:
-    if f.dim() != 3 or weight.dim() != 3 or weight.shape[::2] != f.shape[::2]:
+_PARTS = {
+    "features": ("f_dot", "gf", "gf_dot"),
+    "weights": ("weight_dot", "gweight", "gweight_dot"),
+    "biases": ("bias", "bias_dot", "gbias", "gbias_dot"),
+}
+_KINDS = {name: kind for kind, names in _PARTS.items() for name in names}
+
+
+def _check(f: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    """Raises unless the tensors belong together; each of `others` is known by its name, logits by default."""
+    if f.dim() != 3 or weight.dim() != 3 or weight.shape[:2] != f.shape[::2]:
         raise ValueError(
-            f"f, weight: expected [T, N, F] and [T, O, F], got {tuple(f.shape)} and {tuple(weight.shape)}"
+            f"f, weight: expected [T, N, F] and [T, F, O], got {tuple(f.shape)} and {tuple(weight.shape)}"
         )
-    if bias.shape != weight.shape[:2]:
-        raise ValueError(f"bias: expected {tuple(weight.shape[:2])}, got {tuple(bias.shape)}")
-    if labels.shape != f.shape[:2]:
-        raise ValueError(f"labels: expected {tuple(f.shape[:2])}, got {tuple(labels.shape)}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
+    tasks, classes = weight.shape[::2]
+    shapes = {"features": f.shape, "weights": weight.shape, "biases": (tasks, classes)}
+    own = {"scale": (), "loss": (tasks,)}
+    for name, tensor in others.items():
+        expected = own.get(name, shapes.get(_KINDS.get(name, ""), (*f.shape[:2], classes)))
+        if tensor is not None and tuple(tensor.shape) != tuple(expected):
+            raise ValueError(f"{name}: expected {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def _products(
+    out: Tensor, pairs: tuple[tuple[Tensor | None, Tensor | None], ...], bias: Tensor | None
+) -> None:
+    """``out`` = sum of the products of whole pairs + bias."""
+    if bias is None:
+        out.zero_()
+    else:
+        out.copy_(bias[:, None])
+    for a, b in pairs:
+        if a is not None and b is not None:
+            out.baddbmm_(a, b)
 
 
 def _forward(
-    f: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    logits: Tensor,
-    probabilities: Tensor,
-    loss: Tensor,
-) -> None:
-    torch.baddbmm(bias[:, None], f, weight.mT, out=logits)
+    f: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor,
+    logits: Tensor, probabilities: Tensor, gz: Tensor, loss: Tensor | None,
+) -> None:  # fmt: skip
+    _products(logits, ((f, weight),), bias)
     torch.softmax(logits, -1, out=probabilities)
-    chosen = logits.gather(-1, labels[..., None])[..., 0]
-    loss.copy_((logits.logsumexp(-1) - chosen).mean(-1))
+    torch.sub(probabilities, target, out=gz).mul_(scale)
+    if loss is not None:
+        loss.copy_(-scale * (target * logits.log_softmax(-1)).sum((1, 2)))
 
 
 def _backward(
-    f: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    probabilities: Tensor,
-    gz: Tensor,
-    gf: Tensor,
-    gweight: Tensor,
-    gbias: Tensor,
+    gz: Tensor, f: Tensor, weight: Tensor, gf: Tensor | None, gweight: Tensor | None, gbias: Tensor | None
 ) -> None:
-    gz.copy_(probabilities)
-    gz.scatter_add_(-1, labels[..., None], gz.new_full((1, 1, 1), -1.0).expand(*labels.shape, 1))
-    gz.div_(f.shape[1])
-    torch.bmm(gz, weight, out=gf)
-    torch.bmm(gz.mT, f, out=gweight)
-    torch.sum(gz, 1, out=gbias)
+    _backward_tangent(gz, gz, None, None, f, weight, gf, gweight, gbias)
 
 
 def _tangent(
-    f_dot: Tensor, weight_dot: Tensor, bias_dot: Tensor, f: Tensor, weight: Tensor, z_dot: Tensor
-) -> None:
-    torch.baddbmm(bias_dot[:, None], f_dot, weight.mT, out=z_dot)
-    z_dot.baddbmm_(f, weight_dot.mT)
+    f_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None, f: Tensor, weight: Tensor,
+    probabilities: Tensor, scale: Tensor, gz_dot: Tensor,
+) -> None:  # fmt: skip
+    _products(gz_dot, ((f_dot, weight), (f, weight_dot)), bias_dot)
+    mean = (probabilities * gz_dot).sum(-1, keepdim=True)
+    gz_dot.sub_(mean).mul_(probabilities).mul_(scale)
 
 
 def _backward_tangent(
-    z_dot: Tensor,
-    f_dot: Tensor,
-    weight_dot: Tensor,
-    f: Tensor,
-    weight: Tensor,
-    probabilities: Tensor,
-    gz: Tensor,
-    gz_dot: Tensor,
-    gf_dot: Tensor,
-    gweight_dot: Tensor,
-    gbias_dot: Tensor,
-) -> None:
-    torch.mul(probabilities, z_dot, out=gz_dot)
-    gz_dot.addcmul_(probabilities, gz_dot.sum(-1, keepdim=True), value=-1.0).div_(f.shape[1])
-    torch.bmm(gz_dot, weight, out=gf_dot)
-    gf_dot.baddbmm_(gz, weight_dot)
-    torch.bmm(gz_dot.mT, f, out=gweight_dot)
-    gweight_dot.baddbmm_(gz.mT, f_dot)
-    torch.sum(gz_dot, 1, out=gbias_dot)
+    gz_dot: Tensor, gz: Tensor, f_dot: Tensor | None, weight_dot: Tensor | None, f: Tensor, weight: Tensor,
+    gf_dot: Tensor | None, gweight_dot: Tensor | None, gbias_dot: Tensor | None,
+) -> None:  # fmt: skip
+    if gf_dot is not None:
+        _products(gf_dot, ((gz_dot, weight.mT), (gz, None if weight_dot is None else weight_dot.mT)), None)
+    if gweight_dot is not None:
+        _products(gweight_dot, ((f.mT, gz_dot), (None if f_dot is None else f_dot.mT, gz)), None)
+    if gbias_dot is not None:
+        torch.sum(gz_dot, 1, out=gbias_dot)
 
 
-def _fake(*args: Tensor) -> None:
+def _fake(*args: Tensor | None) -> None:
     return None
 
 
+def _triton(name: str) -> Callable[..., None]:
+    def launch(*args: Any) -> None:
+        from mamlpp_fast.kernels import linear_cross_entropy as kernels
+
+        getattr(kernels, name)(*args)
+
+    return launch
+
+
 _linear_cross_entropy = define(
-    "linear_cross_entropy(Tensor f, Tensor weight, Tensor bias, Tensor labels, "
-    "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) loss) -> ()",
+    "linear_cross_entropy(Tensor f, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
+    "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) gz, Tensor(d!)? loss) -> ()",
     fallback=_forward,
     fake=_fake,
+    triton=_triton("forward"),
 )
 _linear_cross_entropy_backward = define(
-    "linear_cross_entropy_backward(Tensor f, Tensor weight, Tensor labels, Tensor probabilities, "
-    "Tensor(a!) gz, Tensor(b!) gf, Tensor(c!) gweight, Tensor(d!) gbias) -> ()",
+    "linear_cross_entropy_backward(Tensor gz, Tensor f, Tensor weight, "
+    "Tensor(a!)? gf, Tensor(b!)? gweight, Tensor(c!)? gbias) -> ()",
     fallback=_backward,
     fake=_fake,
+    triton=_triton("backward"),
 )
 _linear_cross_entropy_tangent = define(
-    "linear_cross_entropy_tangent(Tensor f_dot, Tensor weight_dot, Tensor bias_dot, Tensor f, Tensor weight, "
-    "Tensor(a!) z_dot) -> ()",
+    "linear_cross_entropy_tangent(Tensor? f_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor f, Tensor weight, "
+    "Tensor probabilities, Tensor scale, Tensor(a!) gz_dot) -> ()",
     fallback=_tangent,
     fake=_fake,
+    triton=_triton("tangent"),
 )
 _linear_cross_entropy_backward_tangent = define(
-    "linear_cross_entropy_backward_tangent(Tensor z_dot, Tensor f_dot, Tensor weight_dot, Tensor f, Tensor weight, "
-    "Tensor probabilities, Tensor gz, "
-    "Tensor(a!) gz_dot, Tensor(b!) gf_dot, Tensor(c!) gweight_dot, Tensor(d!) gbias_dot) -> ()",
+    "linear_cross_entropy_backward_tangent(Tensor gz_dot, Tensor gz, Tensor? f_dot, Tensor? weight_dot, Tensor f, "
+    "Tensor weight, Tensor(a!)? gf_dot, Tensor(b!)? gweight_dot, Tensor(c!)? gbias_dot) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
+    triton=_triton("backward_tangent"),
 )
 
 
 def linear_cross_entropy(
-    f: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    logits: Tensor,
-    probabilities: Tensor,
-    loss: Tensor,
-) -> Tensor:
-    """Mean cross-entropy of every task: ``F.cross_entropy(f @ weight.T + bias, labels)``.
+    f: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor,
+    logits: Tensor, probabilities: Tensor, gz: Tensor, loss: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Logits, their probabilities and gradient, and where wanted the loss of every task.
 
     Args:
-        f: features [T, N, F].
-        weight, bias: [T, O, F] and [T, O].
-        labels: int64 [T, N], each 0 <= label < O.
-        logits, probabilities: [T, N, O], overwritten.
-        loss: [T], overwritten.
-
-    Returns:
-        `loss`.
+        f, weight, bias, target, scale: as the module's docstring has them.
+        logits, probabilities, gz: [T, N, O], overwritten.
+        loss: scale times the sum of a task's cross-entropies [T], overwritten; None where nobody wants it.
 
     Raises:
         ValueError: shapes do not belong together.
-        TypeError: labels are not int64.
     """
-    _check(f, weight, bias, labels)
-    _linear_cross_entropy(f, weight, bias, labels, logits, probabilities, loss)
-    return loss
+    _check(
+        f, weight, bias=bias, target=target, scale=scale, logits=logits, probabilities=probabilities, gz=gz, loss=loss
+    )  # fmt: skip
+    _linear_cross_entropy(f, weight, bias, target, scale, logits, probabilities, gz, loss)
 
 
 def linear_cross_entropy_backward(
-    f: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    probabilities: Tensor,
-    gz: Tensor,
-    gf: Tensor,
-    gweight: Tensor,
-    gbias: Tensor,
+    gz: Tensor, f: Tensor, weight: Tensor, gf: Tensor | None, gweight: Tensor | None, gbias: Tensor | None
 ) -> None:
-    """Gradients of `linear_cross_entropy`, every task's loss having weight 1.
+    """Gradients of the losses' sum.
 
     Args:
-        f, weight, labels: as in the forward; probabilities as it wrote them.
-        gz: gradient of the logits [T, N, O], overwritten.
-        gf, gweight, gbias: gradients of f, weight and bias, of their shapes, overwritten.
+        gz: what the forward wrote.
+        f, weight: as in the forward.
+        gf, gweight, gbias: overwritten; None where nobody wants them.
     """
-    _linear_cross_entropy_backward(f, weight, labels, probabilities, gz, gf, gweight, gbias)
+    _check(f, weight, gz=gz, gf=gf, gweight=gweight, gbias=gbias)
+    _linear_cross_entropy_backward(gz, f, weight, gf, gweight, gbias)
 
 
 def linear_cross_entropy_tangent(
-    f_dot: Tensor, weight_dot: Tensor, bias_dot: Tensor, f: Tensor, weight: Tensor, z_dot: Tensor
-) -> Tensor:
-    """Tangent of the logits along tangents of f, weight and bias.
+    f_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None, f: Tensor, weight: Tensor,
+    probabilities: Tensor, scale: Tensor, gz_dot: Tensor,
+) -> None:  # fmt: skip
+    """Tangent of the logits' gradient along tangents of f, weight and bias; None for one that is zero.
 
     Args:
-        f_dot, weight_dot, bias_dot: tangents, of the shapes of f, weight and bias.
-        f, weight: as in the forward.
-        z_dot: [T, N, O], overwritten.
-
-    Returns:
-        `z_dot`.
+        f, weight, scale: as in the forward; probabilities as it wrote them.
+        gz_dot: [T, N, O], overwritten.
     """
-    _linear_cross_entropy_tangent(f_dot, weight_dot, bias_dot, f, weight, z_dot)
-    return z_dot
+    _check(
+        f, weight, f_dot=f_dot, weight_dot=weight_dot, bias_dot=bias_dot, probabilities=probabilities, scale=scale,
+        gz_dot=gz_dot,
+    )  # fmt: skip
+    _linear_cross_entropy_tangent(f_dot, weight_dot, bias_dot, f, weight, probabilities, scale, gz_dot)
 
 
 def linear_cross_entropy_backward_tangent(
-    z_dot: Tensor,
-    f_dot: Tensor,
-    weight_dot: Tensor,
-    f: Tensor,
-    weight: Tensor,
-    probabilities: Tensor,
-    gz: Tensor,
-    gz_dot: Tensor,
-    gf_dot: Tensor,
-    gweight_dot: Tensor,
-    gbias_dot: Tensor,
-) -> None:
-    """Tangent of `linear_cross_entropy_backward` along the tangents that gave z_dot.
+    gz_dot: Tensor, gz: Tensor, f_dot: Tensor | None, weight_dot: Tensor | None, f: Tensor, weight: Tensor,
+    gf_dot: Tensor | None, gweight_dot: Tensor | None, gbias_dot: Tensor | None,
+) -> None:  # fmt: skip
+    """Tangent of `linear_cross_entropy_backward` along the tangents that gave gz_dot.
 
     Args:
-        z_dot: what `linear_cross_entropy_tangent` wrote for f_dot, weight_dot and the bias's tangent.
-        probabilities, gz: what the forward and the backward wrote.
-        gz_dot, gf_dot, gweight_dot, gbias_dot: tangents of the backward's results, overwritten.
+        gz_dot, gz: what the tangent and the forward wrote.
+        f_dot, weight_dot: as given to the tangent; f, weight as in the forward.
+        gf_dot, gweight_dot, gbias_dot: overwritten; None where nobody wants them.
     """
+    _check(
+        f, weight, gz_dot=gz_dot, gz=gz, f_dot=f_dot, weight_dot=weight_dot, gf_dot=gf_dot, gweight_dot=gweight_dot,
+        gbias_dot=gbias_dot,
+    )  # fmt: skip
     _linear_cross_entropy_backward_tangent(
-        z_dot, f_dot, weight_dot, f, weight, probabilities, gz, gz_dot, gf_dot, gweight_dot, gbias_dot
+        gz_dot, gz, f_dot, weight_dot, f, weight, gf_dot, gweight_dot, gbias_dot
     )

@@ -18,7 +18,7 @@ from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.engine.fused.network import Network, lower
 from mamlpp_fast.engine.fused.program import Emitter, Program, Workspace
 from mamlpp_fast.engine.fused.running import RunningStats
-from mamlpp_fast.engine.fused.steps import CrossEntropy, Loss, Rows, Slot, SquaredError
+from mamlpp_fast.engine.fused.steps import CrossEntropy, Loss, Rows, Slot, SquaredError, with_head
 from mamlpp_fast.engine.fused.sweep import ALL_RATES, Form, Memory, write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.trace import Unsupported, trace
 from mamlpp_fast.engine.graph import graphed
@@ -230,7 +230,8 @@ class FusedEngine:
 
     def _lower(self, batch: EpisodeBatch, batch_stats: Callable[[nn.Module], bool]) -> Network:
         example = tuple(batch.support_x.shape[2:])
-        return lower(self.nodes, self.output, self.model, example, self.adapted, batch_stats)
+        network = lower(self.nodes, self.output, self.model, example, self.adapted, batch_stats)
+        return with_head(network, self.loss)
 
     def _form(self, batch: EpisodeBatch, tasks: int, steps: int, **options: bool) -> Form:
         return Form(

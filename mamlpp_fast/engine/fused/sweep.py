@@ -14,9 +14,8 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Emitter, Program, Ref
-from mamlpp_fast.engine.fused.steps import Gradients, Loss, Pass, Rows, Slot
+from mamlpp_fast.engine.fused.steps import Goal, Gradients, Loss, Pass, Rows, Slot
 from mamlpp_fast.engine.fused.steps.base import aten
-from mamlpp_fast.engine.fused.steps.loss import LossValue
 
 __all__ = ["Form", "Memory", "write_evaluation", "write_meta_gradient"]
 
@@ -163,13 +162,14 @@ class _Writer:
         step: int,
         theta: Mapping[str, Ref],
         stats: Mapping[str, tuple[Ref, Ref]],
+        goal: Goal | None = None,
     ) -> Pass:
         rows = {
             name: (w[min(step, r.rows - 1)], b[min(step, r.rows - 1)])
             for name, r in net.rows().items()
             for w, b in (self.memory.rows[name],)
         }
-        return Pass(self.form.tasks, images.shape[1], step, theta, rows, {0: images}, stats)
+        return Pass(self.form.tasks, images.shape[1], step, theta, rows, {0: images}, stats, goal=goal)
 
     def forward(self, net: Network, ps: Pass) -> None:
         for step in net.steps:
@@ -201,19 +201,20 @@ class _Writer:
         stats: Mapping[str, tuple[Ref, Ref]],
         *,
         again: bool = False,
-    ) -> tuple[Pass, LossValue, Ref | None]:
+    ) -> tuple[Pass, Ref | None]:
         """Support pass and its flat gradient; ``again``: for the activations and their gradients only."""
-        ps = self.start(self.net, self.memory.support_x, step, theta, stats)
+        m = self.memory
+        ps = self.start(self.net, m.support_x, step, theta, stats, Goal(m.support_t))
         self.forward(self.net, ps)
         self.em.label = "loss"
-        value = self.loss.value(self.em, ps.values[self.net.output], self.memory.support_t, None, False)
+        value = self.loss.of_pass(self.em, ps, self.net.output)
         if again:
             self.backward(self.net, ps, value.grad, Gradients(self.inner_values, frozenset()), keep=True)
-            return ps, value, None
+            return ps, None
         flat, out = self.gradients(self.inner_layout, "support gradient", self.inner_values)
         self.backward(self.net, ps, value.grad, out, keep=True)
         self.complete(out)
-        return ps, value, flat
+        return ps, flat
 
     def gradients(
         self,
@@ -315,9 +316,9 @@ class _MetaGradient(_Writer):
         thetas, support, targets = [theta], [], {}
         for k in range(f.steps):
             self.em.phase = f"support {k}"
-            ps, value, grads = self.support_pass(k, theta, self._stats(k, 0))
+            ps, grads = self.support_pass(k, theta, self._stats(k, 0))
             assert grads is not None
-            support.append((ps, value, grads))
+            support.append((ps, grads))
             flat, theta = self.update(k, flat, theta, grads)
             thetas.append(theta)
             if f.multi_step or k == f.steps - 1:
@@ -334,40 +335,37 @@ class _MetaGradient(_Writer):
     def _target_pass(self, k: int, theta: Mapping[str, Ref]) -> Ref:
         """w_k ∇T_k(θ_{k+1}), flat."""
         em, m = self.em, self.memory
-        ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1))
+        goal = Goal(m.target_t, m.weights[k] if self.form.multi_step else None, want_loss=True)
+        ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1), goal)
         self.forward(self.net, ps)
         em.label = "loss"
-        logits = ps.values[self.net.output]
-        weight = m.weights[k] if self.form.multi_step else None
-        value = self.loss.value(em, logits, m.target_t, weight, True)
+        value = self.loss.of_pass(em, ps, self.net.output)
         assert value.loss is not None
         first = k == 0 or not self.form.multi_step
         em.call(aten.copy_.default if first else aten.add_.Tensor, m.losses, value.loss)
         if k == self.form.steps - 1:
-            em.call(aten.copy_.default, m.logits, logits)
+            em.call(aten.copy_.default, m.logits, ps.values[self.net.output])
         flat, out = self._meta_gradients("target gradient", k, 0)
         self.backward(self.net, ps, value.grad, out)
         self.complete(out)
         return flat
 
-    def _reverse(
-        self, k: int, theta: Mapping[str, Ref], support: tuple[Pass, LossValue, Ref], adjoint: Ref
-    ) -> Ref:
+    def _reverse(self, k: int, theta: Mapping[str, Ref], support: tuple[Pass, Ref], adjoint: Ref) -> Ref:
         """One step of the reverse sweep: λ after the update to λ before it."""
         em = self.em
-        ps, value, grads = support
+        ps, grads = support
         direction = self._direction(k, grads, adjoint)
         if not self.form.second_order:
             return adjoint
         if self.form.recompute:
-            ps, value, _ = self.support_pass(k, theta, {}, again=True)
+            ps, _ = self.support_pass(k, theta, {}, again=True)
         ps.directions = self.inner_layout.views(direction)
         for step in self.net.steps:
             if step.output in self.inner_values:
                 em.label = step.name
                 step.tangent(em, ps)
         em.label = "loss"
-        grad_dot = self.loss.tangent(em, value, ps.tangents[self.net.output])
+        grad_dot = self.loss.tangent_of_pass(em, ps, self.net.output)
         product, out = self._meta_gradients("Hessian-vector product", k, 1)
         self.backward(self.net, ps, grad_dot, out, tangent=True)
         em.label = "adjoint"
@@ -437,7 +435,7 @@ class _Evaluation(_Writer):
         flat, theta = self.load()
         for k in range(self.form.steps):
             self.em.phase = f"support {k}"
-            _, _, grads = self.support_pass(k, theta, self._stats(self.net, k))
+            _, grads = self.support_pass(k, theta, self._stats(self.net, k))
             assert grads is not None
             flat, theta = self.update(k, flat, theta, grads)
             self.em.phase = f"target {k}"

@@ -1,7 +1,8 @@
 """The steps a lowered network is made of, each with its rules."""
 
-from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Slot, Step
+from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Slot, Step
 from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
+from mamlpp_fast.engine.fused.steps.head import Head, with_head
 from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Flatten, Linear
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
@@ -17,7 +18,9 @@ __all__ = [
     "FirstLayer",
     "Flatten",
     "FrozenNorm",
+    "Goal",
     "Gradients",
+    "Head",
     "Linear",
     "Loss",
     "MaxPool",
@@ -28,4 +31,5 @@ __all__ = [
     "Slot",
     "SquaredError",
     "Step",
+    "with_head",
 ]

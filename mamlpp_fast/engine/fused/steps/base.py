@@ -11,9 +11,11 @@ from torch import Tensor
 
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 
-__all__ = ["Pass", "Rows", "Slot", "Step", "aten"]
+__all__ = ["LOSS", "Goal", "Pass", "Rows", "Slot", "Step", "aten"]
 
 aten = torch.ops.aten
+LOSS = "loss"
+"""Key in ``Pass.saved`` of the loss's value where a step takes it; with "tangent", of its gradient's tangent."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class Rows:
     channels: int
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What the loss of a pass is taken against.
+
+    Attributes:
+        target: [T, N, O], as the loss stores it.
+        weight: of the loss, a device scalar; None for 1.
+        want_loss: whether its value is wanted beside the gradient.
+    """
+
+    target: Ref
+    weight: Ref | None = None
+    want_loss: bool = False
+
+
 @dataclass
 class Pass:
     """One pass of a batch of tasks through the network.
@@ -67,6 +84,7 @@ class Pass:
         values: activations; tangents: their derivatives along ``directions``, absent where zero.
         grads: gradients of the loss with respect to the activations, absent where not needed.
         saved: what a step keeps from its forward for its other rules.
+        goal: of the loss; None for predictions alone.
     """
 
     tasks: int
@@ -80,6 +98,7 @@ class Pass:
     tangents: dict[int, Ref] = field(default_factory=dict)
     grads: dict[int, Ref] = field(default_factory=dict)
     saved: dict[Any, Any] = field(default_factory=dict)
+    goal: Goal | None = None
 
 
 @dataclass

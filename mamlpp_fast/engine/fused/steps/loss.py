@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.fused.steps.base import aten
+from mamlpp_fast.engine.fused.steps.base import LOSS, Goal, Pass, aten
 
-__all__ = ["CrossEntropy", "Loss", "SquaredError"]
+__all__ = ["CrossEntropy", "Loss", "LossValue", "SquaredError", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,23 @@ class Loss:
         """Raises ValueError when labels have not the form of this loss's."""
         raise NotImplementedError
 
-    def value(self, em: Emitter, z: Ref, target: Ref, weight: Ref | None, want_loss: bool) -> LossValue:
-        """The loss of predictions ``z`` times ``weight`` (a device scalar; None for 1), and its gradient."""
+    def of_pass(self, em: Emitter, ps: Pass, output: int) -> LossValue:
+        """The loss of a pass with a goal: what a step took with it, or from the predictions."""
+        if LOSS not in ps.saved:
+            assert ps.goal is not None
+            ps.saved[LOSS] = self.value(em, ps.values[output], ps.goal)
+        value: LossValue = ps.saved[LOSS]
+        return value
+
+    def tangent_of_pass(self, em: Emitter, ps: Pass, output: int) -> Ref:
+        """Derivative of the gradient along the tangent of the predictions, likewise."""
+        if (LOSS, "tangent") not in ps.saved:
+            ps.saved[LOSS, "tangent"] = self.tangent(em, ps.saved[LOSS], ps.tangents[output])
+        tangent: Ref = ps.saved[LOSS, "tangent"]
+        return tangent
+
+    def value(self, em: Emitter, z: Ref, goal: Goal) -> LossValue:
+        """The weighted loss of predictions ``z``, and its gradient."""
         raise NotImplementedError
 
     def tangent(self, em: Emitter, value: LossValue, z_dot: Ref) -> Ref:
@@ -43,7 +58,8 @@ class Loss:
         raise NotImplementedError
 
 
-def _scaled(em: Emitter, mean: float, weight: Ref | None) -> Ref:
+def scaled(em: Emitter, mean: float, weight: Ref | None) -> Ref:
+    """``mean`` times ``weight``, as a device scalar."""
     scale = em.constant(mean)
     if weight is None:
         return scale
@@ -73,17 +89,17 @@ class CrossEntropy(Loss):
                 f"{name}: expected int64 labels [tasks, images], got {labels.dtype} {tuple(labels.shape)}"
             )
 
-    def value(self, em: Emitter, z: Ref, target: Ref, weight: Ref | None, want_loss: bool) -> LossValue:
-        scale = _scaled(em, 1 / z.shape[1], weight)
+    def value(self, em: Emitter, z: Ref, goal: Goal) -> LossValue:
+        scale = scaled(em, 1 / z.shape[1], goal.weight)
         log_p, p, grad = em.like("log p", z), em.like("p", z), em.like("gradient of logits", z)
         em.call(aten._log_softmax.out, z, -1, False, out=log_p)
         em.call(aten.exp.out, log_p, out=p)
-        em.call(aten.sub.out, p, target, out=grad)
+        em.call(aten.sub.out, p, goal.target, out=grad)
         em.call(aten.mul.out, grad, scale, out=grad)
         loss = None
-        if want_loss:
+        if goal.want_loss:
             terms, loss = em.like("loss terms", z), em.new("loss", z.shape[:1])
-            em.call(aten.mul.out, target, log_p, out=terms)
+            em.call(aten.mul.out, goal.target, log_p, out=terms)
             em.call(aten.mul.out, terms, scale, out=terms)
             em.call(aten.sum.IntList_out, terms, [1, 2], out=loss)
             em.call(aten.neg_.default, loss)
@@ -120,13 +136,13 @@ class SquaredError(Loss):
                 f"{name}: expected float targets [tasks, images, outputs], got {labels.dtype} {tuple(labels.shape)}"
             )
 
-    def value(self, em: Emitter, z: Ref, target: Ref, weight: Ref | None, want_loss: bool) -> LossValue:
-        scale = _scaled(em, 1 / (z.shape[1] * z.shape[2]), weight)
+    def value(self, em: Emitter, z: Ref, goal: Goal) -> LossValue:
+        scale = scaled(em, 1 / (z.shape[1] * z.shape[2]), goal.weight)
         difference, grad = em.like("difference", z), em.like("gradient of predictions", z)
-        em.call(aten.sub.out, z, target, out=difference)
+        em.call(aten.sub.out, z, goal.target, out=difference)
         em.call(aten.mul.out, difference, scale, out=grad)
         loss = None
-        if want_loss:
+        if goal.want_loss:
             terms, loss = em.like("loss terms", z), em.new("loss", z.shape[:1])
             em.call(aten.mul.out, difference, grad, out=terms)
             em.call(aten.sum.IntList_out, terms, [1, 2], out=loss)
