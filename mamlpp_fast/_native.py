@@ -6,7 +6,8 @@ Without it every operation still runs, on its closed form in PyTorch.
 
 Environment:
     MAMLPP_FAST_NATIVE: ``0`` leaves the library out, ``require`` makes its absence an error.
-    MAMLPP_FAST_ISA: highest instruction set to use (``portable``, ``avx2``, ``avx512``, ``avx512bf16``).
+    MAMLPP_FAST_ISA: highest instruction set to use (``portable``, ``avx2``, ``avx512``, ``avx512bf16``,
+        ``amxbf16``).
     MAMLPP_FAST_LIBRARY: a library built by hand (with sanitizers, say), loaded instead of the cached one.
     CXX: the C++ compiler.
     XDG_CACHE_HOME: parent of the cache folder, ``~/.cache`` by default.
@@ -33,10 +34,12 @@ import torch
 __all__ = ["NativeError", "NativeStatus", "build", "load", "status"]
 
 _LIBRARY = "libmamlpp_fast.so"
+_AVX512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _LEVEL_FLAGS = {
     "avx2": {"avx2", "fma"},
-    "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx512bf16": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "avx512": _AVX512,
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "amxbf16": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
 }
 
 
@@ -52,7 +55,7 @@ class NativeStatus:
         loaded: whether its kernels serve the operations.
         reason: why not; empty when loaded.
         path: the library file, when there is one.
-        isa: instruction set in use (``portable``, ``avx2``, ``avx512``, ``avx512bf16``), when loaded.
+        isa: instruction set in use (``portable``, ``avx2``, ``avx512``, ``avx512bf16``, ``amxbf16``), when loaded.
         torch_version: the torch it was built for, when there is a library.
     """
 
@@ -270,7 +273,8 @@ def _compile(recipe: _Recipe, compiler: str, cmake: str, ninja: str, folder: Pat
     work, ready = folder / "work", folder / "ready"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ops = len(list(recipe.source.glob("csrc/cpu/*.cpp")))
-    kernels = len(list(recipe.source.glob("csrc/cpu/kernels/*.cpp"))) * (1 + len(_host_levels()))
+    levels = 1 + len(set(_host_levels()) - {"amxbf16"})
+    kernels = len(list(recipe.source.glob("csrc/cpu/kernels/*.cpp"))) * levels
     seconds = 5 * (1 + (12 * ops + 4 * kernels) // (5 * cores))
     print(f"mamlpp_fast: building native kernels (once, about {seconds} s) ...", file=sys.stderr, flush=True)
     configure = [cmake, "-S", str(recipe.source), "-B", str(work), "-G", "Ninja", *recipe.arguments]

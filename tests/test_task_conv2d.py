@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlpp_fast import _native
 from mamlpp_fast.ops.task_conv2d import (
     output_size,
     task_conv2d,
@@ -50,7 +52,28 @@ BFLOAT16_SHAPES = SHAPES | {
     "pairs-chunks": (1, 3, 20, 30, 22, 64, 3, 1, 1),
     "pairs-first": (1, 7, 31, 15, 4, 66, 3, 1, 0),
 }
+# What AMX takes: rows of a tile over pixels or over images, 16 or less; one, two and three tiles of channels; groups of
+# images and chunks of positions to-weight; channels of several equal products, stride 2, no padding.
+TILE_SHAPES = {
+    "tiles-one-image": (2, 1, 3, 3, 64, 64, 3, 1, 1),
+    "tiles-two-images": (1, 2, 17, 5, 48, 64, 3, 1, 1),
+    "tiles-odd-width": (2, 3, 10, 21, 48, 48, 3, 1, 1),
+    "tiles-four-images": (1, 4, 35, 33, 32, 16, 3, 1, 1),
+    "tiles-smallest": (2, 5, 3, 3, 48, 64, 3, 1, 0),
+    "tiles-many-images": (2, 37, 3, 5, 64, 48, 3, 1, 1),
+    "tiles-groups": (1, 41, 7, 7, 48, 48, 3, 1, 1),
+    "tiles-no-padding": (1, 5, 9, 11, 64, 80, 3, 1, 0),
+    "tiles-small-kernel": (2, 3, 6, 9, 96, 32, 2, 1, 1),
+    "tiles-pointwise": (1, 3, 7, 6, 16, 80, 1, 1, 0),
+    "tiles-stride-2": (2, 5, 9, 12, 64, 48, 3, 2, 1),
+    "tiles-pointwise-stride-3": (1, 4, 8, 7, 32, 32, 1, 3, 0),
+    "tiles-single-pixel": (3, 2, 1, 1, 64, 16, 3, 1, 1),
+    "tiles-column": (1, 3, 40, 1, 32, 48, 3, 1, 1),
+}
+BFLOAT16_SHAPES |= TILE_SHAPES
+FEW = ("omniglot-14", "omniglot-7", "imagenet-first", "stride-2", "odd-channels")
 NATIVE = "native" in backends("task_conv2d")
+ISA = _native.status().isa
 
 
 @pytest.fixture(params=[name for name in ("python", "native") if name in backends("task_conv2d")])
@@ -147,9 +170,9 @@ def test_winograd_error_stays_near_torch(name: str) -> None:
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["omniglot-14", "omniglot-7", "imagenet-first", "stride-2", "odd-channels"])
+@pytest.mark.parametrize("name", [*FEW, "tiles-groups", "tiles-four-images"])
 def test_any_number_of_threads_gives_the_same_bits(name: str, dtype: torch.dtype, tasks: int) -> None:
-    case = Case((tasks, *SHAPES[name][1:]), dtype)
+    case = Case((tasks, *BFLOAT16_SHAPES[name][1:]), dtype)
     before = torch.get_num_threads()
     results: list[list[Tensor]] = []
     try:
@@ -203,8 +226,13 @@ def test_wrong_shapes_are_refused(
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("MAMLPP_FAST_ISA", "portable"), ("MAMLPP_FAST_ISA", "avx512"), ("MAMLPP_FAST_WINOGRAD", "1")],
-    ids=["portable", "avx512", "winograd"],
+    [
+        ("MAMLPP_FAST_ISA", "portable"),
+        ("MAMLPP_FAST_ISA", "avx512"),
+        ("MAMLPP_FAST_ISA", "avx512bf16"),
+        ("MAMLPP_FAST_WINOGRAD", "1"),
+    ],
+    ids=["portable", "avx512", "avx512bf16", "winograd"],
 )
 def test_forms_chosen_by_environment(variable: str, value: str) -> None:
     """The other instruction set and the Winograd form at every shape they can take, in a process of its own."""
@@ -217,8 +245,50 @@ def test_forms_chosen_by_environment(variable: str, value: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def bfloat16_results() -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """(result, float64 result) of every product of every shape for tiles, from fixed seeds."""
+    results: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name in ("omniglot-14", "omniglot-7", "omniglot-3", "imagenet-wide", "many-channels", *TILE_SHAPES):
+        torch.manual_seed(0)
+        results[name] = []
+        Case(BFLOAT16_SHAPES[name], torch.bfloat16).compare(
+            lambda result, exact, to=results[name]: to.append((result.clone(), exact))
+        )
+    return results
+
+
+@pytest.mark.skipif(ISA != "amxbf16", reason=f"AMX not run: the native library's instruction set is {ISA}")
+def test_tiles_are_as_exact_as_pairs(tmp_path: Path) -> None:
+    """AMX here against vdpbf16ps in a process of its own."""
+    saved = tmp_path / "pairs.pt"
+    done = subprocess.run(
+        [sys.executable, __file__, str(saved)],
+        env={**os.environ, "MAMLPP_FAST_ISA": "avx512bf16", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pairs = torch.load(saved)
+    with use_backend("native"):
+        tiles = bfloat16_results()
+    differ = False
+    for name, results in tiles.items():
+        for (ours, exact), (theirs, same) in zip(results, pairs[name], strict=True):
+            assert torch.equal(exact, same)
+            scale = exact.abs().max().item()
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * scale)
+            own, other = ((t.double() - exact).square().mean().sqrt().item() for t in (ours, theirs))
+            # Both pairs of operands are one chain here: longer than theirs where channels are many.
+            assert own <= 1.5 * other, name
+            differ |= not torch.equal(ours, theirs)
+    assert differ, "both processes ran the same kernels"
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        torch.save(bfloat16_results(), sys.argv[1])
+        return
     for name, shape in BFLOAT16_SHAPES.items():
         for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-5), (torch.bfloat16, 2e-5)):
             errors: list[float] = []

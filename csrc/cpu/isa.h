@@ -11,13 +11,14 @@
 //   scale.cpp           MF_DISPATCH(scale<float>)(x, a, y, n);
 //
 // Levels that the compiler or the processor's family lacks are not compiled; CMakeLists.txt defines MF_HAVE_<LEVEL>.
+// `amxbf16` is `avx512bf16` with the tile products of csrc/cpu/amx/ beside it, not a build of its own of every file.
 #pragma once
 
 #include <cstdint>
 
 namespace mf {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amxbf16 = 4 };
 
 // The best level that is compiled in, that this processor has and that MAMLPP_FAST_ISA (read once) allows.
 // A level out of reach gives the best one below it; an unknown name is refused by mamlpp_fast/_native.py.
@@ -53,13 +54,13 @@ const char* isa_name(Isa level);
   MF_AVX512BF16(namespace mf::avx512bf16{__VA_ARGS__})
 
 // The function pointer for this machine; `decltype` of the portable one, so an overload set is refused.
-#define MF_DISPATCH(...)                                                             \
-  ([]() -> decltype(&mf::portable::__VA_ARGS__) {                                    \
-    switch (mf::isa()) {                                                             \
-      MF_AVX512BF16(case mf::Isa::avx512bf16 : return &mf::avx512bf16::__VA_ARGS__;) \
-      MF_AVX512(case mf::Isa::avx512 : return &mf::avx512::__VA_ARGS__;)             \
-      MF_AVX2(case mf::Isa::avx2 : return &mf::avx2::__VA_ARGS__;)                   \
-      default:                                                                       \
-        return &mf::portable::__VA_ARGS__;                                           \
-    }                                                                                \
+#define MF_DISPATCH(...)                                                                                     \
+  ([]() -> decltype(&mf::portable::__VA_ARGS__) {                                                            \
+    switch (mf::isa()) {                                                                                     \
+      MF_AVX512BF16(case mf::Isa::amxbf16 : case mf::Isa::avx512bf16 : return &mf::avx512bf16::__VA_ARGS__;) \
+      MF_AVX512(case mf::Isa::avx512 : return &mf::avx512::__VA_ARGS__;)                                     \
+      MF_AVX2(case mf::Isa::avx2 : return &mf::avx2::__VA_ARGS__;)                                           \
+      default:                                                                                               \
+        return &mf::portable::__VA_ARGS__;                                                                   \
+    }                                                                                                        \
   }())

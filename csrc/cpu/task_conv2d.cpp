@@ -12,8 +12,10 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "amx/conv_amx.h"
 #include "kernels/conv_kernels.h"
 
 namespace mf {
@@ -31,6 +33,25 @@ const conv::Kernels<T>& kernels() {
 const conv::WinogradKernels& winograd() {
   static const conv::WinogradKernels chosen = MF_DISPATCH(winograd_kernels)();
   return chosen;
+}
+
+/// The kernels for one product: tiles where this machine has them and they serve it.
+template <class T, class Problem>
+const conv::Kernels<T>& kernels_for([[maybe_unused]] const Problem& p) {
+#ifdef MF_HAVE_AMXBF16
+  if constexpr (std::is_same_v<T, conv::Pair>) {
+    static const conv::Kernels<T> tiles = amxbf16::conv_tiles();
+    if (isa() == Isa::amxbf16 && amxbf16::conv_serves(p)) return tiles;
+  }
+#endif
+  return kernels<T>();
+}
+
+double bf16_peak(int64_t iterations) {
+#ifdef MF_HAVE_AMXBF16
+  if (isa() == Isa::amxbf16) return amxbf16::bf16_peak(iterations);
+#endif
+  return MF_DISPATCH(bf16_peak)(iterations);
 }
 
 /// Memory a thread keeps from call to call.
@@ -258,14 +279,13 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
   p.kw = s.kw;
   p.stride = s.stride;
   p.padding = s.padding;
-  const conv::Kernels<T>& k = kernels<T>();
+  const conv::Kernels<T>& k = kernels_for<T>(p);
   run_units<T>(p.tasks * p.parts, k.gather_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.gather(p, begin, end, scratch); });
 }
 
 template <class T>
 void outer(const Shape& s, const Operands& o, void* out) {
-  const conv::Kernels<T>& k = kernels<T>();
   conv::Outer p{};
   for (int i = 0; i < o.pairs; ++i) {
     p.x[i] = o.a[i];
@@ -275,7 +295,6 @@ void outer(const Shape& s, const Operands& o, void* out) {
   p.out = out;
   p.tasks = s.tasks;
   p.images = s.images;
-  p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
   p.height = s.height;
   p.width = s.width;
   p.ci = s.ci;
@@ -286,6 +305,8 @@ void outer(const Shape& s, const Operands& o, void* out) {
   p.kw = s.kw;
   p.stride = s.stride;
   p.padding = s.padding;
+  const conv::Kernels<T>& k = kernels_for<T>(p);
+  p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
   run_units<T>(p.tasks * p.parts, k.outer_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.outer(p, begin, end, scratch); });
 }
@@ -394,7 +415,7 @@ void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2
 // Floating-point operations of `iterations` rounds of independent multiply-adds in registers, for timing the peaks.
 TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
   m.def("fma_peak(int iterations) -> float", [](int64_t iterations) { return winograd().fma_peak(iterations); });
-  m.def("bf16_peak(int iterations) -> float", [](int64_t iterations) { return MF_DISPATCH(bf16_peak)(iterations); });
+  m.def("bf16_peak(int iterations) -> float", &bf16_peak);
 }
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
