@@ -107,12 +107,12 @@ def test_a_stopped_table_goes_on(
     original = MAMLPlusPlus.meta_step
     calls = 0
 
-    def stopping(learner: MAMLPlusPlus, batch: Any) -> Any:
+    def stopping(learner: MAMLPlusPlus, batch: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 7:
             raise Interrupted(2)
-        return original(learner, batch)
+        return original(learner, batch, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(MAMLPlusPlus, "meta_step", stopping)
@@ -140,10 +140,10 @@ def test_a_run_that_diverges_is_said_and_the_others_go_on(
 ) -> None:
     original = MAMLPlusPlus.meta_step
 
-    def diverging(learner: MAMLPlusPlus, batch: Any) -> Any:
+    def diverging(learner: MAMLPlusPlus, batch: Any, **keywords: Any) -> Any:
         if not learner.config.msl and learner.iteration == 3:
             raise NonFiniteLossError(3, 1, 0)
-        return original(learner, batch)
+        return original(learner, batch, **keywords)
 
     monkeypatch.setattr(MAMLPlusPlus, "meta_step", diverging)
     text = run(tmp_path, data)
