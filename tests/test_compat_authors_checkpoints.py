@@ -320,7 +320,7 @@ def test_numbers_of_other_types_are_refused(tmp_path: Path) -> None:
     experiment = tiny_experiment(tmp_path)
     state = TheirSystem(experiment.config).state([0.5])
     torch.save(state | {"best_val_acc": np.complex128(1)}, tmp_path / "x")
-    with pytest.raises(ValueError, match=r"x: expected a checkpoint, number type 'c16'"):
+    with pytest.raises(ValueError, match=r"x: expected a checkpoint, .*number type 'c16'"):
         import_checkpoints([tmp_path / "x"], experiment, tmp_path / "run")
 
 
