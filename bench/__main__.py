@@ -55,6 +55,12 @@ PARTS = {
         f"{_CLOSED} --groups lslr,dispatch --seconds 0.05",
         (("MAMLPP_FAST_NATIVE", "0"),),
     ),
+    "direct": Part(
+        "-m bench.kernels --groups conv --json {out}/kernels_direct.json",
+        2,
+        None,
+        (("MAMLPP_FAST_WINOGRAD", "0"),),
+    ),
     "iterations": Part(
         "-m bench.iterations --seconds 30 --json {out}/iterations.json",
         25,

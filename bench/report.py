@@ -38,6 +38,7 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "behind": ("kernels", tables.behind),
     "dispatch": ("kernels", tables.dispatch),
     "closed-form": ("closed_form", tables.kernel_summary),
+    "direct": ("kernels_direct", tables.kernels),
     "peers": ("peers", tables.peers),
     "peer-headline": ("peers", tables.peer_headline),
     "scaling": ("scaling", tables.scaling),
