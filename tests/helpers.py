@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -63,3 +65,17 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
         for name, p in module.named_parameters()
         if p.grad is not None
     }
+
+
+def assert_equal_on_any_threads(run: Callable[[], object]) -> None:
+    """Compares the results on 1, 2 and 4 threads, bit for bit."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_equal_on_any_threads
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
@@ -154,16 +155,7 @@ def test_nan_in_the_input_reaches_the_output(backend: str) -> None:
 @pytest.mark.parametrize("tasks", [1, 3, 8])
 def test_result_does_not_depend_on_threads(tasks: int) -> None:
     case = Case((tasks, 5, 9, 8, 21), dtype=torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            results.append(case.run())
-    finally:
-        torch.set_num_threads(threads)
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+    assert_equal_on_any_threads(case.run)
 
 
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])

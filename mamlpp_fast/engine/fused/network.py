@@ -260,15 +260,10 @@ class _Lowering:
     def _first_conv(self, node: Node) -> Conv | None:
         """The convolution right in front of a norm, when it reads the images and its output need not be stored."""
         conv = self.steps[-1] if self.steps else None
-        fits = (
-            isinstance(conv, Conv)
-            and conv.inputs == (0,)
-            and conv.output == node.inputs[0]
-            and self.uses[conv.output] == 1
-            and conv.stride == 1
-            and conv.weight.shape[2] <= _FEW_CHANNELS
-        )
-        return conv if fits and isinstance(conv, Conv) else None
+        if not isinstance(conv, Conv) or conv.inputs != (0,) or conv.output != node.inputs[0]:
+            return None
+        fits = self.uses[conv.output] == 1 and conv.stride == 1 and conv.weight.shape[2] <= _FEW_CHANNELS
+        return conv if fits else None
 
     def _first_layer(
         self,
