@@ -48,7 +48,11 @@ _CLOSED = "-m bench.kernels --groups batch-norm,lslr,head,dispatch --json {out}/
 _QUICK_PEERS = "textbook,torch.func,ours-reference,ours-autograd,ours-fused"
 PARTS = {
     "environments": Part("-m bench.peers.environments --missing", 6, None),
-    "kernels": Part(_KERNELS, 8, f"{_KERNELS} --groups lslr,head,dispatch --seconds 0.05"),
+    "kernels": Part(
+        f"{_KERNELS} --seconds 0.3 --passes 3",
+        8,
+        f"{_KERNELS} --groups lslr,head,dispatch --seconds 0.05",
+    ),
     "closed-form": Part(
         f"{_CLOSED} --seconds 0.5",
         4,
@@ -62,8 +66,8 @@ PARTS = {
         (("MAMLPP_FAST_WINOGRAD", "0"),),
     ),
     "iterations": Part(
-        "-m bench.iterations --seconds 30 --json {out}/iterations.json",
-        25,
+        "-m bench.iterations --seconds 10 --passes 2 --json {out}/iterations.json",
+        40,
         "-m bench.iterations --workloads omniglot-5w1s-final --engines reference,fused --seconds 1 "
         "--json {out}/iterations.json",
     ),

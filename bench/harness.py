@@ -36,6 +36,7 @@ __all__ = [
     "machine",
     "machine_name",
     "peak_flops",
+    "pool",
     "rows",
 ]
 
@@ -131,6 +132,12 @@ def interleaved(
     return times
 
 
+def pool(into: dict[str, Times], times: dict[str, Times]) -> None:
+    """Adds the rounds of another pass."""
+    for name, found in times.items():
+        into.setdefault(name, Times()).seconds.extend(found.seconds)
+
+
 def captured(job: Callable[[], object], repeats: int = GRAPH_REPEATS) -> Callable[[], object]:
     """On a GPU, the job `repeats` times over as one CUDA graph: kernels without launches. On a CPU the job."""
     if not torch.cuda.is_available():
@@ -194,61 +201,74 @@ def copy_bandwidth(nbytes: int = 2**28) -> float:
     return nbytes / interleaved({"copy": lambda: target.copy_(source)}, 0.3)["copy"].median
 
 
-def rows(cases: Iterator[Case], seconds: float) -> Iterator[dict[str, Any]]:
+def rows(cases: Sequence[Case], seconds: float, passes: int = 1) -> Iterator[dict[str, Any]]:
     """A row for each case: the check's verdict and, where it passed, times, rates and shares of the ceilings.
 
-    The ceiling of memory is what a copy of as many bytes reaches in the same rounds. The roof is the lower of the
-    multiply-add peak and that copy's rate times the operations a byte.
+    All cases are gone through ``passes`` times, ``seconds`` each time, so that the quartiles hold what a shared
+    machine does from minute to minute. The ceiling of memory is what a copy of as many bytes reaches in the same
+    rounds. The roof is the lower of the multiply-add peak and that copy's rate times the operations a byte.
     """
     peaks = {dtype: peak_flops(dtype) for dtype in ("float32", "bfloat16", "float64")}
-    for case in cases:
-        torch.manual_seed(0)
-        subjects = case.make()
-        row: dict[str, Any] = {
-            "operation": case.operation,
-            "order": case.order,
-            "size": case.size,
-            "layout": case.layout,
-            "dtype": case.dtype,
-            "backend": backend_of(case.operation),
-        }
-        fault = check(case, subjects)
-        if fault is not None:
-            yield row | {"fault": fault}
-            continue
-        source = torch.empty(max(case.bytes // 2, 1), dtype=torch.uint8)
-        source.random_()
-        target = torch.empty_like(source)
-        ours_job = captured(subjects.ours)
-        times = interleaved(
-            {
-                "torch": captured(subjects.torch),
-                "ours": ours_job,
-                "copy": captured(lambda s=source, t=target: t.copy_(s)),  # type: ignore[misc]
-                "again": ours_job,
-            },
-            seconds,
-            warm=True,
-        )
-        if torch.cuda.is_available():
-            times = {name: Times([s / GRAPH_REPEATS for s in t.seconds]) for name, t in times.items()}
-        ours, copy, peak = times["ours"].median, times["copy"].median, peaks[case.dtype]
-        roof = min(peak, case.flops / copy)
-        yield row | {
-            "ours_us": [1e6 * q for q in times["ours"].quartiles()],
-            "torch_us": [1e6 * q for q in times["torch"].quartiles()],
-            "ratio": times["torch"].median / ours,
-            "noise": abs(times["again"].median / ours - 1),
-            "bytes": case.bytes,
-            "flops": case.flops,
-            "gb_per_s": case.bytes / ours / 1e9,
-            "gflop_per_s": case.flops / ours / 1e9,
-            "copy_gb_per_s": case.bytes / copy / 1e9,
-            "peak_gflop_per_s": peak / 1e9,
-            "share_of_copy": copy / ours,
-            "share_of_peak": case.flops / ours / peak,
-            "share_of_roof": case.flops / ours / roof,
-        }
+    faults: list[str | None] = []
+    pooled: list[dict[str, Times]] = [{} for _ in cases]
+    for pass_ in range(passes):
+        for i, case in enumerate(cases):
+            torch.manual_seed(0)
+            subjects = case.make()
+            if pass_ == 0:
+                faults.append(check(case, subjects))
+            if faults[i] is None:
+                pool(pooled[i], _timed(case, subjects, seconds))
+            if pass_ == passes - 1:
+                yield _row(case, faults[i], pooled[i], peaks[case.dtype])
+
+
+def _timed(case: Case, subjects: Subjects, seconds: float) -> dict[str, Times]:
+    """Ours, PyTorch's and a copy of as many bytes in turn; ``again`` is ours once more."""
+    source = torch.empty(max(case.bytes // 2, 1), dtype=torch.uint8)
+    source.random_()
+    target = torch.empty_like(source)
+    ours = captured(subjects.ours)
+    jobs: dict[str, Callable[[], object]] = {
+        "torch": captured(subjects.torch),
+        "ours": ours,
+        "copy": captured(lambda: target.copy_(source)),
+        "again": ours,
+    }
+    times = interleaved(jobs, seconds, warm=True)
+    if torch.cuda.is_available():
+        times = {name: Times([s / GRAPH_REPEATS for s in t.seconds]) for name, t in times.items()}
+    return times
+
+
+def _row(case: Case, fault: str | None, times: dict[str, Times], peak: float) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "operation": case.operation,
+        "order": case.order,
+        "size": case.size,
+        "layout": case.layout,
+        "dtype": case.dtype,
+        "backend": backend_of(case.operation),
+    }
+    if fault is not None:
+        return row | {"fault": fault}
+    ours, copy = times["ours"].median, times["copy"].median
+    roof = min(peak, case.flops / copy)
+    return row | {
+        "ours_us": [1e6 * q for q in times["ours"].quartiles()],
+        "torch_us": [1e6 * q for q in times["torch"].quartiles()],
+        "ratio": times["torch"].median / ours,
+        "noise": abs(times["again"].median / ours - 1),
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "gb_per_s": case.bytes / ours / 1e9,
+        "gflop_per_s": case.flops / ours / 1e9,
+        "copy_gb_per_s": case.bytes / copy / 1e9,
+        "peak_gflop_per_s": peak / 1e9,
+        "share_of_copy": copy / ours,
+        "share_of_peak": case.flops / ours / peak,
+        "share_of_roof": case.flops / ours / roof,
+    }
 
 
 def backend_of(operation: str) -> str:

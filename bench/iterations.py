@@ -1,7 +1,7 @@
 """Whole meta-iterations by engine, and how their cost grows.
 
     python -m bench.iterations [--workloads omniglot-5w1s,...] [--engines reference,autograd,fused,fused:bfloat16]
-                               [--device cpu] [--seconds 20] [--scaling] [--json FILE]
+                               [--device cpu] [--seconds 20] [--passes N] [--scaling] [--json FILE]
 
 Engines take turns iteration by iteration in one process; times are medians. Before any time is taken, an engine's
 meta-gradient must be right: float64 to 1e-9 of the reference for the engines that have it, and the precision that is
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Times, copy_bandwidth, interleaved, keep, peak_flops
+from bench.harness import Times, copy_bandwidth, interleaved, keep, peak_flops, pool
 from mamlpp_fast.engine import Precision
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.learner import MAMLPlusPlus
@@ -145,30 +145,39 @@ def job(learner: MAMLPlusPlus, workload: Workload) -> Callable[[], object]:
     return lambda: learner.meta_step(batch)
 
 
-def compare(
-    workload: Workload, engines: list[str], device: str, seconds: float, ceilings: Ceilings
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    learners = {}
-    for name in engines:
-        engine, _, precision = name.partition(":")
-        precision = precision or "float32"
-        row = {"workload": workload.name, "engine": engine, "precision": precision}
-        rows.append(row)
-        wrong = fault(workload, engine, precision, device)
-        if wrong is not None:
-            row["fault"] = wrong
-            continue
-        learners[name] = learner_of(workload, name, device)
-        row["peak_memory_mib"] = peak_memory(workload.name, engine, precision, device)
-    jobs = {name: job(learner, workload) for name, learner in learners.items()}
-    times = interleaved(jobs, seconds, at_least=3)
-    base = times.get("reference")
-    for name, row in zip(engines, rows, strict=True):
-        if name in times:
-            row |= ceilings.rates(learners[name], workload, times[name])
-            row["ratio"] = base.median / times[name].median if base else None
-    return rows
+class Comparison:
+    """The engines on one workload: checked once, timed in as many passes as asked, rates from all rounds."""
+
+    def __init__(self, workload: Workload, engines: list[str], device: str) -> None:
+        self.workload, self.device = workload, device
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.times: dict[str, Times] = {}
+        for name in engines:
+            engine, _, precision = name.partition(":")
+            precision = precision or "float32"
+            row = {"workload": workload.name, "engine": engine, "precision": precision}
+            self.rows[name] = row
+            wrong = fault(workload, engine, precision, device)
+            if wrong is None:
+                row["peak_memory_mib"] = peak_memory(workload.name, engine, precision, device)
+            else:
+                row["fault"] = wrong
+
+    def time(self, seconds: float, ceilings: Ceilings) -> list[dict[str, Any]]:
+        """The rows, after another pass."""
+        learners = {
+            name: learner_of(self.workload, name, self.device)
+            for name, row in self.rows.items()
+            if "fault" not in row
+        }
+        jobs = {name: job(learner, self.workload) for name, learner in learners.items()}
+        pool(self.times, interleaved(jobs, seconds, at_least=3))
+        base = self.times.get("reference")
+        for name, learner in learners.items():
+            times = self.times[name]
+            self.rows[name] |= ceilings.rates(learner, self.workload, times)
+            self.rows[name]["ratio"] = base.median / times.median if base else None
+        return list(self.rows.values())
 
 
 SCALING = {
@@ -235,26 +244,30 @@ def main() -> int:
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--engines", default="reference,autograd,fused,fused:bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each workload")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each workload and pass")
+    parser.add_argument("--passes", type=int, default=1, help="through all workloads, times pooled")
     parser.add_argument("--scaling", action="store_true", help="how the cost grows, instead")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
     ceilings = Ceilings()
-
-    def take(row: dict[str, Any]) -> None:
-        print(describe(row), flush=True)
-        found.append(row)
-        keep(arguments.json, found)
-
     if arguments.scaling:
         for row in scaling(arguments.device, arguments.seconds, ceilings):
-            take(row)
-    else:
-        engines = arguments.engines.split(",")
+            print(describe(row), flush=True)
+            found.append(row)
+            keep(arguments.json, found)
+        return 0
+    comparisons: dict[str, Comparison] = {}
+    for _ in range(arguments.passes):
         for name in arguments.workloads.split(","):
-            for row in compare(WORKLOADS[name], engines, arguments.device, arguments.seconds, ceilings):
-                take(row)
+            if name not in comparisons:
+                comparisons[name] = Comparison(
+                    WORKLOADS[name], arguments.engines.split(","), arguments.device
+                )
+            for row in comparisons[name].time(arguments.seconds, ceilings):
+                print(describe(row), flush=True)
+            found = [row for comparison in comparisons.values() for row in comparison.rows.values()]
+            keep(arguments.json, found)
     return int(any("fault" in row for row in found))
 
 

@@ -1,7 +1,7 @@
 """Every operation and order against PyTorch's: times, ratios, rates and shares of the machine's ceilings.
 
     python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv,first-layer,head,dispatch] [--threads N]
-                            [--device D] [--check] [--json FILE]
+                            [--device D] [--seconds S] [--passes N] [--check] [--json FILE]
 
 Ours, PyTorch's and a copy of as many bytes take turns in one process; a time is a median, `noise` what two timings of
 ours differ by. An operation whose result fails its check against float64 gets no time, and the exit status is 1.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def check_all(cases: Iterator[Case]) -> int:
+def check_all(cases: Sequence[Case]) -> int:
     wrong = 0
     for case in cases:
         torch.manual_seed(0)
@@ -52,18 +52,19 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check", action="store_true", help="check results, take no times")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row and pass")
+    parser.add_argument("--passes", type=int, default=1, help="through all rows, times pooled")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)
-    cases = all_cases(arguments.groups.split(","))
+    cases = list(all_cases(arguments.groups.split(",")))
     if arguments.check:
         return check_all(cases)
     peak = peak_flops() / 1e9
     print(json.dumps(machine() | {"peak_gflop_per_s": peak}))
     found = []
-    for row in rows(cases, arguments.seconds):
+    for row in rows(cases, arguments.seconds, arguments.passes):
         print(describe(row), flush=True)
         found.append(row)
         keep(arguments.json, found, peak_gflop_per_s=peak)

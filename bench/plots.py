@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["peers", "roofline", "scaling"]
+__all__ = ["curves", "peers", "roofline", "scaling"]
 
 Rows = list[dict[str, Any]]
 _STYLE = {
@@ -150,4 +150,26 @@ def scaling(rows: Rows) -> Figure:
         ax.set_xlabel(name)
         ax.grid(lw=0.3)
     axes[0, 0].set_ylabel("ms an iteration")
+    return figure
+
+
+@_drawn
+def curves(rows: Rows) -> Figure:
+    """Validation accuracy and loss of each run over meta-updates, a colour for each row of the table."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    for r in rows:
+        x = [e["iteration"] for e in r["epochs"]]
+        color = f"C{labels.index(r['label'])}"
+        for ax, y in (
+            (axes[0], [100 * e["val_accuracy"] for e in r["epochs"]]),
+            (axes[1], [float("nan") if e["val_loss"] is None else e["val_loss"] for e in r["epochs"]]),
+        ):
+            ax.plot(x, y, ".-", color=color, lw=1, markersize=3, label=r["label"] if ax is axes[0] else None)
+    for ax, text in zip(axes, ("validation accuracy, %", "validation loss"), strict=True):
+        ax.set_xlabel("meta-updates")
+        ax.set_ylabel(text)
+        ax.grid(lw=0.3)
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure

@@ -3,8 +3,9 @@
     python -m bench.report [--check]
 
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
-show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table; or
-`runs/` or `run-headline/` and the folders under results/ to compare, with commas. Plots are of the same machine and go
+show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table;
+`runs/` or `run-headline/` and the folders under results/ to compare, with commas; or `reproduced/` or
+`reproduced-headline/` and one folder. Plots are of the same machine, and curves of each reproduced table; they go
 to docs/images/.
 `--check` changes nothing and exits with 1 when a page or plot and the JSON disagree.
 """
@@ -46,7 +47,12 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "drop-in-learn2learn": ("drop_in_learn2learn", tables.drop_in_scripts),
     "drop-in-higher": ("drop_in_higher", tables.drop_in_scripts),
 }
-RUNS = {"runs": tables.runs, "run-headline": tables.run_headline}
+RUNS = {
+    "runs": tables.runs,
+    "run-headline": tables.run_headline,
+    "reproduced": tables.reproduced,
+    "reproduced-headline": tables.reproduced_headline,
+}
 PLOTS: dict[str, tuple[str, Callable[[tables.Rows], bytes]]] = {
     "peers": ("peers", plots.peers),
     "roofline": ("kernels", plots.roofline),
@@ -122,6 +128,8 @@ def stale(write: bool) -> list[str]:
         content = load(shown(), file)
         assert content is not None
         wanted[IMAGES / f"{name}.svg"] = draw(content["rows"])
+    for table in sorted((ROOT / "results").glob("*/table.json")):
+        wanted[IMAGES / f"{table.parent.name}.svg"] = plots.curves(tables.curve_rows(table))
     differing = []
     for path, content in wanted.items():
         if not path.exists() or path.read_bytes() != content:

@@ -226,6 +226,44 @@ def runs(names: list[str]) -> str:
     return f"{table(header, lines)}\n\n{table(['iteration, validation %', *names], epochs)}"
 
 
+def reproduced_headline(names: list[str]) -> str:
+    """Each row of a reproduced table at the scale it was run, beside the published figures."""
+    (name,) = names
+    content = json.loads((_ROOT / "results" / name / "table.json").read_text())
+    lines = []
+    for r in content["rows"]:
+        mean, sd = r["single"]["mean"], r["single"]["seeds_sd"]
+        ours = "-" if mean is None else f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+        spreads = ["" if p["spread"] is None else f" ± {p['spread']:.2f}" for p in r["published"]]
+        theirs = ", ".join(f"{p['mean']:.2f}{s}" for p, s in zip(r["published"], spreads, strict=True))
+        lines.append([r["label"], ours, theirs or "-"])
+    seeds = max(r["single"]["seeds"] for r in content["rows"])
+    header = ["row", f"{100 * content['scale']:g} % of the budget, {seeds} seeds, %", "published, %"]
+    return table(header, lines)
+
+
+def reproduced(names: list[str]) -> str:
+    """What ``mamlpp-fast reproduce`` wrote, without its title."""
+    (name,) = names
+    return (_ROOT / "results" / name / "table.md").read_text().partition("\n")[2].strip()
+
+
+def curve_rows(path: Path) -> Rows:
+    """A row for each run of a reproduced table: its label, seed and the lines of its ``metrics.jsonl``."""
+    return [
+        {
+            "label": row["label"],
+            "seed": run["seed"],
+            "epochs": [json.loads(line) for line in metrics.read_text().splitlines()],
+        }
+        for row in json.loads(path.read_text())["rows"]
+        for run in row["runs"]
+        for metrics in path.parent.glob(
+            f"runs/{row['row']}-{row['shots']}shot-seed{run['seed']}/metrics.jsonl"
+        )
+    ]
+
+
 def peers(rows: Rows) -> str:
     lines = []
     for r in rows:

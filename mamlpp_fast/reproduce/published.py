@@ -8,6 +8,7 @@ __all__ = ["PUBLISHED", "Published"]
 
 _PAPER = "Antoniou, Edwards, Storkey, How to train your MAML (arXiv:1810.09502v2)"
 _MAML = "Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (arXiv:1703.03400)"
+_META_SGD = "Li, Zhou, Chen, Li, Meta-SGD (arXiv:1707.09835)"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ PUBLISHED: dict[tuple[str, str, int], tuple[Published, ...]] = {
     ("omniglot-20w", "maml-bnwb-bnrs", 1): (Published(95.35, 0.23),),
     ("omniglot-20w", "maml++", 1): (Published(97.65, 0.05),),
     ("omniglot-20w", "maml++", 5): (Published(99.33, 0.03),),
+    ("omniglot-20w", "meta-sgd", 1): (Published(95.93, 0.38, _META_SGD),),
+    ("omniglot-20w", "meta-sgd", 5): (Published(98.97, 0.19, _META_SGD),),
     ("mini-imagenet", "maml", 1): (Published(48.64, None), Published(48.70, 1.84, _MAML)),
     ("mini-imagenet", "maml", 5): (Published(64.78, None), Published(63.11, 0.92, _MAML)),
     ("mini-imagenet", "maml++-1step", 1): (Published(51.05, 0.31),),
