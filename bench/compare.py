@@ -3,8 +3,9 @@
     python -m bench.compare OLD NEW
 
 OLD and NEW are JSON files of one measurement, or folders of them. Two medians agree when they are no further apart than
-the quartiles that face each other reach together. Prints every row where they do not, with its change, and how many do;
-exit status 1 when some do not.
+the quartiles that face each other reach together. Ratios of competitors that took turns are compared apart from times,
+for a shared machine is faster on one day than on another. Prints every row where they do not agree, with its change,
+and how many do; exit status 1 when some do not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 __all__ = ["agree", "compare", "measurements"]
 
 # What holds [lower quartile, median, upper quartile] in a row, by the unit.
-_QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles")
+_QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles", "ratio_quartiles")
+_RATIO = "ratio_quartiles"
 _NAMES = (
     "workload", "peer", "engine", "precision", "operation", "order", "size", "layout", "dtype", "backend",
     "varies", "value", "tasks", "ways",
@@ -73,10 +75,19 @@ def main() -> int:
         rows = list(compare(json.loads(old.read_text()), json.loads(new.read_text())))
         for name, same, ratio in rows:
             if not same:
-                print(f"{name}: {ratio:.2f} times as long")
-        agreeing = sum(same for _, same, _ in rows)
-        print(f"{new.name}: {agreeing} of {len(rows)} medians agree within the quartiles stated")
-        apart += len(rows) - agreeing
+                print(f"{name}: {ratio:.2f} times as {'much' if name.endswith(_RATIO) else 'long'}")
+        for what, chosen in (
+            ("times", [r for r in rows if not r[0].endswith(_RATIO)]),
+            ("ratios", [r for r in rows if r[0].endswith(_RATIO)]),
+        ):
+            if chosen:
+                agreeing = sum(same for _, same, _ in chosen)
+                farthest = max(max(ratio, 1 / ratio) for *_, ratio in chosen) - 1
+                print(
+                    f"{new.name}: {agreeing} of {len(chosen)} {what} agree within the quartiles stated; "
+                    f"farthest apart {farthest:.0%}"
+                )
+                apart += len(chosen) - agreeing
     return int(apart > 0)
 
 

@@ -97,7 +97,15 @@ class Times:
         return statistics.median(self.seconds)
 
     def quartiles(self) -> list[float]:
-        return statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+        return _quartiles(self.seconds)
+
+    def over(self, other: Times) -> list[float]:
+        """Quartiles of this job's time over another's, round by round: what slows both leaves it alone."""
+        return _quartiles([a / b for a, b in zip(self.seconds, other.seconds, strict=True)])
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
 def interleaved(
@@ -258,6 +266,7 @@ def _row(case: Case, fault: str | None, times: dict[str, Times], peak: float) ->
         "ours_us": [1e6 * q for q in times["ours"].quartiles()],
         "torch_us": [1e6 * q for q in times["torch"].quartiles()],
         "ratio": times["torch"].median / ours,
+        "ratio_quartiles": times["torch"].over(times["ours"]),
         "noise": abs(times["again"].median / ours - 1),
         "bytes": case.bytes,
         "flops": case.flops,

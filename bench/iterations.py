@@ -177,6 +177,7 @@ class Comparison:
             times = self.times[name]
             self.rows[name] |= ceilings.rates(learner, self.workload, times)
             self.rows[name]["ratio"] = base.median / times.median if base else None
+            self.rows[name]["ratio_quartiles"] = base.over(times) if base else None
         return list(self.rows.values())
 
 

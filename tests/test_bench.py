@@ -81,6 +81,12 @@ def test_two_runs_agree_within_the_spread_that_they_state() -> None:
     assert not same
 
 
+def test_a_ratio_is_taken_round_by_round() -> None:
+    # The machine slowed down by half in the third round: times differ, the ratio does not.
+    ours, theirs = harness.Times([1.0, 1.0, 1.5]), harness.Times([2.0, 2.0, 3.0])
+    assert theirs.over(ours) == [2.0, 2.0, 2.0] and theirs.quartiles()[2] > 2.0
+
+
 def test_plots_follow_their_rows() -> None:
     rows = [
         {"workload": "w", "peer": peer, "quartiles": [low, low + 0.01, low + 0.02]}
