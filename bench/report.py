@@ -4,9 +4,9 @@
 
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
 show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table;
-`runs/` or `run-headline/` and the folders under results/ to compare, with commas; or `reproduced/` or
-`reproduced-headline/` and one folder. Plots are of the same machine, and curves of each reproduced table; they go
-to docs/images/.
+`runs/` or `run-headline/` and the folders under results/ to compare, with commas; `reproduced/` or
+`reproduced-headline/` and one folder; or `hard-use/` and a file of results/hard_use/. Plots are of the same machine,
+and curves of each reproduced table; they go to docs/images/.
 `--check` changes nothing and exits with 1 when a page or plot and the JSON disagree.
 """
 
@@ -21,12 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import plots, tables
+from bench import kept, plots, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 IMAGES = ROOT / "docs" / "images"
-PAGES = ("README.md", "docs/drop_in.md", "docs/performance.md", "docs/kernel_table.md", "results/README.md")
+PAGES = (
+    "README.md",
+    "docs/drop_in.md",
+    "docs/performance.md",
+    "docs/kernel_table.md",
+    "docs/hard_use.md",
+    "results/README.md",
+)
 FULL_SET = ("iterations", "kernels", "peers", "scaling", "drop_in")
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[^ ]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
@@ -48,10 +55,11 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "drop-in-higher": ("drop_in_higher", tables.drop_in_scripts),
 }
 RUNS = {
-    "runs": tables.runs,
-    "run-headline": tables.run_headline,
-    "reproduced": tables.reproduced,
-    "reproduced-headline": tables.reproduced_headline,
+    "runs": kept.runs,
+    "run-headline": kept.run_headline,
+    "reproduced": kept.reproduced,
+    "reproduced-headline": kept.reproduced_headline,
+    "hard-use": kept.hard_use,
 }
 PLOTS: dict[str, tuple[str, Callable[[tables.Rows], bytes]]] = {
     "peers": ("peers", plots.peers),
@@ -129,7 +137,7 @@ def stale(write: bool) -> list[str]:
         assert content is not None
         wanted[IMAGES / f"{name}.svg"] = draw(content["rows"])
     for table in sorted((ROOT / "results").glob("*/table.json")):
-        wanted[IMAGES / f"{table.parent.name}.svg"] = plots.curves(tables.curve_rows(table))
+        wanted[IMAGES / f"{table.parent.name}.svg"] = plots.curves(kept.curve_rows(table))
     differing = []
     for path, content in wanted.items():
         if not path.exists() or path.read_bytes() != content:

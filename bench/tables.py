@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
 _ABSENT = "Not measured on this machine yet."
 
 Rows = list[dict[str, Any]]
@@ -190,78 +187,6 @@ def drop_in_scripts(rows: Rows) -> str:
         for r in rows
     ]
     return table(["script", "before, ms", "after, ms", "times as fast", "largest difference, float64"], lines)
-
-
-def run_headline(names: list[str]) -> str:
-    """Test accuracy and time of each run, one line a run."""
-    lines = []
-    for name in names:
-        s = json.loads((_ROOT / "results" / name / "summary.json").read_text())
-        accuracy = f"{100 * s['test_accuracy']:.1f} ± {100 * s['test_accuracy_ci95']:.1f}"
-        lines.append([name, accuracy, f"{s['seconds'] / 60:.0f}"])
-    return table(["run", "test accuracy, %", "minutes"], lines)
-
-
-def runs(names: list[str]) -> str:
-    """Test accuracies, then validation accuracy by epoch side by side."""
-    folders = [_ROOT / "results" / name for name in names]
-    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
-    curves = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-    lines = [
-        [
-            name,
-            f"{100 * s['test_accuracy']:.2f} ± {100 * s['test_accuracy_ci95']:.2f}",
-            f"{100 * s['ensemble_test_accuracy']:.2f} ± {100 * s['ensemble_test_accuracy_ci95']:.2f}",
-            str(s["iterations"]),
-            f"{s['seconds'] / 60:.1f}",
-            f"{s['engine']}, {s['precision']}",
-        ]
-        for name, s in zip(names, summaries, strict=True)
-    ]
-    header = ["run", "test, single, %", "ensemble, %", "iterations", "minutes", "engine"]
-    epochs = [
-        [str(row[0]["iteration"]), *(f"{100 * r['val_accuracy']:.1f}" for r in row)]
-        for row in zip(*curves, strict=True)
-    ]
-    return f"{table(header, lines)}\n\n{table(['iteration, validation %', *names], epochs)}"
-
-
-def reproduced_headline(names: list[str]) -> str:
-    """Each row of a reproduced table at the scale it was run, beside the published figures."""
-    (name,) = names
-    content = json.loads((_ROOT / "results" / name / "table.json").read_text())
-    lines = []
-    for r in content["rows"]:
-        mean, sd = r["single"]["mean"], r["single"]["seeds_sd"]
-        ours = "-" if mean is None else f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
-        spreads = ["" if p["spread"] is None else f" ± {p['spread']:.2f}" for p in r["published"]]
-        theirs = ", ".join(f"{p['mean']:.2f}{s}" for p, s in zip(r["published"], spreads, strict=True))
-        lines.append([r["label"], ours, theirs or "-"])
-    seeds = max(r["single"]["seeds"] for r in content["rows"])
-    header = ["row", f"{100 * content['scale']:g} % of the budget, {seeds} seeds, %", "published, %"]
-    return table(header, lines)
-
-
-def reproduced(names: list[str]) -> str:
-    """What ``mamlpp-fast reproduce`` wrote, without its title."""
-    (name,) = names
-    return (_ROOT / "results" / name / "table.md").read_text().partition("\n")[2].strip()
-
-
-def curve_rows(path: Path) -> Rows:
-    """A row for each run of a reproduced table: its label, seed and the lines of its ``metrics.jsonl``."""
-    return [
-        {
-            "label": row["label"],
-            "seed": run["seed"],
-            "epochs": [json.loads(line) for line in metrics.read_text().splitlines()],
-        }
-        for row in json.loads(path.read_text())["rows"]
-        for run in row["runs"]
-        for metrics in path.parent.glob(
-            f"runs/{row['row']}-{row['shots']}shot-seed{run['seed']}/metrics.jsonl"
-        )
-    ]
 
 
 def peers(rows: Rows) -> str:
