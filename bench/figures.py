@@ -180,7 +180,9 @@ def bnrs() -> Figure:
     figure, axes = plt.subplots(1, 4, figsize=_SIZE, layout="constrained")
     per_step, shared = (_running_variances(per_step_stats=p) for p in (True, False))
     for i, ax in enumerate(axes):
-        ax.plot(range(len(per_step[i])), per_step[i], "o-", ms=3, lw=1, color=OURS, label="a row a step (BNRS)")
+        ax.plot(
+            range(len(per_step[i])), per_step[i], "o-", ms=3, lw=1, color=OURS, label="a row a step (BNRS)"
+        )
         ax.axhline(shared[i][0], ls="--", lw=1, color=THEIRS, label="one for all steps")
         ax.set_xticks(range(len(per_step[i])))
         ax.set_title(f"stage {i + 1}", loc="left", fontsize=9)

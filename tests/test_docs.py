@@ -184,7 +184,11 @@ def _given_readme(code: str) -> dict[str, Any]:
         return {"model": _network(3), "tasks": tasks}
     batch = _batch(20, 28)
     names = ("support_x", "support_y", "target_x", "target_y")
-    one = {"new_support_x": batch.support_x[0], "new_support_y": batch.support_y[0], "new_x": batch.target_x[0]}
+    one = {
+        "new_support_x": batch.support_x[0],
+        "new_support_y": batch.support_y[0],
+        "new_x": batch.target_x[0],
+    }
     return {n: getattr(batch, n) for n in names} | one
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.plugins.environments import LightningEnvironment
 from lightning_helpers import QUIET, lightning_warnings
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from rank_helpers import on_ranks
 from train_helpers import draw_folder
 
