@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib
 
@@ -13,9 +14,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["curves", "peers", "roofline", "scaling"]
+__all__ = ["GREY", "OURS", "THEIRS", "curves", "drawn", "peers", "roofline", "scaling"]
 
 Rows = list[dict[str, Any]]
+_P = ParamSpec("_P")
 _STYLE = {
     "svg.hashsalt": "mamlpp_fast",
     "svg.fonttype": "none",
@@ -24,7 +26,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
 }
-_OURS, _THEIRS, _GREY = "#c8452c", "#5b7fa6", "#8a8a8a"
+OURS, THEIRS, GREY = "#c8452c", "#5b7fa6", "#8a8a8a"
 
 
 def _svg(figure: Figure) -> bytes:
@@ -36,12 +38,14 @@ def _svg(figure: Figure) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def _drawn(draw: Callable[[Rows], Figure]) -> Callable[[Rows], bytes]:
-    def plot(rows: Rows) -> bytes:
-        with matplotlib.rc_context(_STYLE):
-            return _svg(draw(rows))
+def drawn(draw: Callable[_P, Figure]) -> Callable[_P, bytes]:
+    """The SVG of the figure, in the style of all of them."""
 
-    plot.__doc__ = draw.__doc__
+    @functools.wraps(draw)
+    def plot(*args: _P.args, **kwargs: _P.kwargs) -> bytes:
+        with matplotlib.rc_context(_STYLE):
+            return _svg(draw(*args, **kwargs))
+
     return plot
 
 
@@ -50,7 +54,7 @@ def _whiskers(quartiles: list[float]) -> list[list[float]]:
     return [[median - low], [high - median]]
 
 
-@_drawn
+@drawn
 def peers(rows: Rows) -> Figure:
     """Time of a meta-gradient by peer, a panel a workload; what was not timed is in the table."""
     timed = [r for r in rows if "quartiles" in r]
@@ -67,7 +71,7 @@ def peers(rows: Rows) -> Figure:
     for ax, workload in zip(axes[:, 0], workloads, strict=True):
         for y, r in enumerate(r for r in timed if r["workload"] == workload):
             ms = [1e3 * q for q in r["quartiles"]]
-            color = _OURS if r["peer"].startswith("ours") else _THEIRS
+            color = OURS if r["peer"].startswith("ours") else THEIRS
             ax.barh(y, ms[1], xerr=_whiskers(ms), color=color, height=0.7, error_kw={"lw": 0.8})
             ax.text(ms[2], y, f" {ms[1]:.0f}", va="center", fontsize=8)
             ax.text(0, y, f"{r['peer']} ", va="center", ha="right", fontsize=8)
@@ -81,7 +85,7 @@ def peers(rows: Rows) -> Figure:
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-@_drawn
+@drawn
 def roofline(rows: Rows) -> Figure:
     """Rate over operations a byte, a panel a dtype, under the peak and the rates of copies in the same run."""
     timed = [r for r in rows if r.get("gflop_per_s") and not r["size"].startswith("dispatch")]
@@ -121,15 +125,15 @@ def _roofs(ax: Axes, rows: Rows) -> None:
     copies = [r["gb_per_s"] / r["share_of_copy"] for r in rows if r["bytes"] > 2**16]
     intensities = [r["gflop_per_s"] / r["gb_per_s"] for r in rows]
     left, right = min(intensities) / 2, max(intensities) * 2
-    ax.plot([left, right], [peak, peak], color=_GREY, lw=1)
-    ax.annotate(f"peak {peak:.0f} GFLOP/s", (left, peak), va="bottom", fontsize=7, color=_GREY)
+    ax.plot([left, right], [peak, peak], color=GREY, lw=1)
+    ax.annotate(f"peak {peak:.0f} GFLOP/s", (left, peak), va="bottom", fontsize=7, color=GREY)
     for copy, style in ((min(copies), ":"), (max(copies), "--")):
         end = min(peak / copy, right)
-        ax.plot([left, end], [left * copy, end * copy], style, color=_GREY, lw=1)
-        ax.annotate(f"copy {copy:.0f} GB/s", (left, left * copy), va="top", fontsize=7, color=_GREY)
+        ax.plot([left, end], [left * copy, end * copy], style, color=GREY, lw=1)
+        ax.annotate(f"copy {copy:.0f} GB/s", (left, left * copy), va="top", fontsize=7, color=GREY)
 
 
-@_drawn
+@drawn
 def scaling(rows: Rows) -> Figure:
     """Time of an iteration over each size, with the line on which it would be proportional."""
     names = list(dict.fromkeys(r["varies"] for r in rows))
@@ -143,8 +147,8 @@ def scaling(rows: Rows) -> Figure:
         y = [q[1] for q in quartiles]
         spans = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
         ideal = [y[0] * (x[0] / v if name == "threads" else v / x[0]) for v in x]
-        ax.plot(x, ideal, ":", color=_GREY, lw=1)
-        ax.errorbar(x, y, spans, fmt="o-", color=_OURS, markersize=3, lw=1)
+        ax.plot(x, ideal, ":", color=GREY, lw=1)
+        ax.errorbar(x, y, spans, fmt="o-", color=OURS, markersize=3, lw=1)
         ax.set_ylim(0)
         ax.set_xlim(0)
         ax.set_xlabel(name)
@@ -153,7 +157,7 @@ def scaling(rows: Rows) -> Figure:
     return figure
 
 
-@_drawn
+@drawn
 def curves(rows: Rows) -> Figure:
     """Validation accuracy and loss of each run over meta-updates, a colour for each row of the table."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")

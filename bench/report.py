@@ -5,9 +5,10 @@
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
 show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table;
 `runs/` or `run-headline/` and the folders under results/ to compare, with commas; `reproduced/` or
-`reproduced-headline/` and one folder; or `hard-use/` and a file of results/hard_use/. Plots are of the same machine,
-and curves of each reproduced table; they go to docs/images/.
-`--check` changes nothing and exits with 1 when a page or plot and the JSON disagree.
+`reproduced-headline/` and one folder; or `hard-use/` and a file of results/hard_use/. Plots are of the same machine and
+go to docs/images/; so do the curves of each reproduced table, and the figures of docs/how_it_works.md, which the
+package's own functions and a kept run make.
+`--check` changes nothing and exits with 1 when a page or plot and what it is made of disagree.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import kept, plots, tables
+from bench import figures, kept, plots, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -138,6 +139,8 @@ def stale(write: bool) -> list[str]:
         wanted[IMAGES / f"{name}.svg"] = draw(content["rows"])
     for table in sorted((ROOT / "results").glob("*/table.json")):
         wanted[IMAGES / f"{table.parent.name}.svg"] = plots.curves(kept.curve_rows(table))
+    for name, figure in figures.FIGURES.items():
+        wanted[IMAGES / f"{name}.svg"] = figure()
     differing = []
     for path, content in wanted.items():
         if not path.exists() or path.read_bytes() != content:
@@ -155,7 +158,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     differing = stale(write=not check)
-    print(*(f"{name}: {'differs from the JSON' if check else 'rewritten'}" for name in differing), sep="\n")
+    print(*(f"{name}: {'out of date' if check else 'rewritten'}" for name in differing), sep="\n")
     return int(check and bool(differing))
 
 

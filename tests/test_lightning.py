@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from lightning_helpers import QUIET, lightning_warnings
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from rank_helpers import on_ranks
 from train_helpers import draw_folder
@@ -20,24 +21,11 @@ from mamlpp_fast.data import EpisodeSampler, load
 from mamlpp_fast.integrations.lightning import EpisodeDataModule, MAMLPlusPlusModule
 
 CONFIG = mf.MAMLConfig(steps=2, msl_epochs=1, iterations_per_epoch=3, epochs=3)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @pytest.fixture(autouse=True)
 def _lightning_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # Lightning's advice about worker processes; episodes are drawn in this one.
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        # Lightning's own use of a class that torch 2.13 deprecates.
-        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", ".*`IterableDataset` has `__len__` defined.*")
+    with lightning_warnings():
         yield
 
 
