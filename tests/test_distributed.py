@@ -187,6 +187,10 @@ def test_one_process_needs_no_group() -> None:
     alone = Ranks()
     assert alone.first and alone.share(3) == range(3) and alone.largest(7) == 7
     assert alone.from_first(lambda: "made") == "made" and alone.agree([])
+    tensor = torch.ones(2)
+    alone.sum(tensor)
+    alone.broadcast([tensor])
+    assert tensor.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
