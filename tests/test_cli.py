@@ -1,6 +1,7 @@
 """The command line: what it prints, and one line with exit status 2 for every mistake."""
 
 import errno
+import importlib.util
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import torch
 from cli_helpers import fails
 from train_helpers import draw_folder, tiny_arguments
 
-from mamlpp_fast import workloads
+from mamlpp_fast import _native, workloads
 from mamlpp_fast.cli import main
 from mamlpp_fast.data import FewShotData, from_arrays
 from mamlpp_fast.train import build, files
@@ -103,6 +104,22 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "native library: " in text
     assert all(name in text for name in found["operations"])
+
+
+def test_info_of_a_machine_with_a_gpu_and_no_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(_native, "_status", _native.NativeStatus(False, "not built: no C++ compiler"))
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "devices: cpu, cuda:0 (Some GPU); " in text
+    assert "native library: not in use, not built: no C++ compiler\n" in text
+    assert "none (triton is not installed)" in text
 
 
 def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,3 +376,25 @@ def test_scripts_written_for_higher(name: str, tmp_path: Path) -> None:
         torch.set_default_dtype(dtype)
     assert after == pytest.approx(before, rel=1e-10)
     assert_close(dict(ours), dict(theirs), rtol=1e-7, atol=1e-9)
+
+
+def test_a_part_does_not_outlive_the_whole() -> None:
+    fmodule = higher.monkeypatch(nn.Sequential(nn.Linear(2, 1)))
+    part = fmodule[0]
+    del fmodule
+    gc.collect()
+    with pytest.raises(
+        RuntimeError, match="root: the functional module that this is part of no longer exists"
+    ):
+        part(torch.ones(1, 2))
+
+
+def test_assigning_takes_fast_weights() -> None:
+    fmodule = higher.patch.make_functional(nn.Linear(2, 1))
+    with pytest.raises(RuntimeError, match="weight: expected a module with fast weights to assign to"):
+        fmodule.weight = torch.ones(1, 2)
+
+
+def test_buffers_are_copied_to_a_module_of_the_same_parts() -> None:
+    with pytest.raises(KeyError, match="fmodule: expected a submodule '0' as in Sequential, got none"):
+        higher.patch.buffer_sync(nn.Sequential(nn.BatchNorm2d(1)), nn.Module())

@@ -362,6 +362,124 @@ def test_small_helpers() -> None:
     torch.testing.assert_close(kronecker(v), matrix @ v)
 
 
+def test_a_distribution_is_copied_with_its_parts() -> None:
+    """Its tensors that take a gradient, its modules and the distributions in it; the rest is a plain copy."""
+
+    class Noisy(torch.distributions.Normal):
+        def __init__(self, loc: Tensor, scale: Tensor) -> None:
+            super().__init__(loc, scale)
+            self.net = nn.Linear(2, 1)
+
+    loc, scale = torch.zeros(3, requires_grad=True), torch.ones(3)
+    whole = torch.distributions.Independent(Noisy(loc, scale), 1)
+    clone = l2l.clone_distribution(whole)
+    assert clone.base_dist is not whole.base_dist
+    clone.log_prob(torch.ones(3)).backward()
+    torch.testing.assert_close(loc.grad, torch.ones(3))
+    clone.base_dist.net(torch.ones(2)).backward()
+    torch.testing.assert_close(whole.base_dist.net.weight.grad, torch.ones(1, 2))
+    assert clone.base_dist.scale is not scale
+    l2l.detach_distribution(clone)
+    assert not clone.base_dist.loc.requires_grad and clone.base_dist.scale.equal(scale)
+    assert all(p.is_leaf for p in clone.base_dist.net.parameters())
+
+
+def test_meta_sgd_update_takes_attributes() -> None:
+    """The rate and gradient that a tensor carries; what lacks either stays."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
+    weight, bias = model[0].weight, model[0].bias
+    weight.grad, bias.grad = torch.ones(1, 2), torch.ones(1)
+    weight._lr = torch.tensor([[0.5, 0.25]])
+    assert l2l.algorithms.meta_sgd_update(model) is model
+    torch.testing.assert_close(model[0].weight, weight - torch.tensor([[0.5, 0.25]]))
+    assert weight.grad is None and weight._lr is None
+    assert model[0].bias is bias and bias.grad is not None
+
+
+def test_updates_by_what_the_parameters_carry() -> None:
+    """``maml_update`` without gradients, ``DifferentiableSGD`` without gradients: attributes and ``grad``."""
+    model = l2l.clone_module(nn.Linear(2, 1))
+    before = model.weight
+    before.update = torch.ones(1, 2)
+    l2l.algorithms.maml_update(model, 0.1)
+    torch.testing.assert_close(model.weight, before + 1)
+    plain = nn.Linear(2, 1)
+    before = plain.weight
+    before.grad = torch.full((1, 2), 2.0)
+    l2l.optim.DifferentiableSGD(0.5)(plain)
+    torch.testing.assert_close(plain.weight, before - 1)
+
+
+def test_recurrent_kronecker_cells() -> None:
+    """At the identity an RNN cell adds input and state, and an LSTM cell gates each element alone."""
+    x, h, c = torch.randn(3, 2, 4).unbind()
+    y, hidden = l2l.nn.KroneckerRNN(2, 4)(x, h)
+    torch.testing.assert_close((y, hidden), (torch.tanh(x + h),) * 2)
+    gate = torch.sigmoid(x + h)
+    expected = gate * c + gate * torch.tanh(x + h)
+    out, (same, cell) = l2l.nn.KroneckerLSTM(2, 4)(x, (h, c))
+    torch.testing.assert_close((out, same, cell), (gate * torch.tanh(expected),) * 2 + (expected,))
+
+
+def test_modules_that_learn2learn_refuses_are_refused() -> None:
+    kronecker = l2l.nn.KroneckerLinear(2, 3, device="cpu")
+    torch.testing.assert_close(kronecker(torch.ones(6)), torch.ones(6))
+    with pytest.raises(ValueError, match=r"must have size n\*m"):
+        kronecker(torch.ones(5))
+    with pytest.raises(ValueError, match=r"must have shape \(n, m\)"):
+        kronecker(torch.ones(3, 2))
+    cube = torch.ones(2, 2, 2)
+    with pytest.raises(NotImplementedError, match="not supported"):
+        l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)(cube)
+    with pytest.raises(NotImplementedError, match="not supported by MetaCurvature"):
+        l2l.optim.MetaCurvatureTransform(cube)
+    with pytest.raises(ValueError, match="Transform should be either a Module or None"):
+        l2l.optim.ParameterUpdate([cube], lambda p: "neither")
+    with pytest.raises(ValueError, match="only accepts Modules or Parameters"):
+        l2l.optim.transforms.TransformDictionary({"weight": None})
+
+
+def test_a_transform_for_some_parameters() -> None:
+    """A dictionary gives a module's parameters a transform, another parameter its own, and the others none."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    x = torch.ones(1, 2)
+    scale = lambda alpha: lambda p: l2l.nn.Scale(tuple(p.shape), alpha)  # noqa: E731
+    chosen = l2l.optim.transforms.TransformDictionary({model[0]: scale(2.0), model[1].bias: scale(3.0)})
+    update = l2l.optim.ParameterUpdate(model.parameters(), chosen)
+    plain = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    found = update(model(x).sum(), model.parameters())
+    torch.testing.assert_close(found, [2 * plain[0], plain[1], 3 * plain[2]])
+
+
+def test_an_optimiser_leaves_what_has_no_gradient() -> None:
+    model = nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer = l2l.optim.LearnableOptimizer(model, lambda p: l2l.nn.Scale(tuple(p.shape)), lr=0.5)
+    model(torch.ones(1, 2)).sum().backward()
+    model.bias.requires_grad_(True)
+    optimizer.step()
+    torch.testing.assert_close((model.weight, model.bias), (weight - 0.5, bias))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.zero_grad()
+    torch.testing.assert_close(model.weight.grad, torch.zeros(1, 2))
+
+
+def test_a_message_is_said_once() -> None:
+    warn = type(l2l.utils.warn_once)()
+    with pytest.warns(DeprecationWarning, match="old"):
+        warn("old", severity="deprecation")
+    warn("old", severity="deprecation")
+    with pytest.raises(RuntimeError, match="wrong"):
+        warn("wrong", severity="error")
+
+
+def test_a_frozen_module_takes_no_gradient_until_it_is_thawed() -> None:
+    module = l2l.nn.freeze(l2l.clone_module(nn.Linear(2, 1)))
+    assert all(p.is_leaf and not p.requires_grad for p in module.parameters())
+    assert all(p.requires_grad for p in l2l.nn.unfreeze(module).parameters())
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_gives_the_same_numbers_on_pytorchs_batch_norm(script: str) -> None:
     sizes = {"ways": 3, "iterations": 2, "tasks": 1, "steps": 2, "hidden": 4, "dtype": "float64"}

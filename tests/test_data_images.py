@@ -187,8 +187,20 @@ def test_mini_split_folders_are_resized(tmp_path: Path) -> None:
             "class_dict['a']: expected 0 .. 1, got 0 .. 2",
         ),
         ({"image_data": np.zeros((2, 8, 8, 3), np.uint8), "class_dict": [0]}, "class_dict: expected a dict"),
+        (
+            {"data": np.zeros((2, 0, 8, 3), np.uint8), "labels": [0, 1]},
+            "images: expected at least one pixel, got [2, 0, 8, 3]",
+        ),
+        (
+            {"data": np.zeros((2, 8, 8, 3), np.uint8), "labels": [0.5, 1.5]},
+            "labels: expected integers, got list of something else",
+        ),
+        (
+            {"image_data": np.zeros((2, 8, 8, 3), np.uint8), "class_dict": {"a": ["0"]}},
+            "class_dict['a']: expected integers, got list of something else",
+        ),
     ],
-    ids=["list", "keys", "dtype", "length", "out-of-range", "not-a-dict"],
+    ids=["list", "keys", "dtype", "length", "out-of-range", "not-a-dict", "empty", "fractions", "texts"],
 )
 def test_bad_mini_pickles(content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(pickle.dumps(content))
@@ -196,6 +208,24 @@ def test_bad_mini_pickles(content: Any, message: str, tmp_path: Path) -> None:
         load("miniimagenet", tmp_path)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "expected columns filename and label with at least one row"),
+        ("name,label\na.png,b\n", "expected columns filename and label with at least one row"),
+        ("filename,label\na.png,b\n", "expected image 'a.png' in "),
+    ],
+    ids=["empty", "columns", "no-image"],
+)
+def test_bad_mini_lists(content: str, message: str, tmp_path: Path) -> None:
+    for split in SPLITS:
+        (tmp_path / f"{split}.csv").write_text(content)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError) as raised:
+        load("miniimagenet", tmp_path)
+    assert message in str(raised.value)
 
 
 def test_incomplete_mini(tmp_path: Path) -> None:
@@ -262,6 +292,14 @@ def write_cifar(file: Path, **change: Any) -> NDArray[np.uint8]:
     return images
 
 
+def oblong_strips() -> dict[str, Any]:
+    """The strips of nine classes, each one image and a half."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 12)).save(stream, "WEBP")
+    data = stream.getvalue()
+    return {"webp": np.frombuffer(9 * data, np.uint8), "offset": len(data) * np.arange(10)}
+
+
 def test_cifar(tmp_path: Path) -> None:
     images = write_cifar(tmp_path / "cifar_fs_subset.npz")
     data = load("cifar-fs", tmp_path)
@@ -288,8 +326,9 @@ def test_cifar(tmp_path: Path) -> None:
             {"webp": np.zeros(90, np.uint8), "offset": np.arange(0, 91, 10)},
             "expected a whole WebP image, got",
         ),
+        (oblong_strips(), "class 'class1': expected a strip of square images, got 8x12"),
     ],
-    ids=["keys", "splits", "offset", "image"],
+    ids=["keys", "splits", "offset", "image", "oblong"],
 )
 def test_bad_cifar(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_cifar(tmp_path / "cifar_fs_subset.npz", **change)

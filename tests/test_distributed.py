@@ -18,7 +18,7 @@ from torch import nn
 from train_helpers import draw_folder, metrics_of, tiny, tiny_arguments
 
 import mamlpp_fast as mf
-from mamlpp_fast.distributed import Ranks
+from mamlpp_fast.distributed import Ranks, own_device
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train import Interrupted, load_checkpoint, train
 
@@ -187,6 +187,33 @@ def test_one_process_needs_no_group() -> None:
     alone = Ranks()
     assert alone.first and alone.share(3) == range(3) and alone.largest(7) == 7
     assert alone.from_first(lambda: "made") == "made" and alone.agree([])
+    tensor = torch.ones(2)
+    alone.sum(tensor)
+    alone.broadcast([tensor])
+    assert tensor.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "expected"),
+    [
+        ("cpu", 8, "cpu"),
+        ("cuda:3", 1, "cuda:3"),
+        ("cuda", 2, "cuda:1"),
+        ("cuda:0", 2, "--device: expected cuda or cpu for 2 processes on a machine, got cuda:0"),
+        ("cuda", 3, "--nproc-per-node: expected at most 2, the GPUs of this machine, got 3"),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    device: str, processes: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    try:
+        found = str(own_device(torch.device(device)))
+    except ValueError as error:
+        found = str(error)
+    assert found == expected
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------

@@ -235,3 +235,31 @@ def test_warming_up_a_capture_leaves_no_trace(engine: str) -> None:
         warmed.iteration += 1
     for a, b in zip(plain._state(), warmed._state(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_one_task_is_evaluated_as_a_batch_of_it() -> None:
+    learner = small_learner()
+    batch = random_batch(tasks=1)
+    one, whole = learner.evaluate(batch[0]), learner.evaluate(batch)
+    for ours, expected in zip(one, whole, strict=True):
+        assert_close(ours, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        learner.evaluate(batch, steps=0)
+
+
+def test_batch_norms_of_another_number_of_steps_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"model: expected per-step batch norms of 5 steps, blocks\.0\.norm has 3"
+    ):
+        mf.MAMLPlusPlus(small_conv4(3), mf.MAMLConfig(steps=5))
+
+
+def test_clamping_passes_over_what_is_frozen() -> None:
+    model = small_conv4()
+    model.blocks[0].conv.weight.requires_grad_(False)
+    config = mf.MAMLConfig(steps=3, clamp_meta_gradient=1e-3)
+    learner = mf.MAMLPlusPlus(model, config, engine="reference", precision="float64")
+    learner.meta_gradient(random_batch())
+    assert model.blocks[0].conv.weight.grad is None
+    largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+    assert largest == 1e-3

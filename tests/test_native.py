@@ -15,16 +15,19 @@ import torch
 from mamlpp_fast import _native
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "mamlpp_fast" / "_native.py"
 HAS_COMPILER = _native._compiler() is not None
 Fresh = Callable[..., ModuleType]
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on PATH")
 
-# Runs in a process of its own: the names a library registers with torch stay for the life of the process.
+# Runs in a process of its own: the names a library registers with torch stay for the life of the process. The module
+# is told that it lies elsewhere, so that it builds what lies there.
 PROBE = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("native", sys.argv[1])
-native = sys.modules["native"] = importlib.util.module_from_spec(spec)
+spec = importlib.util.spec_from_file_location("mamlpp_fast._native", sys.argv[1])
+native = sys.modules["mamlpp_fast._native"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
+native.__file__ = sys.argv[2]
 print(native.load(), native.status().isa, native.status().path)
 print(native.status().reason)
 """
@@ -36,7 +39,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("package")
     (root / "csrc/cpu").mkdir(parents=True)
     (root / "mamlpp_fast").mkdir()
-    for name in ("CMakeLists.txt", "csrc/cpu/isa.h", "csrc/cpu/isa.cpp", "mamlpp_fast/_native.py"):
+    for name in ("CMakeLists.txt", "csrc/cpu/isa.h", "csrc/cpu/isa.cpp"):
         (root / name).write_bytes((ROOT / name).read_bytes())
     return root
 
@@ -55,7 +58,7 @@ def cache(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _start(package: Path, cache: Path, **environment: str) -> "subprocess.Popen[str]":
     env = {k: v for k, v in os.environ.items() if not k.startswith("MAMLPP_FAST_")}
     env |= {"XDG_CACHE_HOME": str(cache)} | environment
-    command = [sys.executable, "-c", PROBE, str(package / "mamlpp_fast" / "_native.py")]
+    command = [sys.executable, "-c", PROBE, str(SOURCE), str(package / "mamlpp_fast" / "_native.py")]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -68,7 +71,7 @@ def _probe(package: Path, cache: Path, **environment: str) -> tuple[list[str], s
 
 @pytest.fixture
 def fresh(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fresh:
-    """An unloaded copy of ``_native`` in this process, its cache empty, for what ends without a library."""
+    """``_native`` once more in this process, unloaded, its cache empty, for what ends without a library."""
     for name in [name for name in os.environ if name.startswith("MAMLPP_FAST_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -76,12 +79,13 @@ def fresh(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fre
     def load(root: Path = package, **environment: str) -> ModuleType:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        spec = importlib.util.spec_from_file_location("native_copy", root / "mamlpp_fast" / "_native.py")
+        spec = importlib.util.spec_from_file_location("native_again", SOURCE)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "native_copy", module)
+        monkeypatch.setitem(sys.modules, "native_again", module)
         spec.loader.exec_module(module)
+        module.__file__ = str(root / "mamlpp_fast" / "_native.py")
         return module
 
     return load
@@ -157,6 +161,59 @@ def test_required_and_absent_is_an_error(fresh: Fresh) -> None:
     native = fresh(MAMLPP_FAST_NATIVE="require", CXX="missing-g++")
     with pytest.raises(native.NativeError, match=r"^not built: CXX=missing-g\+\+ is not a command$"):
         native.load()
+
+
+def test_sources_that_are_not_there(fresh: Fresh, tmp_path: Path) -> None:
+    native = fresh(tmp_path / "installed")
+    assert not native.load()
+    assert native.status().reason.startswith("not built: the C++ sources are missing beside ")
+
+
+@needs_compiler
+@pytest.mark.parametrize("missing", ["cmake", "ninja"])
+def test_a_missing_tool_is_named(fresh: Fresh, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = fresh()
+    monkeypatch.setattr(native, "_tool", lambda name: None if name == missing else f"/usr/bin/{name}")
+    assert not native.load()
+    assert native.status().reason == f"not built: {missing} is missing (pip install cmake ninja)"
+
+
+def test_a_failure_is_looked_into_once(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = fresh(CXX="missing-g++")
+    assert not native.load()
+    monkeypatch.setenv("MAMLPP_FAST_NATIVE", "no")  # would be another reason
+    assert not native.load()
+    assert native.status().reason == "not built: CXX=missing-g++ is not a command"
+
+
+def test_other_records_in_the_cache_are_no_reason(fresh: Fresh, tmp_path: Path) -> None:
+    """One that cannot be read, one of other sources: built for another torch, but not from these."""
+    for name, record in (("a", "{"), ("b", '{"torch": "0.1", "sources": "of another version"}')):
+        (tmp_path / "mamlpp_fast" / name).mkdir(parents=True)
+        (tmp_path / "mamlpp_fast" / name / "build.json").write_text(record)
+    native = fresh(CXX="missing-g++")
+    assert not native.load()
+    assert native.status().reason == "not built: CXX=missing-g++ is not a command"
+
+
+@needs_compiler
+def test_a_library_of_another_torch_is_said_to_be_one(fresh: Fresh, tmp_path: Path) -> None:
+    source, library = tmp_path / "a.cpp", tmp_path / "a.so"
+    source.write_text("extern int of_another_torch; int* here = &of_another_torch;\n")
+    subprocess.run([str(_native._compiler()), "-shared", "-fPIC", source, "-o", library], check=True)
+    native = fresh(MAMLPP_FAST_LIBRARY=str(library))
+    assert not native.load()
+    reason = native.status().reason
+    assert reason.startswith(f"does not load: built for another torch than {torch.__version__}: ")
+    assert "undefined symbol: of_another_torch" in reason
+
+
+def test_all_levels_are_built_where_the_processor_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert _native._host_levels() == list(_native._LEVEL_FLAGS)
 
 
 @needs_compiler

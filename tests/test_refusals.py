@@ -43,6 +43,10 @@ LABELS = torch.zeros(1, 2, dtype=torch.int64)
         (lambda: data.load("folder", channels=2), "channels: expected 1 or 3, got 2"),
         (lambda: data.load("miniimagenet", image_size=0), "image_size: expected at least 1, got 0"),
         (
+            lambda: data.load("omniglot", image_size=106),
+            r"image_size: expected 1 \.\. 105 for omniglot, got 106",
+        ),
+        (
             lambda: mf.Episode(ONE[0], LABELS[0, :1], ONE[0], LABELS[0]),
             "support_x and support_y: expected the same",
         ),

@@ -53,7 +53,8 @@ def sanitized() -> Path:
 
 
 def environment(library: Path, **more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAMLPP_FAST_", "PYTEST_"))}
+    # Not measured by coverage here: the same tests are in the suite proper.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAMLPP_FAST_", "PYTEST_", "COVERAGE_"))}
     return kept | {
         "LD_PRELOAD": " ".join(map(str, PRELOADED)),
         # Python frees little when it ends; what the library itself keeps is not told apart from that.

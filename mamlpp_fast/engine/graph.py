@@ -44,8 +44,9 @@ class Graphed(Generic[_P, _R]):
         if key not in self._captured:
             self._captured[key] = self._capture(leaves, spec)
         graph, static, outputs = self._captured[key]
-        for buffer, tensor in zip(static, tensors, strict=True):
-            buffer.copy_(tensor)
+        with torch.no_grad():  # else a buffer whose argument needs gradients gains a node with every call
+            for buffer, tensor in zip(static, tensors, strict=True):
+                buffer.copy_(tensor)
         graph.replay()
         result: _R = outputs
         return result
@@ -72,11 +73,13 @@ class Graphed(Generic[_P, _R]):
     def warm_up(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
         """Runs the step a few times and puts back what it must not change."""
         before = [(t, t.detach().clone()) for t in self.preserve()]
-        for _ in range(self.warmup):
-            self.step(*args, **(kwargs or {}))
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
+        try:
+            for _ in range(self.warmup):
+                self.step(*args, **(kwargs or {}))
+        finally:
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
 
 
 def graphed(
@@ -114,4 +117,4 @@ def graphed(
 def _form(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad)
-    return leaf
+    return type(leaf), leaf  # 1, 1.0 and True are equal, what is computed with them is not

@@ -260,7 +260,7 @@ class _Reader:
             raise Unsupported(where, f"{name} has no fused rules")
 
     def _batch_size(self, node: fx.Node, name: str) -> bool:
-        """Recognises ``x.size(0)``, ``x.shape[0]`` and ``len(x)``."""
+        """Recognises ``x.size(0)``, ``x.size()[0]`` and ``x.shape[0]``."""
         source = node.args[0] if node.args else None
         inner = self.values.get(source) if isinstance(source, fx.Node) else None
         if (name == "getattr" and node.args[1:] == ("shape",)) or (name == "size" and len(node.args) == 1):

@@ -1,0 +1,214 @@
+"""Where the fused engine ends: models it cannot take are refused by name, odd ones that it can take come out right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import gradients, random_batch, small_conv4, small_learner
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+from mamlpp_fast.engine.fused import engine as fused_engine
+from mamlpp_fast.engine.fused.engine import FusedEngine
+from mamlpp_fast.engine.fused.network import lower
+from mamlpp_fast.engine.fused.program import Emitter
+from mamlpp_fast.engine.fused.trace import Node, Unsupported, trace
+
+
+class Calls(nn.Module):
+    """A convolution, a linear layer and a tensor of its own, put together by ``how``."""
+
+    def __init__(self, how: Callable[..., Any]) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(32, 3)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(self, x)
+
+
+class _Pair(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def _tied() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (_Pair(), "_Pair: expected one input, forward takes 2"),
+        (Calls(lambda m, x: m.conv(x) * m.scale), "scale: uses the tensor scale outside a module with rules"),
+        (Calls(lambda m, x: (m.conv(x), x)), "Calls: expected forward to return one tensor of predictions"),
+        (Calls(lambda m, x: x), "Calls: expected forward to return one tensor of predictions"),
+        (_tied(), "1: shares a parameter with 0"),
+        (Calls(lambda m, x: m.conv(x) + 1), "expected an activation, got 1"),
+        (Calls(lambda m, x: m.conv(input=x)), "conv: expected to be called with one activation"),
+        (nn.Sequential(nn.BatchNorm2d(1, momentum=None)), "0: expected a momentum, got a cumulative average"),
+        (nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), "0: expected no divisor_override"),
+        (nn.Sequential(nn.AvgPool2d(3, stride=2)), "0: average pooling: expected square windows"),
+        (
+            nn.Sequential(nn.AdaptiveAvgPool2d(2)),
+            "0: adaptive average pooling: expected output size 1, got 2",
+        ),
+        (nn.Sequential(nn.Flatten(2)), "0: flatten: expected start_dim=1, end_dim=-1, got 2, -1"),
+        (nn.Sequential(nn.Conv2d(1, 1, 3, padding=(1, 0))), "0: convolution: expected equal padding below"),
+        (
+            Calls(lambda m, x: m.conv(x).mean(1)),
+            r"mean: expected height and width \(dim=\(2, 3\)\), got dim=1",
+        ),
+        (Calls(lambda m, x: m.conv(x).view(-1, 8)), r"view: expected \(x.size\(0\), -1\)"),
+        (Calls(lambda m, x: m.conv(x).sigmoid()), "sigmoid has no fused rules"),
+    ],
+)
+def test_what_has_no_rules_is_named(model: nn.Module, message: str) -> None:
+    with pytest.raises(Unsupported, match=message) as raised:
+        trace(model)
+    assert "\n" not in str(raised.value)
+
+
+def lowered(model: nn.Module, example: tuple[int, ...] = (1, 6, 6)) -> list[str]:
+    nodes, output = trace(model)
+    return [
+        step.kind for step in lower(nodes, output, model, example, frozenset(), lambda module: True).steps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 2, 3)), r"output: expected predictions \[N, ways\], got \[N, 4, 4, 2\]"),
+        (
+            nn.Sequential(nn.Flatten(), nn.MaxPool2d(2)),
+            r"1: max_pool: expected images, got features of shape \(36,\)",
+        ),
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(5)), r"1: avg_pool: the image is too small"),
+        (nn.Sequential(nn.Conv2d(3, 2, 3)), "0: convolution: expected 3 channels, got 1"),
+        (nn.Sequential(nn.BatchNorm2d(4)), "0: batch norm: expected 4 channels, got 1"),
+        (
+            nn.Sequential(nn.LayerNorm(6)),
+            r"0: layer norm: expected normalized_shape \(1, 6, 6\), got \(6,\)",
+        ),
+        (
+            Calls(lambda m, x: x + F.max_pool2d(x, 2)),
+            r"sum: expected two activations of one shape, got \(6, 6, 1\) and \(3, 3, 1\)",
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(35, 3)), r"1: linear: expected 35 features, got \(36,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(model: nn.Module, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        lowered(model)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: torch.flatten(x, 1),
+        lambda x: x.flatten(1),
+        lambda x: x.contiguous().view(x.shape[0], -1),
+        lambda x: x.reshape((x.size()[0], -1)),
+    ],
+    ids=["function", "method", "shape", "size"],
+)
+def test_ways_to_flatten(flat: Callable[[Tensor], Tensor]) -> None:
+    assert lowered(Calls(lambda m, x: m.head(flat(m.conv(x))))) == ["Conv", "Bias", "Flatten", "Linear"]
+
+
+def test_a_mean_of_height_and_width_is_a_pooling() -> None:
+    nodes, _ = trace(Calls(lambda m, x: m.conv(x).mean((-1, 2))))
+    assert isinstance(nodes[-1], Node) and nodes[-1].kind == "global_pool"
+    assert nodes[-1].attrs == {"keepdim": False}
+
+
+FROZEN = {
+    "kernel": ["0.weight"],
+    "all but the bias of the norm": ["0.weight", "0.bias", "3.weight", "6.weight", "6.bias"],
+    "all but the last bias": ["0.weight", "0.bias", "3.weight", "3.bias", "6.weight"],
+    "all but the last layer": ["0.weight", "0.bias", "3.weight", "3.bias"],
+    "the last layer": ["6.weight", "6.bias"],
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+def test_frozen_parts_take_no_gradient_and_change_nothing_else(frozen: list[str]) -> None:
+    learners = []
+    for engine in ("reference", "fused"):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.LayerNorm([4, 5, 5]),
+            nn.LeakyReLU(),
+            nn.Flatten(),
+            nn.Linear(100, 3),
+        ).double()
+        for name, p in model.named_parameters():
+            p.requires_grad_(name not in frozen)
+        config = mf.MAMLConfig(steps=3, bnwb=False, adapt_norm=True)
+        learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
+        learner.meta_gradient(random_batch())
+        learners.append(learner)
+    expected, found = (gradients(learner.model, learner.rates) for learner in learners)
+    assert found.keys() == expected.keys() and not any(name.removeprefix("0.") in frozen for name in found)
+    assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_where_nothing_fits_the_smallest_form_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_engine, "_free_bytes", lambda device: 0)
+    learner, plenty = small_learner(engine="fused"), small_learner(engine="reference")
+    learner.meta_gradient(random_batch())
+    assert "2 tasks in groups of 1" in learner.explain()
+    assert "support activations recomputed" in learner.explain()
+    plenty.meta_gradient(random_batch())
+    assert_close(gradients(learner.model), gradients(plenty.model), rtol=1e-8, atol=1e-11)
+
+
+def test_free_memory_is_guessed_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused_engine._free_bytes(torch.device("cpu")) > 0
+
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr("os.sysconf", unknown)
+    assert fused_engine._free_bytes(torch.device("cpu")) == 2**33
+
+
+def test_one_value_per_channel_cannot_be_normalised() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 1))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=1), engine="fused")
+    one, label = torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected more than one value per channel in training, got 1"):
+        learner.meta_gradient(mf.EpisodeBatch(one, label, one, label))
+
+
+def test_a_profile_has_every_call_and_runs_the_program() -> None:
+    learner = small_learner(engine="fused")
+    engine = learner.engine
+    assert isinstance(engine, FusedEngine)
+    prepared = engine.prepare(random_batch(), True, True)
+    times = prepared.program.profile(repeats=2)
+    known = {(i.phase.rstrip("0123456789 "), i.label, i.name) for i in prepared.program.instructions}
+    assert times.keys() == known
+    assert all(seconds >= 0 for seconds in times.values())
+
+
+def test_a_buffer_has_no_tensor_before_its_program_has_memory() -> None:
+    with pytest.raises(RuntimeError, match="buffer y has no memory yet"):
+        Emitter(torch.device("cpu"), torch.float32).new("y", (8,)).tensor()
+
+
+def test_explanation_of_a_narrow_network() -> None:
+    learner = mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3), engine="fused")
+    assert "computed in float64 and rounded at the end: no layer has more than" in learner.explain()
