@@ -373,7 +373,7 @@ def test_parts_beside_the_folder_that_torch_would_read_first(tmp_path: Path) -> 
 def test_no_more_is_set_aside_than_a_pickle_has(code: bytes, tmp_path: Path) -> None:
     file = tmp_path / "a.pkl"
     file.write_bytes(b"\x80\x05" + code + struct.pack("<Q", 1 << 46) + b"abc")  # no machine has as much
-    with pytest.raises(DataError, match="got a damaged one \\(EOFError"):
+    with pytest.raises(DataError, match="got a damaged one"):
         read_pickle(file)
 
 
