@@ -153,7 +153,7 @@ class DataUnpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, stream: IO[bytes], allowed: Mapping[tuple[str, str], Any] = _ALLOWED) -> None:
-        super().__init__(_Clamped(stream), encoding="latin1")  # type: ignore[arg-type]
+        super().__init__(_Clamped(stream), encoding="latin1")
         self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
