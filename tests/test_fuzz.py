@@ -4,8 +4,10 @@ import io
 import json
 import pickle
 import struct
+import tracemalloc
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from authors_helpers import shipped
+from PIL import Image
 
 from bench.fuzz.archives import _archive, _bomb, _members
 from bench.fuzz.driver import fuzz
@@ -224,6 +227,21 @@ def test_a_picture_of_ten_thousand_million_pixels(side: int, message: str) -> No
         png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with pytest.raises(DataError, match=message):
         decode_image(png, "x.png", "PNG file", lambda image: image.load())
+
+
+def test_a_chunk_that_is_longer_than_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.png"
+    Image.new("RGB", (4, 4)).save(file)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") - 4] = 0xF0  # of the length of the chunk: 3.75 GiB
+    file.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with suppress(DataError):
+            decode_image(file, "x.png", "PNG file", lambda image: image.load())
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 _DOUBLED = b")" + b"2\x86" * 60  # a tuple of twice itself, sixty times over
