@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_type_hints
 
-__all__ = ["MAMLConfig"]
+__all__ = ["MAMLConfig", "type_hints"]
+
+
+@functools.cache
+def type_hints(cls: type[Any]) -> dict[str, Any]:
+    """:func:`typing.get_type_hints`, which compiles the texts of annotations anew at each call."""
+    return get_type_hints(cls)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class MAMLConfig:
     clamp_meta_gradient: float | None = None
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = type_hints(type(self))  # type: ignore[arg-type]  # a class has a hash, which mypy takes for its instances'
         for field in dataclasses.fields(self):
             _check_choice(field.name, getattr(self, field.name), hints[field.name])
         for name, least in (("steps", 1), ("eval_steps", 1), ("epochs", 1), ("iterations_per_epoch", 1)):

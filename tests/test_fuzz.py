@@ -1,26 +1,33 @@
 """A few hundred of the damaged and hostile inputs that ``python -m bench.fuzz`` makes by the hundred thousand."""
 
 import io
+import json
 import pickle
 import struct
+import tracemalloc
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from authors_helpers import shipped
+from PIL import Image
 
+from bench.fuzz.archives import _archive, _bomb, _members
 from bench.fuzz.driver import fuzz
 from bench.fuzz.subjects import SUBJECTS
+from mamlpp_fast.compat.experiment import read_experiment
 from mamlpp_fast.data import DataError, load
 from mamlpp_fast.data.archives import read_npz
 from mamlpp_fast.data.pickles import read_pickle
 from mamlpp_fast.data.pictures import decode_image
 from mamlpp_fast.train import load_checkpoint
 from mamlpp_fast.train._resumable import check_best
-from mamlpp_fast.train.checkpoint import CheckpointError, save_checkpoint
+from mamlpp_fast.train.checkpoint import CheckpointError, load_tensors, save_checkpoint
 
 
 def test_every_reader_refuses_in_a_line_and_runs_nothing(tmp_path: Path) -> None:
@@ -77,6 +84,14 @@ class _Greedy(_Faulty):
         bytearray(4 << 30)
 
 
+class _Hiding(_Faulty):
+    def read(self, content: bytes) -> None:
+        try:
+            bytearray(4 << 30)
+        except MemoryError:
+            raise ValueError("larger than memory") from None
+
+
 class _Running(_Faulty):
     def read(self, content: bytes) -> None:
         from bench.fuzz.mutations import Canary
@@ -92,6 +107,7 @@ class _Running(_Faulty):
         (_Wordy(), "message 'two"),
         (_Writing(), "did open"),
         (_Greedy(), "MemoryError"),
+        (_Hiding(), "more memory than there is"),
         (_Running(), None),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, _Faulty) else "",
@@ -103,6 +119,35 @@ def test_the_harness_sees_each_fault(subject: Any, what: str | None, monkeypatch
     assert row["failed"] == 1
     assert row["code_run"] == (what is None)
     assert what is None or what in row["failures"][0]
+
+
+def test_jobs_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.fuzz.driver._BATCH", 7)
+    one, two = (fuzz(60, seed=2, only=["config", "pickles"], jobs=jobs) for jobs in (1, 3))
+    for key in ("kind", "inputs", "accepted", "refused", "failures"):
+        assert [r[key] for r in one] == [r[key] for r in two]
+
+
+def test_inputs_behind_a_crash_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.fuzz.driver.SUBJECTS", (_Crashing(),))
+    (row,) = fuzz(3, seed=0)
+    assert [f.split(":")[0] for f in row["failures"]] == ["input 0", "input 1", "input 2"]
+
+
+def test_archives_of_packed_members_are_read_back() -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", b"x" * 1000)
+        archive.writestr("b", b"yz", zipfile.ZIP_STORED)
+    plain, packed = _members(stream.getvalue())[::-1]
+    with zipfile.ZipFile(io.BytesIO(_archive([plain, packed, _bomb("c", b"head", 2)]))) as archive:
+        assert archive.testzip() is None
+        assert [m.compress_type for m in archive.infolist()] == [
+            zipfile.ZIP_STORED,
+            *2 * (zipfile.ZIP_DEFLATED,),
+        ]
+        assert (archive.read("a"), archive.read("b")) == (b"x" * 1000, b"yz")
+        assert archive.read("c") == b"head" + bytes(2 << 20)
 
 
 # What it found, one by one.
@@ -184,6 +229,21 @@ def test_a_picture_of_ten_thousand_million_pixels(side: int, message: str) -> No
         decode_image(png, "x.png", "PNG file", lambda image: image.load())
 
 
+def test_a_chunk_that_is_longer_than_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.png"
+    Image.new("RGB", (4, 4)).save(file)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") - 4] = 0xF0  # of the length of the chunk: 3.75 GiB
+    file.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with suppress(DataError):
+            decode_image(file, "x.png", "PNG file", lambda image: image.load())
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 _DOUBLED = b")" + b"2\x86" * 60  # a tuple of twice itself, sixty times over
 
 
@@ -256,9 +316,95 @@ def test_a_compressed_checkpoint(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "a.pt", "model")
 
 
+def _legacy(content: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
+def _longer(saved: bytes) -> bytes:
+    """The same, of a storage that claims 2**40 elements, and has the bytes of three."""
+    assert saved.count(b"K\x03Nt") == 1
+    return saved.replace(b"K\x03Nt", b"\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"Nt")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "legacy"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"network": {"w": torch.zeros(1).expand(10**12)}}, "tensor outside its storage"),
+        ({"network": {"w": torch.zeros(3).to_sparse()}}, "asks for torch._utils._rebuild_sparse_tensor"),
+        ({"network": [[x := [1], x], [x]]}, "containers in two places"),
+    ],
+    ids=["expanded", "sparse", "shared"],
+)
+def test_imported_checkpoints_are_vetted_like_our_own(
+    content: Any, reason: str, legacy: bool, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "a", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError) as raised:
+        load_tensors(tmp_path / "a")
+    assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_longer, "storage of another size than its bytes"),
+        (lambda saved: saved[:-1], "storage of another size than its bytes"),
+        (lambda saved: saved[:-20] + bytes([4]) + saved[-19:], "storage of another size than its bytes"),
+        (lambda saved: b"\x80\x02K\x01." + saved, "no magic number of torch.save"),
+    ],
+    ids=["promises", "cut", "counts", "magic"],
+)
+def test_storages_of_the_old_format_have_their_bytes(change: Any, reason: str, tmp_path: Path) -> None:
+    saved = _legacy({"w": torch.zeros(3)})
+    (tmp_path / "a").write_bytes(saved)
+    torch.testing.assert_close(load_tensors(tmp_path / "a")["w"], torch.zeros(3), rtol=0, atol=0)
+    (tmp_path / "a").write_bytes(change(saved))
+    with pytest.raises(CheckpointError) as raised:
+        load_tensors(tmp_path / "a")
+    assert reason in str(raised.value)
+
+
+def test_a_checkpoint_of_both_formats_is_read_as_the_one_that_was_vetted(tmp_path: Path) -> None:
+    """torch tells them apart by the first bytes, zipfile by the last."""
+    header = {"format": "mamlpp_fast model", "version": 1}
+    save_checkpoint(tmp_path / "a.pt", "model", {"model": "the archive's"})
+    archive = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(_legacy(header | {"model": "the other's"}) + archive)
+    assert load_checkpoint(tmp_path / "a.pt", "model")["model"] == "the archive's"
+    assert load_tensors(tmp_path / "a.pt")["model"] == "the other's"
+
+
+def test_parts_beside_the_folder_that_torch_would_read_first(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("b/version", b"3")
+        archive.writestr("a/data.pkl", pickle.dumps({}, 2))
+    with pytest.raises(
+        CheckpointError, match=r"expected parts in one folder, got 'b/version' beside 'a/data\.pkl'"
+    ):
+        load_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("code", [pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME])
+def test_no_more_is_set_aside_than_a_pickle_has(code: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.pkl"
+    file.write_bytes(b"\x80\x05" + code + struct.pack("<Q", 1 << 46) + b"abc")  # no machine has as much
+    with pytest.raises(DataError, match="got a damaged one"):
+        read_pickle(file)
+
+
 @pytest.mark.parametrize("name", ["../../x.pt", "/etc/passwd", "a/b.pt", "", 3, None])
 def test_a_checkpoint_names_no_file_outside_its_folder(name: Any) -> None:
     """Models that are no longer among the best are deleted by these names."""
     entry = {"file": name, "val_accuracy": 0.5, "epoch": 0, "iteration": 1}
     with pytest.raises(CheckpointError, match="best: expected models with names"):
         check_best(Path("latest.pt"), [entry])
+
+
+def test_an_experiment_file_with_null_for_a_truth_value(tmp_path: Path) -> None:
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps(shipped("omniglot", 5, 1) | {"max_pooling": None}))
+    with pytest.raises(ValueError, match="max_pooling: expected true or false, got None"):
+        read_experiment(file)

@@ -8,51 +8,26 @@ import json
 import pickle
 import random
 import zipfile
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from bench.fuzz import mutations as m
+from bench.fuzz.archives import zip_of
+from bench.fuzz.checkpoints import Authors, Checkpoint
+from bench.fuzz.subject import Subject
 from mamlpp_fast import data, replay
+from mamlpp_fast.compat.experiment import _USED, read_experiment
+from mamlpp_fast.data.authors import OMNIGLOT_FRACTIONS
 from mamlpp_fast.data.classes import FewShotData
-from mamlpp_fast.learner import MAMLPlusPlus
-from mamlpp_fast.train import TrainConfig, parse_settings, preset
-from mamlpp_fast.train._resumable import check_content, check_learner
-from mamlpp_fast.train.build import build_learner
-from mamlpp_fast.train.checkpoint import load_checkpoint, save_checkpoint
-from mamlpp_fast.train.run_folder import finished_summary, load_model, read_config
+from mamlpp_fast.train import parse_settings, preset
+from mamlpp_fast.train.run_folder import finished_summary, read_config
 
-__all__ = ["SUBJECTS", "Subject"]
+__all__ = ["SUBJECTS"]
 
 SPLITS = ("train", "val", "test")
-
-
-class Subject(ABC):
-    """One kind of input.
-
-    Attributes:
-        name: what the figures call it.
-        share: of all inputs.
-    """
-
-    name: str
-    share: float
-
-    @abstractmethod
-    def prepare(self, folder: Path) -> None:
-        """Writes what stays the same into ``folder``, and keeps the valid inputs."""
-
-    @abstractmethod
-    def make(self, rng: random.Random) -> bytes:
-        """A damaged input."""
-
-    @abstractmethod
-    def read(self, content: bytes) -> None:
-        """Reads it as a user's command would; raises what a user would see."""
 
 
 def _npz(**arrays: Any) -> bytes:
@@ -86,8 +61,9 @@ class DataFile(Subject):
         for path, content in self.contents().items():
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_bytes(content)
-        self.valid.append((self.folder / self.file).read_bytes())
-        self.read(self.valid[-1])  # what is damaged is valid before
+        if not self.valid:
+            self.valid.append((self.folder / self.file).read_bytes())
+        self.read((self.folder / self.file).read_bytes())  # what is damaged is valid before
 
     def contents(self) -> dict[str, bytes]:
         raise NotImplementedError
@@ -95,7 +71,7 @@ class DataFile(Subject):
     def make(self, rng: random.Random) -> bytes:
         if rng.random() < 0.5:
             return m.bytes_of(rng, rng.choice(self.valid))
-        return m.zip_of(rng, rng.choice(self.valid), m.npy_of)
+        return zip_of(rng, rng.choice(self.valid), m.npy_of)
 
     def read(self, content: bytes) -> None:
         (self.folder / self.file).write_bytes(content)
@@ -104,11 +80,11 @@ class DataFile(Subject):
 
 class Omniglot(DataFile):
     def contents(self) -> dict[str, bytes]:
-        rng, number = np.random.RandomState(0), 60
+        rng, number = np.random.RandomState(0), 34  # the fewest of which one is kept for validation
         return {
             self.file: _npz(
                 images_maml_packed=rng.randint(0, 256, (number, 3, 28, 4)).astype(np.uint8),
-                split=np.array(["background", "evaluation"] * 30),
+                split=np.array(["background", "evaluation"] * 17),
                 alphabet=np.array([f"alphabet{i // 10}" for i in range(number)]),
                 character=np.arange(number) % 10,
             )
@@ -121,7 +97,7 @@ class OmniglotZip(DataFile):
         for part in ("images_background", "images_evaluation"):
             stream = io.BytesIO()
             with zipfile.ZipFile(stream, "w") as archive:
-                for c in range(1, 21):
+                for c in range(1, 18):
                     for d in range(2):
                         name = f"{part}/{part[7]}/character{c:02d}/{c:04d}_{d:02d}.png"
                         archive.writestr(name, _picture("PNG", 105, mode="1"))
@@ -131,7 +107,7 @@ class OmniglotZip(DataFile):
     def make(self, rng: random.Random) -> bytes:
         if rng.random() < 0.5:
             return m.bytes_of(rng, self.valid[0])
-        return m.zip_of(rng, self.valid[0], m.png_of)
+        return zip_of(rng, self.valid[0], m.png_of)
 
 
 class MiniImageNet(DataFile):
@@ -192,7 +168,7 @@ class Folder(DataFile):
     def contents(self) -> dict[str, bytes]:
         forms = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
         self.valid = [_picture(form) for form in forms] + [_picture("PNG", mode="L")]
-        return {f"{c}/{i}.png": _picture("PNG") for c in "abcd" for i in range(2)}
+        return {f"{c}/{i}.png": _picture("PNG") for c in "abc" for i in range(2)}
 
     def make(self, rng: random.Random) -> bytes:
         return m.png_of(rng, rng.choice(self.valid))
@@ -243,95 +219,24 @@ class Config(Subject):
             read_config(self.folder)
 
 
-class Checkpoint(Subject):
-    """A run's training checkpoint and a model, from their pickles and records to the optimiser's moments."""
+class ExperimentFile(Subject):
+    """An experiment file of the authors' code."""
 
-    name, share = "checkpoint", 0.05
+    name, share = "experiment", 0.05
 
     def prepare(self, folder: Path) -> None:
-        self.path = folder / "latest.pt"
-        config = TrainConfig(filters=2, stages=1, ways=2, image_size=4, steps=2)
-        self.learner: MAMLPlusPlus = build_learner(config, 1, 4, engine="reference")
-        for p in self.learner.model.parameters():
-            p.grad = torch.ones_like(p)
-        self.learner.apply_gradient()
-        entry = {"file": "epoch-0000.pt", "epoch": 0, "iteration": 1, "val_accuracy": 0.5}
-        self.content: dict[str, Any] = {
-            "config": config.deciding(),
-            "engine": "reference",
-            "data": {"name": "strokes"},
-            "learner": self.learner.state_dict(),
-            "epochs_done": 1,
-            "sums": torch.zeros(2, dtype=torch.float64),
-            "best": [entry],
-            "metrics_bytes": 0,
-            "seconds": 1.0,
-            "train_seconds": 1.0,
-            "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": None,
-        }
-        state = {"model": self.learner.model.state_dict(), "rates": self.learner.rates.state_dict()}
-        self.valid = [self._saved(self.content, "training"), self._saved(state | entry, "model")]
-
-    def _saved(self, content: dict[str, Any], kind: str) -> bytes:
-        save_checkpoint(self.path, kind, content)  # type: ignore[arg-type]
-        return self.path.read_bytes()
+        self.path = folder / "experiment.json"
+        named: dict[str, Any] = {"experiment_name": "x", "sets_are_pre_split": False}
+        named |= {"train_val_test_split": OMNIGLOT_FRACTIONS, "max_pooling": True}
+        self.valid = json.dumps({name: key.default for name, key in _USED.items()} | named).encode()
+        self.read(self.valid)
 
     def make(self, rng: random.Random) -> bytes:
-        kind = rng.randrange(4)
-        if kind == 0:
-            return m.bytes_of(rng, rng.choice(self.valid))
-        if kind == 1:
-            return m.zip_of(rng, rng.choice(self.valid), self._inside)
-        changed = _changed(rng, self.content)
-        try:
-            return self._saved(changed, "training")
-        except (RuntimeError, TypeError, pickle.PicklingError, UnicodeError):
-            return m.bytes_of(rng, self.valid[0])
-
-    def _inside(self, rng: random.Random, part: bytes) -> bytes:
-        return m.program(rng, m.Canary.path) if rng.random() < 0.2 else m.bytes_of(rng, part)
+        return m.json_of(rng, self.valid)
 
     def read(self, content: bytes) -> None:
         self.path.write_bytes(content)
-        try:
-            loaded = load_checkpoint(self.path, "training")
-        except ValueError as error:
-            if "got 'mamlpp_fast model'" not in str(error):
-                raise
-            load_model(self.path, self.learner)
-            return
-        check_content(self.path, loaded)
-        check_learner(self.path, loaded["learner"], self.learner)
-        self.learner.load_state_dict(loaded["learner"])
-        self.learner.optimizer.step()
-
-
-def _changed(rng: random.Random, value: Any) -> Any:
-    """A tensor of another form or a value of another kind, somewhere inside."""
-    if isinstance(value, dict) and value and rng.random() < 0.95:
-        key = rng.choice(list(value))
-        return dict(value) | {key: _changed(rng, value[key])}
-    if isinstance(value, torch.Tensor):
-        return rng.choice(
-            (
-                *(
-                    value.double(),
-                    value.to(torch.int64),
-                    value.flatten()[:1].expand(10**12),
-                    value[..., None],
-                ),
-                *(
-                    value.flatten()[:0],
-                    torch.zeros(3, 3),
-                    value.bfloat16(),
-                    None,
-                    value.to_sparse(),
-                    value * torch.nan,
-                ),
-            )
-        )
-    return m.Canary() if rng.random() < 0.1 else m.json_value(rng, value)
+        read_experiment(self.path)
 
 
 class Recorded(Subject):
@@ -379,7 +284,7 @@ class Recorded(Subject):
         if kind == 0:
             return m.bytes_of(rng, self.valid)
         if kind == 1:
-            return m.zip_of(rng, self.valid, m.npy_of)
+            return zip_of(rng, self.valid, m.npy_of)
         config = m.json_of(rng, json.dumps(self.config).encode()).decode("latin1").replace("\x00", " ")
         arrays = dict(self.arrays)
         if kind == 3:
@@ -416,6 +321,8 @@ def subjects() -> tuple[Subject, ...]:
         Folder("images", 0.2, "folder", "a/0.png", image_size=12),
         Config(),
         Checkpoint(),
+        Authors(),
+        ExperimentFile(),
         Recorded(),
     )
 

@@ -175,7 +175,13 @@ class _Translation:
             return known[str(value).lower()]
         kinds = (int, float) if kind is float else (kind,)
         if key in self.values and (isinstance(value, bool) or not isinstance(value, kinds)):
-            names = {int: "an integer", float: "a number", str: "a text", list: "a list"}
+            names = {
+                int: "an integer",
+                float: "a number",
+                str: "a text",
+                list: "a list",
+                bool: "true or false",
+            }
             raise ValueError(f"{key}: expected {names[kind]}, got {value!r}")
         return value
 

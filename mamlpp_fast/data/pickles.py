@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from mamlpp_fast.data.errors import DataError
 
-__all__ = ["DataUnpickler", "Refused", "plain_dict", "read_pickle"]
+__all__ = ["NUMBERS", "DataUnpickler", "Refused", "plain_dict", "read_pickle"]
 
 
 class Refused(Exception):
@@ -97,6 +98,7 @@ def _key(value: Any) -> Any:
     return value
 
 
+_SMALL = 1 << 16  # bytes that may be asked for in vain
 # Stands for the class numpy.ndarray, which array pickles name but need not call.
 _NDARRAY = object()
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -110,6 +112,9 @@ for _numpy in ("numpy.core", "numpy._core"):
     _ALLOWED[(f"{_numpy}.multiarray", "_reconstruct")] = _array
     _ALLOWED[(f"{_numpy}.multiarray", "scalar")] = _scalar
     _ALLOWED[(f"{_numpy}.numeric", "_frombuffer")] = _from_buffer
+NUMBERS = {
+    k: v for k, v in _ALLOWED.items() if k[1] in ("dtype", "scalar", "encode")
+}  # numpy's, by themselves
 for _builtins in ("builtins", "__builtin__"):
     for _name, _make in (
         ("list", _list),
@@ -121,6 +126,19 @@ for _builtins in ("builtins", "__builtin__"):
         _ALLOWED[(_builtins, _name)] = _make
 
 
+class _Clamped:
+    """A stream that is asked for no more than it has: a buffered file sets aside as much as it is asked for."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        at = stream.tell()
+        self._stream, self._end = stream, stream.seek(0, os.SEEK_END)
+        stream.seek(at)
+        self.readline = stream.readline
+
+    def read(self, size: int) -> bytes:
+        return self._stream.read(size if size < _SMALL else min(size, self._end - self._stream.tell()))
+
+
 class DataUnpickler(pickle._Unpickler):
     """An unpickler that calls nothing but what ``allowed`` maps names to.
 
@@ -128,14 +146,14 @@ class DataUnpickler(pickle._Unpickler):
     pickle names.
 
     Args:
-        stream: the pickle.
+        stream: the pickle, in a file or in memory.
         allowed: (module, name) to what stands for it.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, stream: IO[bytes], allowed: Mapping[tuple[str, str], Any] = _ALLOWED) -> None:
-        super().__init__(stream, encoding="latin1")
+        super().__init__(_Clamped(stream), encoding="latin1")
         self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
@@ -146,6 +164,10 @@ class DataUnpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise Refused(f"persistent id {pid!r:.100}")
+
+    def _byte_array(self) -> None:
+        size = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
+        self.stack.append(bytearray(self.read(size)))  # type: ignore[attr-defined]
 
     def _marked(self) -> list[Any]:
         items: list[Any] = self.pop_mark()  # type: ignore[attr-defined]
@@ -214,6 +236,7 @@ _replaced(
         (pickle.ADDITEMS, DataUnpickler._additems),
         (pickle.FROZENSET, DataUnpickler._frozenset),
         (pickle.BUILD, DataUnpickler._build),
+        (pickle.BYTEARRAY8, DataUnpickler._byte_array),
     )
 )
 

@@ -37,7 +37,9 @@ def decode_image(
         with warnings.catch_warnings():
             # Of pixels by the hundred million, which the limit below is about, and of damaged headers.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            # In memory: of a file, a chunk's length in its header sets aside as much.
+            content = file if isinstance(file, bytes) else file.read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
                 if image.width * image.height > sides * sides:
                     raise DataError(
                         f"{source}: expected at most {sides}x{sides} pixels, got {image.width}x{image.height}"

@@ -6,7 +6,6 @@ import io
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +16,14 @@ from torch import Tensor
 from mamlpp_fast._version import __version__
 from mamlpp_fast.data.archives import DAMAGED_ZIP, one_line, shown
 from mamlpp_fast.data.pickles import Refused
-from mamlpp_fast.train._vetting import vet
+from mamlpp_fast.train._vetting import vet_archive, vet_legacy
 from mamlpp_fast.train.files import write_whole
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
     "check_fits",
+    "checkpoint_bytes",
     "load_checkpoint",
     "load_tensors",
     "save_checkpoint",
@@ -31,6 +31,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 Kind = Literal["training", "model", "authors"]
+_ZIP = b"PK\x03\x04"  # what torch tells its two formats apart by
 _EXPECTED = "expected tensors and plain values only"
 
 
@@ -50,10 +51,15 @@ def save_checkpoint(path: Path, kind: Kind, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: when it cannot be written.
     """
+    write_whole(path, checkpoint_bytes(kind, content))
+
+
+def checkpoint_bytes(kind: Kind, content: Mapping[str, Any]) -> bytes:
+    """The file that :func:`save_checkpoint` writes."""
     buffer = io.BytesIO()
     header = {"format": f"mamlpp_fast {kind}", "version": FORMAT_VERSION, "package": __version__}
     torch.save(header | dict(content), buffer)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -65,17 +71,7 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
         CheckpointError: for a file that is missing, truncated, damaged, of another kind, written by a newer version,
             or that holds anything else.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if damaged is None:
-                _vet(path, archive)
-    except DAMAGED_ZIP as error:
-        reason = getattr(error, "strerror", None) or "it is truncated or something else"
-        raise CheckpointError(f"{path}: expected a whole checkpoint, {reason}") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path}: expected a whole checkpoint, its part {shown(damaged)} is damaged")
-    content = load_tensors(path, device)
+    content = _load(path, device, legacy=False)
     expected = f"mamlpp_fast {kind}"
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != expected:
@@ -97,17 +93,20 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     Raises:
         CheckpointError: for a file that is missing or damaged, or that holds anything else, which is never run.
     """
+    return _load(path, device, legacy=True)
+
+
+def _load(path: Path, device: torch.device | str, *, legacy: bool) -> Any:
+    stream = _vetted(path, legacy)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other pickle protocols
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(stream, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         found = f"a pickle that asks for {asked[1]}" if asked else "something else"
         raise CheckpointError(f"{path}: {_EXPECTED}, got {found}; refused, nothing was run") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a checkpoint, {error.strerror}") from error
-    except (RuntimeError, EOFError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(f"{path}: expected a checkpoint, {one_line(error)}") from error
 
 
@@ -138,11 +137,18 @@ def _shape(value: Any) -> str:
     return "absent" if value is None else type(value).__name__
 
 
-def _vet(path: Path, archive: zipfile.ZipFile) -> None:
+def _vetted(path: Path, legacy: bool) -> io.BytesIO:
+    """What torch may read of the file, once it has been looked through."""
     try:
-        vet(archive, lambda reason: CheckpointError(f"{path}: {reason}"))
+        content = path.read_bytes()
+        if legacy and not content.startswith(_ZIP):
+            return vet_legacy(content)
+        return vet_archive(content, lambda reason: CheckpointError(f"{path}: {reason}"))
     except CheckpointError:
         raise
+    except DAMAGED_ZIP as error:
+        reason = getattr(error, "strerror", None) or "it is truncated or something else"
+        raise CheckpointError(f"{path}: expected a whole checkpoint, {reason}") from error
     except Refused as refused:
         raise CheckpointError(
             f"{path}: {_EXPECTED}, got a pickle that asks for {refused}; refused, nothing was run"

@@ -9,9 +9,9 @@ import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
-from mamlpp_fast.config import MAMLConfig
+from mamlpp_fast.config import MAMLConfig, type_hints
 from mamlpp_fast.data import DATASETS
 
 __all__ = ["TrainConfig", "parse_settings", "suggestion"]
@@ -168,7 +168,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown key or a value that is not of the key's type.
     """
-    hints = get_type_hints(TrainConfig)
+    hints = type_hints(TrainConfig)
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     values: dict[str, Any] = {}
     for text in settings:
