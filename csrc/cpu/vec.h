@@ -63,7 +63,7 @@ struct Vec {
   }
 
   // The same of bfloat16 in memory: widened, and rounded to nearest even by integers, alike at every level (the
-  // instruction of AVX512-BF16 takes denormals for zeros). Every NaN becomes 0x7fc0, as in PyTorch.
+  // instruction of AVX512-BF16 takes denormals for zeros). Every NaN becomes 0x7fc0, as in c10::BFloat16.
   static MF_INLINE Vec load(const Bf16* p)
     requires std::is_same_v<T, float>
   {
