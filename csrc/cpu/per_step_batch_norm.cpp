@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -31,13 +32,15 @@ struct Layout {
   int64_t tasks, images, channels, pixels, axis;
   bool channels_last;      // memory order of the results
   at::ScalarType compute;  // float32, or float64 of float64
+  at::ScalarType stored;   // as kernels read and write images: bfloat16 where all are, else the type above
   at::DimVector strides;   // of the results
 
   // One pixel a row: a channel's values lie apart in either order, so it is walked by rows.
   bool by_rows() const { return channels_last || pixels == 1; }
 };
 
-Layout layout_of(const Tensor& x) {
+// Of x, and of the tensors of its shape that are read with it.
+Layout layout_of(const Tensor& x, std::initializer_list<Tensor> others = {}) {
   Layout l{};
   const int64_t dim = x.dim();
   l.axis = dim == 5 ? 2 : 1;
@@ -47,6 +50,8 @@ Layout layout_of(const Tensor& x) {
   l.pixels = dim == 2 ? 1 : x.size(dim - 2) * x.size(dim - 1);
   l.channels_last = dim > 2 && !x.is_contiguous() && x.stride(l.axis) == 1;
   l.compute = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto is_bf16 = [](const Tensor& t) { return t.scalar_type() == at::kBFloat16; };
+  l.stored = is_bf16(x) && std::all_of(others.begin(), others.end(), is_bf16) ? at::kBFloat16 : l.compute;
   l.strides.resize(dim);
   int64_t stride = 1;
   if (l.channels_last) {
@@ -90,17 +95,17 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias, Step step)
                     "x: expected more than one value per channel, got shape ", x.sizes());
 }
 
-// The values without gaps, in the memory order and type of the computation.
+// The values without gaps, as kernels read them.
 Tensor dense(const Tensor& t, const Layout& l) {
-  if (t.scalar_type() == l.compute && t.strides() == at::IntArrayRef(l.strides)) {
+  if (t.scalar_type() == l.stored && t.strides() == at::IntArrayRef(l.strides)) {
     return t;
   }
-  const Tensor wide = t.to(l.compute);
-  return l.channels_last ? wide.movedim(l.axis, -1).contiguous().movedim(-1, l.axis) : wide.contiguous();
+  const Tensor values = t.to(l.stored);
+  return l.channels_last ? values.movedim(l.axis, -1).contiguous().movedim(-1, l.axis) : values.contiguous();
 }
 
 Tensor result_like(const Tensor& x, const Layout& l) {
-  return at::empty_strided(x.sizes(), l.strides, x.options().dtype(l.compute));
+  return at::empty_strided(x.sizes(), l.strides, x.options().dtype(l.stored));
 }
 
 Tensor narrow(const Tensor& result, const Tensor& x) { return result.to(x.scalar_type()); }
@@ -150,15 +155,25 @@ class AffineGradient {
   bool direct_;
 };
 
-template <typename T>
-bn::Problem<T> problem(const Layout& l, const Tensor& x, const Tensor& gamma, const Tensor& beta, Step step,
-                       double slope) {
-  bn::Problem<T> p{};
+template <typename S>
+const S* images(const Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
+}
+
+template <typename S>
+S* out(const Tensor& result) {
+  return static_cast<S*>(result.mutable_data_ptr());
+}
+
+template <typename S>
+bn::Call<S> call(const Layout& l, const Tensor& x, const Tensor& gamma, const Tensor& beta, Step step, double slope) {
+  using T = Compute<S>;
+  bn::Call<S> p{};
   p.tasks = l.tasks;
   p.images = l.images;
   p.channels = l.channels;
   p.pixels = l.pixels;
-  p.x = x.const_data_ptr<T>();
+  p.x = images<S>(x);
   p.gamma = row<T>(gamma, step, l);
   p.beta = row<T>(beta, step, l);
   p.row_stride = !step.has_value() && gamma.dim() == 2 ? l.channels : 0;
@@ -166,9 +181,10 @@ bn::Problem<T> problem(const Layout& l, const Tensor& x, const Tensor& gamma, co
   return p;
 }
 
-template <typename T>
-void run(bn::Problem<T>& p, const Layout& l, bn::Order order, const Tensor& x) {
-  const auto kernels = MF_DISPATCH(batch_norm_kernels<T>)(order, p.slope != T{1});
+template <typename S>
+void run(bn::Call<S>& p, const Layout& l, bn::Order order, const Tensor& x) {
+  using T = Compute<S>;
+  const auto kernels = MF_DISPATCH(batch_norm_kernels<S>)(order, p.slope != T{1});
   const int64_t rows = l.images * l.pixels;
   if (l.channels == 0) {
     return;
@@ -194,7 +210,7 @@ void run(bn::Problem<T>& p, const Layout& l, bn::Order order, const Tensor& x) {
 
 template <typename F>
 auto for_type(at::ScalarType type, F f) {
-  return type == at::kDouble ? f(double{}) : f(float{});
+  return type == at::kDouble ? f(double{}) : type == at::kBFloat16 ? f(Bf16{}) : f(float{});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias, Step step,
@@ -208,14 +224,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   const Tensor mean = statistic(x, l);
   const Tensor rstd = statistic(x, l);
   const Tensor var = statistic(x, l);
-  for_type(l.compute, [&](auto zero) {
-    using T = decltype(zero);
-    bn::Problem<T> p = problem<T>(l, in, gamma, beta, step, slope);
+  for_type(l.stored, [&](auto zero) {
+    using S = decltype(zero);
+    using T = Compute<S>;
+    bn::Call<S> p = call<S>(l, in, gamma, beta, step, slope);
     p.eps = eps;
     p.mean = mean.mutable_data_ptr<T>();
     p.rstd = rstd.mutable_data_ptr<T>();
     p.var = var.mutable_data_ptr<T>();
-    p.out[0] = y.mutable_data_ptr<T>();
+    p.out[0] = out<S>(y);
     run(p, l, bn::Order::forward, x);
   });
   return {narrow(y, x), mean, rstd, var};
@@ -237,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
                                             const Tensor& mean, const Tensor& rstd, Step step, double slope) {
   check(x, weight, bias, step);
   check_like(gy, x, "gy");
-  const Layout l = layout_of(x);
+  const Layout l = layout_of(x, {gy});
   check_saved(x, l, mean, rstd);
   const Tensor in = dense(x, l);
   const Tensor grad = dense(gy, l);
@@ -246,13 +263,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
   const Tensor gx = result_like(x, l);
   const AffineGradient ggamma(weight, step, l);
   const AffineGradient gbeta(bias, step, l);
-  for_type(l.compute, [&](auto zero) {
-    using T = decltype(zero);
-    bn::Problem<T> p = problem<T>(l, in, gamma, beta, step, slope);
-    p.gy = grad.const_data_ptr<T>();
+  for_type(l.stored, [&](auto zero) {
+    using S = decltype(zero);
+    using T = Compute<S>;
+    bn::Call<S> p = call<S>(l, in, gamma, beta, step, slope);
+    p.gy = images<S>(grad);
     p.mean = const_cast<T*>(mean.const_data_ptr<T>());
     p.rstd = const_cast<T*>(rstd.const_data_ptr<T>());
-    p.out[0] = gx.mutable_data_ptr<T>();
+    p.out[0] = out<S>(gx);
     p.affine[0] = ggamma.data<T>();
     p.affine[1] = gbeta.data<T>();
     run(p, l, bn::Order::backward, x);
@@ -266,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const OptTensor& u, const Opt
                                                    Step step, double slope) {
   check(x, weight, bias, step);
   check_like(gy, x, "gy");
-  const Layout l = layout_of(x);
+  const Layout l = layout_of(x, {gy, u.value_or(x)});
   check_saved(x, l, mean, rstd);
   const Tensor in = dense(x, l);
   const Tensor grad = dense(gy, l);
@@ -288,17 +306,18 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const OptTensor& u, const Opt
   const Tensor c_gy = result_like(x, l);
   const Tensor c_x = result_like(x, l);
   const AffineGradient c_gamma(weight, step, l);
-  for_type(l.compute, [&](auto zero) {
-    using T = decltype(zero);
-    bn::Problem<T> p = problem<T>(l, in, gamma, beta, step, slope);
-    p.gy = grad.const_data_ptr<T>();
-    p.u = tangent.const_data_ptr<T>();
+  for_type(l.stored, [&](auto zero) {
+    using S = decltype(zero);
+    using T = Compute<S>;
+    bn::Call<S> p = call<S>(l, in, gamma, beta, step, slope);
+    p.gy = images<S>(grad);
+    p.u = images<S>(tangent);
     p.a = of_ggamma.defined() ? row<T>(of_ggamma, step, l) : nullptr;
     p.b = of_gbeta.defined() ? row<T>(of_gbeta, step, l) : nullptr;
     p.mean = const_cast<T*>(mean.const_data_ptr<T>());
     p.rstd = const_cast<T*>(rstd.const_data_ptr<T>());
-    p.out[0] = c_gy.mutable_data_ptr<T>();
-    p.out[1] = c_x.mutable_data_ptr<T>();
+    p.out[0] = out<S>(c_gy);
+    p.out[1] = out<S>(c_x);
     p.affine[0] = c_gamma.data<T>();
     run(p, l, bn::Order::double_backward, x);
   });

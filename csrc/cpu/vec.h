@@ -8,6 +8,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "bf16.h"
+
 #ifndef MF_ISA
 #error "vec.h belongs in csrc/cpu/kernels/, which CMakeLists.txt compiles with -DMF_ISA=<level>"
 #endif
@@ -29,6 +31,8 @@ struct Vec {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
   static constexpr int size = MF_VECTOR_BYTES / static_cast<int>(sizeof(T));
   typedef T Register __attribute__((vector_size(MF_VECTOR_BYTES)));
+  typedef uint32_t Words __attribute__((vector_size(MF_VECTOR_BYTES)));
+  typedef uint16_t Halves __attribute__((vector_size(MF_VECTOR_BYTES / 2)));
 
   Register v;
 
@@ -55,6 +59,42 @@ struct Vec {
   MF_INLINE void store(T* p, int n) const {
     for (int i = 0; i < n; ++i) {
       p[i] = v[i];
+    }
+  }
+
+  // The same of bfloat16 in memory: widened, and rounded to nearest even by integers, alike at every level (the
+  // instruction of AVX512-BF16 takes denormals for zeros). Every NaN becomes 0x7fc0, as in c10::BFloat16.
+  static MF_INLINE Vec load(const Bf16* p)
+    requires std::is_same_v<T, float>
+  {
+    Halves h;
+    std::memcpy(&h, p, sizeof(h));
+    return {reinterpret_cast<Register>(__builtin_convertvector(h, Words) << 16)};
+  }
+  MF_INLINE void store(Bf16* p) const
+    requires std::is_same_v<T, float>
+  {
+    const Words w = reinterpret_cast<Words>(v);
+    const Words rounded = (w + 0x7fff + (w >> 16 & 1)) >> 16;
+    const Halves h = __builtin_convertvector(v == v ? rounded : Words{} + 0x7fc0, Halves);
+    std::memcpy(p, &h, sizeof(h));
+  }
+  static MF_INLINE Vec load(const Bf16* p, int n)
+    requires std::is_same_v<T, float>
+  {
+    Bf16 all[size] = {};
+    for (int i = 0; i < n; ++i) {
+      all[i] = p[i];
+    }
+    return load(all);
+  }
+  MF_INLINE void store(Bf16* p, int n) const
+    requires std::is_same_v<T, float>
+  {
+    Bf16 all[size];
+    store(all);
+    for (int i = 0; i < n; ++i) {
+      p[i] = all[i];
     }
   }
 

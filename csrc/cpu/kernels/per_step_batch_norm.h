@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "bf16.h"
 #include "isa.h"
 
 namespace mf::bn {
@@ -10,13 +11,10 @@ namespace mf::bn {
 constexpr int kMaxSums = 5;
 constexpr int kMaxConstants = 8;
 
-// One call of any of the three orders; an order leaves the members it does not need null.
+// One call of any of the three orders, less its images; an order leaves the members it does not need null.
 template <typename T>
 struct Problem {
   int64_t tasks, images, channels, pixels;
-  const T* x;
-  const T* gy;
-  const T* u;
   // Rows of task t start at t * row_stride, which is 0 or channels. a and b may be null: zero.
   const T* gamma;
   const T* beta;
@@ -29,7 +27,6 @@ struct Problem {
   T* mean;
   T* rstd;
   T* var;
-  T* out[2];     // forward: y; backward: gx; double backward: c_gy, c_x
   T* affine[2];  // [tasks, channels]; backward: gγ, gβ; double backward: c_γ
   // Channels-last only: rows of a task (images * pixels) are cut into pieces, always at the same places.
   int64_t pieces, piece_rows;
@@ -37,19 +34,28 @@ struct Problem {
   T* constants;  // [tasks, kMaxConstants, channels]
 };
 
+// With its images, stored as S.
+template <typename S>
+struct Call : Problem<Compute<S>> {
+  const S* x;
+  const S* gy;
+  const S* u;
+  S* out[2];  // forward: y; backward: gx; double backward: c_gy, c_x
+};
+
 // The three phases of channels-last; contiguous tensors do all of an order in one call.
-template <typename T>
+template <typename S>
 struct Kernels {
   // [begin, end) of tasks * channels.
-  void (*planes)(const Problem<T>& p, int64_t begin, int64_t end);
+  void (*planes)(const Call<S>& p, int64_t begin, int64_t end);
   // [begin, end) of tasks * pieces.
-  void (*sums)(const Problem<T>& p, int64_t begin, int64_t end);
-  void (*combine)(const Problem<T>& p);
-  void (*apply)(const Problem<T>& p, int64_t begin, int64_t end);
+  void (*sums)(const Call<S>& p, int64_t begin, int64_t end);
+  void (*combine)(const Call<S>& p);
+  void (*apply)(const Call<S>& p, int64_t begin, int64_t end);
 };
 
 enum class Order { forward, backward, double_backward };
 
 }  // namespace mf::bn
 
-MF_KERNEL(template <typename T> bn::Kernels<T> batch_norm_kernels(bn::Order order, bool leaky);)
+MF_KERNEL(template <typename S> bn::Kernels<S> batch_norm_kernels(bn::Order order, bool leaky);)

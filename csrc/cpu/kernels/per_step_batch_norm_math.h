@@ -9,6 +9,7 @@
 
 namespace mf::MF_ISA {
 
+using bn::Call;
 using bn::Problem;
 
 // One channel of one task.
@@ -180,15 +181,27 @@ struct DoubleBackward {
 template <typename T>
 struct AllLanes {
   static constexpr int n = Vec<T>::size;
-  MF_INLINE Vec<T> load(const T* p) const { return Vec<T>::load(p); }
-  MF_INLINE void store(Vec<T> v, T* p) const { v.store(p); }
+  template <typename S>
+  MF_INLINE Vec<T> load(const S* p) const {
+    return Vec<T>::load(p);
+  }
+  template <typename S>
+  MF_INLINE void store(Vec<T> v, S* p) const {
+    v.store(p);
+  }
 };
 
 template <typename T>
 struct FirstLanes {
   int n;
-  MF_INLINE Vec<T> load(const T* p) const { return Vec<T>::load(p, n); }
-  MF_INLINE void store(Vec<T> v, T* p) const { v.store(p, n); }
+  template <typename S>
+  MF_INLINE Vec<T> load(const S* p) const {
+    return Vec<T>::load(p, n);
+  }
+  template <typename S>
+  MF_INLINE void store(Vec<T> v, S* p) const {
+    v.store(p, n);
+  }
 };
 
 // Running mean and sum of squared deviations; `add` is Chan's formula.
@@ -211,7 +224,7 @@ struct Constant {
 };
 
 // The function for contiguous tensors, in `planes`.
-template <typename T, bool kLeaky>
-bn::Kernels<T> plane_kernels(bn::Order order);
+template <typename S, bool kLeaky>
+bn::Kernels<S> plane_kernels(bn::Order order);
 
 }  // namespace mf::MF_ISA

@@ -91,12 +91,12 @@ MF_INLINE int64_t plane(const Problem<T>& p, int64_t t, int64_t n, int64_t c) {
 
 // Asks for the same pixels kAhead images further, up to a memory page of them: planes of a channel are too short and
 // too far apart for the hardware to foresee the jump.
-template <bool kWrite, typename T>
-MF_INLINE void prefetch(const Problem<T>& p, const T* pixels, int64_t n, int64_t count) {
+template <bool kWrite, typename S>
+MF_INLINE void prefetch(const Call<S>& p, const S* pixels, int64_t n, int64_t count) {
   constexpr int64_t kAhead = 2;
   if (n + kAhead < p.images) {
     const char* from = reinterpret_cast<const char*>(pixels + kAhead * p.channels * p.pixels);
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(S));
     for (int64_t i = 0; i < bytes && i < 4096; i += 64) {
       __builtin_prefetch(from + i, kWrite ? 1 : 0);
     }
@@ -104,15 +104,16 @@ MF_INLINE void prefetch(const Problem<T>& p, const T* pixels, int64_t n, int64_t
 }
 
 // Two passes over each block, whose second corrects the rounding of the first's mean.
-template <typename T>
-MF_INLINE void add_block(const Problem<T>& p, int64_t t, int64_t c, int64_t n0, int64_t n1, int64_t p0, int64_t p1,
+template <typename S>
+MF_INLINE void add_block(const Call<S>& p, int64_t t, int64_t c, int64_t n0, int64_t n1, int64_t p0, int64_t p1,
                          Moments& moments) {
+  using T = Compute<S>;
   using V = Vec<T>;
   const Walk<T> walk(p1 - p0);
   const double count = static_cast<double>((n1 - n0) * (p1 - p0));
   V sum[2] = {V::zero(), V::zero()};
   for (int64_t n = n0; n < n1; ++n) {
-    const T* x = p.x + plane(p, t, n, c) + p0;
+    const S* x = p.x + plane(p, t, n, c) + p0;
     prefetch<false>(p, x, n, p1 - p0);
     walk([&](auto lanes, int64_t i, auto keep, auto chain)
              __attribute__((always_inline)) { sum[chain.value] += keep(lanes.load(x + i)); });
@@ -122,7 +123,7 @@ MF_INLINE void add_block(const Problem<T>& p, int64_t t, int64_t c, int64_t n0, 
   V rest[2] = {V::zero(), V::zero()};
   V squares[2] = {V::zero(), V::zero()};
   for (int64_t n = n0; n < n1; ++n) {
-    const T* x = p.x + plane(p, t, n, c) + p0;
+    const S* x = p.x + plane(p, t, n, c) + p0;
     walk([&](auto lanes, int64_t i, auto keep, auto chain) __attribute__((always_inline)) {
       const V d = keep(lanes.load(x + i) - centre);
       rest[chain.value] += d;
@@ -134,12 +135,13 @@ MF_INLINE void add_block(const Problem<T>& p, int64_t t, int64_t c, int64_t n0, 
   moments.add(count, near + shift, spread - shift * shift * count);
 }
 
-template <typename O, typename T>
-MF_INLINE void write(const Problem<T>& p, int64_t t, int64_t c, const T* constants) {
+template <typename O, typename S>
+MF_INLINE void write(const Call<S>& p, int64_t t, int64_t c, const Compute<S>* constants) {
+  using T = Compute<S>;
   using V = Vec<T>;
   const typename O::Constants k([&](int i) { return V::broadcast(constants[i]); }, p.slope);
   const Walk<T> walk(p.pixels);
-  const T* inputs[3] = {p.x, p.gy, p.u};
+  const S* inputs[3] = {p.x, p.gy, p.u};
   for (int64_t n = 0; n < p.images; ++n) {
     const int64_t base = plane(p, t, n, c);
     for (int j = 0; j < O::kOutputs; ++j) {
@@ -158,8 +160,9 @@ MF_INLINE void write(const Problem<T>& p, int64_t t, int64_t c, const T* constan
   }
 }
 
-template <typename T, bool kLeaky>
-void forward(const Problem<T>& p, int64_t begin, int64_t end) {
+template <typename S, bool kLeaky>
+void forward(const Call<S>& p, int64_t begin, int64_t end) {
+  using T = Compute<S>;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t t = item / p.channels;
     const int64_t c = item % p.channels;
@@ -173,10 +176,12 @@ void forward(const Problem<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-template <typename O, typename T, bool kLeaky>
-void differentiate(const Problem<T>& p, int64_t begin, int64_t end) {
+template <template <typename, bool> typename Order, typename S, bool kLeaky>
+void differentiate(const Call<S>& p, int64_t begin, int64_t end) {
+  using T = Compute<S>;
+  using O = Order<T, kLeaky>;
   using V = Vec<T>;
-  const T* inputs[3] = {p.x, p.gy, p.u};
+  const S* inputs[3] = {p.x, p.gy, p.u};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t t = item / p.channels;
     const int64_t c = item % p.channels;
@@ -214,18 +219,18 @@ void differentiate(const Problem<T>& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-template <typename T, bool kLeaky>
-bn::Kernels<T> plane_kernels(bn::Order order) {
-  bn::Kernels<T> kernels{};
+template <typename S, bool kLeaky>
+bn::Kernels<S> plane_kernels(bn::Order order) {
+  bn::Kernels<S> kernels{};
   switch (order) {
     case bn::Order::forward:
-      kernels.planes = forward<T, kLeaky>;
+      kernels.planes = forward<S, kLeaky>;
       break;
     case bn::Order::backward:
-      kernels.planes = differentiate<Backward<T, kLeaky>, T, kLeaky>;
+      kernels.planes = differentiate<Backward, S, kLeaky>;
       break;
     case bn::Order::double_backward:
-      kernels.planes = differentiate<DoubleBackward<T, kLeaky>, T, kLeaky>;
+      kernels.planes = differentiate<DoubleBackward, S, kLeaky>;
       break;
   }
   return kernels;
@@ -235,5 +240,7 @@ template bn::Kernels<float> plane_kernels<float, false>(bn::Order);
 template bn::Kernels<float> plane_kernels<float, true>(bn::Order);
 template bn::Kernels<double> plane_kernels<double, false>(bn::Order);
 template bn::Kernels<double> plane_kernels<double, true>(bn::Order);
+template bn::Kernels<Bf16> plane_kernels<Bf16, false>(bn::Order);
+template bn::Kernels<Bf16> plane_kernels<Bf16, true>(bn::Order);
 
 }  // namespace mf::MF_ISA

@@ -56,8 +56,9 @@ MF_INLINE double* sums_of(const Problem<T>& p, int64_t item) {
 
 // sums[0]: mean of the piece, sums[1]: its squared deviations. Two passes over each block, which is then in L1; the
 // second corrects the rounding of the first's mean.
-template <typename T>
-void moments(const Problem<T>& p, int64_t first, int64_t last) {
+template <typename S>
+void moments(const Call<S>& p, int64_t first, int64_t last) {
+  using T = Compute<S>;
   using V = Vec<T>;
   const int64_t step = block_rows(p, 1);
   for (int64_t item = first; item < last; ++item) {
@@ -66,7 +67,7 @@ void moments(const Problem<T>& p, int64_t first, int64_t last) {
     double* squares = means + p.channels;
     for (int64_t row = part.begin; row < part.end; row += step) {
       const int64_t rows = row + step < part.end ? step : part.end - row;
-      const T* x = p.x + (part.task * p.images * p.pixels + row) * p.channels;
+      const S* x = p.x + (part.task * p.images * p.pixels + row) * p.channels;
       const double count = static_cast<double>(rows);
       const double before = static_cast<double>(row - part.begin);
       const double share = count / (before + count);
@@ -116,8 +117,9 @@ void moments(const Problem<T>& p, int64_t first, int64_t last) {
   }
 }
 
-template <typename T>
-void combine_moments(const Problem<T>& p) {
+template <typename S>
+void combine_moments(const Call<S>& p) {
+  using T = Compute<S>;
   const double rows = static_cast<double>(p.images * p.pixels);
   for (int64_t t = 0; t < p.tasks; ++t) {
     double* means = sums_of(p, t * p.pieces);
@@ -142,10 +144,12 @@ void combine_moments(const Problem<T>& p) {
   }
 }
 
-template <typename O, typename T, bool kLeaky>
-void sums(const Problem<T>& p, int64_t first, int64_t last) {
+template <template <typename, bool> typename Order, typename S, bool kLeaky>
+void sums(const Call<S>& p, int64_t first, int64_t last) {
+  using T = Compute<S>;
+  using O = Order<T, kLeaky>;
   using V = Vec<T>;
-  const T* inputs[3] = {p.x, p.gy, p.u};
+  const S* inputs[3] = {p.x, p.gy, p.u};
   const int64_t step = block_rows(p, O::kInputs);
   for (int64_t item = first; item < last; ++item) {
     const Piece part = piece(p, item);
@@ -199,8 +203,9 @@ void sums(const Problem<T>& p, int64_t first, int64_t last) {
   }
 }
 
-template <typename O, typename T>
-void combine(const Problem<T>& p) {
+template <typename O, typename S>
+void combine(const Call<S>& p) {
+  using T = Compute<S>;
   for (int64_t t = 0; t < p.tasks; ++t) {
     double* totals = sums_of(p, t * p.pieces);
     for (int64_t k = 1; k < p.pieces; ++k) {
@@ -221,10 +226,11 @@ void combine(const Problem<T>& p) {
   }
 }
 
-template <typename O, typename T>
-void apply(const Problem<T>& p, int64_t first, int64_t last) {
+template <typename O, typename S>
+void apply(const Call<S>& p, int64_t first, int64_t last) {
+  using T = Compute<S>;
   using V = Vec<T>;
-  const T* inputs[3] = {p.x, p.gy, p.u};
+  const S* inputs[3] = {p.x, p.gy, p.u};
   for (int64_t item = first; item < last; ++item) {
     const Piece part = piece(p, item);
     const T* constants = p.constants + part.task * bn::kMaxConstants * p.channels;
@@ -248,33 +254,35 @@ void apply(const Problem<T>& p, int64_t first, int64_t last) {
   }
 }
 
-template <typename O, typename T, bool kLeaky>
-bn::Kernels<T> derivative() {
-  return {nullptr, sums<O, T, kLeaky>, combine<O, T>, apply<O, T>};
+template <template <typename, bool> typename Order, typename S, bool kLeaky>
+bn::Kernels<S> derivative() {
+  using O = Order<Compute<S>, kLeaky>;
+  return {nullptr, sums<Order, S, kLeaky>, combine<O, S>, apply<O, S>};
 }
 
-template <typename T, bool kLeaky>
-bn::Kernels<T> row_kernels(bn::Order order) {
+template <typename S, bool kLeaky>
+bn::Kernels<S> row_kernels(bn::Order order) {
   switch (order) {
     case bn::Order::backward:
-      return derivative<Backward<T, kLeaky>, T, kLeaky>();
+      return derivative<Backward, S, kLeaky>();
     case bn::Order::double_backward:
-      return derivative<DoubleBackward<T, kLeaky>, T, kLeaky>();
+      return derivative<DoubleBackward, S, kLeaky>();
     default:
-      return {nullptr, moments<T>, combine_moments<T>, apply<Forward<T, kLeaky>, T>};
+      return {nullptr, moments<S>, combine_moments<S>, apply<Forward<Compute<S>, kLeaky>, S>};
   }
 }
 
 }  // namespace
 
-template <typename T>
-bn::Kernels<T> batch_norm_kernels(bn::Order order, bool leaky) {
-  bn::Kernels<T> kernels = leaky ? row_kernels<T, true>(order) : row_kernels<T, false>(order);
-  kernels.planes = (leaky ? plane_kernels<T, true>(order) : plane_kernels<T, false>(order)).planes;
+template <typename S>
+bn::Kernels<S> batch_norm_kernels(bn::Order order, bool leaky) {
+  bn::Kernels<S> kernels = leaky ? row_kernels<S, true>(order) : row_kernels<S, false>(order);
+  kernels.planes = (leaky ? plane_kernels<S, true>(order) : plane_kernels<S, false>(order)).planes;
   return kernels;
 }
 
 template bn::Kernels<float> batch_norm_kernels<float>(bn::Order, bool);
 template bn::Kernels<double> batch_norm_kernels<double>(bn::Order, bool);
+template bn::Kernels<Bf16> batch_norm_kernels<Bf16>(bn::Order, bool);
 
 }  // namespace mf::MF_ISA
