@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import RESULTS, machine_name
+from bench.peers.driver import PEERS
 from bench.peers.environments import default_cache, python_of
+from bench.tables import COMPILED
 
 __all__ = ["PARTS", "Part"]
 
@@ -45,6 +47,13 @@ class Part:
 
 _KERNELS = "-m bench.kernels --json {out}/kernels.json"
 _CLOSED = "-m bench.kernels --groups batch-norm,lslr,head,dispatch --json {out}/closed_form.json"
+_PEERS = "-m bench.peers --rounds 6"
+
+
+def _without(*names: str) -> str:
+    return ",".join(peer.name for peer in PEERS if peer.name not in names)
+
+
 _QUICK_PEERS = "textbook,torch.func,ours-reference,ours-autograd,ours-fused"
 PARTS = {
     "environments": Part("-m bench.peers.environments --missing", 6, None),
@@ -81,15 +90,23 @@ PARTS = {
         peer="learn2learn",
     ),
     "peers": Part(
-        "-m bench.peers --workloads omniglot-5w1s-final,omniglot-20w1s-final --json {out}/peers.json",
-        60,
+        f"{_PEERS} --peers {_without(*COMPILED)} --workloads omniglot-5w1s-final --json {{out}}/peers.json",
+        8,
         f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny-final --rounds 2 --json {{out}}/peers.json",
     ),
-    # Into the same file, which keeps the workloads it has.
-    "peers-plus": Part(
-        "-m bench.peers --workloads omniglot-5w1s,omniglot-20w1s --json {out}/peers.json",
-        50,
+    # Into the same file, which keeps the workloads it has; without the forms of JAX that are ten times slower there.
+    "peers-more": Part(
+        f"{_PEERS} --peers {_without(*COMPILED, 'jax-vmap', 'jax-map')} "
+        "--workloads omniglot-20w1s-final,omniglot-5w1s,omniglot-20w1s --json {out}/peers.json",
+        18,
         f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny --rounds 2 --json {{out}}/peers.json",
+    ),
+    # Each compiles for five minutes and more, for its check in float64 once again.
+    "peers-compile": Part(
+        f"{_PEERS} --peers textbook,torch.func,{','.join(COMPILED)},ours-fused --workloads omniglot-5w1s-final "
+        "--json {out}/peers_compile.json",
+        40,
+        None,
     ),
 }
 
