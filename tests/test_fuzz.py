@@ -204,6 +204,36 @@ def test_an_archive_that_unpacks_to_a_thousand_times_its_size(tmp_path: Path) ->
         load("omniglot", file)
 
 
+def _claiming(file: Path, packed: int, unpacked: int) -> None:
+    """Other sizes for the last member of an archive."""
+    content = bytearray(file.read_bytes())
+    at = content.rfind(b"PK\x01\x02") + 20
+    content[at : at + 8] = struct.pack("<II", packed, unpacked)
+    file.write_bytes(content)
+
+
+def test_an_archive_that_claims_to_be_larger_than_it_is(tmp_path: Path) -> None:
+    """By the size that it claims, 3 GiB would be a hundredth of what it may unpack to."""
+    file = _npz(tmp_path, "{'descr': '|u1', 'fortran_order': False, 'shape': (3,)}", b"abc")
+    size = file.stat().st_size
+    _claiming(file, 3 << 30, 3 << 30)
+    with pytest.raises(
+        DataError, match=f"expected parts within the {size} bytes of the archive, got {3 << 30}"
+    ):
+        read_npz(file)
+
+
+def test_a_class_whose_name_has_line_breaks(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "a.png")
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.csv").write_text('filename,label\na.png,"b\n\nc"\n')
+    train = load("miniimagenet", tmp_path, image_size=4)
+    with pytest.raises(DataError, match=r"images of class 'b\\n\\nc' of .*, got 1 \+ 1") as raised:
+        train.sampler("train", ways=1, shots=1, targets=1)
+    assert "\n" not in str(raised.value)
+
+
 def test_damage_that_shows_when_a_member_is_read(tmp_path: Path) -> None:
     for part in ("images_background", "images_evaluation"):
         with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
