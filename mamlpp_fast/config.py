@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 __all__ = ["MAMLConfig", "type_hints"]
+
+_MOST = 1e18  # more than any setting needs, and what every type of tensor holds
 
 
 @functools.cache
@@ -134,7 +135,7 @@ class MAMLConfig:
 
 def _check_number(name: str, value: Any, *, integer: bool = False) -> None:
     kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not -_MOST < value < _MOST:
         raise ValueError(f"{name}: expected {'an integer' if integer else 'a number'}, got {value!r}")
 
 

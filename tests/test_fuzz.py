@@ -19,14 +19,15 @@ from PIL import Image
 
 from bench.fuzz.archives import _archive, _bomb, _members
 from bench.fuzz.driver import fuzz
-from bench.fuzz.subjects import SUBJECTS
+from bench.fuzz.subjects import SUBJECTS, Recorded
 from mamlpp_fast.compat.experiment import read_experiment
 from mamlpp_fast.data import DataError, load
 from mamlpp_fast.data.archives import read_npz
 from mamlpp_fast.data.pickles import read_pickle
 from mamlpp_fast.data.pictures import decode_image
-from mamlpp_fast.train import load_checkpoint
-from mamlpp_fast.train._resumable import check_best
+from mamlpp_fast.replay import replay
+from mamlpp_fast.train import TrainConfig, build_learner, load_checkpoint
+from mamlpp_fast.train._resumable import check_best, check_learner
 from mamlpp_fast.train.checkpoint import CheckpointError, load_tensors, save_checkpoint
 
 
@@ -202,6 +203,36 @@ def test_an_archive_that_unpacks_to_a_thousand_times_its_size(tmp_path: Path) ->
             member.write(bytes(1 << 20))
     with pytest.raises(DataError, match="expected an archive that unpacks to at most 100 times its size"):
         load("omniglot", file)
+
+
+def _claiming(file: Path, packed: int, unpacked: int) -> None:
+    """Other sizes for the last member of an archive."""
+    content = bytearray(file.read_bytes())
+    at = content.rfind(b"PK\x01\x02") + 20
+    content[at : at + 8] = struct.pack("<II", packed, unpacked)
+    file.write_bytes(content)
+
+
+def test_an_archive_that_claims_to_be_larger_than_it_is(tmp_path: Path) -> None:
+    """By the size that it claims, 3 GiB would be a hundredth of what it may unpack to."""
+    file = _npz(tmp_path, "{'descr': '|u1', 'fortran_order': False, 'shape': (3,)}", b"abc")
+    size = file.stat().st_size
+    _claiming(file, 3 << 30, 3 << 30)
+    with pytest.raises(
+        DataError, match=f"expected parts within the {size} bytes of the archive, got {3 << 30}"
+    ):
+        read_npz(file)
+
+
+def test_a_class_whose_name_has_line_breaks(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "a.png")
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.csv").write_text('filename,label\na.png,"b\n\nc"\n')
+    train = load("miniimagenet", tmp_path, image_size=4)
+    with pytest.raises(DataError, match=r"images of class 'b\\n\\nc' of .*, got 1 \+ 1") as raised:
+        train.sampler("train", ways=1, shots=1, targets=1)
+    assert "\n" not in str(raised.value)
 
 
 def test_damage_that_shows_when_a_member_is_read(tmp_path: Path) -> None:
@@ -408,3 +439,31 @@ def test_an_experiment_file_with_null_for_a_truth_value(tmp_path: Path) -> None:
     file.write_text(json.dumps(shipped("omniglot", 5, 1) | {"max_pooling": None}))
     with pytest.raises(ValueError, match="max_pooling: expected true or false, got None"):
         read_experiment(file)
+
+
+@pytest.mark.parametrize("flag", ["amsgrad", "maximize", "differentiable"])
+def test_an_adam_of_other_flags(flag: str) -> None:
+    """By a checkpoint's flags it would climb, fail, or look for moments that are not there."""
+    learner = build_learner(TrainConfig(filters=2, stages=1, ways=2, image_size=4, steps=2), 1, 4)
+    state = learner.state_dict()
+    check_learner(Path("latest.pt"), state, learner)
+    (group,) = state["optimizer"]["param_groups"]
+    changed = state | {"optimizer": state["optimizer"] | {"param_groups": [group | {flag: True}]}}
+    with pytest.raises(CheckpointError, match=f"optimizer: expected {flag} False, got True"):
+        check_learner(Path("latest.pt"), changed, learner)
+
+
+def test_a_recorded_rate_of_more_digits_than_numbers_have(tmp_path: Path) -> None:
+    subject = Recorded()
+    subject.prepare(tmp_path)
+    np.savez(tmp_path / "x.npz", **subject.arrays, config=json.dumps(subject.config | {"inner_lr": 10**30}))
+    with pytest.raises(ValueError, match="config inner_lr: expected a number within 1e9, got 1000"):
+        replay(tmp_path / "x.npz", engine="reference")
+
+
+@pytest.mark.parametrize(
+    "rate", [1e308, 10**30, 10**400, float("nan")], ids=["1e308", "1e30", "1e400", "nan"]
+)
+def test_settings_that_no_tensor_holds(rate: float) -> None:
+    with pytest.raises(ValueError, match="inner_lr: expected a number, got"):
+        TrainConfig(inner_lr=rate)

@@ -71,7 +71,7 @@ class _Saved(Subject):
         changed = _changed(rng, self.content)
         try:
             return self.saved(rng, changed)
-        except (RuntimeError, TypeError, pickle.PicklingError, UnicodeError):
+        except (RuntimeError, TypeError, ValueError, pickle.PicklingError, UnicodeError):
             return m.bytes_of(rng, self.valid[0])
 
     def _inside(self, rng: random.Random) -> bytes:

@@ -141,7 +141,7 @@ def json_value(rng: random.Random, value: Any) -> Any:
         if kind == 0:
             del changed[key]
         elif kind == 1:
-            changed[rng.choice(("x", key + "s", "", "__class__"))] = changed.pop(key)
+            changed[rng.choice(("x", f"{key}s", "", "__class__"))] = changed.pop(key)
         else:
             changed[key] = json_value(rng, value[key])
         return changed

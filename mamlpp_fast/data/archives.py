@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 import zipfile
 import zlib
@@ -54,7 +55,7 @@ def read_npz(file: Path, keys: Iterable[str] | None = None) -> dict[str, NDArray
 
 
 def check_expansion(archive: zipfile.ZipFile, source: str) -> None:
-    """Refuses an archive that would unpack to far more than it is.
+    """Refuses an archive that would unpack to far more than it is, or whose parts claim to be more than it is.
 
     Raises:
         DataError: names the sizes.
@@ -62,6 +63,12 @@ def check_expansion(archive: zipfile.ZipFile, source: str) -> None:
     members = archive.infolist()
     unpacked = sum(m.file_size for m in members)
     packed = sum(m.compress_size for m in members)
+    assert archive.fp is not None
+    size = archive.fp.seek(0, os.SEEK_END)
+    if packed > size:
+        raise DataError(
+            f"{source}: expected parts within the {size} bytes of the archive, got {packed} bytes"
+        )
     if unpacked > max(_ALWAYS_ALLOWED, _EXPANSION * packed):
         raise DataError(
             f"{source}: expected an archive that unpacks to at most {_EXPANSION} times its size, "

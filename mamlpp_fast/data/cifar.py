@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mamlpp_fast.data.archives import read_npz
+from mamlpp_fast.data.archives import read_npz, shown
 from mamlpp_fast.data.classes import SPLITS, FewShotData, ImageClasses
 from mamlpp_fast.data.errors import DataError
 from mamlpp_fast.data.locate import find
@@ -78,7 +78,7 @@ def _load(
         if not classes:
             raise DataError(f"{file}: {key}: expected classes of split '{split}', found none")
         strips = [
-            _decode(a["webp"][offset[c] : offset[c + 1]].tobytes(), f"{file}, class '{names[c]}'", size)
+            _decode(a["webp"][offset[c] : offset[c + 1]].tobytes(), f"{file}, class {shown(names[c])}", size)
             for c in classes
         ]
         count = torch.tensor([len(s) for s in strips])

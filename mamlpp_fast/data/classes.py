@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mamlpp_fast.data.archives import shown
 from mamlpp_fast.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ImageClasses:
             raise DataError(f"{where}: expected at least one class, got none")
         if int(self.class_count.min()) < 1:
             name = self.names[int(self.class_count.argmin())]
-            raise DataError(f"{where}: class '{name}': expected at least one image, got none")
+            raise DataError(f"{where}: class {shown(name)}: expected at least one image, got none")
         if int(self.class_start.min()) < 0 or int((self.class_start + self.class_count).max()) > len(
             self.images
         ):

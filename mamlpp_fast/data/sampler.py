@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mamlpp_fast.data.archives import shown
 from mamlpp_fast.data.authors import authors_episode, authors_seed
 from mamlpp_fast.data.classes import ImageClasses
 from mamlpp_fast.data.errors import DataError
@@ -101,7 +102,7 @@ class EpisodeSampler:
         if int(split.class_count[fewest]) < shots + targets:
             raise DataError(
                 f"shots + targets: expected at most the {int(split.class_count[fewest])} images of class "
-                f"'{split.names[fewest]}' of {where}, got {shots} + {targets}"
+                f"{shown(split.names[fewest])} of {where}, got {shots} + {targets}"
             )
         channels, height, width = split.image_shape
         if rotations and height != width:

@@ -84,6 +84,10 @@ def _whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 48
 
 
+# How Adam computes, not what.
+_OF_THE_DEVICE = ("capturable", "foreach", "fused")
+
+
 def check_learner(path: Path, state: Mapping[str, Any], learner: MAMLPlusPlus) -> None:
     """Checks a learner's state: names and shapes of everything in it, Adam's moments among them.
 
@@ -102,6 +106,13 @@ def check_learner(path: Path, state: Mapping[str, Any], learner: MAMLPlusPlus) -
     groups = optimizer.get("param_groups")
     if groups is None or not _same_form(groups, ours["param_groups"]):
         raise CheckpointError(f"{path}: optimizer: expected Adam's parameter groups, got {shown(groups)}")
+    for group, own in zip(groups, ours["param_groups"], strict=True):
+        for key, value in own.items():
+            switch = isinstance(value, bool) and key not in _OF_THE_DEVICE
+            if (switch or key == "params") and group[key] != value:
+                raise CheckpointError(
+                    f"{path}: optimizer: expected {key} {shown(value)}, got {shown(group[key])}"
+                )
     for index, moments in optimizer["state"].items():
         known = type(index) is int and 0 <= index < len(parameters)
         if not known or not isinstance(moments, dict) or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
