@@ -426,6 +426,19 @@ def test_no_more_is_set_aside_than_a_pickle_has(code: bytes, tmp_path: Path) -> 
         read_pickle(file)
 
 
+@pytest.mark.parametrize("module", ["os\nx", "m" * 20_000])
+def test_a_pickle_that_asks_for_a_name_of_several_lines(module: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.pkl"
+    file.write_bytes(pickle.PROTO + b"\x04" + _text(module) + _text("system") + pickle.STACK_GLOBAL + b".")
+    with pytest.raises(DataError, match="got one that asks for") as raised:
+        read_pickle(file)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
+
+
+def _text(value: str) -> bytes:
+    return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
+
+
 @pytest.mark.parametrize("name", ["../../x.pt", "/etc/passwd", "a/b.pt", "", 3, None])
 def test_a_checkpoint_names_no_file_outside_its_folder(name: Any) -> None:
     """Models that are no longer among the best are deleted by these names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import mmap
 import os
 import random
@@ -77,7 +78,7 @@ def fuzz(
     jobs: int = 1,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Runs about ``inputs`` inputs and returns a row for each kind of input.
+    """Runs ``inputs`` inputs, a few more where shares do not divide them, and returns a row for each kind of input.
 
     Args:
         inputs: how many in all.
@@ -96,7 +97,7 @@ def fuzz(
     ) as name:
         folder = Path(name)
         (folder / "canaries").mkdir()
-        kinds = [_Kind(s, max(1, round(inputs * s.share / total)), seed, folder) for s in chosen]
+        kinds = [_Kind(s, math.ceil(inputs * s.share / total), seed, folder) for s in chosen]
         waiting = [(kind, batch) for kind in kinds for batch in kind.batches()]
         slots = [folder / f"slot-{i}" for i in range(jobs)]
         running: dict[int, _Batch] = {}

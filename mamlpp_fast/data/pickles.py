@@ -160,7 +160,8 @@ class DataUnpickler(pickle._Unpickler):
         try:
             return self._allowed[(module, name)]
         except KeyError:
-            raise Refused(f"{module}.{name}") from None
+            text = f"{module}.{name}"[:200]
+            raise Refused(text if text.isprintable() else repr(text)) from None
 
     def persistent_load(self, pid: Any) -> Any:
         raise Refused(f"persistent id {pid!r:.100}")
