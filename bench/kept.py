@@ -86,13 +86,15 @@ def curve_rows(path: Path) -> Rows:
 
 
 def hard_use(names: list[str]) -> str:
-    """The closing figures of the fuzzing, of the soak or of deterministic mode."""
+    """The closing figures of the fuzzing, of the soak, of deterministic mode or of coverage by the tests."""
     (name,) = names
     path = RESULTS / "hard_use" / f"{name}.json"
     if not path.exists():
         return "Not run to its end yet."
     content = json.loads(path.read_text())
-    return {"fuzz": _fuzz, "soak": _soak, "deterministic": _deterministic}[name](content)
+    return {"fuzz": _fuzz, "soak": _soak, "deterministic": _deterministic, "coverage": _coverage}[name](
+        content
+    )
 
 
 def _fuzz(content: dict[str, Any]) -> str:
@@ -137,3 +139,22 @@ def _deterministic(content: dict[str, Any]) -> str:
         for r in content["rows"]
     ]
     return table(["ms an iteration", "default", "deterministic", "cost"], lines)
+
+
+def _coverage(content: dict[str, Any]) -> str:
+    """The totals, and the modules with the most branches not taken; ``content`` is of ``coverage json``."""
+    total = content["totals"]
+    files = sorted(
+        content["files"].items(), key=lambda item: item[1]["summary"]["missing_branches"], reverse=True
+    )
+    rows = [("all", total), *((name, file["summary"]) for name, file in files[:8])]
+    lines = [
+        [
+            name,
+            f"{r['covered_branches']} of {r['num_branches']}",
+            f"{r['covered_branches'] / r['num_branches']:.1%}",
+            f"{r['covered_lines'] / r['num_statements']:.1%}",
+        ]
+        for name, r in rows
+    ]
+    return table(["module", "branches taken", "", "statements"], lines)
