@@ -9,7 +9,8 @@ timed at most twice as far from float64 as PyTorch's own, each on that of five b
 others it can be far: where rounding tips a value over a max-pool's or leaky ReLU's kink, the steps after it amplify
 that. What is wrong is wrong on every batch.) Peak memory is taken in a process of its own. Operations are the
 convolutions', bytes what the fused engine's calls name as operands; ceilings, taken in the same run, are the
-multiply-add peak of the precision and the rate of a copy too large for any cache.
+multiply-add peak of the precision and the rate of a copy too large for any cache. FILE keeps the workloads that it has
+from earlier runs.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import Times, copy_bandwidth, interleaved, keep, peak_flops, pool
+from bench.harness import Times, copy_bandwidth, interleaved, keep, machine, peak_flops, pool
 from mamlpp_fast.engine import Precision
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.learner import MAMLPlusPlus
@@ -145,6 +146,21 @@ def job(learner: MAMLPlusPlus, workload: Workload) -> Callable[[], object]:
     return lambda: learner.meta_step(batch)
 
 
+def taken() -> dict[str, Any]:
+    """When a row is measured, and of which commit."""
+    here = machine()
+    return {key: here[key] for key in ("date", "commit")}
+
+
+def earlier(path: Path | None, workloads: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that a file has of other workloads."""
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    then = {key: content["machine"].get(key) for key in ("date", "commit")}
+    return [then | row for row in content["rows"] if row["workload"] not in workloads]
+
+
 class Comparison:
     """The engines on one workload: checked once, timed in as many passes as asked, rates from all rounds."""
 
@@ -155,7 +171,7 @@ class Comparison:
         for name in engines:
             engine, _, precision = name.partition(":")
             precision = precision or "float32"
-            row = {"workload": workload.name, "engine": engine, "precision": precision}
+            row = {"workload": workload.name, "engine": engine, "precision": precision} | taken()
             self.rows[name] = row
             wrong = fault(workload, engine, precision, device)
             if wrong is None:
@@ -259,8 +275,10 @@ def main() -> int:
             keep(arguments.json, found)
         return 0
     comparisons: dict[str, Comparison] = {}
+    workloads = arguments.workloads.split(",")
+    before = earlier(arguments.json, workloads)
     for _ in range(arguments.passes):
-        for name in arguments.workloads.split(","):
+        for name in workloads:
             if name not in comparisons:
                 comparisons[name] = Comparison(
                     WORKLOADS[name], arguments.engines.split(","), arguments.device
@@ -268,7 +286,8 @@ def main() -> int:
             for row in comparisons[name].time(arguments.seconds, ceilings):
                 print(describe(row), flush=True)
             found = [row for comparison in comparisons.values() for row in comparison.rows.values()]
-            keep(arguments.json, found)
+            order = list(WORKLOADS)
+            keep(arguments.json, sorted(before + found, key=lambda row: order.index(row["workload"])))
     return int(any("fault" in row for row in found))
 
 

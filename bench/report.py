@@ -102,11 +102,18 @@ def shown() -> str:
     return max(full, key=taken)
 
 
-def where(m: dict[str, Any]) -> str:
-    """The machine of a result in half a line."""
+def where(content: dict[str, Any]) -> str:
+    """The machine of a result in half a line, and when and of which commits its rows were taken."""
+    m = content["machine"]
     device = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, {m['isa']}"
-    taken = f"; {m['date']} UTC, commit {m['commit']}" if "date" in m else ""
-    return f"{device}; torch {m['versions']['torch']}{taken}."
+    text = f"{device}; torch {m['versions']['torch']}"
+    if "date" not in m:
+        return f"{text}."
+    rows = [row for row in content.get("rows", ()) if "commit" in row] or [m]
+    dates = sorted({row["date"] for row in rows})
+    commits = list(dict.fromkeys(row["commit"] for row in sorted(rows, key=lambda row: row["date"])))
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{text}; {span} UTC, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
 
 
 def render(name: str) -> str:
@@ -118,7 +125,7 @@ def render(name: str) -> str:
     if what == "machine":
         content = load(machine, "iterations")
         assert content is not None
-        return f"\n`{machine}`: {where(content['machine'])}\n\n"
+        return f"\n`{machine}`: {where(content)}\n\n"
     if what == "environments":
         content = load(machine, "peers")
         return f"\n{tables.environments(content or {})}\n\n"
@@ -126,7 +133,7 @@ def render(name: str) -> str:
     content = load(machine, file)
     if content is None:
         return "\nNot measured on this machine yet.\n\n"
-    return f"\n{make(content['rows'])}\n\n{where(content['machine'])}\n\n"
+    return f"\n{make(content['rows'])}\n\n{where(content)}\n\n"
 
 
 def refreshed(page: str) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from bench import harness, plots, report
 from bench.__main__ import PARTS
+from bench.cases import all_cases
 from bench.compare import compare
 from bench.iterations import fault
 from mamlpp_fast.workloads import Workload
@@ -24,6 +25,12 @@ def _case(error: float) -> harness.Case:
     ours, theirs = (exact * (1 + error)).float(), exact.float()
     subjects = harness.Subjects(lambda: [ours], lambda: [theirs], lambda: [exact])
     return harness.Case("double", "forward", "[64]", "flat", "float32", lambda: subjects, 512, 64)
+
+
+def test_every_case_is_told_from_the_others() -> None:
+    cases = list(all_cases())
+    assert all(case.bytes > 0 and case.flops > 0 for case in cases)
+    assert len({case.name for case in cases}) == len(cases)
 
 
 def test_a_wrong_result_gets_no_time() -> None:

@@ -25,6 +25,6 @@ def _smallest() -> Iterator[Case]:
     for order in norm_act_pool.OPERATIONS:
         yield norm_act_pool.case(order, (1, 2, 2, 2, 16))
     for order in head.PRODUCTS:
-        yield head.case(order, (1, 2, 4, 2))
+        yield head.case(order, "head", (1, 2, 4, 2))
     for order in conv.ORDERS:
         yield conv.case(order, "2x2", (1, 1, 2, 16, 16), torch.float32)
