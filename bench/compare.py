@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["agree", "compare", "measurements"]
+__all__ = ["agree", "compare", "measurements", "summary"]
 
 # What holds [lower quartile, median, upper quartile] in a row, by the unit.
 _QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles", "ratio_quartiles")
@@ -56,6 +56,15 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, boo
             yield name, agree(before[name], after[name]), after[name][1] / before[name][1]
 
 
+def summary(rows: Sequence[tuple[str, bool, float]]) -> Iterator[tuple[str, int, int, float]]:
+    """Of times and of ratios: how many agree, how many there are, and how far apart the farthest are."""
+    for what in ("times", "ratios"):
+        chosen = [row for row in rows if row[0].endswith(_RATIO) == (what == "ratios")]
+        if chosen:
+            farthest = max(max(ratio, 1 / ratio) for *_, ratio in chosen) - 1
+            yield what, sum(same for _, same, _ in chosen), len(chosen), farthest
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,18 +85,12 @@ def main() -> int:
         for name, same, ratio in rows:
             if not same:
                 print(f"{name}: {ratio:.2f} times as {'much' if name.endswith(_RATIO) else 'long'}")
-        for what, chosen in (
-            ("times", [r for r in rows if not r[0].endswith(_RATIO)]),
-            ("ratios", [r for r in rows if r[0].endswith(_RATIO)]),
-        ):
-            if chosen:
-                agreeing = sum(same for _, same, _ in chosen)
-                farthest = max(max(ratio, 1 / ratio) for *_, ratio in chosen) - 1
-                print(
-                    f"{new.name}: {agreeing} of {len(chosen)} {what} agree within the quartiles stated; "
-                    f"farthest apart {farthest:.0%}"
-                )
-                apart += len(chosen) - agreeing
+        for what, agreeing, of, farthest in summary(rows):
+            print(
+                f"{new.name}: {agreeing} of {of} {what} agree within the quartiles stated; "
+                f"farthest apart {farthest:.0%}"
+            )
+            apart += of - agreeing
     return int(apart > 0)
 
 

@@ -22,7 +22,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,13 @@ def taken() -> dict[str, Any]:
     return {key: here[key] for key in ("date", "commit")}
 
 
-def earlier(path: Path | None, workloads: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows that a file has of other workloads."""
+def earlier(path: Path | None) -> list[dict[str, Any]]:
+    """The rows that a file has, each with when it was taken."""
     if path is None or not path.exists():
         return []
     content = json.loads(path.read_text())
     then = {key: content["machine"].get(key) for key in ("date", "commit")}
-    return [then | row for row in content["rows"] if row["workload"] not in workloads]
+    return [then | row for row in content["rows"]]
 
 
 class Comparison:
@@ -276,7 +276,7 @@ def main() -> int:
         return 0
     comparisons: dict[str, Comparison] = {}
     workloads = arguments.workloads.split(",")
-    before = earlier(arguments.json, workloads)
+    before = earlier(arguments.json)
     for _ in range(arguments.passes):
         for name in workloads:
             if name not in comparisons:
@@ -286,8 +286,9 @@ def main() -> int:
             for row in comparisons[name].time(arguments.seconds, ceilings):
                 print(describe(row), flush=True)
             found = [row for comparison in comparisons.values() for row in comparison.rows.values()]
+            kept = found + [row for row in before if row["workload"] not in comparisons]
             order = list(WORKLOADS)
-            keep(arguments.json, sorted(before + found, key=lambda row: order.index(row["workload"])))
+            keep(arguments.json, sorted(kept, key=lambda row: order.index(row["workload"])))
     return int(any("fault" in row for row in found))
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, kept, plots, tables
+from bench.compare import compare, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -116,6 +117,18 @@ def where(content: dict[str, Any]) -> str:
     return f"{text}; {span} UTC, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
 
 
+def agreement(machine: str) -> str:
+    """How many medians of a second run, in the folder ``again``, agree with those shown."""
+    lines = []
+    for path in sorted((RESULTS / machine / "again").glob("*.json")):
+        pair = [json.loads(p.read_text()) for p in (RESULTS / machine / path.name, path)]
+        for what, agreeing, of, farthest in summary(list(compare(*pair))):
+            lines.append([path.stem, what, f"{agreeing} of {of}", f"{farthest:.0%}"])
+    if not lines:
+        return "Not measured twice on this machine yet."
+    return tables.table(["measurement", "medians", "agree within their quartiles", "farthest apart"], lines)
+
+
 def render(name: str) -> str:
     """The table and the line that says where it was taken."""
     machine, slash, what = name.rpartition("/")
@@ -126,6 +139,8 @@ def render(name: str) -> str:
         content = load(machine, "iterations")
         assert content is not None
         return f"\n`{machine}`: {where(content)}\n\n"
+    if what == "agreement":
+        return f"\n{agreement(machine)}\n\n"
     if what == "environments":
         content = load(machine, "peers")
         return f"\n{tables.environments(content or {})}\n\n"
