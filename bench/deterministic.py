@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.harness import interleaved, keep
+from bench.iterations import job, learner_of
 from mamlpp_fast.engine.deterministic import deterministic_algorithms
 from mamlpp_fast.workloads import WORKLOADS
 
@@ -33,11 +34,10 @@ def main() -> int:
         for mode in ("default", "deterministic"):
             if mode == "deterministic":
                 with deterministic_algorithms():
-                    learner = workload.learner(engine, precision or "float32")  # type: ignore[arg-type]
+                    learner = learner_of(workload, name, "cpu")
             else:
-                learner = workload.learner(engine, precision or "float32")  # type: ignore[arg-type]
-            batch = workload.batch(0)
-            jobs[mode] = lambda learner=learner, batch=batch: learner.meta_step(batch)
+                learner = learner_of(workload, name, "cpu")
+            jobs[mode] = job(learner, workload)
         times = interleaved(jobs, options.seconds)
         row = {"workload": options.workload, "engine": engine, "precision": precision or "float32"}
         row |= {f"{mode}_ms": 1e3 * t.median for mode, t in times.items()}

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +15,17 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
-from torch.func import functional_call
 
 import mamlpp_fast as mf
+from bench.kept import RESULTS
 from bench.plots import GREY, OURS, THEIRS, drawn
 from mamlpp_fast import data, reference
+from mamlpp_fast.report.runs import read_run
 from mamlpp_fast.train import TrainConfig, preset
 
 __all__ = ["FIGURES"]
 
-KEPT_RUN = Path(__file__).resolve().parent.parent / "results" / "omniglot-5w1s"
+KEPT_RUN = RESULTS / "omniglot-5w1s"
 _SIZE = (6.4, 2.6)
 _TASKS = 32
 
@@ -102,8 +101,8 @@ def _meta_lr(epoch: int, config: TrainConfig) -> float:
 @drawn
 def lslr() -> Figure:
     """Inner rates of the weights by step that a kept run learned."""
-    last = json.loads((KEPT_RUN / "metrics.jsonl").read_text().splitlines()[-1])
-    start = json.loads((KEPT_RUN / "config.json").read_text())["inner_lr"]
+    run = read_run(KEPT_RUN)
+    last, start = run.epochs[-1], run.config["inner_lr"]
     rates = {n: r for n, r in last["inner_rates"].items() if n.endswith("weight")}
     figure, ax = _one()
     for i, (name, values) in enumerate(rates.items()):
@@ -138,6 +137,13 @@ def _small(**options: bool) -> tuple[mf.Conv4, dict[str, torch.Tensor]]:
     return model, {n: torch.full((5,), 0.1, dtype=torch.float64) for n in reference.adapted_names(model)}
 
 
+def _train_on(model: mf.Conv4, rates: dict[str, torch.Tensor], task: mf.Episode) -> None:
+    """The passes of an inner loop with a target pass after every step."""
+    own = dict(model.named_parameters())
+    options = {"steps": 5, "step_weights": [0.2] * 5, "loss_fn": F.cross_entropy, "second_order": False}
+    reference.task_loss(model, {n: own[n] for n in rates}, rates, task, **options)
+
+
 @drawn
 def bnwb() -> Figure:
     """The row that each pass of an inner loop reads, recorded; training, then evaluation with steps to spare."""
@@ -166,9 +172,7 @@ def _rows_read(training: bool) -> list[tuple[int, int]]:
     norm.register_forward_pre_hook(lambda module, _: seen.append(module.row))
     task = _episodes(_TASKS)[0]
     if training:
-        own = dict(model.named_parameters())
-        options = {"steps": 5, "step_weights": [0.2] * 5, "loss_fn": F.cross_entropy, "second_order": False}
-        reference.task_loss(model, {n: own[n] for n in rates}, rates, task, **options)
+        _train_on(model, rates, task)
     else:
         reference.evaluate_task(model, rates, task, steps=7)
     return list(zip(seen[::2], seen[1::2], strict=True))
@@ -200,22 +204,8 @@ def _running_variances(**options: bool) -> list[list[float]]:
     """
     model, rates = _small(**options)
     batch = _episodes(_TASKS)
-    own = dict(model.named_parameters())
     for task in range(batch.num_tasks):
-        fast: dict[str, torch.Tensor] = {n: own[n] for n in rates}
-        episode = batch[task]
-        loop = reference.inner_loop(
-            model,
-            fast,
-            rates,
-            episode.support_x,
-            episode.support_y,
-            steps=5,
-            loss_fn=F.cross_entropy,
-            second_order=False,
-        )
-        for fast in loop:
-            functional_call(model, fast, (episode.target_x,))
+        _train_on(model, rates, batch[task])
     return [_rows(m) for m in model.modules() if isinstance(m, mf.PerStepBatchNorm2d)]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.tables import Rows, table
+from mamlpp_fast.report.runs import read_run
+from mamlpp_fast.reproduce.published import Published
 
 __all__ = ["curve_rows", "hard_use", "reproduced", "reproduced_headline", "run_headline", "runs"]
 
@@ -17,7 +19,7 @@ def run_headline(names: list[str]) -> str:
     """Test accuracy and time of each run, one line a run."""
     lines = []
     for name in names:
-        s = json.loads((RESULTS / name / "summary.json").read_text())
+        s = read_run(RESULTS / name).summary
         accuracy = f"{100 * s['test_accuracy']:.1f} ± {100 * s['test_accuracy_ci95']:.1f}"
         lines.append([name, accuracy, f"{s['seconds'] / 60:.0f}"])
     return table(["run", "test accuracy, %", "minutes"], lines)
@@ -25,9 +27,7 @@ def run_headline(names: list[str]) -> str:
 
 def runs(names: list[str]) -> str:
     """Test accuracies, then validation accuracy by epoch side by side."""
-    folders = [RESULTS / name for name in names]
-    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
-    curves = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    found = [read_run(RESULTS / name) for name in names]
     lines = [
         [
             name,
@@ -37,12 +37,12 @@ def runs(names: list[str]) -> str:
             f"{s['seconds'] / 60:.1f}",
             f"{s['engine']}, {s['precision']}",
         ]
-        for name, s in zip(names, summaries, strict=True)
+        for name, s in zip(names, (run.summary for run in found), strict=True)
     ]
     header = ["run", "test, single, %", "ensemble, %", "iterations", "minutes", "engine"]
     epochs = [
         [str(row[0]["iteration"]), *(f"{100 * r['val_accuracy']:.1f}" for r in row)]
-        for row in zip(*curves, strict=True)
+        for row in zip(*(run.epochs for run in found), strict=True)
     ]
     return f"{table(header, lines)}\n\n{table(['iteration, validation %', *names], epochs)}"
 
@@ -55,8 +55,7 @@ def reproduced_headline(names: list[str]) -> str:
     for r in content["rows"]:
         mean, sd = r["single"]["mean"], r["single"]["seeds_sd"]
         ours = "-" if mean is None else f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
-        spreads = ["" if p["spread"] is None else f" ± {p['spread']:.2f}" for p in r["published"]]
-        theirs = ", ".join(f"{p['mean']:.2f}{s}" for p, s in zip(r["published"], spreads, strict=True))
+        theirs = ", ".join(str(Published(**p)) for p in r["published"])
         lines.append([r["label"], ours, theirs or "-"])
     seeds = max(r["single"]["seeds"] for r in content["rows"])
     header = ["row", f"{100 * content['scale']:g} % of the budget, {seeds} seeds, %", "published, %"]
@@ -72,16 +71,10 @@ def reproduced(names: list[str]) -> str:
 def curve_rows(path: Path) -> Rows:
     """A row for each run of a reproduced table: its label, seed and the lines of its ``metrics.jsonl``."""
     return [
-        {
-            "label": row["label"],
-            "seed": run["seed"],
-            "epochs": [json.loads(line) for line in metrics.read_text().splitlines()],
-        }
+        {"label": row["label"], "seed": run["seed"], "epochs": read_run(folder).epochs}
         for row in json.loads(path.read_text())["rows"]
         for run in row["runs"]
-        for metrics in path.parent.glob(
-            f"runs/{row['row']}-{row['shots']}shot-seed{run['seed']}/metrics.jsonl"
-        )
+        for folder in path.parent.glob(f"runs/{row['row']}-{row['shots']}shot-seed{run['seed']}")
     ]
 
 

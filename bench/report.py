@@ -164,7 +164,7 @@ def stale(write: bool) -> list[str]:
         content = load(shown(), file)
         assert content is not None
         wanted[IMAGES / f"{name}.svg"] = draw(content["rows"])
-    for table in sorted((ROOT / "results").glob("*/table.json")):
+    for table in sorted(kept.RESULTS.glob("*/table.json")):
         wanted[IMAGES / f"{table.parent.name}.svg"] = plots.curves(kept.curve_rows(table))
     for name, figure in figures.FIGURES.items():
         wanted[IMAGES / f"{name}.svg"] = figure()

@@ -204,7 +204,7 @@ def peers(rows: Rows) -> str:
                 r["peer"],
                 spread(ms, 0),
                 f"{r['ratio']:.2f}" if r["ratio"] else "",
-                _first(r),
+                f"{r['first_seconds']:.1f}{held_up(r)}",
                 memory,
             ]
         )
@@ -212,10 +212,11 @@ def peers(rows: Rows) -> str:
     return table(header, lines)
 
 
-def _first(r: dict[str, Any]) -> str:
-    """Seconds of the first run, and how many of them it computed where it mostly waited for others on the machine."""
-    wall, cpu = r["import_seconds"] + r["first_seconds"], r["setup_cpu_seconds"]
-    return f"{r['first_seconds']:.1f}" + (f", computing {cpu:.0f}" if wall > 5 + 2 * cpu else "")
+def held_up(row: dict[str, Any]) -> str:
+    """A warning where setting up waited for more than it computed: then the first run's time says nothing."""
+    wall = row["import_seconds"] + row["first_seconds"]
+    cpu = row["setup_cpu_seconds"]
+    return f" (of {wall:.0f} s computed {cpu:.0f} s)" if wall > 5 + 2 * cpu else ""
 
 
 def peer_headline(rows: Rows) -> str:

@@ -320,7 +320,7 @@ def test_labels_that_spell_out_to_a_power_of_two(tmp_path: Path) -> None:
         load("miniimagenet", tmp_path)
 
 
-@pytest.mark.parametrize(
+_more_than_plain = pytest.mark.parametrize(
     ("content", "reason"),
     [
         ({"model": {"w": torch.zeros(1).expand(10**12)}}, "tensor outside its storage"),
@@ -329,6 +329,9 @@ def test_labels_that_spell_out_to_a_power_of_two(tmp_path: Path) -> None:
     ],
     ids=["expanded", "sparse", "shared"],
 )
+
+
+@_more_than_plain
 def test_checkpoints_of_more_than_plain_tensors(content: Any, reason: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", "model", content)
     with pytest.raises(CheckpointError) as raised:
@@ -360,15 +363,7 @@ def _longer(saved: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["archive", "legacy"])
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ({"network": {"w": torch.zeros(1).expand(10**12)}}, "tensor outside its storage"),
-        ({"network": {"w": torch.zeros(3).to_sparse()}}, "asks for torch._utils._rebuild_sparse_tensor"),
-        ({"network": [[x := [1], x], [x]]}, "containers in two places"),
-    ],
-    ids=["expanded", "sparse", "shared"],
-)
+@_more_than_plain
 def test_imported_checkpoints_are_vetted_like_our_own(
     content: Any, reason: str, legacy: bool, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ class _Saved(Subject):
     content: dict[str, Any]
     valid: list[bytes]  # archives first
 
+    @abstractmethod
     def saved(self, rng: random.Random, content: Any) -> bytes:
         """``content`` as a file."""
-        raise NotImplementedError
 
     def make(self, rng: random.Random) -> bytes:
         kind = rng.randrange(4)
@@ -172,20 +173,16 @@ def _changed(rng: random.Random, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return rng.choice(
             (
-                *(
-                    value.double(),
-                    value.to(torch.int64),
-                    value.flatten()[:1].expand(10**12),
-                    value[..., None],
-                ),
-                *(
-                    value.flatten()[:0],
-                    torch.zeros(3, 3),
-                    value.bfloat16(),
-                    None,
-                    value.to_sparse(),
-                    value * torch.nan,
-                ),
+                value.double(),
+                value.to(torch.int64),
+                value.flatten()[:1].expand(10**12),
+                value[..., None],
+                value.flatten()[:0],
+                torch.zeros(3, 3),
+                value.bfloat16(),
+                None,
+                value.to_sparse(),
+                value * torch.nan,
             )
         )
     return m.Canary() if rng.random() < 0.1 else m.json_value(rng, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -148,7 +148,7 @@ class _Kind:
         """Makes ``place`` the folder where inputs are read from, and nothing but it a place to write to."""
         place.mkdir(exist_ok=True)
         Canary.path = self.canary
-        with _environment(XDG_CACHE_HOME=str(place / "cache")):
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(place / "cache")):
             self.subject.prepare(place)
 
     def input(self, index: int) -> bytes:
@@ -255,20 +255,6 @@ class _Batch:
             "processor": 0.0,
             "next": at + 1,
         }
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Any:
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for k, v in before.items():
-            if v is None:
-                del os.environ[k]
-            else:
-                os.environ[k] = v
 
 
 def _run(kind: _Kind, indices: range, slot: Path, progress: mmap.mmap) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import pickle
 import random
 import zipfile
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ class DataFile(Subject):
             self.valid.append((self.folder / self.file).read_bytes())
         self.read((self.folder / self.file).read_bytes())  # what is damaged is valid before
 
+    @abstractmethod
     def contents(self) -> dict[str, bytes]:
-        raise NotImplementedError
+        """The files of a small valid data set, by their paths."""
 
     def make(self, rng: random.Random) -> bytes:
         if rng.random() < 0.5:

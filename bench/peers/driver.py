@@ -40,6 +40,7 @@ from bench.harness import machine
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, recorded
 from bench.peers.problem import SIZES, TINY, Arrays, Sizes, make
+from bench.tables import held_up
 
 __all__ = ["PEERS", "Settings", "compare"]
 
@@ -189,14 +190,7 @@ def _readiness(row: dict[str, Any]) -> str:
     errors = (
         f"float64 error {row['error']:.1e} in {row['error_in']}, float32 error {row['float32_error']:.1e}"
     )
-    return f"{errors}, first run {row['first_seconds']:.1f} s{_held_up(row)}"
-
-
-def _held_up(row: dict[str, Any]) -> str:
-    """A warning where setting up waited for more than it computed: then the first run's time says nothing."""
-    wall = row["import_seconds"] + row["first_seconds"]
-    cpu = row["setup_cpu_seconds"]
-    return f" (of {wall:.0f} s computed {cpu:.0f} s)" if wall > 5 + 2 * cpu else ""
+    return f"{errors}, first run {row['first_seconds']:.1f} s{held_up(row)}"
 
 
 def describe(row: dict[str, Any], textbook: float | None) -> str:
