@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.tables import peer_rows
+
 __all__ = ["agree", "compare", "measurements", "summary"]
 
 # What holds [lower quartile, median, upper quartile] in a row, by the unit.
@@ -24,15 +26,15 @@ _QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles",
 _RATIO = "ratio_quartiles"
 _NAMES = (
     "workload", "peer", "engine", "precision", "operation", "order", "size", "layout", "dtype", "backend",
-    "varies", "value", "tasks", "ways",
+    "varies", "value", "script", "tasks", "ways",
 )  # fmt: skip
 
 
 def measurements(data: dict[str, Any]) -> dict[str, list[float]]:
     """Quartiles by the name of the row and the quantity."""
     rows = list(data.get("rows", ()))
-    for workload, content in data.get("workloads", {}).items():
-        rows += [{"workload": workload} | row for row in content["rows"]]
+    if "workloads" in data:
+        rows += peer_rows(data)
     found = {}
     for row in rows:
         name = " ".join(str(row[key]) for key in _NAMES if key in row)

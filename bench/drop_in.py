@@ -105,6 +105,7 @@ def main() -> None:
         "before_ms": [1e3 * q for q in times["before"].quartiles()],
         "after_ms": [1e3 * q for q in times["after"].quartiles()],
         "ratio": times["before"].median / times["after"].median,
+        "ratio_quartiles": times["before"].over(times["after"]),
         "noise": abs(times["again"].median / times["after"].median - 1),
     }
     print(json.dumps(row))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import keep
+from bench.harness import Times, keep
 from bench.peers.client import Failed, Peer, Worker
 from bench.peers.environments import default_cache, python_of, recorded
 from bench.peers.higher_scripts import SCRIPTS
@@ -75,18 +74,22 @@ def measure(name: str, sizes: Sizes, rounds: int, threads: int) -> dict[str, Any
         if not row["largest_error_float64"] <= _TOLERANCE:
             raise Failed(f"{name}: error {row['largest_error_float64']:.1e} in {row['error_in']}")
         workers = {w: stack.enter_context(_worker(name, w, threads)) for w in ("before", "after")}
-        seconds: dict[str, list[float]] = {which: [] for which in workers}
+        times = {which: Times() for which in workers}
         for worker in workers.values():
             worker.ask("setup", path=path, device="cpu", dtype="float32")
             worker.ask("time", runs=1)
         for _ in range(rounds):
             for which, worker in workers.items():
                 answer = worker.ask("time", runs=1)
-                seconds[which] += answer["seconds"]
+                times[which].seconds += answer["seconds"]
                 row[f"{which}_peak_mib"] = max(row.get(f"{which}_peak_mib", 0), answer["peak_mib"])
-    for which, taken in seconds.items():
-        row[f"{which}_ms"] = [1e3 * q for q in statistics.quantiles(taken, n=4, method="inclusive")]
-    return row | {"ratio": row["before_ms"][1] / row["after_ms"][1]}
+    before, after = times["before"], times["after"]
+    return row | {
+        "before_ms": [1e3 * q for q in before.quartiles()],
+        "after_ms": [1e3 * q for q in after.quartiles()],
+        "ratio": before.median / after.median,
+        "ratio_quartiles": before.over(after),
+    }
 
 
 def main() -> None:

@@ -105,6 +105,7 @@ def measure(script: str, original: ModuleType, seconds: float, sizes: dict[str, 
         "before_ms": [1e3 * q for q in before.quartiles()],
         "after_ms": [1e3 * q for q in after.quartiles()],
         "ratio": before.median / after.median,
+        "ratio_quartiles": before.over(after),
         "noise": abs(again.median / after.median - 1),
     }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from bench.harness import Times
+
 _ABSENT = "Not measured on this machine yet."
 
 Rows = list[dict[str, Any]]
@@ -258,12 +260,15 @@ def environments(data: dict[str, Any]) -> str:
 
 
 def peer_rows(data: dict[str, Any]) -> Rows:
-    """The rows of all workloads, each with its ratio to the textbook's median."""
+    """The rows of all workloads, each with how often it goes into the textbook's time."""
     found = []
     for workload, content in data["workloads"].items():
-        medians = {r["peer"]: r["quartiles"][1] for r in content["rows"] if "quartiles" in r}
-        base = medians.get("textbook")
+        times = {r["peer"]: Times(r["seconds"]) for r in content["rows"] if r.get("seconds")}
+        base = times.get("textbook")
         for r in content["rows"]:
-            ratio = base / medians[r["peer"]] if base and r["peer"] in medians else None
-            found.append(r | {"workload": workload, "ratio": ratio})
+            row = r | {"workload": workload, "ratio": None}
+            if base and r["peer"] in times:
+                own = times[r["peer"]]
+                row |= {"ratio": base.median / own.median, "ratio_quartiles": base.over(own)}
+            found.append(row)
     return found

@@ -94,6 +94,25 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     assert theirs.over(ours) == [2.0, 2.0, 2.0] and theirs.quartiles()[2] > 2.0
 
 
+def test_peers_of_two_runs_agree_in_ratios_where_the_machine_slowed_down() -> None:
+    def run(slowness: float) -> dict[str, object]:
+        seconds = {"textbook": [1.0, 1.1, 1.2], "ours-fused": [0.5, 0.5, 0.6], "higher": []}
+        rows = [{"peer": peer, "seconds": [slowness * t for t in taken]} for peer, taken in seconds.items()]
+        return {
+            "workloads": {
+                "w": {"rows": [r | {"quartiles": r["seconds"]} if r["seconds"] else r for r in rows]}
+            }
+        }
+
+    found = {name: same for name, same, _ in compare(run(1.0), run(1.5))}
+    assert found == {
+        "w textbook quartiles": False,
+        "w textbook ratio_quartiles": True,
+        "w ours-fused quartiles": False,
+        "w ours-fused ratio_quartiles": True,
+    }
+
+
 def test_plots_follow_their_rows() -> None:
     rows = [
         {"workload": "w", "peer": peer, "quartiles": [low, low + 0.01, low + 0.02]}

@@ -24,7 +24,6 @@ import argparse
 import fcntl
 import json
 import math
-import statistics
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import machine
+from bench.harness import Times, machine
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, recorded
 from bench.peers.problem import SIZES, TINY, Arrays, Sizes, make
@@ -116,7 +115,7 @@ def compare(sizes: Sizes, peers: Sequence[Peer], settings: Settings) -> list[dic
                 rows[name]["peak_mib"] = max(rows[name]["peak_mib"] or 0, answer["peak_mib"] or 0) or None
     for row in rows.values():
         if row.get("seconds"):
-            row["quartiles"] = _quartiles(row["seconds"])
+            row["quartiles"] = Times(row["seconds"]).quartiles()
     return list(rows.values())
 
 
@@ -178,10 +177,6 @@ class _Lock:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _quartiles(seconds: list[float]) -> list[float]:
-    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
 
 
 def _readiness(row: dict[str, Any]) -> str:
