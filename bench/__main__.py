@@ -75,7 +75,7 @@ PARTS = {
         (("MAMLPP_FAST_WINOGRAD", "0"),),
     ),
     "iterations": Part(
-        "-m bench.iterations --seconds 10 --passes 2 --json {out}/iterations.json",
+        "-m bench.iterations --seconds 6 --passes 2 --json {out}/iterations.json",
         40,
         "-m bench.iterations --workloads omniglot-5w1s-final --engines reference,fused --seconds 1 "
         "--json {out}/iterations.json",
