@@ -81,7 +81,7 @@ def measure(name: str, sizes: Sizes, rounds: int, threads: int) -> dict[str, Any
         for _ in range(rounds):
             for which, worker in workers.items():
                 answer = worker.ask("time", runs=1)
-                times[which].seconds += answer["seconds"]
+                times[which].seconds.extend(answer["seconds"])
                 row[f"{which}_peak_mib"] = max(row.get(f"{which}_peak_mib", 0), answer["peak_mib"])
     before, after = times["before"], times["after"]
     return row | {

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import drop_in_higher
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.driver import PEERS, Settings, compare, describe
 from bench.peers.problem import TINY, Problem, Sizes, make
@@ -119,3 +120,16 @@ def test_errors_are_relative_and_biases_before_batch_norm_count_absolutely() -> 
     assert (error, where) == (0.5, "gradient/blocks.0.conv.bias")
     assert differs(exact | {"gradient/w": np.array([1.0, np.nan])}, exact)[0] == np.inf
     assert distance(exact | {"loss": np.asarray(3.0)}, exact) == 0.5
+
+
+def test_a_script_of_higher_is_timed_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    # higher is not installed here: the script with our import line stands for both.
+    def ours(name: str, which: str, threads: int) -> Worker:
+        return Worker(Peer(which, "bench.peers.higher_scripts", f"{name}:after"), Path(sys.executable), threads)
+
+    monkeypatch.setattr(drop_in_higher, "_worker", ours)
+    row = drop_in_higher.measure("test-time", SMALL, 3, 1)
+    assert row["largest_error_float64"] == 0.0 and row["tensors"] > 0
+    for key in ("before_ms", "after_ms", "ratio_quartiles"):
+        low, median, high = row[key]
+        assert 0 < low <= median <= high
