@@ -59,7 +59,7 @@ PARTS = {
     "environments": Part("-m bench.peers.environments --missing", 6, None),
     "kernels": Part(
         f"{_KERNELS} --seconds 0.3 --passes 3",
-        8,
+        6,
         f"{_KERNELS} --groups lslr,head,dispatch --seconds 0.05",
     ),
     "closed-form": Part(
@@ -70,7 +70,7 @@ PARTS = {
     ),
     "direct": Part(
         "-m bench.kernels --groups conv --json {out}/kernels_direct.json",
-        2,
+        1,
         None,
         (("MAMLPP_FAST_WINOGRAD", "0"),),
     ),
@@ -80,32 +80,32 @@ PARTS = {
         "-m bench.iterations --workloads omniglot-5w1s-final --engines reference,fused --seconds 1 "
         "--json {out}/iterations.json",
     ),
-    "scaling": Part("-m bench.iterations --scaling --json {out}/scaling.json", 3, None),
+    "scaling": Part("-m bench.iterations --scaling --json {out}/scaling.json", 2, None),
     "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 1, None),
-    "drop-in-higher": Part("-m bench.drop_in_higher --json {out}/drop_in_higher.json", 3, None),
+    "drop-in-higher": Part("-m bench.drop_in_higher --json {out}/drop_in_higher.json", 2, None),
     "drop-in-learn2learn": Part(
         "-m bench.drop_in_learn2learn --seconds 14 --json {out}/drop_in_learn2learn.json",
-        4,
+        3,
         None,
         peer="learn2learn",
     ),
     "peers": Part(
         f"{_PEERS} --peers {_without(*COMPILED)} --workloads omniglot-5w1s-final --json {{out}}/peers.json",
-        8,
+        6,
         f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny-final --rounds 2 --json {{out}}/peers.json",
     ),
     # Into the same file, which keeps the workloads it has; without the forms of JAX that are ten times slower there.
     "peers-more": Part(
         f"{_PEERS} --peers {_without(*COMPILED, 'jax-vmap', 'jax-map')} "
         "--workloads omniglot-20w1s-final,omniglot-5w1s,omniglot-20w1s --json {out}/peers.json",
-        18,
+        15,
         f"-m bench.peers --here --peers {_QUICK_PEERS} --workloads tiny --rounds 2 --json {{out}}/peers.json",
     ),
     # Each compiles for five minutes and more, for its check in float64 once again.
     "peers-compile": Part(
         f"{_PEERS} --peers textbook,torch.func,{','.join(COMPILED)},ours-fused --workloads omniglot-5w1s-final "
         "--json {out}/peers_compile.json",
-        40,
+        26,
         None,
     ),
 }
