@@ -125,7 +125,9 @@ def test_errors_are_relative_and_biases_before_batch_norm_count_absolutely() -> 
 def test_a_script_of_higher_is_timed_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     # higher is not installed here: the script with our import line stands for both.
     def ours(name: str, which: str, threads: int) -> Worker:
-        return Worker(Peer(which, "bench.peers.higher_scripts", f"{name}:after"), Path(sys.executable), threads)
+        return Worker(
+            Peer(which, "bench.peers.higher_scripts", f"{name}:after"), Path(sys.executable), threads
+        )
 
     monkeypatch.setattr(drop_in_higher, "_worker", ours)
     row = drop_in_higher.measure("test-time", SMALL, 3, 1)
