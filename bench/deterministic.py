@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,8 @@ def main() -> int:
     for name in options.engines.split(","):
         engine, _, precision = name.partition(":")
         jobs = {}
-        for mode in ("default", "deterministic"):
-            if mode == "deterministic":
-                with deterministic_algorithms():
-                    learner = learner_of(workload, name, "cpu")
-            else:
+        for mode, context in (("default", nullcontext), ("deterministic", deterministic_algorithms)):
+            with context():
                 learner = learner_of(workload, name, "cpu")
             jobs[mode] = job(learner, workload)
         times = interleaved(jobs, options.seconds)

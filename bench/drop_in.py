@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mamlpp_fast as mf
-from bench.harness import interleaved, keep
+from bench.harness import before_after, interleaved, keep
 
 STEPS, RATE = 5, 0.1
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -102,11 +102,7 @@ def main() -> None:
         "tasks": arguments.tasks,
         "ways": arguments.ways,
         "largest_error_float64": error,
-        "before_ms": [1e3 * q for q in times["before"].quartiles()],
-        "after_ms": [1e3 * q for q in times["after"].quartiles()],
-        "ratio": times["before"].median / times["after"].median,
-        "ratio_quartiles": times["before"].over(times["after"]),
-        "noise": abs(times["again"].median / times["after"].median - 1),
+        **before_after(times),
     }
     print(json.dumps(row))
     keep(arguments.json, [row])

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Times, keep
+from bench.harness import Times, before_after, keep
 from bench.peers.client import Failed, Peer, Worker
 from bench.peers.environments import default_cache, python_of, recorded
 from bench.peers.higher_scripts import SCRIPTS
@@ -83,13 +83,7 @@ def measure(name: str, sizes: Sizes, rounds: int, threads: int) -> dict[str, Any
                 answer = worker.ask("time", runs=1)
                 times[which].seconds.extend(answer["seconds"])
                 row[f"{which}_peak_mib"] = max(row.get(f"{which}_peak_mib", 0), answer["peak_mib"])
-    before, after = times["before"], times["after"]
-    return row | {
-        "before_ms": [1e3 * q for q in before.quartiles()],
-        "after_ms": [1e3 * q for q in after.quartiles()],
-        "ratio": before.median / after.median,
-        "ratio_quartiles": before.over(after),
-    }
+    return row | before_after(times)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import mamlpp_fast.compat.learn2learn as ours
-from bench.harness import interleaved, keep
+from bench.harness import before_after, interleaved, keep
 from bench.peers.learn2learn_source import load
 
 __all__ = ["SCRIPTS", "errors", "run"]
@@ -100,14 +100,7 @@ def measure(script: str, original: ModuleType, seconds: float, sizes: dict[str, 
         return lambda: run(script, library, dtype="float32", **sizes)
 
     times = interleaved({"before": job(original), "after": job(ours), "again": job(ours)}, seconds)
-    before, after, again = (times[name] for name in ("before", "after", "again"))
-    return row | {
-        "before_ms": [1e3 * q for q in before.quartiles()],
-        "after_ms": [1e3 * q for q in after.quartiles()],
-        "ratio": before.median / after.median,
-        "ratio_quartiles": before.over(after),
-        "noise": abs(again.median / after.median - 1),
-    }
+    return row | before_after(times)
 
 
 def main() -> int:

@@ -146,6 +146,20 @@ def pool(into: dict[str, Times], times: dict[str, Times]) -> None:
         into.setdefault(name, Times()).seconds.extend(found.seconds)
 
 
+def before_after(times: dict[str, Times]) -> dict[str, Any]:
+    """Of the jobs "before" and "after" a change: quartiles, and how many times as fast it is; the noise of "again"."""
+    before, after = times["before"], times["after"]
+    row = {
+        "before_ms": [1e3 * q for q in before.quartiles()],
+        "after_ms": [1e3 * q for q in after.quartiles()],
+        "ratio": before.median / after.median,
+        "ratio_quartiles": before.over(after),
+    }
+    if "again" in times:
+        row["noise"] = abs(times["again"].median / after.median - 1)
+    return row
+
+
 def captured(job: Callable[[], object], repeats: int = GRAPH_REPEATS) -> Callable[[], object]:
     """On a GPU, the job `repeats` times over as one CUDA graph: kernels without launches. On a CPU the job."""
     if not torch.cuda.is_available():
