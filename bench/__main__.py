@@ -63,13 +63,13 @@ PARTS = {
         f"{_KERNELS} --groups lslr,head,dispatch --seconds 0.05",
     ),
     "closed-form": Part(
-        f"{_CLOSED} --seconds 0.5",
+        f"{_CLOSED} --seconds 0.2 --passes 3",
         4,
         f"{_CLOSED} --groups lslr,dispatch --seconds 0.05",
         (("MAMLPP_FAST_NATIVE", "0"),),
     ),
     "direct": Part(
-        "-m bench.kernels --groups conv --json {out}/kernels_direct.json",
+        "-m bench.kernels --groups conv --seconds 0.4 --passes 3 --json {out}/kernels_direct.json",
         1,
         None,
         (("MAMLPP_FAST_WINOGRAD", "0"),),
@@ -80,7 +80,9 @@ PARTS = {
         "-m bench.iterations --workloads omniglot-5w1s-final --engines reference,fused --seconds 1 "
         "--json {out}/iterations.json",
     ),
-    "scaling": Part("-m bench.iterations --scaling --json {out}/scaling.json", 2, None),
+    "scaling": Part(
+        "-m bench.iterations --scaling --seconds 8 --passes 3 --json {out}/scaling.json", 2, None
+    ),
     "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 1, None),
     "drop-in-higher": Part("-m bench.drop_in_higher --json {out}/drop_in_higher.json", 2, None),
     "drop-in-learn2learn": Part(

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.tables import peer_rows
 
-__all__ = ["agree", "compare", "measurements", "summary"]
+__all__ = ["agree", "compare", "measurements", "name_of", "summary"]
 
 # What holds [lower quartile, median, upper quartile] in a row, by the unit.
 _QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles", "ratio_quartiles")
@@ -30,6 +30,11 @@ _NAMES = (
 )  # fmt: skip
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """What a row is known by in every run."""
+    return " ".join(str(row[key]) for key in _NAMES if key in row)
+
+
 def measurements(data: dict[str, Any]) -> dict[str, list[float]]:
     """Quartiles by the name of the row and the quantity."""
     rows = list(data.get("rows", ()))
@@ -37,10 +42,9 @@ def measurements(data: dict[str, Any]) -> dict[str, list[float]]:
         rows += peer_rows(data)
     found = {}
     for row in rows:
-        name = " ".join(str(row[key]) for key in _NAMES if key in row)
         for key in _QUARTILES:
             if isinstance(row.get(key), list):
-                found[f"{name} {key}"] = row[key]
+                found[f"{name_of(row)} {key}"] = row[key]
     return found
 
 

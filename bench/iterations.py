@@ -205,37 +205,46 @@ SCALING = {
 }
 
 
-def scaling(device: str, seconds: float, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """The fused engine on omniglot-5w1s with one size changed at a time.
+def scaling(device: str, seconds: float, passes: int, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """The fused engine on omniglot-5w1s with one size changed at a time; ratios to the unchanged, round by round.
 
     "Each" is the time divided by the value, multiplied for threads.
     """
     base = WORKLOADS["omniglot-5w1s"]
-    for what, values in SCALING.items():
-        workloads = {value: dataclasses.replace(base, **{what: value}) for value in values}
-        learners = {value: learner_of(w, "fused", device) for value, w in workloads.items()}
-        jobs = {str(value): job(learners[value], workloads[value]) for value in values}
-        for name, times in interleaved(jobs, seconds, at_least=3).items():
-            value = int(name)
-            rates = ceilings.rates(learners[value], workloads[value], times)
-            yield {"varies": what, "value": value, "ms_each": 1e3 * times.median / value} | rates
     threads = torch.get_num_threads()
-    if device != "cpu" or threads == 1:
-        return
-    learner = learner_of(base, "fused", device)
-    step = job(learner, base)
+    sweeps = {
+        what: {value: dataclasses.replace(base, **{what: value}) for value in values}
+        for what, values in SCALING.items()
+    }
+    if device == "cpu" and threads > 1:
+        sweeps["threads"] = dict.fromkeys(range(1, threads + 1), base)
+    pooled: dict[str, dict[str, Times]] = {what: {} for what in sweeps}
+    for pass_ in range(passes):
+        for what, workloads in sweeps.items():
+            by_threads = what == "threads"
+            learners = {w: learner_of(w, "fused", device) for w in set(workloads.values())}
+            jobs = {str(value): job(learners[w], w) for value, w in workloads.items()}
+            if by_threads:
+                jobs = {name: functools.partial(_on_threads, int(name), step) for name, step in jobs.items()}
+            times = pooled[what]
+            pool(times, interleaved(jobs, seconds, at_least=3, warm=by_threads))
+            torch.set_num_threads(threads)
+            if pass_ < passes - 1:
+                continue
+            unchanged = times[str(threads if by_threads else getattr(base, what))]
+            for value, workload in workloads.items():
+                own = times[str(value)]
+                rates = ceilings.rates(learners[workload], workload, own)
+                if by_threads:
+                    rates["share_of_peak"] *= threads / value  # of the threads that ran
+                each = own.median * (value if by_threads else 1 / value)
+                row = {"varies": what, "value": value, "ms_each": 1e3 * each}
+                yield row | {"ratio_quartiles": own.over(unchanged)} | rates
 
-    def with_threads(count: int) -> None:
-        torch.set_num_threads(count)
-        step()
 
-    jobs = {str(count): functools.partial(with_threads, count) for count in range(1, threads + 1)}
-    for name, times in interleaved(jobs, seconds, at_least=3, warm=True).items():
-        count = int(name)
-        rates = ceilings.rates(learner, base, times)
-        rates["share_of_peak"] *= threads / count  # of the threads that ran
-        yield {"varies": "threads", "value": count, "ms_each": 1e3 * times.median * count} | rates
-    torch.set_num_threads(threads)
+def _on_threads(count: int, step: Callable[[], object]) -> None:
+    torch.set_num_threads(count)
+    step()
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -261,15 +270,15 @@ def main() -> int:
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--engines", default="reference,autograd,fused,fused:bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each workload and pass")
-    parser.add_argument("--passes", type=int, default=1, help="through all workloads, times pooled")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each workload or size, and pass")
+    parser.add_argument("--passes", type=int, default=1, help="through all of them, times pooled")
     parser.add_argument("--scaling", action="store_true", help="how the cost grows, instead")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
     ceilings = Ceilings()
     if arguments.scaling:
-        for row in scaling(arguments.device, arguments.seconds, ceilings):
+        for row in scaling(arguments.device, arguments.seconds, arguments.passes, ceilings):
             print(describe(row), flush=True)
             found.append(row)
             keep(arguments.json, found)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, kept, plots, tables
-from bench.compare import compare, summary
+from bench.compare import compare, measurements, name_of, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -74,14 +74,24 @@ def load(machine: str, file: str) -> dict[str, Any] | None:
     path = RESULTS / machine / f"{file}.json"
     if not path.exists():
         return None
+    content = _twice(path)
+    # Compiling takes many minutes: a run of its own, and its own textbook to hold it against.
+    compiled = path.with_name("peers_compile.json")
+    if file == "peers" and compiled.exists():
+        content["rows"] += [r for r in _twice(compiled)["rows"] if r["peer"] in tables.COMPILED]
+    return content
+
+
+def _twice(path: Path) -> dict[str, Any]:
+    """A result; its rows with the ratio that the second run, in the folder ``again``, has for them."""
     content: dict[str, Any] = json.loads(path.read_text())
-    if file == "peers":
+    if "workloads" in content:
         content["rows"] = tables.peer_rows(content)
-        # Compiling takes many minutes: a run of its own, and its own textbook to hold it against.
-        compiled = path.with_name("peers_compile.json")
-        if compiled.exists():
-            rows = tables.peer_rows(json.loads(compiled.read_text()))
-            content["rows"] += [r for r in rows if r["peer"] in tables.COMPILED]
+    again = path.parent / "again" / path.name
+    if again.exists():
+        found = measurements(json.loads(again.read_text()))
+        for row in content["rows"]:
+            row["again"] = found.get(f"{name_of(row)} ratio_quartiles")
     return content
 
 

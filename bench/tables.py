@@ -24,23 +24,29 @@ def spread(quartiles: list[float], digits: int) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def _ratio(quartiles: list[float] | None) -> str:
+    """How many times as fast, round by round; nothing where it was not taken."""
+    if quartiles is None:
+        return ""
+    return "1" if set(quartiles) == {1.0} else spread(quartiles, 2)
+
+
 def iterations(rows: Rows) -> str:
     lines = []
     for r in rows:
         name = [r["workload"], f"{r['engine']}, {r['precision']}"]
         if "fault" in r:
-            lines.append([*name, f"not timed: {r['fault']}", *[""] * 6])
+            lines.append([*name, f"not timed: {r['fault']}", *[""] * 7])
             continue
-        ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
         lines.append(
             [
-                *(*name, spread(r["ms"], 0), ratio),
+                *(*name, spread(r["ms"], 0), _ratio(r["ratio_quartiles"]), _ratio(r.get("again"))),
                 *(f"{r['gflop_per_s']:.0f}", f"{r['share_of_peak']:.0%}"),
                 *(_optional(r, "gb_per_s", ".0f"), _optional(r, "share_of_copy", ".0%")),
                 f"{r['peak_memory_mib']:.0f}",
             ]
         )
-    header = ["workload", "engine", "ms (quartiles)", "times reference"]
+    header = ["workload", "engine", "ms (quartiles)", "times reference", "in another run"]
     return table([*header, "GFLOP/s", "of peak", "GB/s", "of copy", "peak MiB"], lines)
 
 
@@ -54,7 +60,9 @@ def headline(rows: Rows) -> str:
     def cell(r: dict[str, Any] | None) -> str:
         if r is None or "ms" not in r:
             return "-"
-        return f"{r['ms'][1]:.0f}" + ("" if r["engine"] == "reference" else f" ({r['ratio']:.1f}x)")
+        return f"{r['ms'][1]:.0f}" + (
+            "" if r["engine"] == "reference" else f" ({r['ratio_quartiles'][1]:.1f}x)"
+        )
 
     columns = {
         "reference:float32": "reference",
@@ -84,7 +92,7 @@ def kernels(rows: Rows) -> str:
         lines.append(
             [
                 *_named(r),
-                *(f"{r['ours_us'][1]:.0f}", f"{r['torch_us'][1]:.0f}", f"{r['ratio']:.2f}"),
+                *(f"{r['ours_us'][1]:.0f}", f"{r['torch_us'][1]:.0f}", _ratio(r["ratio_quartiles"])),
                 *(f"{r['bytes'] / 2**20:.1f}", f"{r['gb_per_s']:.1f}", f"{r['share_of_copy']:.0%}"),
                 *(_optional(r, "gflop_per_s", ".0f"), _optional(r, "share_of_peak", ".0%")),
                 _optional(r, "share_of_roof", ".0%"),
@@ -143,7 +151,7 @@ def dispatch(rows: Rows) -> str:
         [
             f"`{r['operation']}` {r['order']}",
             *(spread(r[key], 1) for key in ("ours_us", "torch_us")),
-            f"{r['ratio']:.2f}",
+            _ratio(r["ratio_quartiles"]),
         ]
         for r in rows
         if _in_dispatch(r) and "fault" not in r
@@ -157,9 +165,11 @@ def scaling(rows: Rows) -> str:
     lines = []
     for r in rows:
         ms = spread(r["ms"], 1) if isinstance(r["ms"], list) else f"{r['ms']:.1f}"
+        ratios = [_ratio(r.get("ratio_quartiles")), _ratio(r.get("again"))]
         rates = [_optional(r, "gflop_per_s", ".0f"), _optional(r, "share_of_peak", ".0%")]
-        lines.append([r["varies"], str(r["value"]), ms, f"{r['ms_each']:.2f}", *rates])
-    return table(["varies", "value", "ms (quartiles)", "ms each", "GFLOP/s", "of peak"], lines)
+        lines.append([r["varies"], str(r["value"]), ms, *ratios, f"{r['ms_each']:.2f}", *rates])
+    header = ["varies", "value", "ms (quartiles)", "times the unchanged", "in another run"]
+    return table([*header, "ms each", "GFLOP/s", "of peak"], lines)
 
 
 def drop_in(rows: Rows) -> str:
@@ -196,7 +206,7 @@ def peers(rows: Rows) -> str:
     lines = []
     for r in rows:
         if "fault" in r:
-            lines.append([r["workload"], r["peer"], f"not timed: {r['fault']}", "", "", ""])
+            lines.append([r["workload"], r["peer"], f"not timed: {r['fault']}", *[""] * 4])
             continue
         ms = [1e3 * q for q in r["quartiles"]]
         memory = f"{r['peak_mib']:.0f}" if r["peak_mib"] else ""
@@ -205,13 +215,14 @@ def peers(rows: Rows) -> str:
                 r["workload"],
                 r["peer"],
                 spread(ms, 0),
-                f"{r['ratio']:.2f}" if r["ratio"] else "",
+                _ratio(r.get("ratio_quartiles")),
+                _ratio(r.get("again")),
                 f"{r['first_seconds']:.1f}{held_up(r)}",
                 memory,
             ]
         )
-    header = ["workload", "peer", "ms (quartiles)", "times textbook", "first run, s", "peak MiB"]
-    return table(header, lines)
+    header = ["workload", "peer", "ms (quartiles)", "times textbook", "in another run"]
+    return table([*header, "first run, s", "peak MiB"], lines)
 
 
 def held_up(row: dict[str, Any]) -> str:

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, plots, report
+from bench import harness, iterations, plots, report, tables
 from bench.__main__ import PARTS
 from bench.cases import all_cases
 from bench.compare import compare
-from bench.iterations import fault
 from mamlpp_fast.workloads import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,19 +40,19 @@ def test_a_wrong_result_gets_no_time() -> None:
 
 def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Workload("tiny", 2, 3, 1, 1, 16, 1, 4, steps=2)
-    assert fault(tiny, "autograd", "float32", "cpu") is None
+    assert iterations.fault(tiny, "autograd", "float32", "cpu") is None
     from mamlpp_fast.ops import lslr_update
 
     monkeypatch.setattr(
         "mamlpp_fast.ops.lslr_update", lambda t, g, r, *rest: lslr_update(t, g, r * (1 + 1e-6), *rest)
     )
-    assert "float64 meta-gradient off by" in (fault(tiny, "autograd", "float32", "cpu") or "")
+    assert "float64 meta-gradient off by" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
 
     def wrong_in_float32(t: torch.Tensor, g: torch.Tensor, r: torch.Tensor, *rest: object) -> torch.Tensor:
         return lslr_update(t, g, r * 1.01 if t.dtype == torch.float32 else r, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr("mamlpp_fast.ops.lslr_update", wrong_in_float32)
-    assert "from float64's" in (fault(tiny, "autograd", "float32", "cpu") or "")
+    assert "from float64's" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
 
 
 def test_the_gpu_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
@@ -111,6 +110,41 @@ def test_peers_of_two_runs_agree_in_ratios_where_the_machine_slowed_down() -> No
         "w ours-fused quartiles": False,
         "w ours-fused ratio_quartiles": True,
     }
+
+
+def test_a_size_is_timed_against_the_unchanged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Workload("tiny", 2, 3, 1, 1, 16, 1, 4, steps=2)
+    monkeypatch.setitem(iterations.WORKLOADS, "omniglot-5w1s", tiny)
+    monkeypatch.setattr(iterations, "SCALING", {"tasks": [2, 8], "steps": [1, 2]})
+    threads = torch.get_num_threads()
+    rows = {
+        (row["varies"], row["value"]): row
+        for row in iterations.scaling("cpu", 0.01, 2, iterations.Ceilings())
+        if row["varies"] != "threads"
+    }
+    assert torch.get_num_threads() == threads
+    assert list(rows) == [("tasks", 2), ("tasks", 8), ("steps", 1), ("steps", 2)]
+    for unchanged in (("tasks", 2), ("steps", 2)):
+        assert rows[unchanged]["ratio_quartiles"] == [1.0, 1.0, 1.0]
+    assert rows["tasks", 8]["flops"] == 4 * rows["tasks", 2]["flops"]
+    for (_, value), row in rows.items():
+        assert row["ms_each"] == pytest.approx(row["ms"][1] / value)
+
+
+def test_the_page_shows_a_ratio_beside_that_of_the_second_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def content(ratio: float) -> str:
+        row = {"varies": "tasks", "value": 8, "ms": [1.0, 2.0, 3.0], "ms_each": 0.25}
+        return json.dumps({"rows": [row | {"ratio_quartiles": [ratio, ratio + 0.1, ratio + 0.2]}]})
+
+    (tmp_path / "cpu" / "again").mkdir(parents=True)
+    (tmp_path / "cpu" / "scaling.json").write_text(content(4.0))
+    (tmp_path / "cpu" / "again" / "scaling.json").write_text(content(3.5))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    loaded = report.load("cpu", "scaling")
+    assert loaded is not None
+    assert "| 4.10 (4.00 to 4.20) | 3.60 (3.50 to 3.70) |" in tables.scaling(loaded["rows"])
 
 
 def test_plots_follow_their_rows() -> None:
