@@ -64,7 +64,7 @@ PARTS = {
     ),
     "closed-form": Part(
         f"{_CLOSED} --seconds 0.2 --passes 3",
-        4,
+        8,
         f"{_CLOSED} --groups lslr,dispatch --seconds 0.05",
         (("MAMLPP_FAST_NATIVE", "0"),),
     ),
@@ -81,7 +81,7 @@ PARTS = {
         "--json {out}/iterations.json",
     ),
     "scaling": Part(
-        "-m bench.iterations --scaling --seconds 8 --passes 3 --json {out}/scaling.json", 2, None
+        "-m bench.iterations --scaling --seconds 8 --passes 3 --json {out}/scaling.json", 3, None
     ),
     "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 1, None),
     "drop-in-higher": Part("-m bench.drop_in_higher --json {out}/drop_in_higher.json", 2, None),

@@ -36,14 +36,14 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def measurements(data: dict[str, Any]) -> dict[str, list[float]]:
-    """Quartiles by the name of the row and the quantity."""
+    """Quartiles by the name of the row and the quantity; not the ratio of a competitor to itself."""
     rows = list(data.get("rows", ()))
     if "workloads" in data:
         rows += peer_rows(data)
     found = {}
     for row in rows:
         for key in _QUARTILES:
-            if isinstance(row.get(key), list):
+            if isinstance(row.get(key), list) and not (key == _RATIO and set(row[key]) == {1.0}):
                 found[f"{name_of(row)} {key}"] = row[key]
     return found
 
