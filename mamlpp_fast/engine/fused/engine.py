@@ -175,7 +175,7 @@ class FusedEngine:
 
     def prepare(self, batch: EpisodeBatch, multi_step: bool, second_order: bool) -> Prepared:
         """The program for batches of this form: written, placed and bound on first use, reused afterwards."""
-        key = ("train", multi_step, second_order, *_shapes(batch))
+        key = ("train", multi_step, second_order, self._together(), *_shapes(batch))
         if key not in self._prepared:
             network = self._lower(batch, lambda module: True)
             self._prepared[key] = self._fit(
@@ -191,7 +191,7 @@ class FusedEngine:
 
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
         """Like :meth:`prepare`, for :meth:`evaluate`."""
-        key = ("evaluate", steps, stats, *_shapes(batch))
+        key = ("evaluate", steps, stats, self._together(), *_shapes(batch))
         if key not in self._prepared:
             self._prepared[key] = self._fit(
                 batch.num_tasks,
@@ -342,11 +342,8 @@ class FusedEngine:
             sizes = [max(d for d in divisors if d <= self.group)]
         elif self.deterministic:
             sizes = [max(d for d in divisors if d <= _DETERMINISTIC_GROUP)]
-        elif self.device.type == "cpu" and self._takes_images():
-            # A task per thread keeps what a thread works on in its caches.
-            sizes = [d for d in divisors if d <= max(1, torch.get_num_threads())]
         else:
-            sizes = divisors
+            sizes = [d for d in divisors if d <= (self._together() or total)]
         options = {
             "keep": [False],
             "recompute": [second_order],
@@ -362,6 +359,10 @@ class FusedEngine:
                     return prepared
         assert prepared is not None
         return prepared
+
+    def _together(self) -> int | None:
+        """Tasks at a time: on a CPU one a thread, whose caches then hold what it works on; None for any number."""
+        return torch.get_num_threads() if self.device.type == "cpu" and self._takes_images() else None
 
     def _groups(self, prepared: Prepared, total: int) -> Iterator[slice]:
         size = prepared.form.tasks
