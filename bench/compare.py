@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.tables import peer_rows
+from bench.tables import peer_rows, to_itself
 
 __all__ = ["agree", "compare", "measurements", "name_of", "summary"]
 
@@ -43,7 +43,7 @@ def measurements(data: dict[str, Any]) -> dict[str, list[float]]:
     found = {}
     for row in rows:
         for key in _QUARTILES:
-            if isinstance(row.get(key), list) and not (key == _RATIO and set(row[key]) == {1.0}):
+            if isinstance(row.get(key), list) and not (key == _RATIO and to_itself(row[key])):
                 found[f"{name_of(row)} {key}"] = row[key]
     return found
 

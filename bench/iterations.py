@@ -192,7 +192,6 @@ class Comparison:
         for name, learner in learners.items():
             times = self.times[name]
             self.rows[name] |= ceilings.rates(learner, self.workload, times)
-            self.rows[name]["ratio"] = base.median / times.median if base else None
             self.rows[name]["ratio_quartiles"] = base.over(times) if base else None
         return list(self.rows.values())
 
@@ -256,7 +255,7 @@ def describe(row: dict[str, Any]) -> str:
     name = f"{row['workload']:24} {row['engine']:10} {row['precision']:9}"
     if "fault" in row:
         return f"{name} FAILS ITS CHECK: {row['fault']}"
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:5.2f} x reference"
+    ratio = "" if row["ratio_quartiles"] is None else f"{row['ratio_quartiles'][1]:5.2f} x reference"
     return (
         f"{name} {row['ms'][1]:9.1f} ms ({row['ms'][0]:.1f} to {row['ms'][2]:.1f}) {ratio} "
         f"{row['gflop_per_s']:7.1f} GFLOP/s {row['share_of_peak']:5.0%} of peak, {row['peak_memory_mib']:6.0f} MiB"

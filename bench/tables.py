@@ -24,11 +24,16 @@ def spread(quartiles: list[float], digits: int) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def to_itself(quartiles: list[float]) -> bool:
+    """Whether this is the ratio, round by round, of a competitor to itself."""
+    return set(quartiles) == {1.0}
+
+
 def _ratio(quartiles: list[float] | None) -> str:
     """How many times as fast, round by round; nothing where it was not taken."""
     if quartiles is None:
         return ""
-    return "1" if set(quartiles) == {1.0} else spread(quartiles, 2)
+    return "1" if to_itself(quartiles) else spread(quartiles, 2)
 
 
 def iterations(rows: Rows) -> str:
@@ -277,9 +282,8 @@ def peer_rows(data: dict[str, Any]) -> Rows:
         times = {r["peer"]: Times(r["seconds"]) for r in content["rows"] if r.get("seconds")}
         base = times.get("textbook")
         for r in content["rows"]:
-            row = r | {"workload": workload, "ratio": None}
+            row = r | {"workload": workload}
             if base and r["peer"] in times:
-                own = times[r["peer"]]
-                row |= {"ratio": base.median / own.median, "ratio_quartiles": base.over(own)}
+                row["ratio_quartiles"] = base.over(times[r["peer"]])
             found.append(row)
     return found

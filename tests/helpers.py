@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +68,22 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@contextlib.contextmanager
+def kept_threads() -> Iterator[None]:
+    """Afterwards torch has the number of threads that it had before."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def assert_equal_on_any_threads(run: Callable[[], object]) -> None:
     """Compares the results on 1, 2 and 4 threads, bit for bit."""
-    threads = torch.get_num_threads()
     results = []
-    try:
+    with kept_threads():
         for count in (1, 2, 4):
             torch.set_num_threads(count)
             results.append(run())
-    finally:
-        torch.set_num_threads(threads)
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)

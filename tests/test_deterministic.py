@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_batch
+from helpers import kept_threads, random_batch
 from torch import Tensor
 from train_helpers import draw_folder, metrics_of, tiny_arguments
 
@@ -16,9 +16,8 @@ from mamlpp_fast.engine.deterministic import one_thread
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    with kept_threads():
+        yield
 
 
 def steps(engine: str, precision: str, threads: int, *, deterministic: bool | None = True) -> list[Tensor]:

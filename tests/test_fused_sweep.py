@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_batch, small_conv4
+from helpers import kept_threads, random_batch, small_conv4
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
@@ -314,14 +314,11 @@ def test_ten_adam_steps_stay_together() -> None:
 def test_tasks_at_a_time_follow_the_number_of_threads() -> None:
     reference_engine, ours = engines(small_conv4(), 3)
     batch = random_batch(tasks=4)
-    threads = torch.get_num_threads()
-    try:
+    with kept_threads():
         for count in (1, 2, 4, 1):
             torch.set_num_threads(count)
             compare((reference_engine, ours), batch, step_weights(3))
             assert ours.prepare(batch, True, True).form.tasks == count
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_another_batch_shape_and_form_in_between_changes_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import kept_threads
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -161,14 +162,11 @@ def test_out_forms_write_what_they_name_and_nothing_else(backend: str) -> None:
 def test_result_does_not_depend_on_threads(form: str) -> None:
     args = arguments([70_000, 64, 9_001], 3, form, dtype=torch.float32)
     results = []
-    threads = torch.get_num_threads()
-    try:
+    with kept_threads():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             out = lslr_update(*args)
             results.append([out, *torch.autograd.grad((out * out).sum(), args[:3])])
-    finally:
-        torch.set_num_threads(threads)
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
 

@@ -175,7 +175,7 @@ class FusedEngine:
 
     def prepare(self, batch: EpisodeBatch, multi_step: bool, second_order: bool) -> Prepared:
         """The program for batches of this form: written, placed and bound on first use, reused afterwards."""
-        key = ("train", multi_step, second_order, self._together(), *_shapes(batch))
+        key = ("train", multi_step, second_order, self._group_limit(), *_shapes(batch))
         if key not in self._prepared:
             network = self._lower(batch, lambda module: True)
             self._prepared[key] = self._fit(
@@ -191,7 +191,7 @@ class FusedEngine:
 
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
         """Like :meth:`prepare`, for :meth:`evaluate`."""
-        key = ("evaluate", steps, stats, self._together(), *_shapes(batch))
+        key = ("evaluate", steps, stats, self._group_limit(), *_shapes(batch))
         if key not in self._prepared:
             self._prepared[key] = self._fit(
                 batch.num_tasks,
@@ -337,13 +337,10 @@ class FusedEngine:
 
     def _fit(self, total: int, write: Callable[[int, bool], Prepared], second_order: bool) -> Prepared:
         """Chooses group size and memory option: the fastest that fits in memory."""
-        divisors = [d for d in range(total, 0, -1) if total % d == 0]
-        if self.group is not None:
-            sizes = [max(d for d in divisors if d <= self.group)]
-        elif self.deterministic:
-            sizes = [max(d for d in divisors if d <= _DETERMINISTIC_GROUP)]
-        else:
-            sizes = [d for d in divisors if d <= (self._together() or total)]
+        most = self._group_limit() or total
+        sizes = [d for d in range(most, 0, -1) if total % d == 0]
+        if self.group is not None or self.deterministic:
+            sizes = sizes[:1]
         options = {
             "keep": [False],
             "recompute": [second_order],
@@ -360,9 +357,15 @@ class FusedEngine:
         assert prepared is not None
         return prepared
 
-    def _together(self) -> int | None:
-        """Tasks at a time: on a CPU one a thread, whose caches then hold what it works on; None for any number."""
-        return torch.get_num_threads() if self.device.type == "cpu" and self._takes_images() else None
+    def _group_limit(self) -> int | None:
+        """The most tasks of a group; None for any number."""
+        if self.group is not None:
+            return self.group
+        if self.deterministic:
+            return _DETERMINISTIC_GROUP
+        if self.device.type == "cpu" and self._takes_images():
+            return torch.get_num_threads()  # a task per thread keeps what a thread works on in its caches
+        return None
 
     def _groups(self, prepared: Prepared, total: int) -> Iterator[slice]:
         size = prepared.form.tasks
