@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from helpers import random_batch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import data
+from mamlpp_fast.engine.fused.trace import trace
 from mamlpp_fast.train import TrainConfig
 from mamlpp_fast.train.build import build_learner
 
@@ -76,6 +77,30 @@ def test_learners_of_every_engine_at_once() -> None:
     works = [training(engine, seed, precision) for seed, (engine, precision) in enumerate(kinds)]
     alone = [work() for work in works]
     torch.testing.assert_close(together(works), alone, rtol=0, atol=0)
+
+
+class _Meanwhile(nn.Module):
+    """Calls another module in another thread while it is being traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 3)
+        self.others: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = nn.Linear(2, 1)
+        thread = threading.Thread(target=lambda: self.others.append(other(torch.ones(1, 2))))
+        thread.start()
+        thread.join()
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_a_module_is_called_as_ever_while_another_thread_traces() -> None:
+    model = _Meanwhile()
+    nodes, _ = trace(model)
+    assert [node.kind for node in nodes] == ["linear"]
+    (other,) = model.others
+    assert other.shape == (1, 1)
 
 
 def test_initial_parameters_come_from_the_seed_alone() -> None:

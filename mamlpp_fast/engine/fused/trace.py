@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,12 +49,20 @@ class Node:
     attrs: dict[str, Any] = field(default_factory=dict)
 
 
+# While it traces, torch.fx has its own nn.Module.__call__ in the whole process: one trace at a time.
+_lock = threading.RLock()
+
+
 class _Tracer(fx.Tracer):
-    """Descends into all modules but the ones with rules and PyTorch's own; remembers where it was."""
+    """Descends into all modules but the ones with rules and PyTorch's own; remembers where it was.
+
+    Modules that other threads call meanwhile are called as ever.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.path = ""
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (nn.Conv2d, reference.PerStepBatchNorm2d)) or super().is_leaf_module(
@@ -63,6 +72,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         before, self.path = self.path, self.path_of_module(m)
         result = super().call_module(m, forward, args, kwargs)
         self.path = before
@@ -84,7 +95,8 @@ def trace(model: nn.Module) -> tuple[list[Node], int]:
     """
     tracer = _Tracer()
     try:
-        graph = tracer.trace(model)
+        with _lock:
+            graph = tracer.trace(model)
     except Exception as error:  # whatever a user's forward raises when it meets a proxy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Unsupported(
