@@ -10,6 +10,7 @@ from mamlpp_fast.learner import Evaluation, MAMLPlusPlus, NonFiniteLossError, St
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.models import Conv4, ResNet12
 from mamlpp_fast.nn import InertBiasConv2d, PerStepBatchNorm2d, convert_batch_norm, set_eval_stats, set_step
+from mamlpp_fast.reference import functional_call
 
 __all__ = [
     "LSLR",
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "adapt",
     "convert_batch_norm",
+    "functional_call",
     "graphed",
     "ops",
     "reference",

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import LossFn, set_step
+from mamlpp_fast.reference import LossFn, functional_call, set_step
 
 __all__ = ["adapt", "inner_steps"]
 
@@ -28,7 +27,7 @@ def adapt(
     """Adapts ``model`` to a support set by gradient steps that can be differentiated.
 
     Equivalent to K times ``theta = theta - rate * autograd.grad(loss, theta, create_graph=True)``. Use the result with
-    ``torch.func.functional_call(model, fast, (target_x,))``; the inner step of per-step batch norms is left at the
+    ``mf.functional_call(model, fast, target_x)``; the inner step of per-step batch norms is left at the
     last one, where the target pass belongs. Under ``torch.no_grad`` it adapts as well, and returns constants.
 
     Args:

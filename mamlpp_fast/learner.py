@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mamlpp_fast import reference
 from mamlpp_fast.adaptation import adapt
@@ -348,7 +347,9 @@ class MAMLPlusPlus:
             reference.set_eval_stats(self.model, self.config.eval_stats)
             try:
                 with torch.no_grad(), one_thread(self.deterministic):
-                    prediction: Tensor = functional_call(self.model, frozen, (x.to(self.device, self.dtype),))
+                    prediction: Tensor = reference.functional_call(
+                        self.model, frozen, (x.to(self.device, self.dtype),)
+                    )
             finally:
                 reference.set_eval_stats(self.model, "batch")
             return prediction

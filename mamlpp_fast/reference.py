@@ -4,20 +4,19 @@
 autograd, any ``nn.Module``. Section and equation numbers below are the paper's. Nothing of the package is imported
 here, so that this file is an independent witness.
 
-Read in order: the schedules (multi-step loss, derivative order, meta learning rate), the per-step batch norm, which
-parameters adapt, the inner loop, the meta-gradient, evaluation.
+Read in order: the schedules (multi-step loss, derivative order, meta learning rate), the per-step batch norm, calling a
+model with other tensors, which parameters adapt, the inner loop, the meta-gradient, evaluation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 __all__ = [
     "LossFn",
@@ -26,6 +25,7 @@ __all__ = [
     "adapted_names",
     "cosine_annealing",
     "evaluate_task",
+    "functional_call",
     "inner_loop",
     "is_second_order",
     "meta_gradient",
@@ -183,6 +183,64 @@ def set_eval_stats(model: nn.Module, stats: EvalStats) -> None:
             module.eval_stats = stats
 
 
+# Calling a model with other tensors ----------------------------------------------------------------------------------
+
+
+def functional_call(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Calls ``model`` with ``tensors`` in place of its parameters and buffers of those names, and leaves it as it was.
+
+    Like ``torch.func.functional_call``, but right for a submodule that is held under two names: torch 2.11 to 2.14 swap
+    it twice and leave the given tensors in the model (pytorch issue 164759). A tensor is replaced wherever the model
+    holds it, so one name of a tied weight is enough.
+
+    Args:
+        model: any module; not to be called by another thread meanwhile.
+        tensors: by the names of ``model.named_parameters()`` or ``named_buffers()``, every alias of a name included.
+        args: positional arguments, or the only one.
+        kwargs: keyword arguments.
+
+    Raises:
+        KeyError: for a name that ``model`` lacks.
+        ValueError: for two different values of one tied tensor.
+    """
+    new: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        old = _held(model, name)
+        if new.setdefault(id(old), tensor) is not tensor:
+            raise ValueError(f"tensors: expected one value for a tied tensor, got another for {name!r}")
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for leaf, old in table.items():
+                    if id(old) in new:
+                        swapped.append((table, leaf, old))
+                        table[leaf] = new[id(old)]
+        return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+    finally:
+        for table, leaf, old in swapped:
+            table[leaf] = old
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    held = None if module is None else module._parameters.get(leaf, module._buffers.get(leaf))
+    if held is None:
+        raise KeyError(f"tensors: expected names of parameters or buffers of the model, got {name!r}")
+    return held
+
+
 # What adapts ---------------------------------------------------------------------------------------------------------
 
 _NORMS = (PerStepBatchNorm2d, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -202,8 +260,10 @@ def adapted_names(
     Raises:
         ValueError: when nothing is left to adapt, or ``adapt_norm`` meets per-step weights.
     """
-    chosen: list[str] = []
+    chosen: dict[int, str] = {}
     prefixes = (adapt,) if isinstance(adapt, str) else tuple(adapt)
+    # A tied parameter has several names: it adapts by any of them, under the first.
+    first = {id(p): name for name, p in model.named_parameters()}
     owners = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     for owner in owners:
         module = model.get_submodule(owner)
@@ -220,10 +280,10 @@ def adapted_names(
                 continue
             full = prefix + name
             if adapt == "all" or (owner == owners[-1] if adapt == "head" else full.startswith(prefixes)):
-                chosen.append(full)
+                chosen.setdefault(id(p), first[id(p)])
     if not chosen:
         raise ValueError(f"adapt: expected a choice that leaves parameters to adapt, got {adapt!r}")
-    return tuple(chosen)
+    return tuple(chosen.values())
 
 
 # The inner loop ------------------------------------------------------------------------------------------------------

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mamlpp_fast.adaptation import inner_steps
 from mamlpp_fast.engine.graph import graphed
 from mamlpp_fast.engine.reference import zero_gradients
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, set_eval_stats
+from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, functional_call, set_eval_stats
 
 __all__ = ["AutogradEngine"]
 
