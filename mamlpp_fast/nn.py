@@ -34,9 +34,9 @@ class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
 
     plain = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         if self.plain or (not self.training and self.eval_stats == "running"):
-            return super().forward(x)
+            return super().normalise(x)
         step = self.row if self.per_step_affine else None
         if not self.training:
             return ops.per_step_batch_norm(

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 __all__ = [
     "LossFn",
@@ -30,6 +31,7 @@ __all__ = [
     "is_second_order",
     "meta_gradient",
     "msl_weights",
+    "per_step_norm",
     "set_eval_stats",
     "set_step",
 ]
@@ -152,6 +154,14 @@ class PerStepBatchNorm2d(nn.Module):
         return self.running_mean, self.running_var
 
     def forward(self, x: Tensor) -> Tensor:
+        if has_torch_function_unary(x):
+            # To a tensor subclass or a torch-function mode the whole norm is one operation.
+            y: Tensor = handle_torch_function(per_step_norm, (x,), self, x)
+            return y
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """What :meth:`forward` computes: the mathematics, for subclasses to compute otherwise."""
         weight, bias = self.affine()
         mean, var = self.running_stats()
         if self.training:
@@ -167,6 +177,11 @@ class PerStepBatchNorm2d(nn.Module):
         for flag in ("per_step_affine", "per_step_stats"):
             text += "" if getattr(self, flag) else f", {flag}=False"
         return text if self.negative_slope is None else text + f", negative_slope={self.negative_slope}"
+
+
+def per_step_norm(module: PerStepBatchNorm2d, x: Tensor) -> Tensor:
+    """``module(x)`` as a function: what torch-function modes and tensor subclasses see of a per-step batch norm."""
+    return module.normalise(x)
 
 
 def set_step(model: nn.Module, step: int) -> None:

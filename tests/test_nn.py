@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import random_batch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
@@ -114,3 +115,31 @@ def test_the_learner_converts_plain_batch_norm_and_refuses_other_rows() -> None:
     learner.meta_step(random_batch(dtype=torch.float32))
     with pytest.raises(ValueError, match="expected per-step batch norms of 5 steps, 1 has 2"):
         mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=5), engine="reference")
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_function__(
+        self, func: object, types: object, args: tuple = (), kwargs: object = None
+    ) -> object:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class _Marked(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", [mf.PerStepBatchNorm2d, reference.PerStepBatchNorm2d])
+def test_torch_function_sees_a_per_step_norm_as_one_operation(kind: type[nn.Module]) -> None:
+    norm = kind(3, 2, negative_slope=0.1).double()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    expected = norm(x)
+    with _Calls() as calls:
+        y = norm(x)
+    assert calls.seen == [reference.per_step_norm]
+    assert_close(y, expected, rtol=0, atol=0)
+    assert isinstance(norm(x.as_subclass(_Marked)), _Marked)
