@@ -135,7 +135,7 @@ class MAMLPlusPlus:
         self.deterministic = deterministic and self.device.type == "cpu"
         self._asked: EngineName = engine
         self.engine, self.engine_reason = make_engine(
-            engine, self.model, self.rates, config, self.loss_fn, precision, self.deterministic
+            engine, self.model, self.rates, self.loss_fn, precision, self.deterministic
         )
         trainable = [p for m in (self.model, self.rates) for p in m.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
@@ -414,9 +414,7 @@ class MAMLPlusPlus:
         except Unsupported as error:
             if self._asked != "auto":
                 raise
-            self.engine, _ = make_engine(
-                "autograd", self.model, self.rates, self.config, self.loss_fn, self.precision
-            )
+            self.engine, _ = make_engine("autograd", self.model, self.rates, self.loss_fn, self.precision)
             self.engine_reason = f"not fused: {error}"
             with one_thread(self._one_thread):
                 return call(self.engine)

@@ -72,11 +72,12 @@ class LSLR(nn.Module):
             torch.full(shape, init_lr, device=device, dtype=dtype), requires_grad=learnable
         )
 
-    def as_dict(self) -> dict[str, Tensor]:
-        """Views of the rates by parameter name: [K], or [K, *shape] when per element."""
+    def as_dict(self, rates: Tensor | None = None) -> dict[str, Tensor]:
+        """Views of the rates, or of a tensor like them, by parameter name: [K], or [K, *shape] when per element."""
+        rates = self.rates if rates is None else rates
         if self.kind == "tensor":
-            return {name: self.rates[i] for i, name in enumerate(self.names)}
-        parts = self.rates.split(self.sizes, dim=1)
+            return {name: rates[i] for i, name in enumerate(self.names)}
+        parts = rates.split(self.sizes, dim=1)
         return {
             name: part.unflatten(1, shape) if shape else part.squeeze(1)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)

@@ -10,6 +10,7 @@ model with other tensors, which parameters adapt, the inner loop, the meta-gradi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -34,6 +35,7 @@ __all__ = [
     "per_step_norm",
     "set_eval_stats",
     "set_step",
+    "swapped",
 ]
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -223,23 +225,30 @@ def functional_call(
         KeyError: for a name that ``model`` lacks.
         ValueError: for two different values of one tied tensor.
     """
+    with swapped(model, tensors):
+        return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it ``model`` holds ``tensors`` in place of its own; see :func:`functional_call`."""
     new: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        old = _held(model, name)
-        if new.setdefault(id(old), tensor) is not tensor:
+        held = _held(model, name)
+        if new.setdefault(id(held), tensor) is not tensor:
             raise ValueError(f"tensors: expected one value for a tied tensor, got another for {name!r}")
-    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in model.modules():
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
                 for leaf, old in table.items():
                     if id(old) in new:
-                        swapped.append((table, leaf, old))
+                        replaced.append((table, leaf, old))
                         table[leaf] = new[id(old)]
-        return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+        yield
     finally:
-        for table, leaf, old in swapped:
+        for table, leaf, old in replaced:
             table[leaf] = old
 
 
