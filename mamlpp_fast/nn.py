@@ -10,6 +10,8 @@ from typing import Any, TypeGuard, TypeVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from mamlpp_fast import ops, reference
 from mamlpp_fast.reference import set_eval_stats, set_step
@@ -17,6 +19,7 @@ from mamlpp_fast.reference import set_eval_stats, set_step
 __all__ = [
     "InertBiasConv2d",
     "PerStepBatchNorm2d",
+    "check_model",
     "convert_batch_norm",
     "plain_batch_norm",
     "set_eval_stats",
@@ -96,6 +99,33 @@ class InertBiasConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+def check_model(model: nn.Module) -> None:
+    """Raises where parameters cannot be told by name, or have no shape yet.
+
+    Raises:
+        TypeError: for another object than a module, or one whose own ``parameters()`` or ``named_parameters()`` give
+            something else than PyTorch's do (a list, say, as MAML code of old did).
+        ValueError: for a lazy module that has seen no input yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    own = {name: id(p) for name, p in nn.Module.named_parameters(model)}
+    trainable = {id(p) for p in nn.Module.parameters(model) if p.requires_grad}
+    listed, named = model.parameters(), model.named_parameters()
+    wrong = None
+    if not isinstance(listed, Iterator) or not trainable <= {id(p) for p in listed}:
+        wrong = f"parameters() to be PyTorch's own iterator over all parameters, got {type(listed).__name__}"
+    elif not isinstance(named, Iterator) or {name: id(p) for name, p in named} != own:
+        wrong = f"named_parameters() to be PyTorch's own iterator, got {type(named).__name__}"
+    if wrong is not None:
+        raise TypeError(f"model: expected {wrong} of {type(model).__name__}")
+    for name, tensor in (*nn.Module.named_parameters(model), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"model: expected initialised parameters, {name} is lazy: call the model once before"
+            )
+
+
 def convert_batch_norm(
     model: _M, num_steps: int, *, per_step_affine: bool = True, per_step_stats: bool = True
 ) -> _M:
@@ -122,17 +152,20 @@ def convert_batch_norm(
 
     Raises:
         ValueError: for ``num_steps`` below 1, a ``nn.SyncBatchNorm`` (its statistics would mix the tasks of several
-            processes), or lazy modules that have seen no input yet.
-        TypeError: for a model with a ``parameters()`` of its own (:func:`mamlpp_fast.reference.check_model`).
+            processes), or a lazy norm that has seen no input yet.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-    reference.check_model(model)
     new: dict[nn.Module, nn.Module] = {}
     left: dict[str, _NormBase] = {}
     for name, old in model.named_modules():
         if isinstance(old, nn.SyncBatchNorm):
             raise ValueError(f"model: expected batch norms of one process, {name or 'it'} is a SyncBatchNorm")
+        if isinstance(old, _NormBase) and isinstance(old, LazyModuleMixin):
+            raise ValueError(
+                f"model: expected norms that have seen an input, {name or 'it'} is a {type(old).__name__}: call the "
+                "model once before"
+            )
         if _is_batch_norm(old):
             new[old] = _converted(old, num_steps, per_step_affine, per_step_stats)
         elif isinstance(old, _BatchNorm) or (isinstance(old, _NormBase) and old.running_mean is not None):

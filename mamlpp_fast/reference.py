@@ -25,7 +25,6 @@ __all__ = [
     "MetaResult",
     "PerStepBatchNorm2d",
     "adapted_names",
-    "check_model",
     "cosine_annealing",
     "evaluate_task",
     "functional_call",
@@ -301,36 +300,6 @@ def _held(model: nn.Module, name: str) -> Tensor:
 _NORMS = (PerStepBatchNorm2d, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises where parameters cannot be told by name, or have no shape yet.
-
-    Raises:
-        TypeError: for another object than a module, or one whose own ``parameters()`` or ``named_parameters()`` give
-            something else than PyTorch's do (a list, say, as MAML code of old did).
-        ValueError: for a lazy module that has seen no input yet.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    own = dict(nn.Module.named_parameters(model))
-    trainable = {id(p) for p in own.values() if p.requires_grad}
-    listed, named = model.parameters(), model.named_parameters()
-    if not isinstance(listed, Iterator) or not trainable <= {id(p) for p in listed}:
-        raise TypeError(
-            "model: expected parameters() to be PyTorch's own iterator over all parameters, "
-            f"{type(model).__name__} has another that gives {type(listed).__name__}"
-        )
-    if not isinstance(named, Iterator) or {n: id(p) for n, p in named} != {n: id(p) for n, p in own.items()}:
-        raise TypeError(
-            "model: expected named_parameters() to be PyTorch's own iterator over all parameters, "
-            f"{type(model).__name__} has another that gives {type(named).__name__}"
-        )
-    for name, tensor in (*nn.Module.named_parameters(model), *model.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise ValueError(
-                f"model: expected initialised parameters, {name} is lazy: call the model once before"
-            )
-
-
 def adapted_names(
     model: nn.Module, adapt: str | Sequence[str] = "all", adapt_norm: bool = False
 ) -> tuple[str, ...]:
@@ -344,13 +313,11 @@ def adapted_names(
 
     Raises:
         ValueError: when nothing is left to adapt, or ``adapt_norm`` meets per-step weights.
-        TypeError, ValueError: as :func:`check_model` does.
     """
-    check_model(model)
     chosen: dict[int, str] = {}
     prefixes = (adapt,) if isinstance(adapt, str) else tuple(adapt)
     # A tied parameter has several names: it adapts by any of them, under the first.
-    first = {id(p): name for name, p in model.named_parameters()}
+    first = {id(p): name for name, p in nn.Module.named_parameters(model)}
     owners = [n for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())]
     for owner in owners:
         module = model.get_submodule(owner)

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 import mamlpp_fast as mf
 from mamlpp_fast import reference
 from mamlpp_fast.engine.reduction import Reduction
+from mamlpp_fast.nn import check_model
 
 STEPS, WAYS, RATE = 2, 3, 0.1
 
@@ -312,7 +313,7 @@ def test_norms_that_cannot_serve_are_refused_and_nothing_is_changed() -> None:
     assert type(model[0]) is nn.BatchNorm2d
     lazy = nn.Sequential(nn.Linear(3, 4), nn.LazyBatchNorm1d())
     with pytest.raises(
-        ValueError, match=r"expected initialised parameters, 1\.weight is lazy: call the model"
+        ValueError, match="expected norms that have seen an input, 1 is a LazyBatchNorm1d: call"
     ):
         mf.MAMLPlusPlus(lazy)
     lazy(torch.randn(2, 3))
@@ -363,21 +364,27 @@ class _Trainable(nn.Linear):
         return filter(lambda p: p.requires_grad, super().parameters(recurse))
 
 
-@pytest.mark.parametrize("enter", [mf.MAMLPlusPlus, lambda m: mf.LSLR(m, 2)], ids=["learner", "LSLR"])
-def test_a_model_with_parameters_of_its_own_is_refused_in_words(enter: Callable[[nn.Module], object]) -> None:
-    with pytest.raises(TypeError, match=r"model: expected parameters\(\) .* _Listed has another .* list$"):
-        enter(_Listed(2, 3))
-    with pytest.raises(TypeError, match=r"model: expected parameters\(\) .* over all parameters"):
-        enter(_Partial(2, 3))
-    with pytest.raises(TypeError, match=r"model: expected named_parameters\(\) .* _Renamed has another"):
-        enter(_Renamed(2, 3))
+def test_check_model_refuses_parameters_that_are_not_pytorchs() -> None:
+    with pytest.raises(TypeError, match=r"model: expected parameters\(\) to be .* got list of _Listed$"):
+        check_model(_Listed(2, 3))
+    with pytest.raises(TypeError, match=r"model: expected parameters\(\) to be .* over all parameters"):
+        check_model(_Partial(2, 3))
+    with pytest.raises(TypeError, match=r"model: expected named_parameters\(\) to be .* of _Renamed$"):
+        check_model(_Renamed(2, 3))
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got function"):
+        check_model(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"expected initialised parameters, 1\.weight is lazy: call the model"
+    ):
+        check_model(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2)))
     frozen = _Trainable(2, 3)
     frozen.bias.requires_grad_(False)
-    enter(frozen)
-    # What a submodule does is its own affair: the model's methods do not ask it.
-    enter(nn.Sequential(_Listed(2, 3), _Renamed(3, 3)))
+    check_model(frozen)
+    # What a submodule's say is never asked.
+    check_model(nn.Sequential(_Listed(2, 3), _Renamed(3, 3)))
 
 
-def test_check_model_takes_modules_only() -> None:
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got function"):
-        reference.check_model(lambda x: x)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", [_Listed, _Partial, _Renamed])
+def test_what_adapts_does_not_ask_a_models_own_methods(kind: type[nn.Linear]) -> None:
+    assert reference.adapted_names(kind(2, 3)) == ("weight", "bias")
+    assert reference.adapted_names(nn.Sequential(kind(2, 3))) == ("0.weight", "0.bias")
