@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine.running import decay, made_passes, row_of
@@ -154,7 +154,8 @@ class Reduction:
             for now in norm.tables():
                 old, part = next(pairs)
                 now.copy_(self._decay(norm, total, now) * old + part.view(now.shape))
-            counted = getattr(norm.module, "num_batches_tracked", None)
+            # Instance norms have a counter too, but do not count.
+            counted = norm.module.num_batches_tracked if isinstance(norm.module, _BatchNorm) else None
             if counted is not None:
                 # This rank's own passes are in it already.
                 each = int(norm.passes[self._multi_step].sum())
