@@ -62,8 +62,20 @@ def make_engine(
     loss_fn: LossFn,
     precision: Precision = "float32",
     deterministic: bool = False,
+    *,
+    verify: bool = True,
 ) -> EngineChoice:
     """Builds the engine of this name; ``auto`` takes the fastest that can serve the model.
+
+    Args:
+        name: the engine asked for.
+        model: the network.
+        rates: its inner rates.
+        config: the settings.
+        loss_fn: (prediction, target) to a scalar.
+        precision: see :class:`mamlpp_fast.MAMLPlusPlus`, as for the others.
+        deterministic: ditto.
+        verify: ditto.
 
     Raises:
         ValueError: for an unknown name, or when the engine asked for cannot serve the model or precision.

@@ -41,7 +41,7 @@ class AutogradEngine:
     def _gradients(
         self, fields: tuple[Tensor, Tensor, Tensor, Tensor], step_weights: Tensor | None, second_order: bool
     ) -> MetaResult:
-        batch = EpisodeBatch(*fields)
+        batch = EpisodeBatch(*fields, by_class=False)
         zero_gradients(self.model, self.rates)
         losses, logits = [], []
         for task in batch:
