@@ -116,6 +116,28 @@ class LSLR(nn.Module):
         """
         return self.unflatten(self.update(self.flatten(params), self.flatten(grads), step))
 
+    def follow(self, adapting: Iterable[tuple[str, Tensor]], init_lr: float) -> None:
+        """Goes over to other parameters, in place: rates stay with their name (per element: and shape).
+
+        ``rates`` is another Parameter afterwards only where the names, or per element the shapes, are others.
+
+        Args:
+            adapting: (name, parameter) of every tensor that adapts from now on.
+            init_lr: initial value of rates that are new.
+        """
+        new = LSLR(adapting, self.num_steps, init_lr, rates=self.kind, learnable=self.rates.requires_grad)
+        if (new.names, new.shapes) == (self.names, self.shapes):
+            return
+        if new.names != self.names or self.kind == "element":
+            with torch.no_grad():
+                before = self.as_dict()
+                for name, rate in new.as_dict().items():
+                    if name in before and before[name].shape == rate.shape:
+                        rate.copy_(before[name])
+            self.rates = new.rates
+        self.names, self.shapes, self.sizes = new.names, new.shapes, new.sizes
+        self.offsets = new.offsets
+
     def extra_repr(self) -> str:
         return f"{len(self.names)} tensors, num_steps={self.num_steps}, rates={self.kind!r}"
 

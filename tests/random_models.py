@@ -61,7 +61,9 @@ class _Comparison:
         self.learner = mf.MAMLPlusPlus(program.build(), mf.MAMLConfig(**settings), precision="float64")
         self.model = self.learner.model
         for generator, rate in enumerate(self.textbook.rates.values()):
-            draw = torch.rand(rate.shape, generator=torch.Generator().manual_seed(generator), dtype=rate.dtype)
+            draw = torch.rand(
+                rate.shape, generator=torch.Generator().manual_seed(generator), dtype=rate.dtype
+            )
             rate.data.mul_(0.5 + draw)
         if tuple(self.textbook.rates) != self.learner.rates.names:
             self.wrong.append(f"adapts {self.learner.rates.names}, expected {tuple(self.textbook.rates)}")
@@ -148,7 +150,9 @@ class _Comparison:
         self.close(f"{when}: predictions with {statistics} statistics", ours, expected)
         if not self.program.volatile:
             predict = self.learner.adapt(batch[0][-1], batch[1][-1], steps=steps)
-            self.close(f"{when}: predictor with {statistics} statistics", predict(batch[2][-1]), expected[-1, -1])
+            self.close(
+                f"{when}: predictor with {statistics} statistics", predict(batch[2][-1]), expected[-1, -1]
+            )
             self.textbook.evaluate(tuple(t[-1:] for t in batch), statistics, steps)  # type: ignore[arg-type]
             self.state(f"after {when}", parameters=True)
 
@@ -205,7 +209,11 @@ def describe(seed: int) -> str:
     """The model's source, its settings, its tasks, and what differed."""
     program, outcome = make_program(seed), check(seed)
     about = f"examples {program.shape}, {program.tasks} tasks of {program.images[0]} and {program.images[1]}"
-    lines = [program.source, f"settings: {program.settings}", about + (", permuted" if program.permuted else "")]
+    lines = [
+        program.source,
+        f"settings: {program.settings}",
+        about + (", permuted" if program.permuted else ""),
+    ]
     lines += [f"features: {', '.join(outcome.features) or 'none'}", f"{outcome.engine}: {outcome.reason}"]
     return "\n".join([*lines, *(outcome.wrong or ("equal to the textbook",))])
 

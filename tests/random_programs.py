@@ -445,9 +445,15 @@ def _written_buffer(w: _Writer) -> None:
 
 
 def _training_branch(w: _Writer) -> None:
-    texts = ["h = F.relu(h) if self.training else F.leaky_relu(h, 0.2)", "h = h if self.training else h / 2.0"]
+    texts = [
+        "h = F.relu(h) if self.training else F.leaky_relu(h, 0.2)",
+        "h = h if self.training else h / 2.0",
+    ]
     texts += [f"if not self.training:\n    h = {w.mix()}(h)", f"if self.training:\n    h = h + {w.mix()}(h)"]
-    texts += ["h = h * (1.0 + 0.5 * self.training)", "h = F.dropout(h, 0.0, self.training) + float(self.training)"]
+    texts += [
+        "h = h * (1.0 + 0.5 * self.training)",
+        "h = F.dropout(h, 0.0, self.training) + float(self.training)",
+    ]
     w.lines(w.pick(*texts))
 
 
@@ -493,8 +499,19 @@ def _cut_and_join(w: _Writer) -> None:
 def _arithmetic(w: _Writer) -> None:
     kept = w.mix()
     texts = [f"h = h * torch.sigmoid({kept}(h))", f"h = h - {kept}(h)", "h = 2 * h", "h = h / 2.0", "h = -h"]
-    texts += [f"h = torch.add(h, {kept}(h), alpha=0.5)", "h = h + 1", "h = 1 - h", f"h = h.add({kept}(h), alpha=2)"]
-    texts += [f"h = h * {kept}(h)", "h = h + h", "h = h.pow(2)", "h = torch.subtract(h, 0.5)", "h = sum([h, h])"]
+    texts += [
+        f"h = torch.add(h, {kept}(h), alpha=0.5)",
+        "h = h + 1",
+        "h = 1 - h",
+        f"h = h.add({kept}(h), alpha=2)",
+    ]
+    texts += [
+        f"h = h * {kept}(h)",
+        "h = h + h",
+        "h = h.pow(2)",
+        "h = torch.subtract(h, 0.5)",
+        "h = sum([h, h])",
+    ]
     w.lines(w.pick(*texts))
 
 
@@ -553,8 +570,14 @@ def _other_layer(w: _Writer) -> None:
         return _other_activation(w)
     c, height, width = w.shape
     convs = [f"nn.Conv2d({c}, {c}, 5, padding=2)", f"nn.Conv2d({c}, {c}, 3, padding=1, groups={c})"]
-    convs += [f"nn.Conv2d({c}, {c}, 3, padding=2, dilation=2)", f"nn.Conv2d({c}, {c}, (3, 1), padding=(1, 0))"]
-    convs += [f'nn.Conv2d({c}, {c}, 3, padding=1, padding_mode="reflect")', f"nn.ConvTranspose2d({c}, {c}, 1)"]
+    convs += [
+        f"nn.Conv2d({c}, {c}, 3, padding=2, dilation=2)",
+        f"nn.Conv2d({c}, {c}, (3, 1), padding=(1, 0))",
+    ]
+    convs += [
+        f'nn.Conv2d({c}, {c}, 3, padding=1, padding_mode="reflect")',
+        f"nn.ConvTranspose2d({c}, {c}, 1)",
+    ]
     pools = ["nn.MaxPool2d(3, 1, 1)", "nn.AvgPool2d(3, 1, 1)", "nn.MaxPool2d(3, stride=1, padding=1)"]
     name = w.layer("odd", "odd", w.pick(*convs)) if w.chance(0.6) else w.member("odd", w.pick(*pools))
     w.lines(f"h = {name}(h)")
@@ -563,7 +586,11 @@ def _other_layer(w: _Writer) -> None:
 
 def _subclass(w: _Writer) -> None:
     base = w.pick("nn.ReLU", "nn.Identity", "nn.Linear", "nn.Conv2d")
-    w.before += [f"class Own({base}):", "    def forward(self, h):", "        return 0.5 * super().forward(h)"]
+    w.before += [
+        f"class Own({base}):",
+        "    def forward(self, h):",
+        "        return 0.5 * super().forward(h)",
+    ]
     width, call = w.shape[0], "Own()"
     if base in ("nn.Linear", "nn.Conv2d"):
         w.before[0] = w.before[0].replace(base, "nn.Conv2d" if w.image else "nn.Linear")
@@ -618,7 +645,11 @@ _CUTS = ("no_grad island", "detached activation")
 def _random_numbers(w: _Writer) -> None:
     drop = w.member("drop", "nn.Dropout(0.5)")
     texts = [f"h = {drop}(h)", "h = F.dropout(h, 0.3, self.training)", "h = h + torch.randn_like(h)"]
-    texts += ["h = h * torch.rand(())", f"if torch.rand(()) < 0.5:\n    h = {w.mix()}(h)", "h = F.rrelu(h, training=True)"]
+    texts += [
+        "h = h * torch.rand(())",
+        f"if torch.rand(()) < 0.5:\n    h = {w.mix()}(h)",
+        "h = F.rrelu(h, training=True)",
+    ]
     w.lines(w.pick(*texts))
 
 
@@ -649,7 +680,11 @@ def _parametrized(w: _Writer) -> None:
         w.after += ["with warnings.catch_warnings():", '    warnings.simplefilter("ignore")']
         w.after.append(f"    torch.nn.utils.weight_norm(model.{name})")
     else:
-        w.before += ["class Halved(nn.Module):", "    def forward(self, p):", "        return torch.tanh(p) / 2"]
+        w.before += [
+            "class Halved(nn.Module):",
+            "    def forward(self, p):",
+            "        return torch.tanh(p) / 2",
+        ]
         w.after.append(f'parametrize.register_parametrization(model.{name}, "weight", Halved())')
 
 

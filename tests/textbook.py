@@ -84,9 +84,7 @@ def _convert(model: nn.Module, settings: Mapping[str, Any]) -> None:
 
 def _adapting(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     """What the inner loop moves: trainable, not of a norm unless ``adapt_norm``, and of the prefixes asked for."""
-    of_norms = {
-        id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)
-    }
+    of_norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
     prefixes = settings["adapt"]
     return {
         name: p

@@ -54,7 +54,14 @@ def make_engine(
     deterministic: bool = False,
     verify: bool = True,
 ) -> EngineChoice:
-    """Builds the engine of this name; ``auto`` the fused one, which says at the first batch whether it can take the model.
+    """Builds the engine of this name; ``auto`` the fused one, which tells at the first batch whether it can serve.
+
+    Args:
+        name: the engine asked for.
+        model: the network.
+        rates: its inner rates.
+        loss_fn: (prediction, target) to a scalar.
+        precision, deterministic, verify: see :class:`mamlpp_fast.MAMLPlusPlus`.
 
     Raises:
         ValueError: for an unknown name, or when the engine asked for cannot serve the loss or precision.
