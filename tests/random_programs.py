@@ -55,6 +55,7 @@ class Program:
         source: the text of a module with ``build()``, and ``change(model)`` for between two meta-steps.
         features: names of what was drawn.
         plain: whether nothing but layers with fused rules was drawn.
+        changes: whether ``change`` does anything.
         draws: whether ``forward`` draws random numbers: no two runs are alike.
         volatile: whether ``forward`` changes the model in evaluation too.
         settings: keywords of ``MAMLConfig``.
@@ -66,6 +67,7 @@ class Program:
     source: str
     features: tuple[str, ...]
     plain: bool
+    changes: bool
     draws: bool
     volatile: bool
     settings: dict[str, Any]
@@ -194,7 +196,7 @@ class _Writer:
         for line in list(self.init):
             name = line.split(" = ")[0]
             texts = [*self.forward, *self.methods, *(other for other in self.init if other is not line)]
-            if line.startswith("self.") and "." not in name[5:] and not _names(name, texts):
+            if line.startswith("self.") and "." not in name[5:] and not _names(name[5:], texts):
                 self.init.remove(line)
                 self.layers.pop(name[5:], None)
 
@@ -224,7 +226,7 @@ def _convolution(w: _Writer) -> None:
     value = f"nn.Conv2d({channels}, {out}, {k}, stride={stride}, padding={given}, bias={w.chance(0.7)})"
     name = w.layer("conv", "product", value)
     call = f"F.conv2d(h, {name}.weight, {name}.bias, {name}.stride, {name}.padding)"
-    if w.chance(0.06):
+    if w.chance(0.04):
         w.features.append("functional layer")
         w.layers[name[5:]] = "functional"
     else:
@@ -236,7 +238,7 @@ def _convolution(w: _Writer) -> None:
 def _linear(w: _Writer) -> None:
     out = w.rng.randint(3, 8)
     name = w.layer("linear", "product", f"nn.Linear({w.shape[0]}, {out}, bias={w.chance(0.8)})")
-    functional = w.chance(0.06)
+    functional = w.chance(0.04)
     if functional:
         w.features.append("functional layer")
         w.layers[name[5:]] = "functional"
@@ -261,7 +263,9 @@ def _activation(w: _Writer) -> None:
         w.lines(f"h = {call or w.member('act', module) + '(h)'}")
         return
     module = w.pick("nn.ReLU()", "nn.LeakyReLU(0.2)", "nn.LeakyReLU()")
-    call = w.pick("F.relu(h)", "torch.relu(h)", "h.relu()", "F.leaky_relu(h, negative_slope=0.1)", "", "")
+    call = w.pick("F.relu(h)", "torch.relu(h)", "h.relu()", "F.leaky_relu(h, negative_slope=0.1)", "", "", "")
+    if w.chance(0.1):
+        call = w.pick("F.relu(input=h)", "F.leaky_relu(h, -0.3)", "F.leaky_relu(h, 0.0)", "nn.ReLU()(h)")
     if call:
         w.lines(f"h = {call}")
         return
@@ -302,16 +306,51 @@ def _loop(w: _Writer) -> None:
     if kind == "tuple":
         w.lines(f"for layer in ({first}, {second}):\n    h = {act}(layer(h))")
     elif kind == "list":
-        w.init.append(f"self.order = [{first}, {second}]")
-        w.lines(f"for layer in self.order:\n    h = {act}(layer(h))")
+        order = w.member("order", f"[{first}, {second}]")
+        w.lines(f"for layer in {order}:\n    h = {act}(layer(h))")
     else:
         w.lines(f'parts = {{"a": {first}(h), "b": ({second}(h), 0)}}\nh = {act}(parts["a"] + parts["b"][0])')
     w.features.append("python containers")
 
 
+def _container(w: _Writer) -> None:
+    """Layers that keep the shape, one module: a sequence, or a block with a forward of its own."""
+    width = w.shape[0]
+    product = f"nn.Conv2d({width}, {width}, 3, padding=1)" if w.image else f"nn.Linear({width}, {width})"
+    norm = f"nn.BatchNorm2d({width})" if w.image and w.pick(True, False) else f"nn.LayerNorm({list(w.shape)})"
+    norm = "nn.Identity()" if math.prod(w.shape) < 4 or (w.image and math.prod(w.shape[1:]) < 8) else norm
+    act = w.pick("nn.ReLU(inplace=True)", "nn.LeakyReLU(0.2)")
+    if w.chance(0.5):
+        name = w.layer("block", "container", f"nn.Sequential({product}, {norm}, {act})")
+        w.layers[f"{name[5:]}[0]"] = "product"
+        each = f"for layer in {name}:\n    h = layer(h)"
+        w.lines(w.pick(f"h = {name}(h)", f"h = {name}(h)", each, f"h = {name}[2]({name}[1]({name}[0](h)))"))
+        return
+    name = w.layer("block", "container", f"Block{w.count}()")
+    w.layers[f"{name[5:]}.product"] = "product"
+    key = w.pick("", '["out"]', "[0]")
+    result = {"": "{}", '["out"]': '{{"out": {}, "in": h}}', "[0]": "({}, h)"}[key]
+    total = w.pick("self.act(h + self.norm(self.product(h)))", "h + self.act(self.norm(self.product(h)))")
+    w.before += [
+        f"class Block{w.count - 1}(nn.Module):",
+        "    def __init__(self):",
+        "        super().__init__()",
+    ]
+    w.before += [f"        self.{n} = {v}" for n, v in (("product", product), ("norm", norm), ("act", act))]
+    w.before += ["", "    def forward(self, h):", f"        return {result.format(total)}", ""]
+    w.lines(f"h = {name}(h){key}")
+
+
 def _nothing(w: _Writer) -> None:
     name = w.member("idle", w.pick("nn.Dropout(0.0)", "nn.Identity()", "nn.Sequential(nn.Identity())"))
-    w.lines(f"h = {name}(h)")
+    call = w.pick(
+        "h.contiguous()", "h.clone()", "h.to(x.dtype)", "h + 0.0", "h[:]", "1.0 * h", "F.dropout(h, 0.0)"
+    )
+    if w.chance(0.3):
+        w.features.append("call without effect")
+        w.lines(f"h = {call}")
+    else:
+        w.lines(f"h = {name}(h)")
 
 
 def _flatten(w: _Writer) -> None:
@@ -322,7 +361,15 @@ def _flatten(w: _Writer) -> None:
     whole += [] if w.strided else ["h.view(h.size(0), -1)", "h.view(h.shape[0], -1)"]
     means = ["h.mean((2, 3))", "h.mean(dim=(-2, -1))", "torch.mean(h, dim=[2, 3])"]
     means += [f"{module('mean', 'nn.AdaptiveAvgPool2d(1)')}(h).flatten(1)"]
-    means += ["torch.flatten(F.adaptive_avg_pool2d(h, 1), 1)"]
+    means += ["torch.flatten(F.adaptive_avg_pool2d(h, 1), 1)", "h.mean((2, 3), keepdim=True).flatten(1)"]
+    if w.chance(0.1):
+        means = [
+            "h.mean(-1).mean(-1)",
+            "h.sum((2, 3))",
+            "h.amax((2, 3))",
+            "h.permute(0, 2, 3, 1).mean((1, 2))",
+        ]
+        w.features.append("other pooling")
     if size > 60 or w.chance(0.4):
         w.lines(f"h = {w.pick(*means)}", writable=True)
         w.shape = (channels,)
@@ -396,6 +443,18 @@ def _detached_parameter(w: _Writer) -> None:
     w.lines(_functional(w, name, weight), writable=True)
 
 
+def _called_directly(w: _Writer) -> None:
+    name = w.mix()
+    w.lines(w.pick(f"h = {name}.forward(h)", f"h = {name}(input=h)", f'h = getattr(self, "{name[5:]}")(h)'))
+
+
+def _unused_result(w: _Writer) -> None:
+    if w.image and math.prod(w.shape[1:]) >= 8 and w.chance(0.6):
+        w.lines(f"{w.layer('bn', 'norm', f'nn.BatchNorm2d({w.shape[0]})')}(h)")
+    else:
+        w.lines(f"aside = {w.mix()}(h)")
+
+
 def _functional(w: _Writer, name: str, weight: str) -> str:
     """A call of a layer's operation with another weight."""
     w.layers[name[5:]] = "functional"
@@ -405,7 +464,12 @@ def _functional(w: _Writer, name: str, weight: str) -> str:
 
 
 def _own_parameter(w: _Writer) -> None:
-    kind = w.pick("scale", "shift", "matmul", "scalar", "exponential")
+    kind = w.pick("scale", "shift", "matmul", "scalar", "exponential", "weight")
+    if kind == "weight" and not w.image:
+        name = w.mix(bias=True)
+        w.layers[name[5:]] = "functional"
+        w.lines(f"h = h @ {name}.weight.t() + {name}.bias")
+        return
     if kind == "matmul":
         width = w.shape[-1]
         w.lines(f"h = h @ {w.parameter(f'torch.eye({width}) + 0.1 * torch.ones({width}, {width})')}")
@@ -484,6 +548,8 @@ def _batch_size(w: _Writer) -> None:
 
 def _cut_and_join(w: _Writer) -> None:
     texts = ["h = h.flip(1)", "h = torch.stack([h, F.relu(h)]).mean(0)", "h = torch.roll(h, 1, dims=1)"]
+    if w.image and w.shape[1] == w.shape[2]:
+        texts += ["h = h.transpose(-1, -2).contiguous()"] * 3
     if w.shape[0] % 2 == 0:
         texts += ["a, b = h.chunk(2, 1)\nh = torch.cat([b, F.relu(a)], 1)"] * 2
     if w.shape[0] > 1:
@@ -505,12 +571,12 @@ def _arithmetic(w: _Writer) -> None:
         "h = 1 - h",
         f"h = h.add({kept}(h), alpha=2)",
     ]
+    texts += [f"h = h * {kept}(h)", "h = h + h", "h = h * h", "h = torch.subtract(h, 0.5)", "h = sum([h, h])"]
     texts += [
-        f"h = h * {kept}(h)",
-        "h = h + h",
-        "h = h.pow(2)",
-        "h = torch.subtract(h, 0.5)",
-        "h = sum([h, h])",
+        "h = h + h.mean(1, keepdim=True)",
+        "h = h + h[:, :1]",
+        "h = h + x.mean()",
+        "h = torch.add(h, h[:1])",
     ]
     w.lines(w.pick(*texts))
 
@@ -551,10 +617,14 @@ def _other_norm(w: _Writer) -> None:
     width = w.shape[0]
     if w.image:
         groups = max(g for g in (1, 2, 3) if width % g == 0)
-        choices = f"nn.GroupNorm({groups}, {width})", f"nn.InstanceNorm2d({width}, affine={w.chance(0.4)})"
+        choices = [f"nn.GroupNorm({groups}, {width})", f"nn.InstanceNorm2d({width}, affine={w.chance(0.4)})"]
+        choices += [f"nn.LayerNorm({list(w.shape[1:])})"]
         w.lines(f"h = {w.layer('norm', 'norm', w.pick(*choices))}(h)", writable=True)
         return
-    choices = f"nn.RMSNorm({width})", f"nn.GroupNorm(1, {width})"
+    choices = (
+        f"nn.RMSNorm({width})",
+        f"nn.GroupNorm(1, {width})",
+    )  # like InstanceNorm's, their weights do not adapt
     w.lines(f"h = {w.layer('norm', 'norm', w.pick(*choices))}(h)", writable=True)
 
 
@@ -585,16 +655,17 @@ def _other_layer(w: _Writer) -> None:
 
 
 def _subclass(w: _Writer) -> None:
-    base = w.pick("nn.ReLU", "nn.Identity", "nn.Linear", "nn.Conv2d")
+    base = w.pick("nn.ReLU", "nn.Identity", "product", "product")
+    width, call = w.shape[0], "Own()"
+    if base == "product":
+        base = "nn.Conv2d" if w.image else "nn.Linear"
+        call = f"Own({width}, {width}, 1)" if w.image else f"Own({width}, {width})"
     w.before += [
         f"class Own({base}):",
         "    def forward(self, h):",
         "        return 0.5 * super().forward(h)",
+        "",
     ]
-    width, call = w.shape[0], "Own()"
-    if base in ("nn.Linear", "nn.Conv2d"):
-        w.before[0] = w.before[0].replace(base, "nn.Conv2d" if w.image else "nn.Linear")
-        call = f"Own({width}, {width}, 1)" if w.image else f"Own({width}, {width})"
     w.lines(f"h = {w.member('own', call)}(h)")
 
 
@@ -628,12 +699,14 @@ _INSIDE: dict[str, Callable[[_Writer], None]] = {
     "batch size used": _batch_size,
     "cat, chunk, split": _cut_and_join,
     "arithmetic": _arithmetic,
+    "called directly": _called_directly,
+    "result unused": _unused_result,
     "called twice": _twice,
     "tied weights": _tied,
     "tied batch norms": _tied_norms,
     "alias": _alias,
     "other norm": _other_norm,
-    "BatchNorm1d": _batch_norm_of_features,
+    "norm of the batch": _batch_norm_of_features,
     "other layer": _other_layer,
     "subclass of a layer": _subclass,
     "counted calls": _counted_calls,
@@ -720,7 +793,7 @@ def _harmless(w: _Writer) -> None:
         w.member("spare", w.pick("nn.Linear(2, 3)", "nn.BatchNorm2d(3)", "nn.Parameter(torch.ones(2))"))
         w.features.append("unused part")
     if names and w.chance(0.05):
-        w.init.append(f"self.alias = self.{w.pick(*names)}")
+        w.init.append(f"self.alias = self.{w.pick(*(n for n in names if n.isidentifier()))}")
         w.features.append("unused alias")
     if w.chance(0.2):
         w.change.append("model.head.weight.data.mul_(0.9)")
@@ -731,9 +804,11 @@ def _settings(rng: random.Random, names: list[str], steps: int) -> dict[str, Any
     adapt: Any = "all"
     if rng.random() < 0.25:  # the head at least: something must depend on what adapts
         adapt = ("head.", *(f"{name}." for name in names if rng.random() < 0.5))
+    loss = "mse" if rng.random() < 0.3 else "cross_entropy"
     return {
         "steps": steps,
-        "inner_lr": rng.choice([0.05, 0.1, 0.2]),
+        # Steps that diverge would compare rounding.
+        "inner_lr": rng.choice([0.02, 0.05] if loss == "mse" else [0.05, 0.1, 0.2]),
         "lslr": rng.random() < 0.9,
         "rates": "element" if rng.random() < 0.1 else "tensor",
         "second_order": rng.random() < 0.7,
@@ -742,7 +817,7 @@ def _settings(rng: random.Random, names: list[str], steps: int) -> dict[str, Any
         "bnrs": rng.random() < 0.6,
         "adapt": adapt,
         "adapt_norm": not bnwb and rng.random() < 0.4,
-        "loss": "mse" if rng.random() < 0.3 else "cross_entropy",
+        "loss": loss,
         "eval_stats": rng.choice(["batch", "running"]),
         "meta_lr": 0.01,
     }
@@ -785,18 +860,19 @@ def make_program(seed: int) -> Program:
     if w.before:
         head, tail = source.split("\n\nclass Model", 1)
         source = head + "\n\n" + "\n".join(w.before) + "\n\n\nclass Model" + tail
-    names = [name for name in w.layers if name != "head"]
+    names = [name for name in w.layers if name != "head" and "." not in name and "[" not in name]
     return Program(
         seed=seed,
         source=source,
         features=tuple(sorted({*chosen, *w.features, *(["random numbers"] if kind == "draws" else [])})),
         plain=kind == "plain",
+        changes=bool(w.change),
         draws=kind == "draws",
         volatile=w.volatile,
-        settings=_settings(rng, names, rng.randint(1, 3)),
+        settings=_settings(rng, names, rng.choice([1, 2, 2, 3])),
         shape=shape,
         ways=w.shape[0],
-        tasks=rng.randint(2, 3),
+        tasks=rng.choice([2, 2, 2, 3]),
         images=images,
         permuted=permuted,
     )
@@ -813,6 +889,8 @@ def _stages(
             _INSIDE[inside.pop()](w)
 
     position = w.rng.randrange(stages)
+    if w.image and w.chance(0.08):
+        _flatten(w)
     for stage in range(stages):
         if w.image:
             _convolution(w)
@@ -837,6 +915,8 @@ def _stages(
                 _residual(w)
         if w.chance(0.12):
             _loop(w)
+        if w.chance(0.15):
+            _container(w)
         if w.chance(0.12):
             _nothing(w)
         if draws and stage == position:

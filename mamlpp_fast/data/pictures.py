@@ -56,8 +56,9 @@ def decode_image(
 def is_grey(image: Image.Image) -> bool:
     """Whether an image is of greys by its mode, or by every colour that it takes from a palette."""
     if image.mode in ("P", "PA"):
-        red, green, blue = (np.asarray(band) for band in image.convert("RGB").split())
-        return bool((red == green).all() and (green == blue).all())
+        used = image.histogram()[:256]
+        colours = np.reshape(image.getpalette() or (), (-1, 3))
+        return all(len(set(colour)) == 1 for colour, n in zip(colours.tolist(), used, strict=False) if n)
     return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
 
 
