@@ -147,18 +147,17 @@ class _Comparison:
         for name, gradient in expected.items():
             self.close(f"{when}: gradient of {name}", found[name], gradient, floor=floor)
         if update:
-            self._update(when)
+            self._update(when, max(1e-6, 1e-3 * floor))
         self.state(when, parameters=True)
 
-    def _update(self, when: str) -> None:
-        """Compares Adam's update, and takes the learner's for what follows."""
+    def _update(self, when: str, least: float) -> None:
+        """Compares Adam's update for gradients above ``least``, and takes the learner's for what follows."""
         self.textbook.adam.step()
         own = dict(self.model.named_parameters())
         for name, p in self.textbook.model.named_parameters():
             if p.grad is not None:
                 # Adam divides by the gradient's size: where that is rounding, its update is too.
-                counts = p.grad.abs() > 1e-6 * p.grad.abs().max()
-                counts &= p.grad.abs() > 1e-6
+                counts = p.grad.abs() > max(least, 1e-6 * float(p.grad.abs().max()))
                 self.close(f"{when}: updated {name}", own[name][counts], p[counts], 1e-7)
                 p.data.copy_(own[name].data)
         if self.program.settings["rates"] == "tensor":
