@@ -10,6 +10,7 @@ model with other tensors, which parameters adapt, the inner loop, the meta-gradi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -28,6 +29,7 @@ __all__ = [
     "functional_call",
     "inner_loop",
     "is_second_order",
+    "math_attention",
     "meta_gradient",
     "msl_weights",
     "set_eval_stats",
@@ -289,6 +291,37 @@ def adapted_names(
 # The inner loop ------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def math_attention(enabled: bool = True) -> Iterator[None]:
+    """Within it ``F.scaled_dot_product_attention`` is computed by plain operations, which can be differentiated twice.
+
+    PyTorch's fused kernels, on a CPU too, have no second derivative. What ``torch.nn.attention.sdpa_kernel`` does, at a
+    fifth of its cost.
+    """
+    if not enabled:
+        yield
+        return
+    switches = torch.backends.cuda
+    before = (
+        switches.flash_sdp_enabled(),
+        switches.mem_efficient_sdp_enabled(),
+        switches.cudnn_sdp_enabled(),
+        switches.math_sdp_enabled(),
+    )
+    _choose_attention(False, False, False, True)
+    try:
+        yield
+    finally:
+        _choose_attention(*before)
+
+
+def _choose_attention(flash: bool, mem_efficient: bool, cudnn: bool, math: bool) -> None:
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.enable_mem_efficient_sdp(mem_efficient)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    torch.backends.cuda.enable_math_sdp(math)
+
+
 def inner_loop(
     model: nn.Module,
     params: Mapping[str, Tensor],
@@ -316,8 +349,11 @@ def inner_loop(
     fast = dict(params)
     for k in range(steps):
         set_step(model, k)
-        loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
-        grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)
+        with math_attention(second_order):
+            loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+            grads = torch.autograd.grad(
+                loss, list(fast.values()), create_graph=second_order, allow_unused=True
+            )
         fast = {
             name: p if g is None else p - rates[name][min(k, len(rates[name]) - 1)] * g
             for (name, p), g in zip(fast.items(), grads, strict=True)
