@@ -2,77 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamlpp_fast import reference
+from mamlpp_fast import adam, labels, reference
+from mamlpp_fast._modes import undisturbed
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine import Engine, EngineName, Precision, dtype_of, make_engine
 from mamlpp_fast.engine.deterministic import one_thread
-from mamlpp_fast.engine.fused import Unsupported
 from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.engine.reduction import Reduction
-from mamlpp_fast.episodes import Episode, EpisodeBatch
+from mamlpp_fast.episodes import Episode, EpisodeBatch, as_input
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.nn import convert_batch_norm
+from mamlpp_fast.predictor import Predictor, detached_memo
+from mamlpp_fast.prepare import adapting, own_share, prepared
+from mamlpp_fast.results import Evaluation, NonFiniteLossError, StepMetrics
+from mamlpp_fast.serving import Serving
 
 __all__ = ["Evaluation", "MAMLPlusPlus", "NonFiniteLossError", "StepMetrics"]
 
-_T = TypeVar("_T")
 _LOSSES: dict[str, reference.LossFn] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
-
-
-class StepMetrics(NamedTuple):
-    """Result of one meta-update, as tensors on the device: reading one waits for it.
-
-    Attributes:
-        loss: weighted target loss, mean over tasks, scalar.
-        accuracy: share of target examples predicted right after the last update, scalar; NaN where predictions are not
-            logits [..., ways] for integer labels (regression).
-        task_losses: loss of each task, [tasks].
-    """
-
-    loss: Tensor
-    accuracy: Tensor
-    task_losses: Tensor
-
-
-class Evaluation(NamedTuple):
-    """Result of evaluating a batch of tasks.
-
-    Attributes:
-        logits: target predictions after every inner step, [steps, tasks, m, ways].
-        loss: target loss after the last step, [tasks].
-        accuracy: share of target examples predicted right after every step, [steps, tasks]; NaN as in
-            :class:`StepMetrics`.
-    """
-
-    logits: Tensor
-    loss: Tensor
-    accuracy: Tensor
-
-
-class NonFiniteLossError(ArithmeticError):
-    """A meta-loss is NaN or infinite; ``iteration`` and ``task`` (position in the batch) say where."""
-
-    def __init__(self, iteration: int, epoch: int, task: int) -> None:
-        super().__init__(
-            f"loss: expected finite, got NaN or infinity at epoch {epoch}, iteration {iteration}, task {task}"
-        )
-        self.iteration = iteration
-        self.epoch = epoch
-        self.task = task
 
 
 class MAMLPlusPlus:
     """Meta-trains any ``nn.Module`` with MAML++ or any part of it ("How to train your MAML", 2018).
+
+    The model may be changed between calls: layers frozen, thawed or replaced, hooks added, attributes set. The next
+    call goes over to it: what adapts, the inner rates (those of names that stay keep their values), Adam (its state
+    stays with a parameter, frozen ones do not move) and the engine follow; batch norms and dtypes are converted.
+
+    A learner can be copied and pickled, unless it shares tasks in a process group, and used in
+    ``torch.inference_mode``. ``torch.autocast`` around it has no effect: ``precision`` has.
 
     Args:
         model: the network, called as ``model(x)``. Plain ``nn.BatchNorm2d`` in it are replaced in place by per-step
@@ -87,18 +56,22 @@ class MAMLPlusPlus:
             All call :meth:`meta_step` alike and hold the same parameters, those of rank 0 to begin with.
         deterministic: the same bits on any number of CPU threads; by default what
             ``torch.use_deterministic_algorithms`` says. Costs the fused engine little; the others run on one thread.
+        verify: the first meta-gradient of every form is compared with the reference loop in float64; False turns it
+            off.
 
     Attributes:
         model: the network at its meta-parameters.
         rates: the inner learning rates (:class:`mamlpp_fast.LSLR`).
         iteration: meta-updates made so far; epochs and schedules follow from it.
         ranks: this process among those of ``process_group``.
-        engine: the engine in use; ``engine_reason`` says why it was chosen.
+        optimizer: Adam on the parameters of model and rates that require gradients.
 
     Raises:
-        ValueError: when the engine asked for cannot serve the model, or its per-step rows do not fit ``config``.
+        ValueError: when the engine asked for cannot serve the model (at the first batch at the latest), or its per-step
+            rows do not fit ``config``.
     """
 
+    @undisturbed()
     def __init__(
         self,
         model: nn.Module,
@@ -110,21 +83,16 @@ class MAMLPlusPlus:
         loss_fn: reference.LossFn | None = None,
         process_group: dist.ProcessGroup | None = None,
         deterministic: bool | None = None,
+        verify: bool = True,
     ) -> None:
         self.config = config = MAMLConfig() if config is None else config
         self.precision: Precision = precision
         self.dtype = dtype_of(precision)
-        model = convert_batch_norm(
-            model, config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs
-        )
-        _check_rows(model, config.steps)
-        self.model = model.to(device=device, dtype=self.dtype)
+        self.model = prepared(model, config, device, self.dtype)
         self.device = next(self.model.parameters()).device
         self.loss_fn = _LOSSES[config.loss] if loss_fn is None else loss_fn
-        own = dict(self.model.named_parameters())
-        names = reference.adapted_names(self.model, config.adapt, config.adapt_norm)
         self.rates = LSLR(
-            ((name, own[name]) for name in names),
+            adapting(self.model, config),
             config.steps,
             config.inner_lr,
             rates=config.rates,
@@ -134,22 +102,65 @@ class MAMLPlusPlus:
             deterministic = torch.are_deterministic_algorithms_enabled()
         self.deterministic = deterministic and self.device.type == "cpu"
         self._asked: EngineName = engine
-        self.engine, self.engine_reason = make_engine(
-            engine, self.model, self.rates, config, self.loss_fn, precision, self.deterministic
-        )
-        trainable = [p for m in (self.model, self.rates) for p in m.parameters() if p.requires_grad]
-        on_gpu = self.device.type == "cuda"
-        # A tensor learning rate lets the schedule change it inside a captured graph.
-        lr = torch.tensor(config.meta_lr, device=self.device) if on_gpu else config.meta_lr
-        self.optimizer = torch.optim.Adam(
-            trainable, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu
-        )
+        self._verify = verify
+        self._trainable = adam.trainable(self.model, self.rates)
+        self._resting: adam.Resting = {}
+        self.optimizer = adam.make_adam(self._trainable, config, self.device)
         self.iteration = 0
-        self._graph: Graphed[..., StepMetrics] | None = None
-        self._graph_generation = 0
         self._weights: tuple[int, Tensor | None] = (-1, None)
         self.ranks = Ranks(process_group)
-        self._reduction = Reduction(self.ranks, self.model, self.rates) if self.ranks.size > 1 else None
+        self._bind()
+        self._reduction: Reduction | None = (
+            Reduction(self.ranks, self.model, self.rates) if self.ranks.size > 1 else None
+        )
+
+    def _bind(self) -> None:
+        """Makes what is bound to the model as it is."""
+        self._graphs: dict[str, tuple[int, Graphed[..., StepMetrics]]] = {}
+        self._reduction = None
+        self._serving = Serving(
+            self.model,
+            self.loss_fn,
+            self._asked,
+            functools.partial(
+                make_engine,
+                model=self.model,
+                rates=self.rates,
+                loss_fn=self.loss_fn,
+                precision=self.precision,
+                deterministic=self.deterministic,
+                verify=self._verify,
+            ),
+            dtype=self.dtype,
+            deterministic=self.deterministic,
+        )
+        self._stale = False
+
+    def _follow(self, training: bool | None) -> Serving:
+        """Sets the model's mode, and goes over to what the model has become since the last call."""
+        if training is not None:
+            self.model.train(training)
+        if self._stale or self._serving.outdated():
+            self._stale = True  # until all of this has succeeded
+            self.model = prepared(self.model, self.config, self.device, self.dtype)
+            self.rates.follow(adapting(self.model, self.config), self.config.inner_lr)
+            before, self._trainable = self._trainable, adam.trainable(self.model, self.rates)
+            adam.follow(self.optimizer, before, self._trainable, self._resting)
+            for p in self.model.parameters():
+                if not p.requires_grad:
+                    p.grad = None
+            self._bind()
+        return self._serving
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that served last; before the first batch, the one to be tried first."""
+        return self._serving.engine
+
+    @property
+    def engine_reason(self) -> str:
+        """Why that engine."""
+        return self._serving.reason
 
     @property
     def epoch(self) -> int:
@@ -161,8 +172,11 @@ class MAMLPlusPlus:
             weights = None
             if self.config.msl:
                 weights = reference.msl_weights(self.epoch, self.config.steps, self.config.msl_epochs)
-            # Kept for the epoch: a copy from the host would hold up a GPU every iteration.
-            tensor = None if weights is None else torch.tensor(weights, dtype=self.dtype, device=self.device)
+            with undisturbed():
+                # Kept for the epoch: a copy from the host would hold up a GPU every iteration.
+                tensor = (
+                    None if weights is None else torch.tensor(weights, dtype=self.dtype, device=self.device)
+                )
             self._weights = (self.epoch, tensor)
         return self._weights[1]
 
@@ -177,42 +191,51 @@ class MAMLPlusPlus:
         """Whether this epoch differentiates through the inner updates."""
         return reference.is_second_order(self.epoch, self.config.second_order, self.config.da_epoch)
 
+    @undisturbed()
     def meta_gradient(self, batch: EpisodeBatch, *, total_tasks: int | None = None) -> StepMetrics:
         """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`."""
         total = batch.num_tasks if total_tasks is None else total_tasks
-        batch = self._own_share(batch, total_tasks).to(self.device, self.dtype)
+        batch = own_share(batch, self.ranks, total_tasks)
+        self._follow(training=True)
+        if self.ranks.size == 1:
+            return self._train(batch, self._gradient)
         if self._reduction is None:
-            return self._gradient(batch, self.step_weights(), self.second_order())
-        self._reduction.begin(batch.support_x[0], self.step_weights() is not None)
-        own = self._gradient(batch, self.step_weights(), self.second_order(), clamp=False)
+            self._reduction = Reduction(self.ranks, self.model, self.rates)
+        images = as_input(batch.support_x[0], self.device, self.dtype)
+        self._reduction.begin(images, self.step_weights() is not None)
+        own = self._train(batch, lambda *arguments: self._gradient(*arguments, clamp=False))
         losses, accuracy = self._reduction.finish(own.task_losses, own.accuracy, total)
         self._clamp()
         return StepMetrics(losses.mean(), accuracy, losses)
 
-    def _own_share(self, batch: EpisodeBatch, total_tasks: int | None) -> EpisodeBatch:
-        size = self.ranks.size
-        total = batch.num_tasks if total_tasks is None else total_tasks
-        if total < size:
-            raise ValueError(f"batch: expected at least one task for each of {size} ranks, got {total}")
-        share = self.ranks.share(total)
-        if total_tasks is None:
-            return batch if size == 1 else batch.tasks(share.start, share.stop)
-        if batch.num_tasks != len(share):
-            raise ValueError(
-                f"batch: expected the {len(share)} tasks of rank {self.ranks.rank} of {total_tasks} in all, "
-                f"got {batch.num_tasks}"
-            )
-        return batch
+    def _train(
+        self,
+        batch: EpisodeBatch,
+        run: Callable[[Engine, EpisodeBatch, Tensor | None, bool], StepMetrics],
+    ) -> StepMetrics:
+        weights, second_order = self.step_weights(), self.second_order()
+
+        def call(engine: Engine, batch: EpisodeBatch) -> StepMetrics:
+            self._serving.lend_gradients(self._trainable)
+            return run(engine, batch, weights, second_order)
+
+        return self._serving.serve(batch, ("train", weights is None, second_order), call)
 
     def _gradient(
-        self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool, *, clamp: bool = True
+        self,
+        engine: Engine,
+        batch: EpisodeBatch,
+        step_weights: Tensor | None,
+        second_order: bool,
+        *,
+        clamp: bool = True,
     ) -> StepMetrics:
-        result = self._serve(lambda engine: engine.meta_gradient(batch, step_weights, second_order))
+        result = engine.meta_gradient(batch, step_weights, second_order)
+        self._serving.check_prediction(result.target_logits, batch.target_y)
         if clamp:
             self._clamp()
-        return StepMetrics(
-            result.loss, self._accuracy(result.target_logits, batch.target_y, 1).mean(), result.task_losses
-        )
+        accuracy = labels.accuracy(result.target_logits, batch.target_y, self.loss_fn)
+        return StepMetrics(result.loss, accuracy.mean(), result.task_losses)
 
     def _clamp(self) -> None:
         if (limit := self.config.clamp_meta_gradient) is not None:
@@ -220,6 +243,7 @@ class MAMLPlusPlus:
                 if p.grad is not None:
                     p.grad.clamp_(-limit, limit)
 
+    @undisturbed()
     def meta_step(self, batch: EpisodeBatch, *, total_tasks: int | None = None) -> StepMetrics:
         """One meta-update: meta-gradients of a batch of tasks, then Adam; on a GPU one CUDA graph.
 
@@ -237,67 +261,47 @@ class MAMLPlusPlus:
             ValueError: for fewer tasks than ranks, or a batch that is not this rank's share of ``total_tasks``.
             mamlpp_fast.distributed.RankLostError: when another rank is gone.
         """
-        if self.device.type != "cuda" or self.engine.name == "reference" or self._reduction is not None:
+        if self.device.type != "cuda" or self._asked == "reference" or self.ranks.size > 1:
             metrics = self.meta_gradient(batch, total_tasks=total_tasks)
             self.apply_gradient()
             return metrics
-        batch = self._own_share(batch, total_tasks).to(self.device, self.dtype)
-        fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
-        self._set_learning_rate()
-        metrics = self._whole_step()(fields, self.step_weights(), self.second_order())
+        batch = own_share(batch, self.ranks, total_tasks)
+        self._follow(training=True)
+        adam.set_learning_rate(self.optimizer, self.meta_lr())
+        metrics = self._train(
+            batch, lambda engine, batch, *options: self._whole_step(engine)(batch.fields, *options)
+        )
         self.iteration += 1
         return StepMetrics(*(t.clone() for t in metrics))
 
-    def _whole_step(self) -> Graphed[..., StepMetrics]:
-        generation = getattr(self.engine, "generation", 0)
-        if self._graph is None or self._graph_generation != generation:
+    def _whole_step(self, engine: Engine) -> Graphed[..., StepMetrics]:
+        generation = getattr(engine, "generation", 0)
+        if engine.name not in self._graphs or self._graphs[engine.name][0] != generation:
             # What was captured before the engine's memory moved would write to memory that is no longer its own.
-            self._start_adam()
-            self._graph = graphed(self._update, preserve=self._state)
-            self._graph_generation = generation
-        return self._graph
+            adam.start(self.optimizer)
 
-    def _update(
-        self, fields: tuple[Tensor, Tensor, Tensor, Tensor], step_weights: Tensor | None, second_order: bool
-    ) -> StepMetrics:
-        metrics = self._gradient(EpisodeBatch(*fields), step_weights, second_order)
-        self.optimizer.step()
-        return metrics
+            def update(
+                fields: tuple[Tensor, Tensor, Tensor, Tensor], weights: Tensor | None, second_order: bool
+            ) -> StepMetrics:
+                batch = EpisodeBatch(*fields, by_class=False)
+                metrics = self._gradient(engine, batch, weights, second_order)
+                adam.align(self.optimizer)
+                self.optimizer.step()
+                return metrics
 
-    def _start_adam(self) -> None:
-        """Gives Adam the state that its first step would, so that it exists before a capture."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if not self.optimizer.state[p]:
-                    self.optimizer.state[p] = {
-                        "step": torch.zeros((), device=p.device),
-                        "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                        "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-                    }
+            kept = functools.partial(adam.state, self.optimizer, self.model, self.rates)
+            self._graphs[engine.name] = generation, graphed(update, preserve=kept)
+        return self._graphs[engine.name][1]
 
-    def _state(self) -> Iterator[Tensor]:
-        """Every tensor that :meth:`meta_step` changes, but for gradients."""
-        for module in (self.model, self.rates):
-            yield from module.parameters()
-            yield from module.buffers()
-        for state in self.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-
-    def _set_learning_rate(self) -> None:
-        lr = self.meta_lr()
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-
+    @undisturbed()
     def apply_gradient(self, step: Callable[[], Any] | None = None) -> None:
         """The Adam update for the gradients that :meth:`meta_gradient` left; advances the iteration.
 
         Args:
             step: makes the update in place of ``optimizer.step``: a framework's wrapper of it.
         """
-        self._set_learning_rate()
+        adam.set_learning_rate(self.optimizer, self.meta_lr())
+        adam.align(self.optimizer)
         with one_thread(self.deterministic):
             (self.optimizer.step if step is None else step)()
         self.iteration += 1
@@ -313,9 +317,8 @@ class MAMLPlusPlus:
             last = self.iteration - 1
             raise NonFiniteLossError(last, last // self.config.iterations_per_epoch, int(bad[0]))
 
-    def adapt(
-        self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    @undisturbed()
+    def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Predictor:
         """Adapts to one support set, for inference.
 
         Args:
@@ -325,37 +328,37 @@ class MAMLPlusPlus:
 
         Returns:
             A function from inputs [m, ...] to predictions [m, ...] of the adapted model, normalising as
-            ``config.eval_stats`` says.
+            ``config.eval_stats`` says. It keeps a copy of the model: what happens to the learner later does not change
+            it.
+
+        Raises:
+            ValueError: when the labels do not fit the model's predictions, or the model cannot be copied.
         """
         steps = self._eval_steps(steps)
-        self.model.eval()
-        with torch.enable_grad(), one_thread(self.deterministic):
-            fast = adapt(
+        serving = self._follow(training=False)
+        x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
+        task = serving.as_taken(EpisodeBatch(x, y, x, y, by_class=False))
+        with serving.mistakes_named(task), one_thread(self.deterministic):
+            weights = adapt(
                 self.model,
-                support_x.to(self.device, self.dtype),
-                support_y.to(self.device),
+                task.support_x[0],
+                task.support_y[0],
                 self.rates,
                 steps=steps,
                 loss_fn=self.loss_fn,
                 first_order=True,
             )
-        frozen = {name: t.detach().clone() for name, t in fast.items()}
+        serving.settle()
+        return Predictor(
+            self.model,
+            weights,
+            step=steps - 1,
+            stats=self.config.eval_stats,
+            dtype=self.dtype,
+            deterministic=self.deterministic,
+        )
 
-        def predict(x: Tensor) -> Tensor:
-            self.model.eval()
-            reference.set_step(self.model, steps - 1)
-            reference.set_eval_stats(self.model, self.config.eval_stats)
-            try:
-                with torch.no_grad(), one_thread(self.deterministic):
-                    prediction: Tensor = reference.functional_call(
-                        self.model, frozen, (x.to(self.device, self.dtype),)
-                    )
-            finally:
-                reference.set_eval_stats(self.model, "batch")
-            return prediction
-
-        return predict
-
+    @undisturbed()
     def evaluate(self, batch: EpisodeBatch | Episode, *, steps: int | None = None) -> Evaluation:
         """Adapts to every task of a batch and judges the target predictions; changes no state.
 
@@ -366,15 +369,24 @@ class MAMLPlusPlus:
         """
         if isinstance(batch, Episode):
             fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
-            batch = EpisodeBatch(*(t.unsqueeze(0) for t in fields))
-        batch = batch.to(self.device, self.dtype)
-        steps = self._eval_steps(steps)
-        logits = self._serve(lambda engine: engine.evaluate(batch, steps=steps, stats=self.config.eval_stats))
-        losses = torch.stack([self.loss_fn(p, y) for p, y in zip(logits[-1], batch.target_y, strict=True)])
-        return Evaluation(logits, losses, self._accuracy(logits, batch.target_y, 2))
+            batch = EpisodeBatch(*(t.unsqueeze(0) for t in fields), by_class=False)
+        steps, stats = self._eval_steps(steps), self.config.eval_stats
+        serving = self._follow(training=False)
 
+        def call(engine: Engine, batch: EpisodeBatch) -> Evaluation:
+            logits = engine.evaluate(batch, steps=steps, stats=stats)
+            serving.check_prediction(logits[-1], batch.target_y)
+            with torch.no_grad():
+                losses = [self.loss_fn(p, y) for p, y in zip(logits[-1], batch.target_y, strict=True)]
+            accuracy = labels.accuracy(logits, batch.target_y, self.loss_fn, 2)
+            return Evaluation(logits, torch.stack(losses), accuracy)
+
+        return serving.serve(batch, ("evaluate", steps, stats), call)
+
+    @undisturbed()
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: model, rates, Adam, iteration."""
+        self._follow(None)
         return {
             "model": self.model.state_dict(),
             "rates": self.rates.state_dict(),
@@ -382,17 +394,20 @@ class MAMLPlusPlus:
             "iteration": self.iteration,
         }
 
+    @undisturbed()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`.
+        """Restores :meth:`state_dict`; what it is given stays its owner's.
 
         Raises:
             ValueError: when the state is of another model or configuration.
         """
+        self._follow(None)
         try:
             self.model.load_state_dict(state["model"])
             self.rates.load_state_dict(state["rates"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self._graph = None  # Adam's state lies elsewhere now
+            adam.load(self.optimizer, state["optimizer"])
+            self._resting.clear()
+            self._graphs.clear()  # Adam's state lies elsewhere now
             self.iteration = int(state["iteration"])
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
@@ -406,25 +421,27 @@ class MAMLPlusPlus:
         describe = getattr(self.engine, "explain", None)
         return text if describe is None else f"{text}\n{describe()}"
 
-    def _serve(self, call: Callable[[Engine], _T]) -> _T:
-        """Calls the engine; where it cannot take the shapes of a batch, ``auto`` goes over to the autograd engine."""
-        try:
-            with one_thread(self._one_thread):
-                return call(self.engine)
-        except Unsupported as error:
-            if self._asked != "auto":
-                raise
-            self.engine, _ = make_engine(
-                "autograd", self.model, self.rates, self.config, self.loss_fn, self.precision
+    def __getstate__(self) -> dict[str, Any]:
+        if self.ranks.group is not None:
+            raise TypeError(
+                "learner: expected one without a process group to copy or pickle, which belongs to this process; "
+                "load its state_dict into another"
             )
-            self.engine_reason = f"not fused: {error}"
-            with one_thread(self._one_thread):
-                return call(self.engine)
+        bound = ("_serving", "_graphs", "_reduction")
+        return {name: value for name, value in vars(self).items() if name not in bound}
 
-    @property
-    def _one_thread(self) -> bool:
-        """Whether the engine runs on one thread whole; the fused one parts itself what may run on several."""
-        return self.deterministic and self.engine.name != "fused"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._resting = {id(p): (p, moments) for p, moments in self._resting.values()}
+        self._bind()
+
+    @undisturbed()
+    def __deepcopy__(self, memo: dict[int, Any]) -> MAMLPlusPlus:
+        state = self.__getstate__()
+        memo |= detached_memo(self.model)
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(state, memo))
+        return new
 
     def _eval_steps(self, steps: int | None) -> int:
         if steps is None:
@@ -432,20 +449,3 @@ class MAMLPlusPlus:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         return steps
-
-    def _accuracy(self, prediction: Tensor, target: Tensor, lead: int) -> Tensor:
-        """Share of right answers over all but the first ``lead`` axes of the predictions, the last of them tasks."""
-        if target.is_floating_point() or prediction.shape[lead:-1] != target.shape[1:]:
-            return torch.full(prediction.shape[:lead], float("nan"), device=self.device)
-        return (prediction.argmax(-1) == target).to(torch.float32).flatten(lead).mean(-1)
-
-
-def _check_rows(model: nn.Module, steps: int) -> None:
-    for name, module in model.named_modules():
-        if not isinstance(module, reference.PerStepBatchNorm2d):
-            continue
-        per_step = module.per_step_affine or module.per_step_stats
-        if per_step and module.num_steps != steps:
-            raise ValueError(
-                f"model: expected per-step batch norms of {steps} steps, {name} has {module.num_steps}"
-            )

@@ -73,11 +73,12 @@ class LSLR(nn.Module):
             torch.full(shape, init_lr, device=device, dtype=dtype), requires_grad=learnable
         )
 
-    def as_dict(self) -> dict[str, Tensor]:
-        """Views of the rates by parameter name: [K], or [K, *shape] when per element."""
+    def as_dict(self, rates: Tensor | None = None) -> dict[str, Tensor]:
+        """Views of the rates, or of a tensor like them, by parameter name: [K], or [K, *shape] when per element."""
+        rates = self.rates if rates is None else rates
         if self.kind == "tensor":
-            return {name: self.rates[i] for i, name in enumerate(self.names)}
-        parts = self.rates.split(self.sizes, dim=1)
+            return {name: rates[i] for i, name in enumerate(self.names)}
+        parts = rates.split(self.sizes, dim=1)
         return {
             name: part.unflatten(1, shape) if shape else part.squeeze(1)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
@@ -126,6 +127,28 @@ class LSLR(nn.Module):
         if self.kind == "tensor":
             return self.rates.select(1, row).unbind()
         return self.unflatten(self.rates[row]).values()
+
+    def follow(self, adapting: Iterable[tuple[str, Tensor]], init_lr: float) -> None:
+        """Goes over to other parameters, in place: rates stay with their name (per element: and shape).
+
+        ``rates`` is another Parameter afterwards only where the names, or per element the shapes, are others.
+
+        Args:
+            adapting: (name, parameter) of every tensor that adapts from now on.
+            init_lr: initial value of rates that are new.
+        """
+        new = LSLR(adapting, self.num_steps, init_lr, rates=self.kind, learnable=self.rates.requires_grad)
+        if (new.names, new.shapes) == (self.names, self.shapes):
+            return
+        if new.names != self.names or self.kind == "element":
+            with torch.no_grad():
+                before = self.as_dict()
+                for name, rate in new.as_dict().items():
+                    if name in before and before[name].shape == rate.shape:
+                        rate.copy_(before[name])
+            self.rates = new.rates
+        self.names, self.shapes, self.sizes = new.names, new.shapes, new.sizes
+        self.offsets = new.offsets
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} tensors, num_steps={self.num_steps}, rates={self.kind!r}"
