@@ -105,7 +105,9 @@ def _own(model: nn.Module, rates: LSLR) -> dict[str, Tensor]:
             raise ValueError(f"rates: expected names of parameters of the model, got {name!r}")
         p = own[name]
         if p.shape != shape:
-            raise ValueError(f"rates: expected {name!r} of shape {tuple(shape)}, the model has {tuple(p.shape)}")
+            raise ValueError(
+                f"rates: expected {name!r} of shape {tuple(shape)}, the model has {tuple(p.shape)}"
+            )
         # What is frozen but named adapts all the same, from a constant.
         fast[name] = p if p.requires_grad else p.detach().requires_grad_()
     return fast
