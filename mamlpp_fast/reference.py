@@ -353,35 +353,32 @@ def adapted_names(
 # The inner loop ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def math_attention(enabled: bool = True) -> Iterator[None]:
-    """Within it ``F.scaled_dot_product_attention`` is computed by plain operations, which can be differentiated twice.
+_SDP = torch.backends.cuda  # its switches hold on a CPU too
+_ATTENTION = (
+    (_SDP.math_sdp_enabled, _SDP.enable_math_sdp),
+    (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp),
+    (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp),
+    (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp),
+)
 
-    PyTorch's fused kernels, on a CPU too, have no second derivative. What ``torch.nn.attention.sdpa_kernel`` does, at a
-    fifth of its cost.
+
+@contextlib.contextmanager
+def math_attention(wanted: bool = True) -> Iterator[None]:
+    """Within it ``F.scaled_dot_product_attention`` is made of plain operations, as a second derivative needs.
+
+    Its fused kernels have none. As ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, at a fifth of its cost.
     """
-    if not enabled:
+    if not wanted:
         yield
         return
-    switches = torch.backends.cuda
-    before = (
-        switches.flash_sdp_enabled(),
-        switches.mem_efficient_sdp_enabled(),
-        switches.cudnn_sdp_enabled(),
-        switches.math_sdp_enabled(),
-    )
-    _choose_attention(False, False, False, True)
+    before = [enabled() for enabled, _ in _ATTENTION]
+    for (_, enable), on in zip(_ATTENTION, (True, False, False, False), strict=True):
+        enable(on)
     try:
         yield
     finally:
-        _choose_attention(*before)
-
-
-def _choose_attention(flash: bool, mem_efficient: bool, cudnn: bool, math: bool) -> None:
-    torch.backends.cuda.enable_flash_sdp(flash)
-    torch.backends.cuda.enable_mem_efficient_sdp(mem_efficient)
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    torch.backends.cuda.enable_math_sdp(math)
+        for (_, enable), on in zip(_ATTENTION, before, strict=True):
+            enable(on)
 
 
 def inner_loop(
