@@ -31,6 +31,7 @@ __all__ = [
     "functional_call",
     "inner_loop",
     "is_second_order",
+    "math_attention",
     "meta_gradient",
     "msl_weights",
     "per_step_norm",
@@ -352,6 +353,34 @@ def adapted_names(
 # The inner loop ------------------------------------------------------------------------------------------------------
 
 
+_SDP = torch.backends.cuda  # its switches hold on a CPU too
+_ATTENTION = (
+    (_SDP.math_sdp_enabled, _SDP.enable_math_sdp),
+    (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp),
+    (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp),
+    (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp),
+)
+
+
+@contextlib.contextmanager
+def math_attention(wanted: bool = True) -> Iterator[None]:
+    """Within it ``F.scaled_dot_product_attention`` is made of plain operations, as a second derivative needs.
+
+    Its fused kernels have none. As ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, at a fifth of its cost.
+    """
+    if not wanted:
+        yield
+        return
+    before = [enabled() for enabled, _ in _ATTENTION]
+    for (_, enable), on in zip(_ATTENTION, (True, False, False, False), strict=True):
+        enable(on)
+    try:
+        yield
+    finally:
+        for (_, enable), on in zip(_ATTENTION, before, strict=True):
+            enable(on)
+
+
 def inner_loop(
     model: nn.Module,
     params: Mapping[str, Tensor],
@@ -379,8 +408,11 @@ def inner_loop(
     fast = dict(params)
     for k in range(steps):
         set_step(model, k)
-        loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
-        grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)
+        with math_attention(second_order):
+            loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+            grads = torch.autograd.grad(
+                loss, list(fast.values()), create_graph=second_order, allow_unused=True
+            )
         fast = {
             name: p if g is None else p - rates[name][min(k, len(rates[name]) - 1)] * g
             for (name, p), g in zip(fast.items(), grads, strict=True)

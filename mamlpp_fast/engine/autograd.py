@@ -19,7 +19,7 @@ __all__ = ["AutogradEngine"]
 
 
 class AutogradEngine:
-    """One task at a time, fast weights in one flat buffer, fused batch norm; captured whole on a GPU."""
+    """One task at a time, fused batch norm; captured whole on a GPU."""
 
     name = "autograd"
     generation = 0
