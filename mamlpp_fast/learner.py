@@ -438,7 +438,9 @@ class MAMLPlusPlus:
     def __deepcopy__(self, memo: dict[int, Any]) -> MAMLPlusPlus:
         state = self.__getstate__()
         if (name := tied_function(self.model)) is not None:
-            raise ValueError(f"model: expected functions that do not close over parts of it to copy, {name} does")
+            raise ValueError(
+                f"model: expected functions that do not close over parts of it to copy, {name} does"
+            )
         memo |= detached_memo(self.model)
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(state, memo))

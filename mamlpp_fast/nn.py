@@ -28,6 +28,12 @@ __all__ = [
 
 
 _M = TypeVar("_M", bound=nn.Module)
+# What a module keeps of the hooks around its calls.
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
 
 
 class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
@@ -133,8 +139,8 @@ def convert_batch_norm(
 
     Weights, biases and running statistics are repeated for each step. Tell the model the inner step with
     :func:`set_step` (:func:`mamlpp_fast.adapt` does). Without both flags weights and statistics keep their shapes. A
-    batch norm used in several places stays one; one without running statistics gets some. Optimizers must be made
-    after, of the new parameters.
+    batch norm used in several places stays one, and tied weights stay tied; one without running statistics gets some.
+    Hooks on a batch norm go over to its successor. Optimizers must be made after, of the new parameters.
 
     In evaluation mode the new batch norms, unlike PyTorch's, use the statistics of the batch until
     :func:`set_eval_stats` chooses ``"running"``.
@@ -151,12 +157,13 @@ def convert_batch_norm(
         per_step_stats: running statistics per step (BNRS).
 
     Raises:
-        ValueError: for ``num_steps`` below 1, a ``nn.SyncBatchNorm`` (its statistics would mix the tasks of several
+        ValueError: for ``num_steps`` below 1, a batch norm's weight that gets rows and is another layer's too, or a ``nn.SyncBatchNorm`` (its statistics would mix the tasks of several
             processes), or a lazy norm that has seen no input yet.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
     new: dict[nn.Module, nn.Module] = {}
+    parameters: dict[nn.Parameter, nn.Parameter] = {}
     left: dict[str, _NormBase] = {}
     for name, old in model.named_modules():
         if isinstance(old, nn.SyncBatchNorm):
@@ -167,7 +174,7 @@ def convert_batch_norm(
                 "model once before"
             )
         if _is_batch_norm(old):
-            new[old] = _converted(old, num_steps, per_step_affine, per_step_stats)
+            new[old] = _converted(old, num_steps, per_step_affine, per_step_stats, parameters)
         elif isinstance(old, _BatchNorm) or (isinstance(old, _NormBase) and old.running_mean is not None):
             left[name] = old
     odd = [f"{name} ({type(norm).__name__})" for name, norm in left.items() if isinstance(norm, _BatchNorm)]
@@ -176,6 +183,12 @@ def convert_batch_norm(
             f"batch norms left as they are, for their classes may compute otherwise: {', '.join(odd)}",
             stacklevel=2,
         )
+    for name, p in model.named_parameters():
+        others = [m for m in model.modules() if m not in new and any(q is p for q in m._parameters.values())]
+        if parameters.get(p, p) is not p and others:
+            raise ValueError(
+                f"model: expected weights of batch norms that no other module holds (they get rows), {name} is shared"
+            )
     for norm in left.values():
         _obey_eval_stats(norm)
     for parent in list(model.modules()):
@@ -197,7 +210,14 @@ def _is_batch_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
     )
 
 
-def _converted(old: _BatchNorm, num_steps: int, per_step_affine: bool, per_step_stats: bool) -> nn.Module:
+def _converted(
+    old: _BatchNorm,
+    num_steps: int,
+    per_step_affine: bool,
+    per_step_stats: bool,
+    parameters: dict[nn.Parameter, nn.Parameter],
+) -> nn.Module:
+    """A per-step batch norm in the place of ``old``; ``parameters``: old ones to new ones, so that ties stay tied."""
     new = PerStepBatchNorm2d(
         old.num_features,
         num_steps,
@@ -212,11 +232,22 @@ def _converted(old: _BatchNorm, num_steps: int, per_step_affine: bool, per_step_
         if tensor is not None:
             new.to(tensor)
     new.train(old.training)
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
         value, repeated = getattr(old, name), getattr(new, name, None)
         if value is not None and repeated is not None:
-            repeated.data.copy_(value.data)
-            repeated.requires_grad_(value.requires_grad)
+            repeated.copy_(value)
+    for name in ("weight", "bias"):
+        p, repeated = getattr(old, name), getattr(new, name)
+        if p is None:
+            continue
+        if not per_step_affine:
+            repeated = p
+        elif p not in parameters:
+            repeated.data.copy_(p.data)
+            repeated.requires_grad_(p.requires_grad)
+        setattr(new, name, parameters.setdefault(p, repeated))
+    for hooks in _HOOKS:  # the very tables, so that the handles that users hold go on removing
+        setattr(new, hooks, getattr(old, hooks))
     return new
 
 

@@ -18,7 +18,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """Support x [tasks, n, ...] and y [tasks, n, ...], target x [tasks, m, ...] and y [tasks, m, ...]."""
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
-CONVERTED = (nn.BatchNorm2d,)
+CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d)
 """Norms that get a row for each inner step."""
 
 
@@ -28,7 +28,7 @@ class StepNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, old: nn.BatchNorm2d, steps: int, bnwb: bool, bnrs: bool) -> None:
+    def __init__(self, old: nn.BatchNorm1d | nn.BatchNorm2d, steps: int, bnwb: bool, bnrs: bool) -> None:
         super().__init__()
         self.eps, self.momentum = old.eps, old.momentum
         self.rows, self.bnwb, self.bnrs = steps, bnwb, bnrs

@@ -1,8 +1,8 @@
 """Running statistics of many passes in closed form.
 
-One pass replaces a row r by (1 − m) r + m s, with s the statistics of the batch, which do not depend on r. So a sequence
-of passes s_1 … s_J on one row gives r (1 − m)^J + Σ m (1 − m)^(J−j) s_j: the product of a matrix, which the order of the
-passes alone decides, with the statistics that they left; what follows only scales what came before.
+One pass replaces a row r by (1 − m) r + m s, with s the statistics of the batch, which do not depend on r. So a
+sequence of passes s_1 … s_J on one row gives r (1 − m)^J + Σ m (1 − m)^(J−j) s_j: the product of a matrix, which the
+order of the passes alone decides, with the statistics that they left; what follows only scales what came before.
 """
 
 from __future__ import annotations

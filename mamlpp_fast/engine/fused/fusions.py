@@ -67,7 +67,7 @@ def fuse_norms(network: Network) -> Network:
 
 
 def fuse_first_layer(network: Network) -> Network:
-    """Convolution of the images and norm, activation and pooling behind it in one, whose feature map is never stored."""
+    """Convolution of the images, norm, activation and pooling in one, whose feature map is never stored."""
     for conv in [step for step in network.steps if isinstance(step, Conv)]:
         norm = network.reader(conv.output)
         fits = conv.inputs == (0,) and conv.stride == 1 and conv.weight.shape[2] <= _COLOURS
