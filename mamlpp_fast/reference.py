@@ -354,7 +354,7 @@ def adapted_names(
 
 
 _SDP = torch.backends.cuda  # its switches hold on a CPU too
-_ATTENTION = (
+_ATTENTION: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
     (_SDP.math_sdp_enabled, _SDP.enable_math_sdp),
     (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp),
     (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp),

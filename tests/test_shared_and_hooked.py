@@ -317,6 +317,12 @@ def test_parameters_without_part_in_the_loss_stay_and_those_named_adapt_though_f
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     grads = dict(zip(rates.names, found, strict=True))
     assert grads["unused"] is None
+    with torch.no_grad():
+        constants = mf.adapt(model, data[0], data[1], rates)
+        model.unused += 1
+    assert_close(constants, {name: p.detach() for name, p in expected.items()} | {"unused": model.unused - 1})
+    with torch.no_grad():
+        model.unused -= 1
     model[0].requires_grad_(False)
     fast = mf.adapt(model, data[0], data[1], rates)
     assert_close(fast, expected)
