@@ -10,6 +10,7 @@ from mamlpp_fast.learner import Evaluation, MAMLPlusPlus, NonFiniteLossError, St
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.models import Conv4, ResNet12
 from mamlpp_fast.nn import InertBiasConv2d, PerStepBatchNorm2d, convert_batch_norm, set_eval_stats, set_step
+from mamlpp_fast.predictor import Predictor
 from mamlpp_fast.reference import functional_call
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MAMLPlusPlus",
     "NonFiniteLossError",
     "PerStepBatchNorm2d",
+    "Predictor",
     "ResNet12",
     "StepMetrics",
     "__version__",

@@ -96,6 +96,12 @@ class EpisodeBatch:
                 f"got {self.support_x.shape[0]} and {self.target_x.shape[0]}"
             )
 
+    @classmethod
+    def of(cls, task: Episode) -> EpisodeBatch:
+        """One task as a batch, whatever axes it has."""
+        fields = (task.support_x, task.support_y, task.target_x, task.target_y)
+        return cls(*(t.unsqueeze(0) for t in fields), by_class=False)
+
     @property
     def num_tasks(self) -> int:
         return self.support_x.shape[0]

@@ -16,6 +16,7 @@ from mamlpp_fast import adam, labels, reference
 from mamlpp_fast._modes import undisturbed
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
+from mamlpp_fast.copying import detached_memo, tied_function
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine import Engine, EngineName, Precision, dtype_of, make_engine
 from mamlpp_fast.engine.deterministic import one_thread
@@ -23,7 +24,7 @@ from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.engine.reduction import Reduction
 from mamlpp_fast.episodes import Episode, EpisodeBatch, as_input
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.predictor import Predictor, detached_memo
+from mamlpp_fast.predictor import Predictor
 from mamlpp_fast.prepare import adapting, own_share, prepared
 from mamlpp_fast.results import Evaluation, NonFiniteLossError, StepMetrics
 from mamlpp_fast.serving import Serving
@@ -140,15 +141,14 @@ class MAMLPlusPlus:
         """Sets the model's mode, and goes over to what the model has become since the last call."""
         if training is not None:
             self.model.train(training)
-        if self._stale or self._serving.outdated():
+        if self._stale or self._serving.outdated(self.model, self.loss_fn):
             self._stale = True  # until all of this has succeeded
             self.model = prepared(self.model, self.config, self.device, self.dtype)
             self.rates.follow(adapting(self.model, self.config), self.config.inner_lr)
             before, self._trainable = self._trainable, adam.trainable(self.model, self.rates)
             adam.follow(self.optimizer, before, self._trainable, self._resting)
-            for p in self.model.parameters():
-                if not p.requires_grad:
-                    p.grad = None
+            frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
+            self._resting = {key: kept for key, kept in self._resting.items() if key in frozen}
             self._bind()
         return self._serving
 
@@ -336,8 +336,7 @@ class MAMLPlusPlus:
         """
         steps = self._eval_steps(steps)
         serving = self._follow(training=False)
-        x, y = support_x.unsqueeze(0), support_y.unsqueeze(0)
-        task = serving.as_taken(EpisodeBatch(x, y, x, y, by_class=False))
+        task = serving.as_taken(EpisodeBatch.of(Episode(support_x, support_y, support_x, support_y)))
         with serving.mistakes_named(task), one_thread(self.deterministic):
             weights = adapt(
                 self.model,
@@ -368,8 +367,7 @@ class MAMLPlusPlus:
                 rates and batch-norm rows are used again.
         """
         if isinstance(batch, Episode):
-            fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
-            batch = EpisodeBatch(*(t.unsqueeze(0) for t in fields), by_class=False)
+            batch = EpisodeBatch.of(batch)
         steps, stats = self._eval_steps(steps), self.config.eval_stats
         serving = self._follow(training=False)
 
@@ -427,6 +425,7 @@ class MAMLPlusPlus:
                 "learner: expected one without a process group to copy or pickle, which belongs to this process; "
                 "load its state_dict into another"
             )
+        self._follow(None)
         bound = ("_serving", "_graphs", "_reduction")
         return {name: value for name, value in vars(self).items() if name not in bound}
 
@@ -438,6 +437,8 @@ class MAMLPlusPlus:
     @undisturbed()
     def __deepcopy__(self, memo: dict[int, Any]) -> MAMLPlusPlus:
         state = self.__getstate__()
+        if (name := tied_function(self.model)) is not None:
+            raise ValueError(f"model: expected functions that do not close over parts of it to copy, {name} does")
         memo |= detached_memo(self.model)
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(state, memo))

@@ -307,7 +307,7 @@ def _held(model: nn.Module, name: str) -> Tensor:
 # What adapts ---------------------------------------------------------------------------------------------------------
 
 # _NormBase: PyTorch's batch and instance norms.
-_NORMS = (PerStepBatchNorm2d, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (PerStepBatchNorm2d, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def adapted_names(
@@ -332,7 +332,7 @@ def adapted_names(
     for owner in owners:
         module = model.get_submodule(owner)
         prefix = f"{owner}." if owner else ""
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             if not adapt_norm:
                 continue
             if isinstance(module, PerStepBatchNorm2d) and module.per_step_affine:

@@ -68,9 +68,9 @@ class Serving:
         self.engine, self.reason = self._first
         self._watch = Watch(model)
 
-    def outdated(self) -> bool:
-        """Whether the model has been changed since."""
-        return self._watch.changed(self.model)
+    def outdated(self, model: nn.Module, loss_fn: LossFn) -> bool:
+        """Whether model or loss are others, or the model has been changed since."""
+        return model is not self.model or loss_fn is not self.loss_fn or self._watch.changed(model)
 
     def as_taken(self, batch: EpisodeBatch) -> EpisodeBatch:
         """A batch on the model's device, in the types that model and loss take."""
@@ -104,7 +104,7 @@ class Serving:
 
     def settle(self) -> None:
         """Takes what a pass itself changed in the model (an activation kept, a count) for no change."""
-        if self.outdated():
+        if self._watch.changed(self.model):
             self._watch.look(self.model)
 
     def _called(

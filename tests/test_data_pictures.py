@@ -98,6 +98,14 @@ def test_transparency_shows_white_paper(tmp_path: Path) -> None:
     np.testing.assert_allclose(pixels(tmp_path / "colour").astype(np.float64), blend, atol=0.5 + 1e-9)
 
 
+def test_a_palette_with_a_transparency_for_each_colour(tmp_path: Path) -> None:
+    image = Image.fromarray(RAMP).convert("P")
+    image.putpalette([0, 0, 0] * 256)
+    save(tmp_path, "a b c", image, transparency=bytes(range(256)))
+    np.testing.assert_array_equal(pixels(tmp_path), 255 - RAMP[None])
+    np.testing.assert_array_equal(pixels(tmp_path, channels=3), np.stack([255 - RAMP] * 3))
+
+
 @pytest.mark.parametrize(
     ("image", "key"),
     [

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import gradients, lowered, random_batch, small_conv4, small_learner
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -197,7 +196,9 @@ def test_one_value_per_channel_cannot_be_normalised() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 1))
     learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=1), engine="fused")
     one, label = torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="1: its forward raises, .*expected more than one value per channel"):
+    with pytest.raises(
+        ValueError, match=r"1: its forward raises, .*expected more than one value per channel"
+    ):
         learner.meta_gradient(mf.EpisodeBatch(one, label, one, label))
 
 

@@ -86,12 +86,14 @@ def _adapting(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, nn.Par
     """What the inner loop moves: trainable, not of a norm unless ``adapt_norm``, and of the prefixes asked for."""
     of_norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
     prefixes = settings["adapt"]
+    every = model.named_parameters(
+        remove_duplicate=False
+    )  # a tied parameter is asked for by any of its names
+    asked = {id(p) for name, p in every if prefixes == "all" or name.startswith(prefixes)}
     return {
         name: p
         for name, p in model.named_parameters()
-        if p.requires_grad
-        and (settings["adapt_norm"] or id(p) not in of_norms)
-        and (prefixes == "all" or name.startswith(prefixes))
+        if p.requires_grad and id(p) in asked and (settings["adapt_norm"] or id(p) not in of_norms)
     }
 
 

@@ -104,7 +104,7 @@ def read_index(folder: Path, name: str) -> AuthorsIndex | None:
     Raises:
         DataError: for a file that lists no images by class.
     """
-    file = next((f for f in (folder / name, folder.parent / name) if f.is_file()), None)
+    file = next((f for f in (folder / name, folder.absolute().parent / name) if f.is_file()), None)
     if file is None:
         return None
     try:

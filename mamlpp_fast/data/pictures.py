@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 
 from mamlpp_fast.data.archives import one_line
 from mamlpp_fast.data.errors import DataError
@@ -56,8 +56,9 @@ def decode_image(
 def is_grey(image: Image.Image) -> bool:
     """Whether an image is of greys by its mode, or by every colour that it takes from a palette."""
     if image.mode in ("P", "PA"):
-        red, green, blue = (np.asarray(band) for band in image.convert("RGB").split())
-        return bool((red == green).all() and (green == blue).all())
+        used = image.histogram()[:256]
+        colours = np.reshape(image.getpalette() or (), (-1, 3))
+        return all(len(set(colour)) == 1 for colour, n in zip(colours.tolist(), used, strict=False) if n)
     return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
 
 
@@ -87,15 +88,17 @@ def to_pixels(
     if image.mode.startswith("I;16"):
         image = _scaled(_on_white_paper(image), 65535)
     elif image.mode == "I":
-        image = _scaled(_within(image, source, "32-bit integers", 65535), 255 if largest() <= 255 else 65535)
+        white = 255 if largest() <= 255 else 65535  # before this one is decoded too
+        image = _scaled(_within(image, source, "32-bit integers", 65535), white)
     elif image.mode == "F":
         image = _scaled(_within(image, source, "floating-point values", 1), 1)
-    elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = Image.new("RGB", image.size, "white")
-        paper.paste(image, mask=image.getchannel("A"))
-        image = paper
+    clear = None
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        clear = ImageChops.invert(image.convert("RGBA").getchannel("A"))
+        image.info.pop("transparency", None)  # Pillow would carry it along, or warn
     image = image.convert("L" if channels == 1 else "RGB")
+    if clear is not None:
+        image.paste("white", mask=clear)
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, np.uint8)

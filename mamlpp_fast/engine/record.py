@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
+from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
 
@@ -107,7 +108,7 @@ class Recording:
 
 
 def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
-    """Records ``model`` in the mode (training or evaluation) that it is in; leaves model and random state as they were.
+    """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states are put back.
 
     Args:
         model: called with one argument.
@@ -117,7 +118,9 @@ def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
     Raises:
         Unsupported: names the module, and what makes its forward no fixed list of operations.
     """
-    first, second = _watched(model, x), _watched(model, other)
+    if (hook := _hooks(model)) is not None:
+        raise hook
+    first, second = (_watched(_own_copy(model), examples) for examples in (x, other))
     for recorder in (first, second):
         if recorder.problem is not None:
             raise recorder.problem
@@ -154,12 +157,15 @@ def head_names(model: nn.Module, x: Tensor, adapt_norm: bool = False) -> tuple[s
     Raises:
         ValueError: when no module with trainable parameters is found.
     """
-    recorder = _watched(model, x)
+    try:
+        recorder = _watched(copy_of(model), x)
+    except ValueError:
+        recorder = _watched(model, x)
     owners = {name: _owner(name) for name, p in model.named_parameters() if p.requires_grad}
     for names in recorder.layers():
         found = {owners[n] for n in names if n in owners}
         if not adapt_norm:
-            found = {o for o in found if not isinstance(model.get_submodule(o), reference._NORMS)}
+            found = {o for o in found if not isinstance(model.get_submodule(o), reference.NORMS)}
         if found:
             return tuple(name for name, owner in owners.items() if owner in found)
     raise ValueError("adapt: expected a last module with parameters that reach the output, found none")
@@ -173,10 +179,17 @@ def _owner(name: str) -> str:
     return head[1:] if cut else path
 
 
+def _own_copy(model: nn.Module) -> nn.Module:
+    """What a pass does to the model besides computing, it does to a copy."""
+    try:
+        return copy_of(model)
+    except ValueError as error:
+        raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
+
+
 def _watched(model: nn.Module, x: Tensor) -> _Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
     recorder = _Recorder(model, x)
-    recorder.problem = _hooks(model)
     before = fingerprint(model)
     with _random_state(x.device) as drawn:
         try:
@@ -195,17 +208,17 @@ def _watched(model: nn.Module, x: Tensor) -> _Recorder:
 @contextmanager
 def _random_state(device: torch.device) -> Iterator[Callable[[], bool]]:
     """Puts the random states of Python and NumPy back, and torch's; yields whether the former two moved."""
-    own, arrays = random.getstate(), np.random.get_state(legacy=False)
+    own, arrays = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 - a user's forward may draw from it
     moved: list[bool] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield lambda: moved[0]
         finally:
-            now = np.random.get_state(legacy=False)
+            now = np.random.get_state(legacy=False)  # noqa: NPY002
             moved.append(random.getstate() != own or not _equal_states(now["state"], arrays["state"]))
             if moved[0]:
                 random.setstate(own)
-                np.random.set_state(arrays)
+                np.random.set_state(arrays)  # noqa: NPY002
 
 
 def _equal_states(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -483,11 +496,15 @@ class _Recorder(TorchFunctionMode):
     def _counts(self, func: Any, recorded: Any) -> bool:
         """Whether this is a batch norm of PyTorch's counting its batches, which running statistics answer for."""
         target, *rest = recorded[0] or (None,)
-        if func is Tensor.add_ and isinstance(target, Buffer) and rest == [1]:
-            if target.name.rpartition(".")[2] == "num_batches_tracked":
-                self._statistics.add(target.name)
-                return True
-        return False
+        counts = (
+            func is Tensor.add_
+            and isinstance(target, Buffer)
+            and target.name.rpartition(".")[2] == "num_batches_tracked"
+            and rest == [1]
+        )
+        if counts:
+            self._statistics.add(target.name)
+        return counts
 
 
 def _storage(t: Tensor) -> int:

@@ -1,8 +1,8 @@
 """Running statistics of many passes in closed form.
 
-One pass replaces a row r by (1 − m) r + m s, with s the statistics of the batch, which do not depend on r. So a sequence of
-passes s_1 … s_J on one row gives r (1 − m)^J + Σ m (1 − m)^(J−j) s_j: the product of a matrix, which the order of the passes
-alone decides, with the statistics that they left; what follows only scales what came before.
+One pass replaces a row r by (1 − m) r + m s, with s the statistics of the batch, which do not depend on r. So a sequence
+of passes s_1 … s_J on one row gives r (1 − m)^J + Σ m (1 − m)^(J−j) s_j: the product of a matrix, which the order of the
+passes alone decides, with the statistics that they left; what follows only scales what came before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def row_of(step: int, rows: int) -> int:
 
 
 def made_passes(steps: int, multi_step: bool) -> Tensor:
-    """Which passes a task makes, [steps, 2]: support (0) in every step, target (1) in every one or in the last alone."""
+    """Which passes a task makes, [steps, 2]: support (0) in every step, target (1) in every one or in the last."""
     made = torch.ones(steps, 2, dtype=torch.bool)
     if not multi_step:
         made[:-1, 1] = False

@@ -112,6 +112,7 @@ class MAMLPlusPlusModule(_Module):
             )
         group = dist.group.WORLD if trainer.world_size > 1 else None
         before = self.learner
+        state = before.state_dict()
         learner = MAMLPlusPlus(
             before.model,
             before.config,
@@ -119,9 +120,9 @@ class MAMLPlusPlusModule(_Module):
             process_group=group,
             **self._options,
         )
-        learner.rates.load_state_dict(before.rates.state_dict())
+        learner.rates.load_state_dict(state["rates"])
         if before.iteration:
-            learner.optimizer.load_state_dict(before.optimizer.state_dict())
+            learner.optimizer.load_state_dict(state["optimizer"])
         learner.iteration = before.iteration
         self._adopt(learner)
 
@@ -156,11 +157,11 @@ class MAMLPlusPlusModule(_Module):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Target predictions after the last inner step, [tasks, m, ways]."""
         with torch.inference_mode(False):
-            return self.learner.evaluate(_usable(_episodes(batch))).logits[-1]
+            return self.learner.evaluate(_episodes(batch)).logits[-1]
 
     def _judge(self, stage: str, batch: EpisodeBatch) -> None:
         with torch.inference_mode(False):
-            result = self.learner.evaluate(_usable(batch))
+            result = self.learner.evaluate(batch)
         values = {f"{stage}_loss": result.loss.mean(), f"{stage}_accuracy": result.accuracy[-1].mean()}
         self.log_dict(values, batch_size=batch.num_tasks, prog_bar=True, on_epoch=True, sync_dist=True)
 
@@ -294,9 +295,3 @@ def _episodes(batch: Any) -> EpisodeBatch:
         "batch: expected an EpisodeBatch or (support_x, support_y, target_x, target_y), "
         f"got {type(batch).__name__}"
     )
-
-
-def _usable(batch: EpisodeBatch) -> EpisodeBatch:
-    """Copies of what was made in inference mode, in which the trainer validates but nothing can adapt."""
-    fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
-    return EpisodeBatch(*(t.clone() if t.is_inference() else t for t in fields))

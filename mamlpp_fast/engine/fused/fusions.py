@@ -48,7 +48,7 @@ def drop_inert_biases(network: Network) -> Network:
 
 
 def fuse_norms(network: Network) -> Network:
-    """Batch norm, the leaky ReLU and the max-pooling behind it in one step, where its weights are fixed for all tasks."""
+    """Batch norm, the leaky ReLU and the max-pooling behind it in one step, where its weights do not adapt."""
     for norm in [step for step in network.steps if isinstance(step, NormActPool)]:
         if norm.per_image or norm.affine is None:
             continue
@@ -67,7 +67,7 @@ def fuse_norms(network: Network) -> Network:
 
 
 def fuse_first_layer(network: Network) -> Network:
-    """Convolution of the images and the norm, activation and pooling behind it in one; its feature map is never stored."""
+    """Convolution of the images and norm, activation and pooling behind it in one, whose feature map is never stored."""
     for conv in [step for step in network.steps if isinstance(step, Conv)]:
         norm = network.reader(conv.output)
         fits = conv.inputs == (0,) and conv.stride == 1 and conv.weight.shape[2] <= _COLOURS

@@ -202,8 +202,8 @@ class _Writer:
         """Gradients of the parameters; ``tangent`` takes the derivative of the backward pass instead."""
         out.add(net.output, grad)
         for step in reversed(net.steps):
-            if step.output not in out.wanted_values:
-                continue
+            if step.output not in out.wanted_values or step.output not in out.terms:
+                continue  # the latter where nothing reads the value, or only as a constant
             self.em.label = step.name
             gy = self.em.sum(f"gradient of {step.name}", out.terms.pop(step.output))
             if tangent:
