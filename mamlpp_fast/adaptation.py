@@ -62,7 +62,10 @@ def adapt(
             first_order=first_order or not differentiable,
         ):
             pass
-    return fast if differentiable else {name: p.detach() for name, p in fast.items()}
+    if differentiable:
+        return fast
+    # A parameter without part in the loss is still the model's own, which constants must not follow.
+    return {name: p.detach().clone() if p.is_leaf else p.detach() for name, p in fast.items()}
 
 
 def inner_steps(

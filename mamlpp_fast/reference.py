@@ -354,7 +354,7 @@ def adapted_names(
 
 
 _SDP = torch.backends.cuda  # its switches hold on a CPU too
-_ATTENTION = (
+_ATTENTION: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
     (_SDP.math_sdp_enabled, _SDP.enable_math_sdp),
     (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp),
     (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp),
@@ -533,7 +533,10 @@ def evaluate_task(
     of the target passes. ``steps`` may exceed the number of rates and of batch-norm rows: the last ones are used again.
     """
     own = dict(model.named_parameters())
-    params = {name: own[name].detach().requires_grad_() for name in rates}
+    # Its own where they can be: hooks on their gradients act as in training.
+    params = {
+        name: own[name] if own[name].requires_grad else own[name].detach().requires_grad_() for name in rates
+    }
     predictions = []
     with torch.enable_grad():
         loop = inner_loop(

@@ -301,7 +301,12 @@ def test_a_hook_on_a_gradient_acts_on_the_first_inner_gradient_and_on_the_meta_g
     else:
         config = mf.MAMLConfig.maml(steps=STEPS, inner_lr=RATE)
         learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
-        loss = learner.meta_gradient(mf.EpisodeBatch(*(part[None] for part in data))).loss
+        batch = mf.EpisodeBatch(*(part[None] for part in data))
+        loss = learner.meta_gradient(batch).loss
+        logits = mf.functional_call(
+            witness, mf.adapt(witness, data[0], data[1], RATE, steps=STEPS), (data[2],)
+        )
+        assert_close(learner.evaluate(batch).logits[-1, 0], logits.detach())
     assert_close(loss, expected.detach() if engine else expected)
     assert_close([p.grad for p in model.parameters()], [p.grad for p in witness.parameters()])
 
@@ -317,6 +322,12 @@ def test_parameters_without_part_in_the_loss_stay_and_those_named_adapt_though_f
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     grads = dict(zip(rates.names, found, strict=True))
     assert grads["unused"] is None
+    with torch.no_grad():
+        constants = mf.adapt(model, data[0], data[1], rates)
+        model.unused += 1
+    assert_close(constants, {name: p.detach() for name, p in expected.items()} | {"unused": model.unused - 1})
+    with torch.no_grad():
+        model.unused -= 1
     model[0].requires_grad_(False)
     fast = mf.adapt(model, data[0], data[1], rates)
     assert_close(fast, expected)

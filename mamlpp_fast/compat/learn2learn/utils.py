@@ -47,13 +47,13 @@ def clone_module(module: Any, memo: dict[int, Any] | None = None) -> Any:
     """A copy of a module whose parameters are differentiable copies: gradients flow to the originals.
 
     Buffers that take a gradient are copied likewise; the others (running statistics) are shared with ``module``. A
-    parameter, or a submodule, used in several places is copied once. A ``nn.BatchNorm1d`` or ``nn.BatchNorm2d`` becomes a subclass of
-    it that computes the same in one operation, in a ``nn.Sequential`` with the ReLU behind it; see
-    :func:`plain_batch_norm`.
+    parameter, or a submodule, used in several places is copied once. A ``nn.BatchNorm1d`` or ``nn.BatchNorm2d``
+    becomes a subclass of it that computes the same in one operation, in a ``nn.Sequential`` with the ReLU behind it;
+    see :func:`plain_batch_norm`.
 
     Args:
         module: the module; anything else is returned as is.
-        memo: copies made so far, by ``id`` of the original.
+        memo: copies of tensors and modules made so far, by ``id`` of the original.
     """
     if not isinstance(module, nn.Module):
         return module
