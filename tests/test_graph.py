@@ -152,7 +152,7 @@ def captured_learner(config: mf.MAMLConfig, engine: str, monkeypatch: pytest.Mon
     """A learner that believes it is on a GPU: its whole step is captured, its batches say they are CUDA's."""
     learner = with_tensor_rate(small_learner(config, engine=engine))
     monkeypatch.setattr(learner, "device", torch.device("cuda"))
-    monkeypatch.setattr(mf.EpisodeBatch, "to", lambda self, device, dtype: on_fake_gpu(self))
+    monkeypatch.setattr(mf.EpisodeBatch, "to", lambda self, *_: on_fake_gpu(self))
     return learner
 
 
@@ -176,6 +176,33 @@ def test_captured_meta_steps_are_the_plain_ones(
     # First order, second order, three tasks; what the fused engine captured before its memory grew is let go.
     assert len(cuda.captured) == {"autograd": 3, "fused": 4}[engine]
     assert sum(graph.replays for graph in cuda.captured) == 6
+
+
+def test_engines_that_serve_by_turns_are_captured_each_for_itself(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ``auto`` ignored labels take another engine for their batch; each has ``.grad`` tensors of its own."""
+    config = mf.MAMLConfig(steps=3, msl=False)
+    plain = with_tensor_rate(small_learner(config, engine="reference"))
+    learner = captured_learner(config, "auto", monkeypatch)
+    served = []
+    for i in range(6):
+        batch = random_batch(seed=i)
+        if i in (1, 2, 4):
+            batch.support_y[0, 1] = batch.target_y[1, 0] = -100
+        expected = plain.meta_step(batch)
+        for found, value in zip(learner.meta_step(batch), expected, strict=True):
+            assert_close(found, value, rtol=1e-8, atol=1e-10, msg=lambda text, i=i: f"step {i}: {text}")
+        assert_close(
+            gradients(learner.model, learner.rates),
+            gradients(plain.model, plain.rates),
+            rtol=1e-7,
+            atol=1e-9,
+        )
+        served.append(learner.engine.name)
+    assert served == ["fused", "autograd", "autograd", "fused", "autograd", "fused"]
+    # The fused engine's twice, as its memory grew the first time.
+    assert sorted(graph.replays for graph in cuda.captured) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("engine", ["autograd", "fused"])

@@ -51,13 +51,13 @@ def test_any_module_trains_and_auto_says_what_kept_it_from_the_fused_engine() ->
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), Gated(), nn.Flatten(), nn.Linear(400, 3))
     learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), precision="float64")
+    losses = [float(learner.meta_step(random_batch()).loss) for _ in range(5)]
+    assert losses[-1] < losses[0]
     assert learner.engine.name == "autograd"
     assert learner.engine_reason == "not fused: 2: sigmoid has no fused rules"
     assert learner.explain().startswith("engine autograd: not fused")
-    losses = [float(learner.meta_step(random_batch()).loss) for _ in range(5)]
-    assert losses[-1] < losses[0]
-    with pytest.raises(ValueError, match="engine: expected a model the fused engine can take"):
-        mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine="fused")
+    with pytest.raises(ValueError, match=r"engine: expected a model .*the fused engine can take.*2: sigmoid"):
+        mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine="fused").meta_step(random_batch())
 
 
 def test_regression_with_a_loss_of_ones_own() -> None:
@@ -121,7 +121,6 @@ def test_auto_leaves_the_fused_engine_when_the_shapes_of_a_batch_stop_it() -> No
         mf.MAMLPlusPlus(network(), mf.MAMLConfig(steps=2), engine=e, precision="float64")  # type: ignore[arg-type]
         for e in ("reference", "auto")
     )
-    assert ours.engine.name == "fused"
     assert_close(ours.meta_step(random_batch()), expected.meta_step(random_batch()), rtol=1e-9, atol=1e-12)
     assert ours.engine.name == "autograd"
     assert ours.engine_reason == "not fused: 2: layer norm: expected images or features, got flattened images"
