@@ -157,8 +157,9 @@ def convert_batch_norm(
         per_step_stats: running statistics per step (BNRS).
 
     Raises:
-        ValueError: for ``num_steps`` below 1, a batch norm's weight that gets rows and is another layer's too, or a ``nn.SyncBatchNorm`` (its statistics would mix the tasks of several
-            processes), or a lazy norm that has seen no input yet.
+        ValueError: for ``num_steps`` below 1, a batch norm's weight that gets rows and is another layer's too, a
+            ``nn.SyncBatchNorm`` (its statistics would mix the tasks of several processes), or a lazy norm that has seen
+            no input yet.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
