@@ -85,7 +85,7 @@ class _Comparison:
         """Rates, or their gradients, in the learner's one tensor."""
         if self.program.settings["rates"] == "tensor":
             return torch.stack(list(rates.values()))
-        return torch.cat([r.flatten(1) for r in rates.values()], 1)
+        return torch.cat([r.reshape(len(r), -1) for r in rates.values()], 1)
 
     def ours(self, call: Callable[[], _T]) -> _T:
         """What the learner answers."""
@@ -174,17 +174,14 @@ class _Comparison:
         expected = self.textbook.evaluate(batch, statistics, steps)
         ours = self.ours(lambda: self.learner.evaluate(mf.EpisodeBatch(*batch), steps=steps).logits)
         self.close(f"{when}: predictions with {statistics} statistics", ours, expected)
+        recorded, due = (len(getattr(m, "seen", ())) for m in (self.model, self.textbook.model))
+        if recorded != due:
+            self.wrong.append(f"calls recorded: {recorded}, expected {due}")
         if not self.program.volatile:
             sx, sy, tx, _ = (t[-1] for t in batch)
             ours = self.ours(lambda: self.learner.adapt(sx, sy, steps=steps)(tx))
             self.close(f"{when}: predictor with {statistics} statistics", ours, expected[-1, -1])
             self.state(f"after {when}", parameters=True)
-
-    def calls(self) -> None:
-        """What the model wrote down of its calls."""
-        expected, ours = (getattr(m, "seen", ()) for m in (self.textbook.model, self.model))
-        if len(ours) != len(expected):
-            self.wrong.append(f"calls recorded: {len(ours)}, expected {len(expected)}")
 
 
 def _train(both: _Comparison) -> None:
@@ -205,7 +202,6 @@ def _train(both: _Comparison) -> None:
     if program.changes or program.seed % 4 == 0:
         both.gradient(program.batch(1), "second", update=False)
     both.evaluation(program.batch(2), "evaluation")
-    both.calls()
 
 
 def check(seed: int, asked: str = "auto") -> Outcome:
