@@ -31,9 +31,9 @@ from mamlpp_fast import reference
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
-from mamlpp_fast.engine.recorder import TAKE_SIZES, Buffer, Operation, Parameter, Recorder, Value
+from mamlpp_fast.engine.recorder import TAKE_SIZES, Operation, Recorder
 
-__all__ = ["Buffer", "Operation", "Parameter", "Recording", "Value", "head_names", "record"]
+__all__ = ["Recording", "head_names", "record"]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
-__all__ = ["TAKE_SIZES", "Buffer", "Operation", "Parameter", "Recorder", "Value", "Watch"]
+__all__ = ["TAKE_SIZES", "Buffer", "Constant", "Operation", "Parameter", "Recorder", "Value", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,19 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A tensor that is a plain attribute of a module, or made from such alone: fixed for a form of a model."""
+
+
+@dataclass(frozen=True)
 class Operation:
     """One call.
 
     Attributes:
         function: what Python called, ``F.conv2d`` say.
         where: path of the innermost module whose forward made the call, "" for the model itself.
-        args, kwargs: its arguments, tensors replaced by :class:`Value`, :class:`Parameter` and :class:`Buffer`.
+        args, kwargs: its arguments, tensors replaced by :class:`Value`, :class:`Parameter`, :class:`Buffer` and
+            :class:`Constant`.
         output: value written, or None where the call made no tensor or several.
         shape: of the output.
         constant: the output takes part in no gradient although an argument does (``detach``, ``no_grad``).
@@ -68,7 +74,7 @@ class Operation:
     def name(self) -> str:
         return name_of(self.function)
 
-    def inputs(self) -> list[Value | Parameter | Buffer]:
+    def inputs(self) -> list[Value | Parameter | Buffer | Constant]:
         leaves = tree_leaves((self.args, self.kwargs))
         return [leaf for leaf in leaves if is_reference(leaf)]
 
@@ -113,7 +119,7 @@ class Recorder(TorchFunctionMode):
         self.result: int | None = None
         self.stand_ins: dict[str, Tensor] = {}
         self.x = x.detach().clone(memory_format=torch.preserve_format)
-        self._references: dict[int, Value | Parameter | Buffer] = {}
+        self._references: dict[int, Value | Parameter | Buffer | Constant] = {}
         self._memory: dict[int, set[int]] = {}
         self._stale: set[int] = set()
         self._in_graph: dict[int, bool] = {}
@@ -127,6 +133,10 @@ class Recorder(TorchFunctionMode):
             self.stand_ins[name] = b.detach().clone()
             self._references[id(self.stand_ins[name])] = Buffer(name)
         self._fixed = {_storage(t): name for name, t in self.stand_ins.items()}
+        for t in tree_leaves([list(vars(m).values()) for m in model.modules()]):
+            if isinstance(t, Tensor) and not t.requires_grad:
+                self._references[id(t)] = Constant()
+                self._fixed[_storage(t)] = "an attribute"
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
         self._new(self.x, [])
@@ -205,7 +215,7 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if draws and not (func in _DROPOUTS and _rate(args, kwargs) == 0):
             self.complain(self.here(), f"{name} draws random numbers")
-        if reads or name in _ASKS:
+        if (reads or name in _ASKS) and not _all_constant(references.values()):
             self.complain(self.here(), f"{name} asks for values, which decide what is executed")
         if name.endswith("__set__") or name in _CHANGES:
             self.complain(self.here(), f"{name} changes how a tensor takes part in gradients")
@@ -231,7 +241,7 @@ class Recorder(TorchFunctionMode):
 
     # Tensors
 
-    def _known(self, t: Tensor) -> Value | Parameter | Buffer | None:
+    def _known(self, t: Tensor) -> Value | Parameter | Buffer | Constant | None:
         return self._references.get(id(t))
 
     def _read(self, t: Tensor) -> Any:
@@ -266,6 +276,8 @@ class Recorder(TorchFunctionMode):
         for r in made_of:
             if isinstance(r, Parameter):
                 names |= {r.name}
+            elif isinstance(r, Buffer):
+                on_input = True
             elif isinstance(r, Value):
                 on_input |= self._from[r.index][0]
                 names |= self._from[r.index][1]
@@ -288,6 +300,12 @@ class Recorder(TorchFunctionMode):
         args_, kwargs_ = recorded
         in_graph = any(t.requires_grad for t in given)
         references = [r for r in tree_leaves(recorded) if is_reference(r)]
+        if _all_constant(references):
+            for t in made:
+                self._references[id(t)] = Constant()
+                self._fixed.setdefault(_storage(t), "a tensor of the forward's own")
+                self._alive.append(t)
+            return
         target = result if isinstance(result, Tensor) else None
         if target is None and result is None and args and isinstance(args[0], Tensor):
             target = args[0]  # ``x[0] = 1`` leaves its result in x
@@ -341,12 +359,16 @@ class Recorder(TorchFunctionMode):
         return counts
 
 
+def _all_constant(references: Iterable[Any]) -> bool:
+    return all(isinstance(r, Constant) for r in references)
+
+
 def _storage(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
 def is_reference(leaf: Any) -> bool:
-    return isinstance(leaf, (Value, Parameter, Buffer))
+    return isinstance(leaf, (Value, Parameter, Buffer, Constant))
 
 
 def name_of(func: Any) -> str:

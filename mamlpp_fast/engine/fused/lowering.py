@@ -38,7 +38,8 @@ from mamlpp_fast.engine.fused.steps import (
     Slot,
     Step,
 )
-from mamlpp_fast.engine.record import Buffer, Operation, Parameter, Recording, Value
+from mamlpp_fast.engine.record import Recording
+from mamlpp_fast.engine.recorder import Buffer, Constant, Operation, Parameter, Value
 
 __all__ = ["lower", "rules"]
 
@@ -228,6 +229,8 @@ def _said(argument: Any) -> str:
         return f"the parameter {argument.name}" + (" detached" if argument.detached else "")
     if isinstance(argument, Buffer):
         return f"the buffer {argument.name}"
+    if isinstance(argument, Constant):
+        return "a tensor that is an attribute"
     return "an activation" if isinstance(argument, Value) else repr(argument)
 
 
