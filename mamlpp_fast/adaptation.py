@@ -28,7 +28,7 @@ def adapt(
 
     Equivalent to K times ``theta = theta - rate * autograd.grad(loss, theta, create_graph=True)``. Use the result with
     ``mf.functional_call(model, fast, target_x)``; the inner step of per-step batch norms is left at the
-    last one, where the target pass belongs. Under ``torch.no_grad`` it adapts as well, and returns constants.
+    last one, where the target pass belongs. Under ``torch.no_grad`` or ``inference_mode`` it adapts as well, and returns constants.
 
     Args:
         model: any module; its parameters named in ``rates`` adapt, the others take part as they are.
@@ -51,11 +51,11 @@ def adapt(
     """
     differentiable = torch.is_grad_enabled()
     fast: dict[str, Tensor] = {}
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         for fast in inner_steps(  # noqa: B007
             model,
-            support_x,
-            support_y,
+            _normal(support_x),
+            _normal(support_y),
             rates,
             steps=steps,
             loss_fn=loss_fn,
@@ -66,6 +66,11 @@ def adapt(
         return fast
     # A parameter without part in the loss is still the model's own, which constants must not follow.
     return {name: p.detach().clone() if p.is_leaf else p.detach() for name, p in fast.items()}
+
+
+def _normal(t: Tensor) -> Tensor:
+    """A tensor that autograd may keep; those made in ``torch.inference_mode`` are not."""
+    return t.clone() if t.is_inference() else t
 
 
 def inner_steps(

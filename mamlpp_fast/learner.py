@@ -21,6 +21,7 @@ from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine import Engine, EngineName, Precision, dtype_of, make_engine
 from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.engine.graph import Graphed, graphed
+from mamlpp_fast.engine.record import head_names
 from mamlpp_fast.engine.reduction import Reduction
 from mamlpp_fast.episodes import Episode, EpisodeBatch, as_input
 from mamlpp_fast.lslr import LSLR
@@ -104,6 +105,7 @@ class MAMLPlusPlus:
         self.deterministic = deterministic and self.device.type == "cpu"
         self._asked: EngineName = engine
         self._verify = verify
+        self._head: tuple[str, ...] | None = None
         self._trainable = adam.trainable(self.model, self.rates)
         self._resting: adam.Resting = {}
         self.optimizer = adam.make_adam(self._trainable, config, self.device)
@@ -137,14 +139,24 @@ class MAMLPlusPlus:
         )
         self._stale = False
 
-    def _follow(self, training: bool | None) -> Serving:
-        """Sets the model's mode, and goes over to what the model has become since the last call."""
+    def _follow(self, training: bool | None = None, x: Tensor | None = None) -> Serving:
+        """Sets the model's mode, and goes over to what the model has become since the last call.
+
+        Args:
+            training: the mode; None leaves it.
+            x: examples [n, ...] of what comes now, which tell the head where that is what adapts.
+        """
         if training is not None:
             self.model.train(training)
-        if self._stale or self._serving.outdated(self.model, self.loss_fn):
-            self._stale = True  # until all of this has succeeded
+        if self._serving.outdated(self.model, self.loss_fn):
+            self._stale, self._head = True, None
+        if self.config.adapt == "head" and self._head is None and x is not None:
+            x = as_input(x, self.device, self.dtype)
+            self._head = head_names(self.model, x, self.config.adapt_norm)
+            self._stale |= self._head != self.rates.names
+        if self._stale:  # until all of this has succeeded
             self.model = prepared(self.model, self.config, self.device, self.dtype)
-            self.rates.follow(adapting(self.model, self.config), self.config.inner_lr)
+            self.rates.follow(adapting(self.model, self.config, self._head), self.config.inner_lr)
             before, self._trainable = self._trainable, adam.trainable(self.model, self.rates)
             adam.follow(self.optimizer, before, self._trainable, self._resting)
             frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
@@ -196,7 +208,7 @@ class MAMLPlusPlus:
         """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`."""
         total = batch.num_tasks if total_tasks is None else total_tasks
         batch = own_share(batch, self.ranks, total_tasks)
-        self._follow(training=True)
+        self._follow(True, batch.support_x[0])
         if self.ranks.size == 1:
             return self._train(batch, self._gradient)
         if self._reduction is None:
@@ -266,7 +278,7 @@ class MAMLPlusPlus:
             self.apply_gradient()
             return metrics
         batch = own_share(batch, self.ranks, total_tasks)
-        self._follow(training=True)
+        self._follow(True, batch.support_x[0])
         adam.set_learning_rate(self.optimizer, self.meta_lr())
         metrics = self._train(
             batch, lambda engine, batch, *options: self._whole_step(engine)(batch.fields, *options)
@@ -335,7 +347,7 @@ class MAMLPlusPlus:
             ValueError: when the labels do not fit the model's predictions, or the model cannot be copied.
         """
         steps = self._eval_steps(steps)
-        serving = self._follow(training=False)
+        serving = self._follow(False, support_x)
         task = serving.as_taken(EpisodeBatch.of(Episode(support_x, support_y, support_x, support_y)))
         with serving.mistakes_named(task), one_thread(self.deterministic):
             weights = adapt(
@@ -369,7 +381,7 @@ class MAMLPlusPlus:
         if isinstance(batch, Episode):
             batch = EpisodeBatch.of(batch)
         steps, stats = self._eval_steps(steps), self.config.eval_stats
-        serving = self._follow(training=False)
+        serving = self._follow(False, batch.support_x[0])
 
         def call(engine: Engine, batch: EpisodeBatch) -> Evaluation:
             logits = engine.evaluate(batch, steps=steps, stats=stats)
@@ -384,13 +396,16 @@ class MAMLPlusPlus:
     @undisturbed()
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from: model, rates, Adam, iteration."""
-        self._follow(None)
-        return {
+        self._follow()
+        state = {
             "model": self.model.state_dict(),
             "rates": self.rates.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "iteration": self.iteration,
         }
+        if self._head is not None and self._head != tuple(n for n, _ in adapting(self.model, self.config)):
+            state["head"] = list(self._head)  # a learner made anew takes the last module registered at first
+        return state
 
     @undisturbed()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -399,7 +414,10 @@ class MAMLPlusPlus:
         Raises:
             ValueError: when the state is of another model or configuration.
         """
-        self._follow(None)
+        self._follow()
+        if "head" in state and self._head is None:
+            self._head, self._stale = tuple(state["head"]), True
+            self._follow()
         try:
             self.model.load_state_dict(state["model"])
             self.rates.load_state_dict(state["rates"])
@@ -415,9 +433,8 @@ class MAMLPlusPlus:
 
     def explain(self) -> str:
         """Says which engine serves this model and why, and what it will do."""
-        text = f"engine {self.engine.name}: {self.engine_reason}"
-        describe = getattr(self.engine, "explain", None)
-        return text if describe is None else f"{text}\n{describe()}"
+        lines = [f"engine {self.engine.name}: {self.engine_reason}", f"adapts {', '.join(self.rates.names)}"]
+        return "\n".join(filter(None, (*lines, self.engine.explain())))
 
     def __getstate__(self) -> dict[str, Any]:
         if self.ranks.group is not None:
@@ -425,7 +442,7 @@ class MAMLPlusPlus:
                 "learner: expected one without a process group to copy or pickle, which belongs to this process; "
                 "load its state_dict into another"
             )
-        self._follow(None)
+        self._follow()
         bound = ("_serving", "_graphs", "_reduction")
         return {name: value for name, value in vars(self).items() if name not in bound}
 

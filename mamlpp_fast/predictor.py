@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast._modes import undisturbed
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.episodes import as_input
@@ -67,7 +68,7 @@ class Predictor:
     def __call__(self, x: Tensor) -> Tensor:
         """Predictions for ``x`` [m, ...], without gradients; moved to the model's device and dtype."""
         x = as_input(x, self.device, self.dtype)
-        with torch.no_grad(), one_thread(self.deterministic):
+        with undisturbed(), torch.no_grad(), one_thread(self.deterministic):
             prediction: Tensor = self.model(x) if self.tensors is None else self._called(x, self.tensors)
         return prediction
 

@@ -44,10 +44,12 @@ def prepared(model: _M, config: MAMLConfig, device: torch.device | str | None, d
     return model
 
 
-def adapting(model: nn.Module, config: MAMLConfig) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all that the inner loop adapts."""
+def adapting(
+    model: nn.Module, config: MAMLConfig, head: tuple[str, ...] | None = None
+) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that the inner loop adapts; ``head``: names that a recording found for ``"head"``."""
     own = dict(model.named_parameters())
-    return [(name, own[name]) for name in adapted_names(model, config.adapt, config.adapt_norm)]
+    return [(name, own[name]) for name in head or adapted_names(model, config.adapt, config.adapt_norm)]
 
 
 def own_share(batch: EpisodeBatch, ranks: Ranks, total_tasks: int | None) -> EpisodeBatch:
