@@ -1,4 +1,4 @@
-"""The differentiable inner loop for any module, on one flat buffer of fast weights."""
+"""The differentiable inner loop for any module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import LossFn, functional_call, set_step
+from mamlpp_fast.reference import LossFn, functional_call, math_attention, set_step
 
 __all__ = ["adapt", "inner_steps"]
 
@@ -42,7 +42,7 @@ def adapt(
         first_order: treat inner gradients as constants (first-order MAML).
 
     Returns:
-        The fast weights by parameter name, views of one buffer.
+        The fast weights by parameter name.
 
     Raises:
         TypeError: when ``rates`` is neither an ``LSLR`` nor a number.
@@ -62,7 +62,10 @@ def adapt(
             first_order=first_order or not differentiable,
         ):
             pass
-    return fast if differentiable else {name: p.detach() for name, p in fast.items()}
+    if differentiable:
+        return fast
+    # A parameter without part in the loss is still the model's own, which constants must not follow.
+    return {name: p.detach().clone() if p.is_leaf else p.detach() for name, p in fast.items()}
 
 
 def inner_steps(
@@ -83,20 +86,31 @@ def inner_steps(
     steps = rates.num_steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    own = dict(model.named_parameters())
+    fast = _own(model, rates)
+    second_order = not first_order
+    for k in range(steps):
+        set_step(model, k)
+        with math_attention(second_order):
+            loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+            grads = torch.autograd.grad(
+                loss, list(fast.values()), create_graph=second_order, allow_unused=True
+            )
+        fast = rates(fast, dict(zip(fast, grads, strict=True)), k)
+        yield fast
+
+
+def _own(model: nn.Module, rates: LSLR) -> dict[str, Tensor]:
+    """The parameters that ``rates`` names: the model's very own, so that hooks on their gradients run."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    fast = {}
     for name, shape in zip(rates.names, rates.shapes, strict=True):
         if name not in own:
             raise ValueError(f"rates: expected names of parameters of the model, got {name!r}")
-        if own[name].shape != shape:
+        p = own[name]
+        if p.shape != shape:
             raise ValueError(
-                f"rates: expected {name!r} of shape {tuple(shape)}, the model has {tuple(own[name].shape)}"
+                f"rates: expected {name!r} of shape {tuple(shape)}, the model has {tuple(p.shape)}"
             )
-    flat = rates.flatten(own)
-    if not flat.requires_grad:
-        flat.requires_grad_()
-    for k in range(steps):
-        set_step(model, k)
-        loss = loss_fn(functional_call(model, rates.unflatten(flat), (support_x,)), support_y)
-        (grad,) = torch.autograd.grad(loss, flat, create_graph=not first_order)
-        flat = rates.update(flat, grad, k)
-        yield rates.unflatten(flat)
+        # What is frozen but named adapts all the same, from a constant.
+        fast[name] = p if p.requires_grad else p.detach().requires_grad_()
+    return fast

@@ -16,6 +16,7 @@ from mamlpp_fast import adam, labels, reference
 from mamlpp_fast._modes import undisturbed
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
+from mamlpp_fast.copying import detached_memo, tied_function
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine import Engine, EngineName, Precision, dtype_of, make_engine
 from mamlpp_fast.engine.deterministic import one_thread
@@ -23,7 +24,7 @@ from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.engine.reduction import Reduction
 from mamlpp_fast.episodes import Episode, EpisodeBatch, as_input
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.predictor import Predictor, detached_memo
+from mamlpp_fast.predictor import Predictor
 from mamlpp_fast.prepare import adapting, own_share, prepared
 from mamlpp_fast.results import Evaluation, NonFiniteLossError, StepMetrics
 from mamlpp_fast.serving import Serving
@@ -126,7 +127,6 @@ class MAMLPlusPlus:
                 make_engine,
                 model=self.model,
                 rates=self.rates,
-                config=self.config,
                 loss_fn=self.loss_fn,
                 precision=self.precision,
                 deterministic=self.deterministic,
@@ -437,6 +437,10 @@ class MAMLPlusPlus:
     @undisturbed()
     def __deepcopy__(self, memo: dict[int, Any]) -> MAMLPlusPlus:
         state = self.__getstate__()
+        if (name := tied_function(self.model)) is not None:
+            raise ValueError(
+                f"model: expected functions that do not close over parts of it to copy, {name} does"
+            )
         memo |= detached_memo(self.model)
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(state, memo))

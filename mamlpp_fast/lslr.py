@@ -22,7 +22,8 @@ class LSLR(nn.Module):
 
     Args:
         adapting: the model, all of whose parameters but those of normalisation layers adapt; or (name, parameter) of
-            every tensor that adapts, as ``model.named_parameters()`` gives them.
+            every tensor that adapts, as ``model.named_parameters()`` gives them; a tensor under several names is taken
+            once, by the first.
         num_steps: inner steps K.
         init_lr: initial value of every rate.
         rates: ``"tensor"`` for one rate per tensor and step, ``"element"`` for one per element and step.
@@ -52,7 +53,7 @@ class LSLR(nn.Module):
         if isinstance(adapting, nn.Module):
             chosen = adapted_names(adapting)
             adapting = [(name, adapting.get_parameter(name)) for name in chosen]
-        named = [_named(pair) for pair in adapting]
+        named = _distinct(adapting)
         if not named:
             raise ValueError("adapting: expected at least one parameter, got none")
         if num_steps < 1:
@@ -72,11 +73,12 @@ class LSLR(nn.Module):
             torch.full(shape, init_lr, device=device, dtype=dtype), requires_grad=learnable
         )
 
-    def as_dict(self) -> dict[str, Tensor]:
-        """Views of the rates by parameter name: [K], or [K, *shape] when per element."""
+    def as_dict(self, rates: Tensor | None = None) -> dict[str, Tensor]:
+        """Views of the rates, or of a tensor like them, by parameter name: [K], or [K, *shape] when per element."""
+        rates = self.rates if rates is None else rates
         if self.kind == "tensor":
-            return {name: self.rates[i] for i, name in enumerate(self.names)}
-        parts = self.rates.split(self.sizes, dim=1)
+            return {name: rates[i] for i, name in enumerate(self.names)}
+        parts = rates.split(self.sizes, dim=1)
         return {
             name: part.unflatten(1, shape) if shape else part.squeeze(1)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
@@ -104,16 +106,27 @@ class LSLR(nn.Module):
         return ops.lslr_update(flat, grad, self.rates, None, row)
 
     def forward(
-        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], step: int
+        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], step: int
     ) -> dict[str, Tensor]:
-        """One inner update of parameters by name, for a loop of one's own.
+        """One inner update of parameters by name, ``p - rate * grad``, for a loop of one's own.
 
         Args:
             params: the current fast weights, by name.
-            grads: their gradients, by name.
-            step: the inner step, from 0.
+            grads: their gradients, by name; None for a parameter that the loss does not depend on, which stays.
+            step: the inner step, from 0; those beyond the last rate use the last.
         """
-        return self.unflatten(self.update(self.flatten(params), self.flatten(grads), step))
+        updated = {}
+        for name, rate in zip(self.names, self._of_step(step), strict=True):
+            p, grad = params[name], grads[name]
+            updated[name] = p if grad is None else p - rate * grad
+        return updated
+
+    def _of_step(self, step: int) -> Iterable[Tensor]:
+        """The rate of every tensor: a scalar, or one of its shape."""
+        row = min(step, self.num_steps - 1)
+        if self.kind == "tensor":
+            return self.rates.select(1, row).unbind()
+        return self.unflatten(self.rates[row]).values()
 
     def follow(self, adapting: Iterable[tuple[str, Tensor]], init_lr: float) -> None:
         """Goes over to other parameters, in place: rates stay with their name (per element: and shape).
@@ -139,6 +152,19 @@ class LSLR(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} tensors, num_steps={self.num_steps}, rates={self.kind!r}"
+
+
+def _distinct(adapting: Iterable[object]) -> list[tuple[str, torch.Size, torch.device, torch.dtype]]:
+    """Each tensor once, under the first of its names: a tied one has one rate."""
+    seen: dict[int, object] = {}  # the tensors themselves, so that no id is used again meanwhile
+    named = []
+    for pair in adapting:
+        checked = _named(pair)
+        tensor = pair[1]  # type: ignore[index]
+        if id(tensor) not in seen:
+            seen[id(tensor)] = tensor
+            named.append(checked)
+    return named
 
 
 def _named(pair: object) -> tuple[str, torch.Size, torch.device, torch.dtype]:

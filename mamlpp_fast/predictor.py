@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.episodes import as_input
-from mamlpp_fast.reference import EvalStats, set_eval_stats, set_step
+from mamlpp_fast.reference import EvalStats, functional_call, set_eval_stats, set_step
 
-__all__ = ["Predictor", "copy_of", "detached_memo"]
-
-_M = TypeVar("_M", bound=nn.Module)
+__all__ = ["Predictor"]
 
 
 class Predictor:
@@ -24,6 +20,8 @@ class Predictor:
 
     A snapshot: it keeps a copy of the model with the adapted weights in evaluation mode, so that nothing done to the
     learner later changes it. It can be pickled and copied (where the model can), and called by several threads at once.
+    A model that no copy stands for (see :func:`mamlpp_fast.copying.copy_of`) is called itself, with tensors of the
+    predictor's own.
 
     Args:
         model: copied.
@@ -47,43 +45,38 @@ class Predictor:
         dtype: torch.dtype,
         deterministic: bool = False,
     ) -> None:
-        self.model = copy_of(model).eval()
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, value in weights.items():
-                own[name].copy_(value)
-        set_step(self.model, step)
-        set_eval_stats(self.model, stats)
+        self.step, self.stats = step, stats
+        self.tensors: dict[str, Tensor] | None = None
+        try:
+            self.model = copy_of(model).eval()
+        except ValueError:
+            self.model = model
+            own = dict(model.named_parameters()) | dict(model.named_buffers())
+            self.tensors = {name: t.detach().clone() for name, t in (own | dict(weights)).items()}
+        else:
+            own = dict(self.model.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                for name, value in weights.items():
+                    own[name].copy_(value)
+            set_step(self.model, step)
+            set_eval_stats(self.model, stats)
         self.device = next(self.model.parameters()).device
         self.dtype = dtype
         self.deterministic = deterministic
 
     def __call__(self, x: Tensor) -> Tensor:
         """Predictions for ``x`` [m, ...], without gradients; moved to the model's device and dtype."""
+        x = as_input(x, self.device, self.dtype)
         with torch.no_grad(), one_thread(self.deterministic):
-            prediction: Tensor = self.model(as_input(x, self.device, self.dtype))
+            prediction: Tensor = self.model(x) if self.tensors is None else self._called(x, self.tensors)
         return prediction
 
-
-def copy_of(model: _M) -> _M:
-    """A deep copy of a model, of one too that holds results of computations (old ``weight_norm``), which is detached.
-
-    Raises:
-        ValueError: when something in the model cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model, detached_memo(model))
-    except (TypeError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model: expected one that copy.deepcopy can copy, {reason}") from error
-
-
-def detached_memo(model: nn.Module) -> dict[int, object]:
-    """The memo for ``copy.deepcopy`` with which tensors that carry a graph become constants; else it refuses them."""
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, Tensor) and not leaf.is_leaf:
-                    memo[id(leaf)] = leaf.detach().clone()
-    return memo
+    def _called(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        self.model.eval()
+        set_step(self.model, self.step)
+        set_eval_stats(self.model, self.stats)
+        try:
+            prediction: Tensor = functional_call(self.model, tensors, x)
+        finally:
+            set_eval_stats(self.model, "batch")
+        return prediction

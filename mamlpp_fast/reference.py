@@ -10,6 +10,7 @@ model with other tensors, which parameters adapt, the inner loop, the meta-gradi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -17,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 __all__ = [
     "LossFn",
@@ -28,10 +31,13 @@ __all__ = [
     "functional_call",
     "inner_loop",
     "is_second_order",
+    "math_attention",
     "meta_gradient",
     "msl_weights",
+    "per_step_norm",
     "set_eval_stats",
     "set_step",
+    "swapped",
 ]
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -84,16 +90,21 @@ def cosine_annealing(epoch: int, epochs: int, lr: float, min_lr: float) -> float
 class PerStepBatchNorm2d(nn.Module):
     """Batch norm with weights, biases (BNWB) and running statistics (BNRS) of their own for every inner step.
 
+    Despite its name it stands for PyTorch's batch norm of one and three dimensions as well.
+
     Row ``step`` is used by the support pass of inner step ``step`` and by the target pass that follows its update;
     steps beyond the last row use the last row. In training mode the statistics of the batch normalise, and the running
     statistics are updated as PyTorch does. In evaluation mode ``eval_stats`` decides: ``"batch"`` (the published
     numbers; no update) or ``"running"`` (the answer for an image does not depend on the others).
 
     Args:
-        num_features: channels C of the input [N, C, H, W] (or [N, C]).
+        num_features: channels C of the input [N, C] or [N, C, ...]: [N, C, H, W], [N, C, L], [N, C, D, H, W].
         num_steps: rows K.
         eps: added to the variance.
-        momentum: share of the new statistics in the running ones.
+        momentum: share of the new statistics in the running ones; None makes them means over all passes so far, which
+            a buffer ``num_batches_tracked``, [K] or [], counts.
+        affine: False leaves out weight and bias (both are None).
+        bias: False leaves out the bias.
         per_step_affine: weight and bias [K, C]; otherwise [C], shared by all steps.
         per_step_stats: running statistics [K, C]; otherwise [C].
         negative_slope: when given, a leaky ReLU of that slope follows (0.0: a ReLU).
@@ -101,6 +112,7 @@ class PerStepBatchNorm2d(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -108,7 +120,9 @@ class PerStepBatchNorm2d(nn.Module):
         num_steps: int,
         *,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        bias: bool = True,
         per_step_affine: bool = True,
         per_step_stats: bool = True,
         negative_slope: float | None = None,
@@ -122,28 +136,37 @@ class PerStepBatchNorm2d(nn.Module):
         self.num_steps = num_steps
         self.eps = eps
         self.momentum = momentum
-        self.per_step_affine = per_step_affine
+        self.per_step_affine = affine and per_step_affine
         self.per_step_stats = per_step_stats
         self.negative_slope = negative_slope
         self.step = 0
         self.eval_stats: EvalStats = "batch"
         affine_shape = (num_steps, num_features) if per_step_affine else (num_features,)
         stats_shape = (num_steps, num_features) if per_step_stats else (num_features,)
-        self.weight = nn.Parameter(torch.ones(affine_shape))
-        self.bias = nn.Parameter(torch.zeros(affine_shape))
+        if affine:
+            self.weight = nn.Parameter(torch.ones(affine_shape))
+        else:
+            self.register_parameter("weight", None)
+        if affine and bias:
+            self.bias = nn.Parameter(torch.zeros(affine_shape))
+        else:
+            self.register_parameter("bias", None)
         self.register_buffer("running_mean", torch.zeros(stats_shape))
         self.register_buffer("running_var", torch.ones(stats_shape))
+        if momentum is None:
+            self.register_buffer("num_batches_tracked", torch.zeros(stats_shape[:-1], dtype=torch.long))
 
     @property
     def row(self) -> int:
         """The row of this step: steps beyond the last trained one use the last."""
         return min(self.step, self.num_steps - 1)
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias [C] of the current step."""
-        if self.per_step_affine:
-            return self.weight[self.row], self.bias[self.row]
-        return self.weight, self.bias
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias [C] of the current step, None where there is none."""
+        weight, bias = (
+            p[self.row] if self.per_step_affine and p is not None else p for p in (self.weight, self.bias)
+        )
+        return weight, bias
 
     def running_stats(self) -> tuple[Tensor, Tensor]:
         """Running mean and variance [C] of the current step (views)."""
@@ -152,21 +175,49 @@ class PerStepBatchNorm2d(nn.Module):
         return self.running_mean, self.running_var
 
     def forward(self, x: Tensor) -> Tensor:
+        if has_torch_function_unary(x):
+            # To a tensor subclass or a torch-function mode the whole norm is one operation.
+            y: Tensor = handle_torch_function(per_step_norm, (x,), self, x)
+            return y
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """What :meth:`forward` computes: the mathematics, for subclasses to compute otherwise."""
         weight, bias = self.affine()
         mean, var = self.running_stats()
-        if self.training:
-            y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
-        elif self.eval_stats == "batch":
-            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        else:
+        if not self.training and self.eval_stats == "running":
             y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        elif not self.training:
+            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        elif self.momentum is not None:
+            y = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+        else:
+            new = torch.zeros_like(mean), torch.zeros_like(var)
+            y = F.batch_norm(
+                x, *new, weight, bias, True, 1.0, self.eps
+            )  # momentum 1: new is the batch's alone
+            self.accumulate(*new)
         return y if self.negative_slope is None else F.leaky_relu(y, self.negative_slope)
+
+    def accumulate(self, mean: Tensor, var: Tensor) -> None:
+        """Takes mean and unbiased variance [C] of one more pass into the running ones of ``momentum=None``."""
+        count = self.num_batches_tracked[self.row] if self.per_step_stats else self.num_batches_tracked
+        count.add_(1)
+        for running, new in zip(self.running_stats(), (mean, var), strict=True):
+            running.add_((new - running) / count)
 
     def extra_repr(self) -> str:
         text = f"{self.num_features}, num_steps={self.num_steps}, eps={self.eps}, momentum={self.momentum}"
+        for part in ("weight", "bias"):
+            text += f", no {part}" if getattr(self, part) is None else ""
         for flag in ("per_step_affine", "per_step_stats"):
             text += "" if getattr(self, flag) else f", {flag}=False"
         return text if self.negative_slope is None else text + f", negative_slope={self.negative_slope}"
+
+
+def per_step_norm(module: PerStepBatchNorm2d, x: Tensor) -> Tensor:
+    """``module(x)`` as a function: what torch-function modes and tensor subclasses see of a per-step batch norm."""
+    return module.normalise(x)
 
 
 def set_step(model: nn.Module, step: int) -> None:
@@ -177,10 +228,15 @@ def set_step(model: nn.Module, step: int) -> None:
 
 
 def set_eval_stats(model: nn.Module, stats: EvalStats) -> None:
-    """Chooses the statistics that per-step batch norms normalise with in evaluation mode."""
+    """Chooses the statistics that norms normalise with in evaluation mode.
+
+    Per-step batch norms obey, and so do those norms with running statistics that
+    :func:`mamlpp_fast.convert_batch_norm` left in place. Of a model that was not converted, PyTorch's own norms are
+    left alone: in evaluation mode they use their running statistics.
+    """
     for module in model.modules():
-        if isinstance(module, PerStepBatchNorm2d):
-            module.eval_stats = stats
+        if isinstance(module, (PerStepBatchNorm2d, _NormBase)) and "eval_stats" in vars(module):
+            vars(module)["eval_stats"] = stats
 
 
 # Calling a model with other tensors ----------------------------------------------------------------------------------
@@ -208,23 +264,30 @@ def functional_call(
         KeyError: for a name that ``model`` lacks.
         ValueError: for two different values of one tied tensor.
     """
+    with swapped(model, tensors):
+        return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it ``model`` holds ``tensors`` in place of its own; see :func:`functional_call`."""
     new: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        old = _held(model, name)
-        if new.setdefault(id(old), tensor) is not tensor:
+        held = _held(model, name)
+        if new.setdefault(id(held), tensor) is not tensor:
             raise ValueError(f"tensors: expected one value for a tied tensor, got another for {name!r}")
-    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in model.modules():
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
                 for leaf, old in table.items():
                     if id(old) in new:
-                        swapped.append((table, leaf, old))
+                        replaced.append((table, leaf, old))
                         table[leaf] = new[id(old)]
-        return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+        yield
     finally:
-        for table, leaf, old in swapped:
+        for table, leaf, old in replaced:
             table[leaf] = old
 
 
@@ -243,7 +306,8 @@ def _held(model: nn.Module, name: str) -> Tensor:
 
 # What adapts ---------------------------------------------------------------------------------------------------------
 
-_NORMS = (PerStepBatchNorm2d, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+# _NormBase: PyTorch's batch and instance norms.
+NORMS = (PerStepBatchNorm2d, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def adapted_names(
@@ -263,20 +327,20 @@ def adapted_names(
     chosen: dict[int, str] = {}
     prefixes = (adapt,) if isinstance(adapt, str) else tuple(adapt)
     # A tied parameter has several names: it adapts by any of them, under the first.
-    first = {id(p): name for name, p in model.named_parameters()}
-    owners = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    first = {id(p): name for name, p in nn.Module.named_parameters(model)}
+    owners = [n for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())]
     for owner in owners:
         module = model.get_submodule(owner)
         prefix = f"{owner}." if owner else ""
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             if not adapt_norm:
                 continue
             if isinstance(module, PerStepBatchNorm2d) and module.per_step_affine:
                 raise ValueError(
                     f"adapt_norm: expected one weight shared by all steps, {owner} has one per step"
                 )
-        for name, p in module.named_parameters(recurse=False):
-            if not p.requires_grad:
+        for name, p in module._parameters.items():
+            if p is None or not p.requires_grad:
                 continue
             full = prefix + name
             if adapt == "all" or (owner == owners[-1] if adapt == "head" else full.startswith(prefixes)):
@@ -287,6 +351,34 @@ def adapted_names(
 
 
 # The inner loop ------------------------------------------------------------------------------------------------------
+
+
+_SDP = torch.backends.cuda  # its switches hold on a CPU too
+_ATTENTION: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (_SDP.math_sdp_enabled, _SDP.enable_math_sdp),
+    (_SDP.flash_sdp_enabled, _SDP.enable_flash_sdp),
+    (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp),
+    (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp),
+)
+
+
+@contextlib.contextmanager
+def math_attention(wanted: bool = True) -> Iterator[None]:
+    """Within it ``F.scaled_dot_product_attention`` is made of plain operations, as a second derivative needs.
+
+    Its fused kernels have none. As ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, at a fifth of its cost.
+    """
+    if not wanted:
+        yield
+        return
+    before = [enabled() for enabled, _ in _ATTENTION]
+    for (_, enable), on in zip(_ATTENTION, (True, False, False, False), strict=True):
+        enable(on)
+    try:
+        yield
+    finally:
+        for (_, enable), on in zip(_ATTENTION, before, strict=True):
+            enable(on)
 
 
 def inner_loop(
@@ -316,8 +408,11 @@ def inner_loop(
     fast = dict(params)
     for k in range(steps):
         set_step(model, k)
-        loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
-        grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)
+        with math_attention(second_order):
+            loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+            grads = torch.autograd.grad(
+                loss, list(fast.values()), create_graph=second_order, allow_unused=True
+            )
         fast = {
             name: p if g is None else p - rates[name][min(k, len(rates[name]) - 1)] * g
             for (name, p), g in zip(fast.items(), grads, strict=True)
@@ -438,7 +533,10 @@ def evaluate_task(
     of the target passes. ``steps`` may exceed the number of rates and of batch-norm rows: the last ones are used again.
     """
     own = dict(model.named_parameters())
-    params = {name: own[name].detach().requires_grad_() for name in rates}
+    # Its own where they can be: hooks on their gradients act as in training.
+    params = {
+        name: own[name] if own[name].requires_grad else own[name].detach().requires_grad_() for name in rates
+    }
     predictions = []
     with torch.enable_grad():
         loop = inner_loop(

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
+from mamlpp_fast.engine.fused.fusions import fuse
+from mamlpp_fast.engine.fused.lowering import lower
+from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.steps import SquaredError
+from mamlpp_fast.engine.record import record
 
 
 def random_batch(
@@ -87,3 +92,11 @@ def assert_equal_on_any_threads(run: Callable[[], object]) -> None:
             results.append(run())
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+
+def lowered(model: nn.Module, example: tuple[int, ...], adapted: tuple[str, ...] = ()) -> Network:
+    """The network of a model in training mode, without the loss."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    x, other = (torch.randn(n, *example, generator=generator, dtype=dtype) for n in (3, 4))
+    return fuse(lower(record(model.train(), x, other), model, frozenset(adapted)), SquaredError())

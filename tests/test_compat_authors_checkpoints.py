@@ -12,7 +12,7 @@ from authors_helpers import TINY, TheirSystem, their_batches, write_experiment
 from train_helpers import RunsCode
 
 import mamlpp_fast as mf
-from mamlpp_fast.compat.checkpoints import export_checkpoint, import_checkpoints
+from mamlpp_fast.compat.checkpoints import _read, export_checkpoint, import_checkpoints
 from mamlpp_fast.compat.experiment import Experiment, read_experiment
 from mamlpp_fast.engine import EngineName
 from mamlpp_fast.train import build_learner, load_checkpoint
@@ -314,6 +314,26 @@ def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, form: str) -> None:
     assert "\n" not in str(caught.value)
     assert not marker.exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_of_every_plain_type_of_numpy_are_read(legacy: bool, tmp_path: Path) -> None:
+    """In their statistics and in Adam's settings alike; a numpy.bool comes of comparing numbers of numpy."""
+    experiment = tiny_experiment(tmp_path)
+    theirs = TheirSystem(experiment.config)
+    for batch in their_batches(3):
+        theirs.step(batch)
+    state = theirs.state([0.5])
+    state["optimizer"]["param_groups"][0]["amsgrad"] = np.bool_(False)
+    state |= {f"statistic_{kind}": np.dtype(kind).type(1) for kind in "?bhiqBHIQefd"}
+    torch.save(state, tmp_path / "x", _use_new_zipfile_serialization=not legacy)
+    content = _read(tmp_path / "x", experiment.config).content
+    for kind in "?bhiqBHIQefd":
+        value = content[f"statistic_{kind}"]
+        assert type(value) is (bool if kind == "?" else float if kind in "efd" else int)
+        assert value == 1
+    assert content["optimizer"]["param_groups"][0]["amsgrad"] is False
+    import_checkpoints([tmp_path / "x"], experiment, tmp_path / "run")
 
 
 def test_numbers_of_other_types_are_refused(tmp_path: Path) -> None:

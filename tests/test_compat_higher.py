@@ -178,14 +178,17 @@ def test_what_follows_a_batch_norm(act: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_hooks_on_the_functional_module_are_called_and_the_model_s_are_not(place: int) -> None:
+def test_the_functional_module_has_the_model_s_hooks_and_its_own(place: int) -> None:
     model, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).double(), torch.randn(4, 3, 2, 2).double()
     called: list[str] = []
     model[place].register_forward_hook(lambda *_: called.append("model"))
     fmodel = higher.monkeypatch(model)
     fmodel[place].register_forward_hook(lambda *_: called.append("functional"))
     fmodel(x)
-    assert called == ["functional"]
+    assert called == ["model", "functional"]
+    called.clear()
+    model(x)
+    assert called == ["model"]
 
 
 def test_mode_and_dropout_are_the_functional_module_s_own() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -135,22 +136,22 @@ def test_mini_pickles(form: str, tmp_path: Path) -> None:
     assert_holds(data, {s: pixels(s) for s in SPLITS}, names=form != "category-split")
 
 
-@pytest.mark.parametrize("layout", ["images", "images-by-class", "beside"])
-def test_mini_csv(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", ["filename,label", "class_name,image_name"])
+@pytest.mark.parametrize("layout", ["images", "images-by-class", "beside", "by-class"])
+def test_mini_csv(layout: str, columns: str, tmp_path: Path) -> None:
+    """Lists of Ravi & Larochelle, and those of easy-few-shot-learning, whose images lie in folders of classes."""
     for split in SPLITS:
-        with open(tmp_path / f"{split}.csv", "w", newline="") as stream:
+        with open(tmp_path / f"{split}.csv", "w", newline="", encoding="utf-8-sig") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["filename", "label"])
+            writer.writerow(columns.split(","))
             for image, (c, j) in zip(pixels(split), np.ndindex(CLASSES[split], EACH), strict=True):
                 label = class_names(split)[c]
                 name = f"{label}{j:08d}.png"
-                folder = (
-                    tmp_path
-                    / {"images": "images", "images-by-class": f"images/{label}", "beside": ""}[layout]
-                )
+                folders = {"images-by-class": f"images/{label}", "beside": "", "by-class": label}
+                folder = tmp_path / folders.get(layout, layout)
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(folder / name)
-                writer.writerow([name, label])
+                writer.writerow([label, name] if columns.startswith("class") else [name, label])
     assert_holds(load("miniimagenet", tmp_path), {s: pixels(s) for s in SPLITS})
     next(tmp_path.rglob("*.png")).unlink()
     with pytest.raises(DataError, match=r"\.csv: expected image 'n.*\.png' in .* found none"):
@@ -170,6 +171,28 @@ def test_mini_split_folders_are_resized(tmp_path: Path) -> None:
         for s in SPLITS
     }
     assert_holds(load("miniimagenet", tmp_path), resized)
+
+
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_mini_in_the_order_of_the_authors_index(place: str, tmp_path: Path) -> None:
+    root = tmp_path / "datasets" / "mini_imagenet_full_size"
+    order = np.random.RandomState(3).permutation(EACH)
+    index = {}
+    for split in SPLITS:
+        write_images(root / split, split, pixels(split))
+        for label in class_names(split):
+            files = [f"datasets/mini_imagenet_full_size/{split}/{label}/{label}{j:08d}.png" for j in order]
+            index[str(len(index))] = files
+    (root.parent if place == "beside" else root).joinpath("mini_imagenet_full_size.json").write_text(
+        json.dumps(index)
+    )
+    rows = {s: (np.arange(CLASSES[s])[:, None] * EACH + order).ravel() for s in SPLITS}
+    assert_holds(load("miniimagenet", root), {s: pixels(s)[rows[s]] for s in SPLITS})
+    next((root / "val").rglob("*.png")).unlink()
+    with pytest.raises(
+        DataError, match=r"full_size\.json: expected the 4 images of class 'val/n.*, got a list of 5"
+    ):
+        load("miniimagenet", root)
 
 
 @pytest.mark.parametrize(
@@ -213,19 +236,42 @@ def test_bad_mini_pickles(content: Any, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "expected columns filename and label with at least one row"),
-        ("name,label\na.png,b\n", "expected columns filename and label with at least one row"),
+        ("", "expected columns filename,label or image_name,class_name with at least one row"),
+        (
+            "name,label\na.png,b\n",
+            "expected columns filename,label or image_name,class_name with at least one row",
+        ),
+        ("filename,image_name\na.png,b\n", "expected columns filename,label or image_name,class_name with"),
         ("filename,label\na.png,b\n", "expected image 'a.png' in "),
+        ("class_name,image_name\nb,a.png\n", "expected image 'a.png' in "),
+        ("class_name,image_name\nb\n", "expected image_name,class_name in every row, row 1 is cut short"),
+        ('filename,label\n"a\n.png",b\n', r"expected image 'a\n.png' in "),
+        (
+            "filename,label\n" + "a" * 200_000 + ",b\n",
+            "expected a list of images, got Error: field larger than",
+        ),
+        ("filename,label\n\udcff,b\n", "expected a list of images, got UnicodeDecodeError"),
     ],
-    ids=["empty", "columns", "no-image"],
+    ids=[
+        "empty",
+        "columns",
+        "mixed",
+        "no-image",
+        "no-image-by-class",
+        "short",
+        "lines",
+        "long",
+        "encoding",
+    ],
 )
 def test_bad_mini_lists(content: str, message: str, tmp_path: Path) -> None:
     for split in SPLITS:
-        (tmp_path / f"{split}.csv").write_text(content)
+        (tmp_path / f"{split}.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
     (tmp_path / "images").mkdir()
     with pytest.raises(DataError) as raised:
         load("miniimagenet", tmp_path)
     assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_incomplete_mini(tmp_path: Path) -> None:

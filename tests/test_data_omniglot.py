@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import urllib.error
 import urllib.request
 import zipfile
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from mamlpp_fast.data import DataError, FewShotData, load, omniglot
-from mamlpp_fast.data.authors import authors_class_split
+from mamlpp_fast.data.authors import authors_class_split, authors_seed
 
 SPLITS = ("train", "val", "test")
 ALPHABETS = {"images_background": ("Latin", "Anglo_(Runes)"), "images_evaluation": ("Ge_ez",)}
@@ -72,6 +73,20 @@ def write_npz(file: Path, *, full: bool) -> None:
     ]
     images = np.stack(grey).reshape(len(rows), DRAWERS, 28, 28)
     np.savez(file, images=images, images_maml_packed=np.packbits(small, axis=-1), **meta)
+
+
+def write_index(folder: Path) -> dict[str, list[str]]:
+    """The authors' index of the drawings, every class in another order, none in that of the names; by class."""
+    rng = np.random.RandomState(5)
+    by_class: dict[str, list[str]] = {}
+    for path, _, _ in drawings():
+        by_class.setdefault("/".join(path.split("/")[1:3]), []).append(f"datasets/omniglot_dataset/{path}")
+    for label, paths in by_class.items():
+        shuffled = [paths[i] for i in rng.permutation(len(paths))]
+        by_class[label] = shuffled if shuffled != paths else paths[::-1]
+    index = {str(i): by_class[label] for i, label in enumerate(sorted(by_class))}
+    (folder / "omniglot_dataset.json").write_text(json.dumps(index))
+    return by_class
 
 
 def assert_same(a: FewShotData, b: FewShotData) -> None:
@@ -152,6 +167,105 @@ def test_binary_pixels_are_what_pillow_makes_of_one_bit_images() -> None:
     resized = Image.open(io.BytesIO(png)).resize((28, 28), resample=Image.Resampling.LANCZOS)
     ours = omniglot._nearest(ink.astype(np.uint8) * 255, 28)
     np.testing.assert_array_equal(np.asarray(resized), ours == 0)
+
+
+@pytest.mark.parametrize("form", ["beside", "inside", "parent-given", "npz", "npz-105", "zips"])
+def test_the_authors_index_orders_the_drawings(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Episodes as their code draws them: classes, turns and numbers by RandomState, drawings by number in the index."""
+    root = tmp_path / "datasets" / "omniglot_dataset"
+    root.mkdir(parents=True)
+    if form.startswith("npz"):
+        write_npz(root / ("omniglot.npz" if form == "npz" else "omniglot_105.npz"), full=form == "npz-105")
+    elif form == "zips":
+        write_zips(root)
+    else:
+        write_pngs(root)
+    by_class = write_index(root if form == "inside" else root.parent)
+    if form.startswith("npz"):
+        (root.parent / "omniglot_dataset.json").rename(root / "omniglot_dataset.json")
+    monkeypatch.chdir(root)
+    data = load("omniglot", {"parent-given": root.parent, "beside": "."}.get(form, root))
+
+    ways, images, pick = 3, 3, ((np.arange(28) + 0.5) * 105 / 28).astype(int)
+    paper = {path: ~ink[pick][:, pick] for path, _, ink in drawings()}
+    batch = data.sampler("train", ways=ways, shots=1, targets=images - 1, sampling="authors").batch(4, 2)
+    for task in range(2):
+        rng = np.random.RandomState(authors_seed(0) + 4 + task)
+        labels = rng.choice(list(data.train.names), size=ways, replace=False)
+        rng.shuffle(labels)
+        turns = rng.randint(0, 4, size=ways)
+        for way, label in enumerate(labels):
+            drawn = rng.choice(DRAWERS, size=images, replace=False)
+            files = [by_class[label][d].removeprefix("datasets/omniglot_dataset/") for d in drawn]
+            expected = torch.from_numpy(np.stack([np.rot90(paper[f], turns[way]) for f in files]))
+            got = torch.cat(
+                [batch.support_x[task][way : way + 1], batch.target_x[task][2 * way : 2 * way + 2]]
+            )
+            torch.testing.assert_close(got[:, 0], expected.float(), rtol=0, atol=0)
+
+
+def test_the_index_is_of_their_protocols_alone(tmp_path: Path) -> None:
+    classes = 120
+    np.savez(
+        tmp_path / "omniglot.npz",
+        images=np.zeros((classes, 2, 28, 28), np.uint8),
+        split=np.array(["background"] * 110 + ["evaluation"] * 10),
+        alphabet=np.array(["A"] * classes),
+        character=np.arange(1, classes + 1),
+    )
+    (tmp_path / "omniglot_dataset.json").write_text("{}")
+    assert load("omniglot", tmp_path, protocol="lake").test.num_classes == 10
+    with pytest.raises(
+        DataError, match=r"omniglot_dataset\.json: expected the 2 images of class 'A/character"
+    ):
+        load("omniglot", tmp_path, protocol="maml++-antialiased")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"what is this", "expected lists of images by class, got JSONDecodeError: Expecting value"),
+        (b"\xff\xfe\xfd", "expected lists of images by class, got UnicodeDecodeError"),
+        (b"[" * 100_000, "expected lists of images by class, got RecursionError"),
+        (b'"a\\nb"', "expected lists of images by class, got 'a"),
+        (b'{"0": [1, 2]}', "expected lists of images by class, got {'0': [1, 2]}"),
+        (b'{"0": {"a": "b"}}', "expected lists of images by class, got {'0': {'a': 'b'}}"),
+        (
+            b"{}",
+            "expected the 4 images of class 'Anglo_(Runes)/character01' as they are found, got a list of 0, 0 of",
+        ),
+        (
+            b'{"0": ["Anglo_(Runes)/character01/0007_01.png", "Anglo_(Runes)/character01/0007_01.png", "x"]}',
+            "expected the 4 images of class 'Anglo_(Runes)/character01' as they are found, got a list of 2, 1 of",
+        ),
+        (
+            b'{"0": ["Anglo_(Runes)/character01/0_%b.png"]}'
+            % b'.png", "Anglo_(Runes)/character01/0_'.join([b"01", b"02", b"03", b"05"]),
+            "expected the 4 images of class 'Anglo_(Runes)/character01' as they are found, got a list of 4, 3 of",
+        ),
+    ],
+    ids=["text", "encoding", "nested", "string", "numbers", "dict", "empty", "twice", "other"],
+)
+def test_bad_index(content: bytes, message: str, tmp_path: Path) -> None:
+    write_pngs(tmp_path)
+    (tmp_path / "omniglot_dataset.json").write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        load("omniglot", tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path / 'omniglot_dataset.json'}: {message}")
+    assert "\n" not in str(raised.value)
+
+
+def test_two_drawings_by_one_hand(tmp_path: Path) -> None:
+    """An index that cannot tell them apart is refused, not broadcast."""
+    write_pngs(tmp_path)
+    for label in (tmp_path / "images_background" / "Latin").iterdir():
+        first = sorted(label.iterdir())[0]
+        first.rename(first.with_name("0000_02.png"))
+    write_index(tmp_path)
+    with pytest.raises(DataError, match=r"expected the 4 images of class 'Latin/character01' as they are"):
+        load("omniglot", tmp_path)
 
 
 def test_image_size(tmp_path: Path) -> None:

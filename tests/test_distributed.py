@@ -26,8 +26,8 @@ TASKS = 5
 STEPS = 3
 
 
-class WithBatchNorm1d(nn.Module):
-    """One batch norm used twice in a pass, and one that keeps its single row."""
+class WithOtherNorms(nn.Module):
+    """One batch norm used twice in a pass, one of features, and a norm that keeps its single row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,12 +35,13 @@ class WithBatchNorm1d(nn.Module):
         self.conv1 = nn.Conv2d(1, 4, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
         self.twice = nn.BatchNorm2d(4)
+        self.instance = nn.InstanceNorm2d(4, momentum=0.2, track_running_stats=True)
         self.features = nn.BatchNorm1d(4, momentum=0.3)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.twice(self.conv1(x)))
-        x = torch.tanh(self.twice(self.conv2(x)))
+        x = torch.tanh(self.instance(self.twice(self.conv2(x))) + x)
         return self.head(self.features(x.mean((2, 3))))
 
 
@@ -76,13 +77,13 @@ def learner(case: str, group: dist.ProcessGroup | None, seed: int = 0) -> MAMLPl
         "shared-statistics": {"bnrs": False},
         "last-step": {"msl": False},
         "clamped": {"clamp_meta_gradient": 1e-3},
-        "batch-norm-1d": {},
+        "other-norms": {},
         "meta-sgd": {"rates": "element"},
     }[option]
     config = mf.MAMLConfig(steps=STEPS, msl_epochs=1, iterations_per_epoch=2, epochs=3, **changes)
     torch.manual_seed(seed)
-    model: nn.Module = WithBatchNorm1d()
-    if option != "batch-norm-1d":
+    model: nn.Module = WithOtherNorms()
+    if option != "other-norms":
         model = mf.Conv4(1, 3, image_size=8, filters=4, stages=2, num_steps=STEPS, per_step_stats=config.bnrs)
     return MAMLPlusPlus(model, config, engine=engine, precision="float64", process_group=group)
 
@@ -94,7 +95,7 @@ CASES = [
     "fused:shared-statistics",
     "fused:last-step",
     "fused:clamped",
-    "autograd:batch-norm-1d",
+    "autograd:other-norms",
     "fused:meta-sgd",
 ]
 

@@ -120,12 +120,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_the_learner_follows(
-    change: Callable[[Any], Any], engine: str, request: pytest.FixtureRequest
-) -> None:
-    if engine == "auto" and change in (CHANGES["hook"], CHANGES["own-forward"]):
-        reason = "the fused engine's trace does not see hooks and a forward of the instance"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_the_learner_follows(change: Callable[[Any], Any], engine: str) -> None:
     learner = new(engine)
     learner.meta_step(batch())
     learner.evaluate(batch())

@@ -46,10 +46,6 @@ class CaptureSafe(TorchDispatchMode):
         return result
 
 
-def fields(batch: mf.EpisodeBatch) -> tuple[torch.Tensor, ...]:
-    return batch.support_x, batch.support_y, batch.target_x, batch.target_y
-
-
 def engine_of(learner: mf.MAMLPlusPlus) -> FusedEngine:
     assert isinstance(learner.engine, FusedEngine)
     return learner.engine
@@ -69,8 +65,8 @@ CONFIGS = {
 def test_an_iteration_neither_waits_nor_allocates(config: mf.MAMLConfig, second_order: bool) -> None:
     learner = small_learner(config, engine="fused")
     engine, weights = engine_of(learner), learner.step_weights()
-    engine._iterate(fields(random_batch()), weights, second_order)
-    following = fields(random_batch(seed=1))
+    engine._iterate(random_batch(), weights, second_order)
+    following = random_batch(seed=1)
     with CaptureSafe() as mode:
         engine._iterate(following, weights, second_order)
     assert mode.calls > 50
@@ -82,8 +78,8 @@ def test_other_networks_neither_wait_nor_allocate(network: dict[str, Any]) -> No
         small_conv4(**network), mf.MAMLConfig(steps=3), engine="fused", precision="float64"
     )
     engine = engine_of(learner)
-    engine._iterate(fields(random_batch()), None, True)
-    following = fields(random_batch(seed=1))
+    engine._iterate(random_batch(), None, True)
+    following = random_batch(seed=1)
     with CaptureSafe():
         engine._iterate(following, None, True)
 

@@ -8,24 +8,21 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_batch, small_conv4, small_learner
+from helpers import lowered, random_batch, small_conv4, small_learner
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
+from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.engine import FusedEngine
-from mamlpp_fast.engine.fused.network import lower
 from mamlpp_fast.engine.fused.program import Buffer, Emitter, Workspace, place
 from mamlpp_fast.engine.fused.steps.base import aten
-from mamlpp_fast.engine.fused.trace import Unsupported, trace
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
 
 
 def kinds(
     model: nn.Module, image: tuple[int, int, int] = (1, 12, 12), adapted: tuple[str, ...] = ()
 ) -> list[str]:
-    nodes, output = trace(model)
-    network = lower(nodes, output, model, image, frozenset(adapted), lambda module: True)
-    return [step.kind for step in network.steps]
+    return [step.kind for step in lowered(model, image, adapted).steps]
 
 
 def test_conv4_is_one_convolution_and_one_norm_a_stage() -> None:
@@ -116,27 +113,32 @@ def _shared() -> nn.Module:
     ("model", "module", "why"),
     [
         pytest.param(nn.Sequential(nn.Conv2d(1, 2, 5)), "0", "kernel", id="kernel-5"),
-        pytest.param(nn.Sequential(nn.Conv2d(2, 2, 3, groups=2)), "0", "one group", id="groups"),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 3, groups=2)), "1", "one group", id="groups"
+        ),
         pytest.param(nn.Sequential(nn.Conv2d(1, 2, 3, stride=3)), "0", "stride", id="stride-3"),
         pytest.param(
-            nn.Sequential(nn.Sequential(nn.GELU())), "0.0", "GELU has no fused rules", id="activation"
+            nn.Sequential(nn.Sequential(nn.GELU())), "0.0", "gelu has no fused rules", id="activation"
         ),
         pytest.param(nn.Sequential(nn.MaxPool2d(3)), "0", "windows 2x2", id="pool-3"),
-        pytest.param(nn.Sequential(nn.Dropout(0.5)), "0", "Dropout", id="dropout"),
-        pytest.param(nn.Sequential(nn.Identity(), _Branching()), "1", "cannot trace", id="control-flow"),
-        pytest.param(_shared(), "0", "2 times", id="shared-module"),
-        pytest.param(mf.ResNet12(1, 2, drop_block=0.1), "blocks.0.drop", "cannot trace", id="drop-block"),
+        pytest.param(nn.Sequential(nn.Dropout(0.5)), "0", "draws random numbers", id="dropout"),
+        pytest.param(nn.Sequential(nn.Identity(), _Branching()), "1", "asks for values", id="control-flow"),
+        pytest.param(_shared(), "0", "used twice", id="shared-module"),
+        pytest.param(
+            mf.ResNet12(1, 2, drop_block=0.1), "blocks.0.drop", "draws random numbers", id="drop-block"
+        ),
     ],
 )
 def test_unsupported_names_the_module(model: nn.Module, module: str, why: str) -> None:
     with pytest.raises(Unsupported, match=why) as error:
-        trace(model)
+        lowered(model, (1, 16, 16))
     assert error.value.module == module
 
 
 def test_auto_says_which_module_stopped_it() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 5), nn.Flatten(), nn.Linear(128, 3))
-    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), precision="float64")
+    learner.meta_gradient(random_batch())
     assert learner.engine.name != "fused"
     assert "0: convolution: expected kernel 1x1 or 3x3, got 5x5" in learner.engine_reason
 
@@ -223,6 +225,6 @@ def test_recomputing_needs_less_memory_than_keeping() -> None:
     needs = {}
     for option in ("keep", "recompute"):
         learner = small_learner(engine="fused")
-        engine = mf.engine.fused.FusedEngine(learner.model, learner.rates, learner.config, memory=option)  # type: ignore[attr-defined]
+        engine = mf.engine.fused.FusedEngine(learner.model, learner.rates, memory=option)  # type: ignore[attr-defined]
         needs[option] = engine.prepare(random_batch(), True, True).program.workspace_bytes
     assert needs["recompute"] < needs["keep"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import data
-from mamlpp_fast.engine.fused.trace import trace
+from mamlpp_fast.engine.record import record
 from mamlpp_fast.train import TrainConfig
 from mamlpp_fast.train.build import build_learner
 
@@ -79,28 +79,19 @@ def test_learners_of_every_engine_at_once() -> None:
     torch.testing.assert_close(together(works), alone, rtol=0, atol=0)
 
 
-class _Meanwhile(nn.Module):
-    """Calls another module in another thread while it is being traced."""
+def test_a_module_is_called_as_ever_while_another_thread_records() -> None:
+    other, found = nn.Linear(2, 1), []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(2, 3)
-        self.others: list[Tensor] = []
+    class Meanwhile(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: found.append(other(torch.ones(1, 2))))
+            thread.start()
+            thread.join()
+            return super().forward(x)  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor) -> Tensor:
-        other = nn.Linear(2, 1)
-        thread = threading.Thread(target=lambda: self.others.append(other(torch.ones(1, 2))))
-        thread.start()
-        thread.join()
-        return self.head(x)  # type: ignore[no-any-return]
-
-
-def test_a_module_is_called_as_ever_while_another_thread_traces() -> None:
-    model = _Meanwhile()
-    nodes, _ = trace(model)
-    assert [node.kind for node in nodes] == ["linear"]
-    (other,) = model.others
-    assert other.shape == (1, 1)
+    recording = record(Meanwhile(nn.Linear(2, 3)), torch.ones(2, 2), torch.ones(3, 2))
+    assert [op.name for op in recording.operations] == ["linear"]
+    assert [y.shape for y in found] == [(1, 1), (1, 1)]
 
 
 def test_initial_parameters_come_from_the_seed_alone() -> None:

@@ -37,10 +37,13 @@ def _npz(**arrays: Any) -> bytes:
     return stream.getvalue()
 
 
-def _picture(form: str, size: int = 12, *, mode: str = "RGB") -> bytes:
+def _picture(form: str, size: int = 12, *, mode: str = "RGB", dtype: Any = None, **options: Any) -> bytes:
     pixels = np.arange(size * size * 3, dtype=np.uint8).reshape(size, size, 3) * 7
+    image = Image.fromarray(pixels).convert(mode)
+    if dtype is not None:  # grey, of another depth
+        image = Image.fromarray(pixels[..., 0].astype(dtype) // (255 if dtype == np.float32 else 1))
     stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, form)
+    image.save(stream, form, **options)
     return stream.getvalue()
 
 
@@ -91,6 +94,21 @@ class Omniglot(DataFile):
                 character=np.arange(number) % 10,
             )
         }
+
+
+class Index(DataFile):
+    """The authors' index, beside an archive of what it lists."""
+
+    def contents(self) -> dict[str, bytes]:
+        lists = {
+            str(i): [f"x/alphabet{i // 10}/character{i % 10:02d}/{i:04d}_{d:02d}.png" for d in (3, 1, 2)]
+            for i in range(34)
+        }
+        archive = Omniglot("", 0, self.dataset, "omniglot.npz").contents()
+        return archive | {self.file: json.dumps(lists).encode()}
+
+    def make(self, rng: random.Random) -> bytes:
+        return m.json_of(rng, self.valid[0])
 
 
 class OmniglotZip(DataFile):
@@ -165,11 +183,18 @@ class Pickles(DataFile):
 
 
 class Folder(DataFile):
-    """An image in a folder of classes, of every format that is read."""
+    """An image in a folder of classes, of every format and kind that is read."""
 
     def contents(self) -> dict[str, bytes]:
         forms = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
-        self.valid = [_picture(form) for form in forms] + [_picture("PNG", mode="L")]
+        self.valid = [_picture(form) for form in forms]
+        self.valid += [_picture("PNG", mode=mode) for mode in ("L", "LA", "P", "RGBA")]
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        self.valid += [_picture("PNG", mode="P", transparency=7), _picture("JPEG", exif=exif)]
+        depths = {"PNG": np.uint16, "PPM": np.uint16, "TIFF": np.int32}
+        self.valid += [_picture(form, dtype=dtype) for form, dtype in depths.items()]
+        self.valid += [_picture("TIFF", dtype=np.uint16), _picture("TIFF", dtype=np.float32)]
         return {f"{c}/{i}.png": _picture("PNG") for c in "abc" for i in range(2)}
 
     def make(self, rng: random.Random) -> bytes:
@@ -180,10 +205,12 @@ class Csv(DataFile):
     def contents(self) -> dict[str, bytes]:
         rows = "filename,label\n" + "".join(f"{c}{i}.png,{c}\n" for c in "abc" for i in range(2))
         images = {f"images/{c}{i}.png": _picture("PNG") for c in "abc" for i in range(2)}
+        theirs = "class_name,image_name\n" + "".join(f"{c},{c}{i}.png\n" for c in "abc" for i in range(2))
+        self.valid = [rows.encode(), theirs.encode()]
         return {f"{split}.csv": rows.encode() for split in SPLITS} | images
 
     def make(self, rng: random.Random) -> bytes:
-        return m.bytes_of(rng, self.valid[0])
+        return m.bytes_of(rng, rng.choice(self.valid))
 
 
 class Config(Subject):
@@ -315,6 +342,7 @@ class Recorded(Subject):
 def subjects() -> tuple[Subject, ...]:
     return (
         Omniglot("omniglot-npz", 0.03, "omniglot", "omniglot.npz"),
+        Index("omniglot-index", 0.03, "omniglot", "omniglot_dataset.json"),
         OmniglotZip("omniglot-zip", 0.02, "omniglot", "images_background.zip"),
         MiniImageNet("miniimagenet-npz", 0.03, "miniimagenet", "mini_imagenet_train.npz", image_size=16),
         Pickles("pickles", 0.3, "miniimagenet", "mini-imagenet-cache-train.pkl", image_size=4),

@@ -161,11 +161,16 @@ def _read(path: Path, config: TrainConfig) -> _Checkpoint:
     return _Checkpoint(path, content, network, iteration, accuracy)
 
 
+# Of numpy's type names what struct calls them: all of its plain numbers and truth values.
+_FORMATS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
+_FORMATS |= {"f2": "e", "f4": "f", "f8": "d"}
+
+
 class _NumberType:
     """Stands in for ``numpy.dtype`` in the pickles of their numbers."""
 
     def __init__(self, code: str, *_: object) -> None:
-        if code not in ("f2", "f4", "f8", "i4", "i8"):
+        if code not in _FORMATS:
             raise ValueError(f"number type {code!r}")
         self.code = code
         self.order = "<"
@@ -177,8 +182,7 @@ class _NumberType:
 def _number(kind: _NumberType, raw: bytes | str) -> float | int:
     """Stands in for ``numpy.core.multiarray.scalar``."""
     data = raw.encode("latin1") if isinstance(raw, str) else raw
-    code = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q"}[kind.code]
-    value: float | int = struct.unpack(kind.order + code, data)[0]
+    value: float | int = struct.unpack(kind.order + _FORMATS[kind.code], data)[0]
     return value
 
 

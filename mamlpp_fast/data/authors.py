@@ -1,14 +1,20 @@
-"""The random draws of the MAML++ authors' code, repeated bit for bit on the host."""
+"""The random draws of the MAML++ authors' code, repeated bit for bit on the host, and the order they draw from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["authors_class_split", "authors_episode", "authors_seed"]
+from mamlpp_fast.data.archives import one_line, shown
+from mamlpp_fast.data.errors import DataError
+
+__all__ = ["AuthorsIndex", "authors_class_split", "authors_episode", "authors_seed", "read_index"]
 
 OMNIGLOT_FRACTIONS = (0.70918052988, 0.03080714725, 0.2606284658)
 
@@ -59,3 +65,57 @@ def authors_class_split(
     second = int(float(np.sum(fractions[:2])) * num_classes)
     listed: list[int] = order.tolist()
     return listed[:first], listed[first:second], listed[second:]
+
+
+@dataclass(frozen=True)
+class AuthorsIndex:
+    """The order of images in each class, as ``omniglot_dataset.json`` and the like keep it.
+
+    Their code draws from it, and makes it from a walk of the folders only where it is not there. The file that they
+    publish has none of the 1623 classes of Omniglot in the order of file names.
+
+    Args:
+        file: where it was read, for messages.
+        listed: the images' file names of each class ``"alphabet/character01"``.
+    """
+
+    file: Path
+    listed: Mapping[str, Sequence[str]]
+
+    def order(self, label: str, present: Sequence[str]) -> list[int]:
+        """Numbers of the files ``present`` in class ``label``, in the order that the index lists them in.
+
+        Raises:
+            DataError: for an index that lists other files.
+        """
+        names = self.listed.get(label, ())
+        number = {name: i for i, name in enumerate(present)}
+        if sorted(names) != sorted(present) or len(number) != len(present):
+            raise DataError(
+                f"{self.file}: expected the {len(present)} images of class {shown(label)} as they are found, "
+                f"got a list of {len(names)}, {len(number.keys() & set(names))} of them there"
+            )
+        return [number[name] for name in names]
+
+
+def read_index(folder: Path, name: str) -> AuthorsIndex | None:
+    """The index ``name`` in the folder of the images or beside it, where their code keeps it; None where there is none.
+
+    Raises:
+        DataError: for a file that lists no images by class.
+    """
+    file = next((f for f in (folder / name, folder.absolute().parent / name) if f.is_file()), None)
+    if file is None:
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: expected lists of images by class, got {one_line(error)}") from error
+    lists = list(content.values()) if isinstance(content, dict) else [content]
+    if not all(isinstance(paths, list) and all(isinstance(p, str) for p in paths) for paths in lists):
+        raise DataError(f"{file}: expected lists of images by class, got {shown(content)}")
+    listed: dict[str, list[str]] = {}
+    for path in (PurePosixPath(p) for paths in lists for p in paths):
+        # Of a class their keys are numbers; its name is in the paths.
+        listed.setdefault("/".join(path.parts[-3:-1]), []).append(path.name)
+    return AuthorsIndex(file, listed)

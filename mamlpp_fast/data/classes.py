@@ -73,6 +73,11 @@ class ImageClasses:
             bad = int((~torch.isfinite(self.images)).flatten(1).any(1).nonzero()[0])
             raise DataError(f"{where}: images: expected finite values, got NaN or infinity in image {bad}")
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        count = int(self.class_count.sum())
+        return f"ImageClasses({shown(self.split)}: {self.num_classes} classes, {count} images of {shape})"
+
     @property
     def num_classes(self) -> int:
         return len(self.names)
@@ -146,6 +151,14 @@ class FewShotData:
         shapes = {s: self.split(s).image_shape for s in SPLITS}
         if len(set(shapes.values())) != 1:
             raise DataError(f"{self.name}: expected images of one shape in all splits, got {shapes}")
+
+    def __repr__(self) -> str:
+        splits = ((s, self.split(s)) for s in SPLITS)
+        counts = "; ".join(
+            f"{s} {c.num_classes} classes, {int(c.class_count.sum())} images" for s, c in splits
+        )
+        shape = "x".join(map(str, self.train.image_shape))
+        return f"FewShotData({shown(self.name)}, {shown(self.protocol)}: {counts}; each {shape})"
 
     @property
     def image_size(self) -> int:

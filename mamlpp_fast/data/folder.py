@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mamlpp_fast.data.classes import SPLITS, FewShotData, ImageClasses
 from mamlpp_fast.data.errors import DataError
 from mamlpp_fast.data.locate import find, progress
-from mamlpp_fast.data.pictures import decode_image
+from mamlpp_fast.data.pictures import decode_image, is_grey, largest_integer, to_pixels
 
-__all__ = ["PROTOCOLS", "classes_from_files", "load_folder", "read_classes", "to_pixels"]
+__all__ = ["PROTOCOLS", "class_files", "classes_from_files", "load_folder"]
 
 PROTOCOLS = {
     "plain": "/255, no rotation",
@@ -41,8 +42,13 @@ def load_folder(
 ) -> FewShotData:
     """Loads ``split/class/image`` (splits train, val, test) or ``class/image``.
 
-    Without split folders the classes are ranked by the SHA-256 of their names and cut 64 : 16 : 20 into
-    train, val and test: the same names always give the same split.
+    A folder ``train``, ``val`` or ``test`` that holds images itself is a class by that name. Without split folders the
+    classes are ranked by the SHA-256 of their names and cut 64 : 16 : 20 into train, val and test: the same names
+    always give the same split. Hidden files are left out, and so are folders without images.
+
+    Images stand upright as their EXIF data say, on white where they are transparent. Values of 16 bits are divided by
+    65535, floating-point ones taken as 0 .. 1, 32-bit integers as 8 bits where none of any image is above 255, else as
+    16 bits.
 
     Args:
         path: the folder; without it ``MAMLPP_FAST_DATA``, then the cache folder.
@@ -51,7 +57,8 @@ def load_folder(
         channels: 1 for grey or 3 for RGB; without it 1 where every image is grey.
 
     Raises:
-        DataError: no such layout, a damaged image, images of different sizes, fewer than three classes.
+        DataError: no such layout, a damaged image, one with values outside the ranges above, images of different
+            sizes, fewer than three classes.
     """
     if protocol not in PROTOCOLS:
         raise DataError(f"protocol: expected one of {', '.join(PROTOCOLS)} for folder, got '{protocol}'")
@@ -64,22 +71,24 @@ def load_folder(
     )
     present = {s: next((root / a for a in _ALIASES[s] if (root / a).is_dir()), None) for s in SPLITS}
     files: dict[str, dict[str, list[Path]]]
-    if present["train"] is not None:
+    named = [p for p in present.values() if p is not None]
+    if any(map(_is_split, named)) or (named and set(named) == set(_folders(root))):
         missing = [s for s in SPLITS if present[s] is None]
         if missing:
             raise DataError(
                 f"folder: '{root}': expected train/, val/ and test/, missing {', '.join(missing)}"
             )
-        files = {s: _class_files(p) for s, p in present.items() if p is not None}
+        files = {s: class_files(p) for s, p in present.items() if p is not None}
     else:
-        files = _split_by_name(_class_files(root), root)
+        files = _split_by_name(class_files(root), root)
+    every = [p for by_class in files.values() for ps in by_class.values() for p in ps]
     if channels is None:
-        channels = (
-            1
-            if all(_is_grey(p) for by_class in files.values() for ps in by_class.values() for p in ps)
-            else 3
-        )
-    splits = {s: classes_from_files(files[s], s, image_size, channels, f"{root}") for s in SPLITS}
+        channels = 1 if all(decode_image(p, str(p), "image", is_grey) for p in every) else 3
+    largest = functools.cache(lambda: _largest(every))
+    splits = {
+        s: classes_from_files(files[s], s, image_size, channels, f"{root}", upright=True, largest=largest)
+        for s in SPLITS
+    }
     return FewShotData(
         "folder",
         protocol,
@@ -90,15 +99,26 @@ def load_folder(
     )
 
 
-def read_classes(root: Path, split: str, size: int | None, channels: int) -> ImageClasses:
-    """The split in ``root``, a folder of class folders."""
-    return classes_from_files(_class_files(root), split, size, channels, str(root))
-
-
 def classes_from_files(
-    files: Mapping[str, Sequence[Path]], split: str, size: int | None, channels: int, source: str
+    files: Mapping[str, Sequence[Path]],
+    split: str,
+    size: int | None,
+    channels: int,
+    source: str,
+    *,
+    upright: bool = False,
+    largest: Callable[[], int] | None = None,
 ) -> ImageClasses:
     """Reads the images of each class, classes by name and files as given.
+
+    Args:
+        files: the files of each class.
+        split: name of the split.
+        size: side in pixels to resize to; without it all images must have one size.
+        channels: 1 or 3.
+        source: for messages.
+        upright: turn images as their EXIF data say, as no published protocol does.
+        largest: see :func:`mamlpp_fast.data.pictures.to_pixels`; without it that of these files.
 
     Raises:
         DataError: a damaged image, images of different sizes where ``size`` is None.
@@ -106,9 +126,11 @@ def classes_from_files(
     images: list[NDArray[np.uint8]] = []
     names = sorted(files)
     total = sum(len(files[n]) for n in names)
+    if largest is None:
+        largest = functools.cache(lambda: _largest([file for n in names for file in files[n]]))
     for name in names:
         for file in files[name]:
-            pixels = decode_image(file, str(file), "image", lambda image: to_pixels(image, size, channels))
+            pixels = _read(file, size, channels, upright, largest)
             if images and pixels.shape != images[0].shape:
                 (_, h0, w0), (_, h, w) = images[0].shape, pixels.shape
                 raise DataError(f"{file}: expected {h0}x{w0} like the others (or an image_size), got {h}x{w}")
@@ -123,24 +145,49 @@ def classes_from_files(
     )
 
 
-def to_pixels(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
-    """[channels, H, W] uint8, resized to a square of side ``size`` unless it is that already."""
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None and image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, np.uint8)
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+def _read(
+    file: Path, size: int | None, channels: int, upright: bool, largest: Callable[[], int]
+) -> NDArray[np.uint8]:
+    def make(image: Image.Image) -> NDArray[np.uint8]:
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_pixels(image, str(file), size, channels, largest)
+
+    return decode_image(file, str(file), "image", make)
 
 
-def _class_files(root: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
-        if files:
-            found[folder.name] = files
+def _largest(files: Sequence[Path]) -> int:
+    return max(decode_image(file, str(file), "image", largest_integer) for file in files)
+
+
+def class_files(root: Path) -> dict[str, list[Path]]:
+    """The image files in each folder of ``root`` that has any, by name; nothing hidden.
+
+    Raises:
+        DataError: where there are none.
+    """
+    found = {folder.name: files for folder in _folders(root) if (files := _images(folder))}
     if not found:
         raise DataError(f"folder: '{root}': expected class folders with images, found none")
     return found
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    """Hidden files are left out: beside each picture macOS may keep a ``._`` one that is none."""
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if f.suffix.lower() in _SUFFIXES and not f.name.startswith(".") and not f.is_dir()
+    )
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether a folder holds classes, not images: one called ``train`` may be a class."""
+    return not _images(folder) and any(_images(inner) for inner in _folders(folder))
 
 
 def _split_by_name(files: dict[str, list[Path]], root: Path) -> dict[str, dict[str, list[Path]]]:
@@ -151,7 +198,3 @@ def _split_by_name(files: dict[str, list[Path]], root: Path) -> dict[str, dict[s
     test = max(1, int(FRACTIONS[2] * len(ranked)))
     cuts = {"train": ranked[: -val - test], "val": ranked[-val - test : -test], "test": ranked[-test:]}
     return {split: {name: files[name] for name in names} for split, names in cuts.items()}
-
-
-def _is_grey(file: Path) -> bool:
-    return decode_image(file, str(file), "image", lambda image: image.mode in ("1", "L", "LA", "I;16"))

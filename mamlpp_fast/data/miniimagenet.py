@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mamlpp_fast.data import folder
-from mamlpp_fast.data.archives import read_npz
+from mamlpp_fast.data.archives import one_line, read_npz, shown
+from mamlpp_fast.data.authors import read_index
 from mamlpp_fast.data.classes import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -28,7 +29,7 @@ from mamlpp_fast.data.classes import (
 from mamlpp_fast.data.errors import DataError
 from mamlpp_fast.data.locate import cache_folder, find, progress, write_atomically
 from mamlpp_fast.data.pickles import read_pickle
-from mamlpp_fast.data.pictures import decode_image
+from mamlpp_fast.data.pictures import decode_image, to_pixels
 
 __all__ = ["PROTOCOLS", "load_miniimagenet"]
 
@@ -37,6 +38,8 @@ PROTOCOLS = {
     "unnormalised": "the same without mean and deviation",
 }
 _NPZ = "mini_imagenet_{}.npz"
+_INDEX = "mini_imagenet_full_size.json"
+_COLUMNS = (("filename", "label"), ("image_name", "class_name"))  # image and class
 _PICKLES = {
     "train": ("mini-imagenet-cache-train.pkl", "miniImageNet_category_split_train_phase_train.pickle"),
     "val": (
@@ -118,7 +121,7 @@ def _reader(place: Path) -> Callable[[Path, str, int], ImageClasses] | None:
     if any((place / f"{s}.csv").is_file() for s in SPLITS):
         return _read_csv
     if all((place / s).is_dir() for s in SPLITS):
-        return lambda p, split, size: folder.read_classes(p / split, split, size, 3)
+        return _read_folders
     return None
 
 
@@ -182,7 +185,9 @@ def _decode_npz(a: dict[str, NDArray[Any]], label: str, source: str, size: int) 
 
 
 def _decode(data: bytes, source: str, size: int) -> NDArray[np.uint8]:
-    return decode_image(data, source, "JPEG image", lambda image: folder.to_pixels(image, size, 3))
+    return decode_image(
+        data, source, "JPEG image", lambda image: to_pixels(image, source, size, 3, lambda: 0)
+    )
 
 
 def _read_pickle(place: Path, split: str, size: int) -> ImageClasses:
@@ -262,17 +267,15 @@ def _numbers(what: str, value: Any) -> NDArray[np.int64]:
 
 
 def _read_csv(place: Path, split: str, size: int) -> ImageClasses:
-    """The Ravi & Larochelle lists (filename,label) over one folder of images, flat or by class."""
+    """The split's list over one folder of images, flat or by class.
+
+    Columns are ``filename,label`` (Ravi & Larochelle) or ``class_name,image_name`` (easy-few-shot-learning).
+    """
     file = place / f"{split}.csv"
     if not file.is_file():
         raise DataError(f"miniimagenet: expected '{file}' beside the other splits, found none")
-    with open(file, newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows or rows[0].get("filename") is None or rows[0].get("label") is None:
-        raise DataError(f"{file}: expected columns filename and label with at least one row")
     by_class: dict[str, list[Path]] = {}
-    for row in rows:
-        name, label = row["filename"], row["label"]
+    for name, label in _listed(file):
         places = [
             place / "images" / name,
             place / name,
@@ -281,6 +284,36 @@ def _read_csv(place: Path, split: str, size: int) -> ImageClasses:
         ]
         image = next((p for p in places if p.is_file()), None)
         if image is None:
-            raise DataError(f"{file}: expected image '{name}' in '{place / 'images'}', found none")
+            raise DataError(f"{file}: expected image {shown(name)} in '{place / 'images'}', found none")
         by_class.setdefault(label, []).append(image)
     return folder.classes_from_files(by_class, split, size, 3, str(file))
+
+
+def _listed(file: Path) -> list[tuple[str, str]]:
+    """Image and class of each row."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: expected a list of images, got {one_line(error)}") from error
+    columns = next((c for c in _COLUMNS if rows and rows[0].keys() >= set(c)), None)
+    if columns is None:
+        raise DataError(
+            f"{file}: expected columns {' or '.join(map(','.join, _COLUMNS))} with at least one row"
+        )
+    listed = [(row[columns[0]], row[columns[1]]) for row in rows]
+    if (short := next((i for i, pair in enumerate(listed) if None in pair), None)) is not None:
+        raise DataError(f"{file}: expected {','.join(columns)} in every row, row {short + 1} is cut short")
+    return listed
+
+
+def _read_folders(place: Path, split: str, size: int) -> ImageClasses:
+    """Split folders; in the order of the authors' index where there is one."""
+    files = folder.class_files(place / split)
+    index = read_index(place, _INDEX)
+    if index is not None:
+        files = {
+            name: [f[i] for i in index.order(f"{split}/{name}", [p.name for p in f])]
+            for name, f in files.items()
+        }
+    return folder.classes_from_files(files, split, size, 3, str(place / split))

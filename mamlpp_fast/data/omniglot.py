@@ -9,8 +9,8 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mamlpp_fast.data.archives import DAMAGED_ZIP, check_expansion, one_line, read_npz
-from mamlpp_fast.data.authors import authors_class_split
+from mamlpp_fast.data.authors import authors_class_split, read_index
 from mamlpp_fast.data.classes import FewShotData, ImageClasses
 from mamlpp_fast.data.errors import DataError
 from mamlpp_fast.data.locate import cache_folder, find, progress, write_atomically
@@ -34,6 +34,7 @@ ZIPS = {
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 # The characters' path in every layout: [images_background/]Alphabet/character07/0815_03.png
 _MEMBER = re.compile(r"(?:^|/)([^/]+)/(character\d+)/(\d+_\d+)\.png$", re.IGNORECASE)
+_INDEX = "omniglot_dataset.json"
 _EXPECTED = (
     "omniglot.npz, omniglot_105.npz, images_background.zip + images_evaluation.zip or folders of PNG files"
 )
@@ -65,10 +66,14 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class _Drawings:
-    """All classes by sorted "alphabet/character": images [classes, 20, size, size] uint8, ink = 255."""
+    """All classes by sorted "alphabet/character": images [classes, 20, size, size] uint8, ink = 255.
+
+    ``drawers`` has the number of who drew each, with which the file's name ends, as text.
+    """
 
     images: NDArray[np.uint8]
     names: list[str]
+    drawers: list[list[str]]
     background: NDArray[np.bool_]
     source: str
 
@@ -81,6 +86,9 @@ def load_omniglot(
     download: bool = False,
 ) -> FewShotData:
     """Loads Omniglot (Lake et al. 2015): 1623 characters of 50 alphabets, 20 drawings each.
+
+    Drawings of a character are in the order of their names; for the protocols ``maml++`` in that of the authors' index
+    ``omniglot_dataset.json`` where it lies in the data's folder or beside it.
 
     Args:
         path: a file or folder, see :func:`mamlpp_fast.data.load`.
@@ -104,6 +112,8 @@ def load_omniglot(
             raise
         place = download_omniglot()
     drawings = _read(place, size, p.antialiased)
+    if p.split == "authors":
+        _sort_as_authors(drawings, place if place.is_dir() else place.parent)
     parts = _split(drawings, p.split)
 
     pixels = drawings.images if p.ink_high else 255 - drawings.images
@@ -118,6 +128,19 @@ def load_omniglot(
     )
     train, val, test = (everything.select(c, s) for c, s in zip(parts, ("train", "val", "test"), strict=True))
     return FewShotData("omniglot", protocol, train, val, test, rotate_train_classes=p.rotate)
+
+
+def _sort_as_authors(drawings: _Drawings, folder: Path) -> None:
+    index = read_index(folder, _INDEX)
+    if index is None:
+        return
+    # Of file names only the drawer: archives of arrays have no more, and the rest is the class.
+    listed = {
+        label: [PurePath(n).stem.rpartition("_")[2] for n in names] for label, names in index.listed.items()
+    }
+    index = replace(index, listed=listed)
+    for images, name, drawers in zip(drawings.images, drawings.names, drawings.drawers, strict=True):
+        images[:] = images[index.order(name, drawers)]
 
 
 def _split(drawings: _Drawings, kind: str) -> tuple[list[int], list[int], list[int]]:
@@ -213,7 +236,9 @@ def _from_npz(file: Path, size: int, antialiased: bool) -> _Drawings:
         for alphabet, character in zip(a["alphabet"], a["character"], strict=True)
     ]
     order = sorted(range(number), key=lambda i: names[i])
-    return _Drawings(images[order], [names[i] for i in order], (a["split"] == "background")[order], str(file))
+    drawers = [[f"{d + 1:02d}" for d in range(images.shape[1])]] * number
+    background = (a["split"] == "background")[order]
+    return _Drawings(images[order], [names[i] for i in order], drawers, background, str(file))
 
 
 def _nearest(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -281,10 +306,10 @@ def _from_pngs(
             f"{source}: expected as many drawings of each character, got {len(classes[few])} of '{few}' "
             f"and {len(classes[many])} of '{many}'"
         )
-    images = np.stack(
-        [np.stack([image for _, image in sorted(classes[n], key=lambda t: t[0])]) for n in names]
-    )
-    return _Drawings(images, names, np.array([background[n] for n in names]), source)
+    ordered = [sorted(classes[n], key=lambda t: t[0]) for n in names]
+    images = np.stack([np.stack([image for _, image in drawings]) for drawings in ordered])
+    drawers = [[file.rpartition("_")[2] for file, _ in drawings] for drawings in ordered]
+    return _Drawings(images, names, drawers, np.array([background[n] for n in names]), source)
 
 
 def _decode(name: str, data: bytes) -> NDArray[np.uint8]:

@@ -5,46 +5,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mamlpp_fast.config import MAMLConfig
-from mamlpp_fast.episodes import EpisodeBatch
-from mamlpp_fast.reference import EvalStats, LossFn, MetaResult
+from mamlpp_fast.engine.autograd import AutogradEngine
+from mamlpp_fast.engine.base import (
+    ENGINES,
+    PRECISIONS,
+    Engine,
+    EngineName,
+    Precision,
+    Unsupported,
+    dtype_of,
+)
+from mamlpp_fast.engine.fused import FusedEngine
+from mamlpp_fast.engine.reference import ReferenceEngine
+from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.reference import LossFn, MetaResult
 
-if TYPE_CHECKING:
-    from mamlpp_fast.lslr import LSLR
-
-__all__ = ["ENGINES", "PRECISIONS", "Engine", "EngineChoice", "MetaResult", "make_engine"]
-
-EngineName = Literal["auto", "reference", "autograd", "fused"]
-Precision = Literal["float64", "float32", "tf32", "bfloat16"]
-ENGINES: tuple[EngineName, ...] = ("auto", "reference", "autograd", "fused")
-PRECISIONS: tuple[Precision, ...] = ("float64", "float32", "tf32", "bfloat16")
-
-
-class Engine(Protocol):
-    """Computes meta-gradients and evaluations for one model and its inner rates."""
-
-    name: str
-
-    def meta_gradient(
-        self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
-    ) -> MetaResult:
-        """Sets ``.grad`` of every trainable parameter of model and rates: the mean over tasks.
-
-        Args:
-            batch: the meta-batch, on the model's device, in its dtype.
-            step_weights: multi-step-loss weights [K], or None for the last step's target loss alone.
-            second_order: False for first-order MAML.
-        """
-        ...
-
-    def evaluate(self, batch: EpisodeBatch, *, steps: int, stats: EvalStats) -> Tensor:
-        """Target predictions after every one of ``steps`` updates, [steps, tasks, m, ...]; changes no state."""
-        ...
+__all__ = [
+    "ENGINES",
+    "PRECISIONS",
+    "Engine",
+    "EngineChoice",
+    "EngineName",
+    "MetaResult",
+    "Precision",
+    "Unsupported",
+    "dtype_of",
+    "make_engine",
+]
 
 
 class EngineChoice(NamedTuple):
@@ -58,32 +49,23 @@ def make_engine(
     name: EngineName,
     model: nn.Module,
     rates: LSLR,
-    config: MAMLConfig,
     loss_fn: LossFn,
     precision: Precision = "float32",
     deterministic: bool = False,
-    *,
     verify: bool = True,
 ) -> EngineChoice:
-    """Builds the engine of this name; ``auto`` takes the fastest that can serve the model.
+    """Builds the engine of this name; ``auto`` the fused one, which tells at the first batch whether it can serve.
 
     Args:
         name: the engine asked for.
         model: the network.
         rates: its inner rates.
-        config: the settings.
         loss_fn: (prediction, target) to a scalar.
-        precision: see :class:`mamlpp_fast.MAMLPlusPlus`, as for the others.
-        deterministic: ditto.
-        verify: ditto.
+        precision, deterministic, verify: see :class:`mamlpp_fast.MAMLPlusPlus`.
 
     Raises:
-        ValueError: for an unknown name, or when the engine asked for cannot serve the model or precision.
+        ValueError: for an unknown name, or when the engine asked for cannot serve the loss or precision.
     """
-    from mamlpp_fast.engine.autograd import AutogradEngine
-    from mamlpp_fast.engine.fused import FusedEngine, Unsupported
-    from mamlpp_fast.engine.reference import ReferenceEngine
-
     if name not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {name!r}")
     if precision not in PRECISIONS:
@@ -101,19 +83,13 @@ def make_engine(
     if name in ("auto", "fused"):
         try:
             fused = FusedEngine(
-                model, rates, config, loss_fn, precision=precision, deterministic=deterministic
+                model, rates, loss_fn, precision=precision, deterministic=deterministic, verify=verify
             )
             return EngineChoice(
-                fused, "every module of the model has fused rules" if name == "auto" else reason
+                fused, "every operation of the model has fused rules" if name == "auto" else reason
             )
         except Unsupported as error:
             if name == "fused":
                 raise ValueError(f"engine: expected a model the fused engine can take, {error}") from error
             reason = f"not fused: {error}"
-    autograd = AutogradEngine(model, rates, loss_fn, precision)
-    return EngineChoice(autograd, reason)
-
-
-def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype of parameters and inputs at a precision: bfloat16 and tf32 keep them in float32."""
-    return torch.float64 if precision == "float64" else torch.float32
+    return EngineChoice(AutogradEngine(model, rates, loss_fn, precision), reason)

@@ -19,9 +19,10 @@ __all__ = ["AutogradEngine"]
 
 
 class AutogradEngine:
-    """One task at a time, fast weights in one flat buffer, fused batch norm; captured whole on a GPU."""
+    """One task at a time, fused batch norm; captured whole on a GPU."""
 
     name = "autograd"
+    generation = 0
 
     def __init__(self, model: nn.Module, rates: LSLR, loss_fn: LossFn, precision: str = "float32") -> None:
         self.model = model
@@ -34,14 +35,10 @@ class AutogradEngine:
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
     ) -> MetaResult:
         self.model.train()
-        fields = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
-        result: MetaResult = self._step(fields, step_weights, second_order)
+        result: MetaResult = self._step(batch, step_weights, second_order)
         return result
 
-    def _gradients(
-        self, fields: tuple[Tensor, Tensor, Tensor, Tensor], step_weights: Tensor | None, second_order: bool
-    ) -> MetaResult:
-        batch = EpisodeBatch(*fields, by_class=False)
+    def _gradients(self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool) -> MetaResult:
         zero_gradients(self.model, self.rates)
         losses, logits = [], []
         for task in batch:
@@ -95,6 +92,10 @@ class AutogradEngine:
                     set_eval_stats(self.model, "batch")
             predictions.append(torch.stack(after_each))
         return torch.stack(predictions, dim=1)
+
+    def explain(self) -> str:
+        """See :class:`mamlpp_fast.engine.Engine`: nothing to add."""
+        return ""
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mamlpp_fast.distributed import Ranks
+from mamlpp_fast.engine.running import decay, made_passes, row_of
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
@@ -20,8 +21,7 @@ __all__ = ["Reduction"]
 class _Norm:
     """A batch norm with running statistics.
 
-    A pass replaces a row r by (1 − m) r + m s, with s the statistics of the batch, which do not depend on r. So n tasks
-    of p passes each replace it by dⁿ r + c, with d = (1 − m)^p: what follows only scales what came before.
+    n tasks of p passes each replace a row r by dⁿ r + c, with d = (1 − m)^p (:mod:`mamlpp_fast.engine.running`).
 
     Attributes:
         module: owner of the buffers.
@@ -133,8 +133,8 @@ class Reduction:
         """dⁿ of every row, [rows, 1]; kept, as a copy from the host would hold up a GPU every iteration."""
         key = (id(norm), tasks, self._multi_step)
         if key not in self._decays:
-            decay = (1.0 - norm.module.momentum) ** (norm.passes[self._multi_step] * tasks)
-            self._decays[key] = decay[:, None].to(like)
+            kept = decay(norm.module.momentum, norm.passes[self._multi_step] * tasks)
+            self._decays[key] = kept[:, None].to(like)
         return self._decays[key]
 
     def _contributions(self, share: range, total: int) -> list[Tensor]:
@@ -154,7 +154,8 @@ class Reduction:
             for now in norm.tables():
                 old, part = next(pairs)
                 now.copy_(self._decay(norm, total, now) * old + part.view(now.shape))
-            counted = getattr(norm.module, "num_batches_tracked", None)
+            # Instance norms have a counter too, but do not count.
+            counted = norm.module.num_batches_tracked if isinstance(norm.module, _BatchNorm) else None
             if counted is not None:
                 # This rank's own passes are in it already.
                 each = int(norm.passes[self._multi_step].sum())
@@ -188,10 +189,8 @@ class Reduction:
             passes = {}
             for multi_step in (True, False):
                 count = torch.zeros(rows, dtype=torch.float64)
-                for step in range(self.steps):
-                    # A support pass; a target pass behind every update, or behind the last one.
-                    target = multi_step or step == self.steps - 1
-                    count[min(step, rows - 1)] += calls[name] * (1 + target)
+                for step, made in enumerate(made_passes(self.steps, multi_step)):
+                    count[row_of(step, rows)] += calls[name] * int(made.sum())
                 passes[multi_step] = count
             norms.append(_Norm(module, rows, passes))
         return norms

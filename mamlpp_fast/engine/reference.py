@@ -18,6 +18,7 @@ class ReferenceEngine:
     """One task at a time through nested autograd: slow, plain, the specification."""
 
     name = "reference"
+    generation = 0
 
     def __init__(self, model: nn.Module, rates: LSLR, loss_fn: LossFn) -> None:
         self.model = model
@@ -56,6 +57,10 @@ class ReferenceEngine:
                 for task in batch
             ]
         return torch.stack(predictions, dim=1)
+
+    def explain(self) -> str:
+        """See :class:`mamlpp_fast.engine.Engine`: nothing to add."""
+        return ""
 
 
 def zero_gradients(*modules: nn.Module) -> None:

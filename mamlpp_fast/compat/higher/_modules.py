@@ -197,8 +197,13 @@ class _Copier:
         self.made[id(original)] = new
         own = dict(original._parameters)
         state = dict(original.__dict__)
-        # Hooks are not taken over, as in higher: they would act on the original module.
-        state |= {key: copy.copy(value) for key, value in _fresh_state().items() if "hook" in key}
+        # Hooks act on the module that they are called with, and so on this one; those of state dicts may hold the
+        # original.
+        state |= {
+            key: copy.copy(value if "state_dict" in key else state.get(key, value))
+            for key, value in _fresh_state().items()
+            if "hook" in key
+        }
         state |= {
             "_non_persistent_buffers_set": set(original._non_persistent_buffers_set),
             "_parameters": own,

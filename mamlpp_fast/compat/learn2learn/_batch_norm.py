@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from mamlpp_fast import ops
 
@@ -144,7 +145,8 @@ def fused_class(module: nn.Module) -> type[nn.Module]:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
+        _has_any_global_hook()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -43,23 +43,25 @@ def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name: p.clone() for name, p in param_dict.items()}
 
 
-def clone_module(module: Any, memo: dict[int, Tensor] | None = None) -> Any:
+def clone_module(module: Any, memo: dict[int, Any] | None = None) -> Any:
     """A copy of a module whose parameters are differentiable copies: gradients flow to the originals.
 
     Buffers that take a gradient are copied likewise; the others (running statistics) are shared with ``module``. A
-    parameter used in several places is copied once. A ``nn.BatchNorm1d`` or ``nn.BatchNorm2d`` becomes a subclass of
-    it that computes the same in one operation, in a ``nn.Sequential`` with the ReLU behind it; see
-    :func:`plain_batch_norm`.
+    parameter, or a submodule, used in several places is copied once. A ``nn.BatchNorm1d`` or ``nn.BatchNorm2d``
+    becomes a subclass of it that computes the same in one operation, in a ``nn.Sequential`` with the ReLU behind it;
+    see :func:`plain_batch_norm`.
 
     Args:
         module: the module; anything else is returned as is.
-        memo: copies made so far, by ``id`` of the original.
+        memo: copies of tensors and modules made so far, by ``id`` of the original.
     """
     if not isinstance(module, nn.Module):
         return module
     memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
     kind = fused_class(module)
-    clone = kind.__new__(kind)
+    clone = memo[id(module)] = kind.__new__(kind)
     clone.__dict__ = module.__dict__.copy()
     for group in ("_parameters", "_buffers", "_modules"):
         clone.__dict__[group] = module.__dict__[group].copy()

@@ -33,7 +33,7 @@ class Layout:
         self, slots: Mapping[str, Slot], names: Sequence[str], tasks: int, dtype: torch.dtype
     ) -> None:
         self.names = tuple(names)
-        self.shapes = {name: (tasks, *slots[name].shape) for name in self.names}
+        self.shapes = {name: torch.Size((tasks, *slots[name].shape)) for name in self.names}
         self.begins: dict[str, int] = {}
         step, end = _ALIGNMENT // dtype.itemsize, 0
         self.has_gaps = False
@@ -52,11 +52,14 @@ class Layout:
 
     def views(self, flat: Ref) -> dict[str, Ref]:
         """The parameters' tensors in a buffer at least as long."""
-        found = {}
-        for name, shape in self.shapes.items():
-            begin = self.begins[name]
-            found[name] = flat[begin : begin + math.prod(shape)].reshape(*shape)
-        return found
+        return {
+            name: flat[begin : begin + shape.numel()].reshape(*shape)
+            for name, (begin, shape) in self.places().items()
+        }
+
+    def places(self) -> dict[str, tuple[int, torch.Size]]:
+        """Where each parameter's tensor begins, and its shape."""
+        return {name: (self.begins[name], shape) for name, shape in self.shapes.items()}
 
     def offsets(self, segments: Sequence[str]) -> torch.Tensor:
         """Ends [L + 1] of the segments, in the order of ``names``, those without a tensor here being empty.

@@ -12,14 +12,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mamlpp_fast.engine.deterministic import on_one_thread
 
-__all__ = ["Buffer", "Emitter", "Instruction", "Program", "Ref", "Workspace"]
+__all__ = ["Buffer", "Emitter", "Instruction", "Phase", "Program", "Ref", "Workspace"]
 
 _ALIGNMENT = 64
 _Made = TypeVar("_Made")
@@ -83,6 +83,13 @@ class Ref:
         return t
 
 
+class Phase(NamedTuple):
+    """Where in the sweep a call stands: load, support, target, reverse or finish, and the inner step if it has one."""
+
+    name: str
+    step: int | None = None
+
+
 @dataclass
 class Instruction:
     """One call; ``phase`` and ``label`` say where in the sweep it stands, ``flops`` counts multiply-adds twice."""
@@ -90,7 +97,7 @@ class Instruction:
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    phase: str
+    phase: Phase
     label: str
     flops: int
 
@@ -173,14 +180,14 @@ class Program:
                 best[i] = min(best[i], time.perf_counter() - start)
         total: defaultdict[tuple[str, str, str], float] = defaultdict(float)
         for instruction, seconds in zip(self.instructions, best, strict=True):
-            total[instruction.phase.rstrip("0123456789 "), instruction.label, instruction.name] += seconds
+            total[instruction.phase.name, instruction.label, instruction.name] += seconds
         return dict(total)
 
     def table(self) -> str:
         """Calls of every phase and step of the network, with operations and bytes (of one task group)."""
         rows: dict[tuple[str, str], list[Any]] = {}
         for i in self.instructions:
-            row = rows.setdefault((i.phase.rstrip("0123456789 "), i.label), [0, 0, 0, Counter[str]()])
+            row = rows.setdefault((i.phase.name, i.label), [0, 0, 0, Counter[str]()])
             row[0] += 1
             row[1] += i.flops
             row[2] += i.nbytes
@@ -209,7 +216,7 @@ class Emitter:
         self.dtype = dtype
         self.operand_dtype = operand_dtype
         self.deterministic = deterministic
-        self.phase = ""
+        self.phase = Phase("load")
         self.label = ""
         self._instructions: list[Instruction] = []
         self._buffers: list[Buffer] = []

@@ -13,7 +13,7 @@ import torch
 import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Network
-from mamlpp_fast.engine.fused.program import Emitter, Program, Ref
+from mamlpp_fast.engine.fused.program import Emitter, Phase, Program, Ref
 from mamlpp_fast.engine.fused.steps import Goal, Gradients, Loss, Pass, Rows, Slot
 from mamlpp_fast.engine.fused.steps.base import aten
 
@@ -59,7 +59,7 @@ class Memory:
     Attributes:
         support_x, target_x: images [T, N, H, W, C]; support_t, target_t: what the loss stores for labels.
         meta: parameters in the kernels' layout; rows: batch-norm weight and bias [R, C].
-        rates: [L, K], or by parameter [K, *shape] when every element has its own.
+        rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
         weights: multi-step weights [K].
         stats: mean and 1/std [K, 2, T, C] that batch norms saw in the support (0) and target (1) passes.
         running: running mean and variance [K, C] that frozen norms read.
@@ -74,19 +74,28 @@ class Memory:
     logits: Ref
     losses: Ref
     weights: Ref
+    rates: Ref
     meta: dict[str, Ref] = field(default_factory=dict)
     rows: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
-    rates: dict[str, Ref] = field(default_factory=dict)
     stats: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     meta_grads: dict[str, Ref] = field(default_factory=dict)
     row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
-    rate_grads: dict[str, Ref] = field(default_factory=dict)
+    rate_grads: Ref | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A program, the memory it meets the world through, and how its parameters lie in it."""
+
+    program: Program
+    memory: Memory
+    slots: dict[str, Slot]
+    rows: dict[str, Rows]
+    layout: Layout
 
 
 ops = torch.ops.mamlpp_fast
-ALL_RATES = ""
-"""Key of the rates [L, K] in :class:`Memory`."""
 
 
 class _Writer:
@@ -109,9 +118,18 @@ class _Writer:
         inner = [name for name in form.rate_names or sorted(self.inner) if name in self.inner]
         self.inner_layout = Layout(self.slots, inner, form.tasks, em.dtype)
         self.memory = self._memory(every_step)
+        # Rates by element need no segments.
+        self.segments: Ref | None = None
         if form.rate_names is not None:
             offsets = self.inner_layout.offsets(form.rate_names)
             self.segments = em.own("segments of the rates", offsets.to(em.device))
+
+    def finish(self) -> Written:
+        self.write()
+        return Written(self.em.finish(), self.memory, self.slots, self.rows, self.inner_layout)
+
+    def write(self) -> None:
+        raise NotImplementedError
 
     def _zeros(self, name: str, *shape: int) -> Ref:
         return self.em.own(name, torch.zeros(shape, dtype=self.em.dtype, device=self.em.device))
@@ -128,22 +146,24 @@ class _Writer:
             logits=self._zeros("predictions", *((f.steps, *logits) if every_step else logits)),
             losses=self._zeros("losses", f.tasks),
             weights=self._zeros("step weights", f.steps),
+            rates=self._zeros("rates", *self._rates_shape()),
         )
         for name, slot in self.slots.items():
             memory.meta[name] = self._zeros(name, *slot.shape)
         for name, rows in self.rows.items():
             shape = (rows.rows, rows.channels)
             memory.rows[name] = self._zeros(f"{name} weights", *shape), self._zeros(f"{name} biases", *shape)
-        if f.rate_names is None:
-            for name in self.inner:
-                memory.rates[name] = self._zeros(f"rates of {name}", f.rate_steps, *self.slots[name].shape)
-        else:
-            memory.rates[ALL_RATES] = self._zeros("rates", len(f.rate_names), f.rate_steps)
         return memory
+
+    def _rates_shape(self) -> tuple[int, int]:
+        f = self.form
+        if f.rate_names is None:
+            return f.rate_steps, self.inner_layout.size
+        return len(f.rate_names), f.rate_steps
 
     def load(self) -> tuple[Ref, dict[str, Ref]]:
         """θ_0: the meta-parameters, once for every task; those that adapt lie in the flat buffer that comes first."""
-        self.em.phase, self.em.label = "load", "parameters"
+        self.em.phase, self.em.label = Phase("load"), "parameters"
         flat = self.inner_layout.new(self.em, "fast weights")
         theta = self.inner_layout.views(flat)
         for name, slot in self.slots.items():
@@ -182,8 +202,8 @@ class _Writer:
         """Gradients of the parameters; ``tangent`` takes the derivative of the backward pass instead."""
         out.add(net.output, grad)
         for step in reversed(net.steps):
-            if step.output not in out.wanted_values:
-                continue
+            if step.output not in out.wanted_values or step.output not in out.terms:
+                continue  # the latter where nothing reads the value, or only as a constant
             self.em.label = step.name
             gy = self.em.sum(f"gradient of {step.name}", out.terms.pop(step.output))
             if tangent:
@@ -242,23 +262,8 @@ class _Writer:
         em, row = self.em, self.rate_row(step)
         em.label = "inner update"
         new = em.like("fast weights", flat)
-        views = self.inner_layout.views(new)
-        if self.form.rate_names is not None:
-            em.call(
-                ops.lslr_update_out.default,
-                flat,
-                grads,
-                self.memory.rates[ALL_RATES],
-                self.segments,
-                row,
-                new,
-            )
-        else:
-            g = self.inner_layout.views(grads)
-            for name, place in views.items():
-                rate = self.memory.rates[name][row]
-                em.call(aten.addcmul.out, theta[name], g[name], rate, value=-1, out=place)
-        return new, {**theta, **views}
+        em.call(ops.lslr_update_out.default, flat, grads, self.memory.rates, self.segments, row, new)
+        return new, {**theta, **self.inner_layout.views(new)}
 
 
 class _MetaGradient(_Writer):
@@ -277,15 +282,10 @@ class _MetaGradient(_Writer):
                 self._zeros(f"{name} weights' gradient", *shape),
                 self._zeros(f"{name} biases' gradient", *shape),
             )
-        for name, ref in m.rates.items():
-            m.rate_grads[name] = self._zeros("rates' gradient", *ref.shape)
+        m.rate_grads = self._zeros("rates' gradient", *m.rates.shape)
         others = sorted((self.slots.keys() & self.meta) - self.inner)
         self.meta_layout = Layout(self.slots, [*self.inner_layout.names, *others], form.tasks, em.dtype)
-        self.rate_terms = (
-            self._zeros("rates' gradient of a group", *m.rates[ALL_RATES].shape)
-            if ALL_RATES in m.rates
-            else None
-        )
+        self.rate_terms = self._zeros("rates' gradient of a group", *m.rates.shape)
         self.events = {
             name: tuple(
                 self._zeros(f"{name} {what}", f.steps, 2, f.tasks, r.channels)
@@ -315,19 +315,19 @@ class _MetaGradient(_Writer):
         flat, theta = self.load()
         thetas, support, targets = [theta], [], {}
         for k in range(f.steps):
-            self.em.phase = f"support {k}"
+            self.em.phase = Phase("support", k)
             ps, grads = self.support_pass(k, theta, self._stats(k, 0))
             assert grads is not None
             support.append((ps, grads))
             flat, theta = self.update(k, flat, theta, grads)
             thetas.append(theta)
             if f.multi_step or k == f.steps - 1:
-                self.em.phase = f"target {k}"
+                self.em.phase = Phase("target", k)
                 targets[k] = self._target_pass(k, theta)
         adjoint: Ref | None = None
         for k in reversed(range(f.steps)):
             terms = [r for r in (adjoint, targets.get(k)) if r is not None]
-            self.em.phase, self.em.label = f"reverse {k}", "adjoint"
+            self.em.phase, self.em.label = Phase("reverse", k), "adjoint"
             adjoint = self._reverse(k, thetas[k], support[k], self.em.sum("adjoint", terms))
         assert adjoint is not None
         self._finish(self.meta_layout.views(adjoint))
@@ -374,35 +374,23 @@ class _MetaGradient(_Writer):
 
     def _direction(self, k: int, grads: Ref, adjoint: Ref) -> Ref:
         """−v = −α_k ∘ λ, the derivative of the update by its gradient; leaves ∂L/∂α_k = −⟨g_k, λ⟩."""
-        em, f, m = self.em, self.form, self.memory
-        direction = self.inner_layout.new(em, "direction")
-        if self.rate_terms is not None:
-            inner = adjoint[: self.inner_layout.size]
-            em.call(
-                ops.lslr_update_backward_out.default,
-                *(inner, grads, m.rates[ALL_RATES], self.segments, k, direction, self.rate_terms),
-            )
-            return direction
-        λ, g = self.meta_layout.views(adjoint), self.inner_layout.views(grads)
-        for name, place in self.inner_layout.views(direction).items():
-            em.call(aten.mul.out, λ[name], g[name], out=place)
-            total = em.new("rates' gradient", place.shape[1:])
-            em.call(aten.sum.IntList_out, place, [0], out=total)
-            em.call(aten.add_.Tensor, m.rate_grads[name][k], total, alpha=-1 / f.total_tasks)
-            em.call(aten.mul.out, λ[name], m.rates[name][k], out=place)
-            em.call(aten.neg_.default, place)
+        direction = self.inner_layout.new(self.em, "direction")
+        inner = adjoint[: self.inner_layout.size]
+        self.em.call(
+            ops.lslr_update_backward_out.default,
+            *(inner, grads, self.memory.rates, self.segments, self.rate_row(k), direction, self.rate_terms),
+        )
         return direction
 
     def _finish(self, adjoint: Mapping[str, Ref]) -> None:
         """Adds this group of tasks to the gradients."""
         em, f, m = self.em, self.form, self.memory
-        em.phase, em.label = "finish", "parameters"
+        em.phase, em.label = Phase("finish"), "parameters"
         for name, out in m.meta_grads.items():
             total = em.like(f"meta-gradient of {name}", out)
             em.call(aten.sum.IntList_out, adjoint[name], [0], out=total)
             em.call(aten.add_.Tensor, out, total, alpha=1 / f.total_tasks)
-        if self.rate_terms is not None:
-            em.call(aten.add_.Tensor, m.rate_grads[ALL_RATES], self.rate_terms, alpha=1 / f.total_tasks)
+        em.call(aten.add_.Tensor, m.rate_grads, self.rate_terms, alpha=1 / f.total_tasks)
         em.label = "batch-norm rows"
         for name, rows in self.rows.items():
             shares = torch.zeros(rows.rows, f.steps, 2, f.tasks, dtype=em.dtype, device=em.device)
@@ -416,9 +404,8 @@ class _MetaGradient(_Writer):
 class _Evaluation(_Writer):
     def __init__(self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> None:
         super().__init__(em, net, target_net, loss, form, every_step=True)
-        for name in (self.rows.keys() - net.norms.keys()) | (self.rows.keys() - target_net.norms.keys()):
-            rows = self.rows[name]
-            shape = (form.steps, rows.channels)
+        for name in net.frozen | target_net.frozen:
+            shape = (form.steps, self.rows[name].channels)
             self.memory.running[name] = (
                 self._zeros(f"{name} means", *shape),
                 self._zeros(f"{name} variances", *shape),
@@ -426,35 +413,27 @@ class _Evaluation(_Writer):
 
     def _stats(self, net: Network, k: int) -> dict[str, tuple[Ref, Ref]]:
         return {
-            name: (mean[k], var[k])
-            for name, (mean, var) in self.memory.running.items()
-            if name not in net.norms
+            name: (mean[k], var[k]) for name, (mean, var) in self.memory.running.items() if name in net.frozen
         }
 
     def write(self) -> None:
         flat, theta = self.load()
         for k in range(self.form.steps):
-            self.em.phase = f"support {k}"
+            self.em.phase = Phase("support", k)
             _, grads = self.support_pass(k, theta, self._stats(self.net, k))
             assert grads is not None
             flat, theta = self.update(k, flat, theta, grads)
-            self.em.phase = f"target {k}"
+            self.em.phase = Phase("target", k)
             ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
             self.forward(self.target_net, ps)
             self.em.call(aten.copy_.default, self.memory.logits[k], ps.values[self.target_net.output])
 
 
-def write_meta_gradient(em: Emitter, net: Network, loss: Loss, form: Form) -> tuple[Program, Memory]:
+def write_meta_gradient(em: Emitter, net: Network, loss: Loss, form: Form) -> Written:
     """The program of one group of tasks of a meta-gradient."""
-    writer = _MetaGradient(em, net, loss, form)
-    writer.write()
-    return em.finish(), writer.memory
+    return _MetaGradient(em, net, loss, form).finish()
 
 
-def write_evaluation(
-    em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form
-) -> tuple[Program, Memory]:
+def write_evaluation(em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> Written:
     """The program of one group of tasks of an evaluation; ``target_net`` may normalise with running statistics."""
-    writer = _Evaluation(em, net, target_net, loss, form)
-    writer.write()
-    return em.finish(), writer.memory
+    return _Evaluation(em, net, target_net, loss, form).finish()

@@ -21,7 +21,7 @@ def meta_sgd_update(
 ) -> nn.Module:
     """Replaces every parameter p of a module by p − lr·grad, differentiably; returns the module.
 
-    As in learn2learn, a parameter used in several places is replaced in the first of them only.
+    A parameter used in several places is replaced in each of them (in learn2learn, in the first alone).
 
     Args:
         model: changed in place; its tensors are not.
@@ -48,7 +48,7 @@ def meta_sgd_update(
         for tensors in groups:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor in updated:
-                    tensors[name] = updated.pop(tensor)
+                    tensors[name] = updated[tensor]
     return model
 
 

@@ -2,9 +2,9 @@
 
 from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Slot, Step
 from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
-from mamlpp_fast.engine.fused.steps.head import Head, with_head
-from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Flatten, Linear
-from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError
+from mamlpp_fast.engine.fused.steps.head import Head
+from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Detach, Flatten, Linear
+from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
 from mamlpp_fast.engine.fused.steps.pointwise import Activation, MaxPool, ScaleShift
 
@@ -15,6 +15,7 @@ __all__ = [
     "Bias",
     "Conv",
     "CrossEntropy",
+    "Detach",
     "FirstLayer",
     "Flatten",
     "FrozenNorm",
@@ -31,5 +32,5 @@ __all__ = [
     "Slot",
     "SquaredError",
     "Step",
-    "with_head",
+    "loss_of",
 ]

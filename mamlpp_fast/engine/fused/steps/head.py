@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
@@ -11,13 +10,9 @@ import mamlpp_fast.ops.linear_cross_entropy  # noqa: F401 - registers the operat
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import LOSS, Gradients, Pass
 from mamlpp_fast.engine.fused.steps.linear import Linear
-from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, LossValue, scaled
-from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
+from mamlpp_fast.engine.fused.steps.loss import LossValue, scaled
 
-if TYPE_CHECKING:
-    from mamlpp_fast.engine.fused.network import Network
-
-__all__ = ["Head", "with_head"]
+__all__ = ["Head"]
 
 ops = torch.ops.mamlpp_fast
 
@@ -95,19 +90,3 @@ class Head(Linear):
         u, v = ps.tangents.get(source), ps.directions.get(self.weight.name)
         op = ops.linear_cross_entropy_backward_tangent.default
         em.call(op, g, g0, u, v, x, w, *results, flops=2 * self._flops(ps) * products)
-
-
-def with_head(network: Network, loss: Loss) -> Network:
-    """The network with its last layer and the loss in one, where the two are what :class:`Head` takes."""
-    last = network.steps[-1]
-    fits = (
-        isinstance(loss, CrossEntropy)
-        and type(last) is Linear
-        and last.output == network.output
-        and last.shape[0] <= MOST_CLASSES
-        and all(network.output not in step.inputs for step in network.steps)
-    )
-    if not (fits and isinstance(last, Linear)):
-        return network
-    head = Head(last.name, last.inputs, last.output, last.shape, last.weight, last.bias)
-    return replace(network, steps=(*network.steps[:-1], head))

@@ -11,7 +11,7 @@ import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 
-__all__ = ["Add", "AveragePool", "Bias", "Conv", "Flatten", "Linear"]
+__all__ = ["Add", "AveragePool", "Bias", "Conv", "Detach", "Flatten", "Linear"]
 
 ops = torch.ops.mamlpp_fast
 _FEW_CHANNELS = 4
@@ -232,6 +232,13 @@ class Add(_Plain):
         for i in self.inputs:
             if i in out.wanted_values:
                 out.add(i, gy)
+
+
+class Detach(Step):
+    """The same value as a constant: ``detach``, or what ``no_grad`` made. It has neither a tangent nor a gradient."""
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        ps.values[self.output] = ps.values[self.inputs[0]]
 
 
 class Flatten(_Plain):

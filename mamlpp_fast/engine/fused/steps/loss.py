@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import LOSS, Goal, Pass, aten
+from mamlpp_fast.reference import LossFn
 
-__all__ = ["CrossEntropy", "Loss", "LossValue", "SquaredError", "scaled"]
+__all__ = ["CrossEntropy", "Loss", "LossValue", "SquaredError", "loss_of", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -154,3 +158,27 @@ class SquaredError(Loss):
         em.call(aten.mul.out, z_dot, value.scale, out=out)
         em.call(aten.add.out, out, out, out=out)
         return out
+
+
+def loss_of(loss_fn: LossFn) -> Loss:
+    """The rules of a loss, which must be known to be a mean over the examples.
+
+    Raises:
+        Unsupported: for one without rules.
+    """
+    if loss_fn is F.mse_loss or (type(loss_fn) is nn.MSELoss and loss_fn.reduction == "mean"):
+        return SquaredError()
+    if loss_fn is F.cross_entropy:
+        return CrossEntropy()
+    if isinstance(loss_fn, functools.partial) and loss_fn.func is F.cross_entropy and not loss_fn.args:
+        if loss_fn.keywords.keys() <= {"label_smoothing"}:
+            return CrossEntropy(loss_fn.keywords.get("label_smoothing", 0.0))
+    elif type(loss_fn) is nn.CrossEntropyLoss:
+        plain = (loss_fn.weight, loss_fn.ignore_index, loss_fn.reduction) == (None, -100, "mean")
+        if plain:
+            return CrossEntropy(loss_fn.label_smoothing)
+    raise Unsupported(
+        "loss",
+        "expected F.cross_entropy (with label_smoothing or without) or F.mse_loss, "
+        f"got {getattr(loss_fn, '__name__', loss_fn)}",
+    )

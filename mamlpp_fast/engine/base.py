@@ -1,0 +1,73 @@
+"""What engines have in common: their interface, the precisions, and the refusal that hands a model on."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.reference import EvalStats, MetaResult
+
+__all__ = ["ENGINES", "PRECISIONS", "Engine", "EngineName", "Precision", "Unsupported", "dtype_of"]
+
+EngineName = Literal["auto", "reference", "autograd", "fused"]
+Precision = Literal["float64", "float32", "tf32", "bfloat16"]
+ENGINES: tuple[EngineName, ...] = ("auto", "reference", "autograd", "fused")
+PRECISIONS: tuple[Precision, ...] = ("float64", "float32", "tf32", "bfloat16")
+
+
+class Unsupported(ValueError):
+    """The fused engine cannot take a model or a batch; ``module`` is the part of it that is the reason."""
+
+    def __init__(self, module: str, why: str) -> None:
+        super().__init__(f"{module}: {why}")
+        self.module = module
+        self.why = why
+
+    def __reduce__(self) -> tuple[type[Unsupported], tuple[str, str]]:
+        return type(self), (self.module, self.why)
+
+
+class Engine(Protocol):
+    """Computes meta-gradients and evaluations for one model, in the form it had when the engine was made."""
+
+    name: str
+
+    @property
+    def generation(self) -> int:
+        """Changes when the engine's memory moves: graphs captured before must not be replayed."""
+        ...
+
+    def meta_gradient(
+        self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
+    ) -> MetaResult:
+        """Sets ``.grad`` of every trainable parameter of model and rates: the mean over tasks.
+
+        Args:
+            batch: the meta-batch, on the model's device, in its dtype.
+            step_weights: multi-step-loss weights [K], or None for the last step's target loss alone.
+            second_order: False for first-order MAML.
+
+        Raises:
+            Unsupported: when the engine cannot take the model or this batch.
+        """
+        ...
+
+    def evaluate(self, batch: EpisodeBatch, *, steps: int, stats: EvalStats) -> Tensor:
+        """Target predictions after every one of ``steps`` updates, [steps, tasks, m, ...]; changes no state.
+
+        Raises:
+            Unsupported: as :meth:`meta_gradient`.
+        """
+        ...
+
+    def explain(self) -> str:
+        """What the engine does for the batches seen so far, lines of text; empty where there is nothing to say."""
+        ...
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype of parameters and inputs at a precision: bfloat16 and tf32 keep them in float32."""
+    return torch.float64 if precision == "float64" else torch.float32

@@ -1,0 +1,187 @@
+"""Recording: the operations that a model's own forward pass executes on real tensors, watched on two levels.
+
+A torch-function mode sees every call that Python makes (``F.conv2d``, ``Tensor.flatten``, ``x += y``) with its
+arguments; it names the operations. A dispatch mode underneath sees what each of them really executes, and that nothing
+executes beside them: writes, draws of random numbers and reads of values are told by the operators' own schemas.
+Whatever makes a pass no fixed list of operations is found here and named, never guessed at:
+
+- values that decide (``if x.sum() > 0``, ``.item()``), draws of random numbers, hooks, ``autograd.Function``;
+- writes to parameters, to the input, to buffers other than a batch norm's statistics, to attributes;
+- memory that is changed in place and then read by another name.
+
+Python's own control flow (``self.training``, attributes, loops) is followed as it runs, so a recording holds for one
+form of a model; :mod:`mamlpp_fast.engine.fingerprint` tells when that form changes. It is made with two numbers of
+examples, which tells sizes that follow the batch from those that do not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global_hooks
+
+from mamlpp_fast import reference
+from mamlpp_fast.copying import copy_of
+from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.recorder import TAKE_SIZES, Operation, Recorder
+
+__all__ = ["Recording", "head_names", "record"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A forward pass.
+
+    Attributes:
+        operations: in order, for the first of the two numbers of examples.
+        output: the value returned.
+        shapes: of the values, without the axis of examples.
+    """
+
+    operations: tuple[Operation, ...]
+    output: int
+    shapes: dict[int, tuple[int, ...]]
+
+
+def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
+    """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states are put back.
+
+    Args:
+        model: called with one argument.
+        x: examples [n, ...].
+        other: examples [m, ...], m not n.
+
+    Raises:
+        Unsupported: names the module, and what makes its forward no fixed list of operations.
+    """
+    if (hook := _hooks(model)) is not None:
+        raise hook
+    first, second = (_watched(_own_copy(model), examples) for examples in (x, other))
+    for recorder in (first, second):
+        if recorder.problem is not None:
+            raise recorder.problem
+    shapes = {0: tuple(x.shape[1:])}
+    if len(first.operations) != len(second.operations):
+        raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
+    for a, b in zip(first.operations, second.operations, strict=True):
+        if a.function is not b.function or a.output != b.output:
+            raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
+        if a.output is None:
+            continue
+        if a.shape[:1] != x.shape[:1] or b.shape[:1] != other.shape[:1] or a.shape[1:] != b.shape[1:]:
+            raise Unsupported(
+                a.where or type(model).__name__,
+                f"{a.name}: expected examples along the first axis, got {a.shape} for {x.shape[0]} of them",
+            )
+        if a.function not in TAKE_SIZES and (a.args, a.kwargs) != (b.args, b.kwargs):
+            raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
+        shapes[a.output] = a.shape[1:]
+    assert first.result is not None
+    return Recording(tuple(first.operations), first.result, shapes)
+
+
+def head_names(model: nn.Module, x: Tensor, adapt_norm: bool = False) -> tuple[str, ...]:
+    """Names of the parameters of the last module whose output reaches the model's (ANIL's head), by a recording.
+
+    A module is what owns parameters; those that reparametrise its weights belong to it. Norms count with
+    ``adapt_norm`` alone.
+
+    Args:
+        model: called with one argument.
+        x: examples [n, ...].
+
+    Raises:
+        ValueError: when no module with trainable parameters is found.
+    """
+    try:
+        recorder = _watched(copy_of(model), x)
+    except ValueError:
+        recorder = _watched(model, x)
+    owners = {name: _owner(name) for name, p in model.named_parameters() if p.requires_grad}
+    for names in recorder.layers():
+        found = {owners[n] for n in names if n in owners}
+        if not adapt_norm:
+            found = {o for o in found if not isinstance(model.get_submodule(o), reference.NORMS)}
+        if found:
+            return tuple(name for name, owner in owners.items() if owner in found)
+    raise ValueError("adapt: expected a last module with parameters that reach the output, found none")
+
+
+def _owner(name: str) -> str:
+    path = name.rpartition(".")[0]
+    head, cut, _ = f".{path}".partition(".parametrizations.")
+    if not cut and path.startswith("parametrizations."):
+        return ""
+    return head[1:] if cut else path
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """What a pass does to the model besides computing, it does to a copy."""
+    try:
+        return copy_of(model)
+    except ValueError as error:
+        raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
+
+
+def _watched(model: nn.Module, x: Tensor) -> Recorder:
+    """Runs one pass under both modes, on stand-ins for the model's tensors."""
+    recorder = Recorder(model, x)
+    before = fingerprint(model)
+    with _random_state(x.device) as drawn:
+        try:
+            with reference.swapped(model, recorder.stand_ins), torch.enable_grad(), recorder.watch, recorder:
+                result = model(recorder.x)
+            recorder.finish(result)
+        except Exception as error:  # whatever a user's forward raises
+            recorder.raised(error)
+    if drawn():
+        recorder.complain(type(model).__name__, "draws random numbers")
+    if recorder.problem is None and fingerprint(model) != before:
+        recorder.complain(type(model).__name__, "its forward changes attributes of the model")
+    return recorder
+
+
+@contextmanager
+def _random_state(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Puts the random states of Python and NumPy back, and torch's; yields whether the former two moved."""
+    own, arrays = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 - a user's forward may draw from it
+    moved: list[bool] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield lambda: moved[0]
+        finally:
+            now = np.random.get_state(legacy=False)  # noqa: NPY002
+            moved.append(random.getstate() != own or not _equal_states(now["state"], arrays["state"]))
+            if moved[0]:
+                random.setstate(own)
+                np.random.set_state(arrays)  # noqa: NPY002
+
+
+def _equal_states(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def _hooks(model: nn.Module) -> Unsupported | None:
+    """What has effects of its own in every pass, which a program that runs no Python would leave out."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    for kind in kinds:
+        if getattr(_global_hooks, f"_global_{kind}_hooks"):
+            return Unsupported("torch.nn", f"has a global {kind} hook on all modules")
+    for name, module in model.named_modules():
+        for kind in kinds:
+            if getattr(module, f"_{kind}_hooks"):
+                return Unsupported(name or type(model).__name__, f"has a {kind.replace('_', '-')} hook")
+        if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
+            return Unsupported(name or type(model).__name__, "is compiled")
+    for name, p in model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            return Unsupported(name, "has a hook on its gradient")
+    return None

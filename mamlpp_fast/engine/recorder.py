@@ -1,0 +1,401 @@
+"""The two modes that watch a forward pass; see :mod:`mamlpp_fast.engine.record`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mamlpp_fast import reference
+from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.nn import PerStepBatchNorm2d
+
+__all__ = ["TAKE_SIZES", "Buffer", "Constant", "Operation", "Parameter", "Recorder", "Value", "Watch"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """An activation: 0 is the input of the network."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model by its first name; ``detached``: as a constant."""
+
+    name: str
+    detached: bool = False
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A buffer of the model by its first name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that is a plain attribute of a module, or made from such alone: fixed for a form of a model."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call.
+
+    Attributes:
+        function: what Python called, ``F.conv2d`` say.
+        where: path of the innermost module whose forward made the call, "" for the model itself.
+        args, kwargs: its arguments, tensors replaced by :class:`Value`, :class:`Parameter`, :class:`Buffer` and
+            :class:`Constant`.
+        output: value written, or None where the call made no tensor or several.
+        shape: of the output.
+        constant: the output takes part in no gradient although an argument does (``detach``, ``no_grad``).
+    """
+
+    function: Callable[..., Any]
+    where: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: int | None
+    shape: tuple[int, ...]
+    constant: bool
+
+    @property
+    def name(self) -> str:
+        return name_of(self.function)
+
+    def inputs(self) -> list[Value | Parameter | Buffer | Constant]:
+        leaves = tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if is_reference(leaf)]
+
+
+class Watch(TorchDispatchMode):
+    """What is executed, since it was last asked."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.executed: list[str] = []
+        self.written: list[Tensor] = []
+        self.draws = False
+        self.reads = False
+
+    def clear(self) -> None:
+        self.executed, self.written, self.draws, self.reads = [], [], False, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.executed.append(str(func))
+        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
+        self.reads |= (
+            torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        )
+        if func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    leaves = tree_leaves(given.get(argument.name))
+                    self.written += [t for t in leaves if isinstance(t, Tensor)]
+        return func(*args, **kwargs)
+
+
+class Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.root = type(model).__name__
+        self.paths = {id(m): name for name, m in model.named_modules()}
+        self.watch = Watch()
+        self.problem: Unsupported | None = None
+        self.operations: list[Operation] = []
+        self.result: int | None = None
+        self.stand_ins: dict[str, Tensor] = {}
+        self.x = x.detach().clone(memory_format=torch.preserve_format)
+        self._references: dict[int, Value | Parameter | Buffer | Constant] = {}
+        self._memory: dict[int, set[int]] = {}
+        self._stale: set[int] = set()
+        self._in_graph: dict[int, bool] = {}
+        self._alive: list[Tensor] = []
+        self._from: dict[int, tuple[bool, frozenset[str]]] = {}
+        self._count = 0
+        for name, p in model.named_parameters():
+            self.stand_ins[name] = p.detach().requires_grad_(p.requires_grad)
+            self._references[id(self.stand_ins[name])] = Parameter(name)
+        for name, b in model.named_buffers():
+            self.stand_ins[name] = b.detach().clone()
+            self._references[id(self.stand_ins[name])] = Buffer(name)
+        self._fixed = {_storage(t): name for name, t in self.stand_ins.items()}
+        for t in tree_leaves([list(vars(m).values()) for m in model.modules()]):
+            if isinstance(t, Tensor) and not t.requires_grad:
+                self._references[id(t)] = Constant()
+                self._fixed[_storage(t)] = "an attribute"
+        self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
+        self._statistics: set[str] = set()
+        self._new(self.x, [])
+
+    # What was found
+
+    def complain(self, where: str, why: str) -> None:
+        """Keeps the first reason why the pass is no fixed list of operations; the pass itself goes on."""
+        if self.problem is None:
+            self.problem = Unsupported(where or self.root, why)
+
+    def here(self) -> str:
+        """Path of the innermost module that is being called."""
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+            frame = frame.f_back
+        return "" if frame is None else self.paths.get(id(frame.f_locals["self"]), "")
+
+    def raised(self, error: Exception) -> None:
+        """Takes in that the forward raised, which another number of examples, or another engine, may not."""
+        where, trace = "", error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code is nn.Module._call_impl.__code__:
+                where = self.paths.get(id(trace.tb_frame.f_locals["self"]), where)
+            trace = trace.tb_next
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.complain(where or self.root, f"its forward raises, {reason}")
+
+    def finish(self, result: Any) -> None:
+        """Looks, after the pass and outside the modes, at what it left and returned."""
+        self._nothing_beside()
+        for name, before in self._buffers.items():
+            if name not in self._statistics and not torch.equal(before, self.stand_ins[name]):
+                self.complain(name, "is a buffer that the forward changes")
+        known = self._known(result) if isinstance(result, Tensor) else None
+        if not isinstance(known, Value) or known.index == 0:
+            self.complain(self.root, "expected forward to return one tensor of predictions made of its input")
+        else:
+            self._check_read(result, known)
+            self.result = known.index
+
+    def layers(self) -> Iterator[frozenset[str]]:
+        """Parameters that meet an activation in one operation, from the last operation that reaches the output back."""
+        reached = set() if self.result is None else {self.result}
+        for op in reversed(self.operations):
+            if op.output is None or (reached and op.output not in reached):
+                continue
+            names: frozenset[str] = frozenset()
+            active = False
+            for r in op.inputs():
+                if isinstance(r, Parameter):
+                    names |= {r.name}
+                elif isinstance(r, Value):
+                    reached.add(r.index)
+                    on_input, made_of = self._from[r.index]
+                    active |= on_input
+                    names |= frozenset() if on_input else made_of
+            if active and names:
+                yield names
+
+    # The two modes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        watch = self.watch
+        self._nothing_beside()
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        references = {id(t): self._read(t) for t in given}
+        norm = func is reference.per_step_norm
+        if norm and type(args[0]).normalise not in _KNOWN_NORMS:
+            self.complain(self.here(), f"{type(args[0]).__name__} normalises in a way of its own")
+        recorded = self._norm(*args) if norm else tree_map(lambda t: references.get(id(t), t), (args, kwargs))
+        result = func(*args, **kwargs)
+        executed, written, draws, reads = watch.executed, watch.written, watch.draws, watch.reads
+        watch.clear()
+        name = name_of(func)
+        if draws and not (func in _DROPOUTS and _rate(args, kwargs) == 0):
+            self.complain(self.here(), f"{name} draws random numbers")
+        if (reads or name in _ASKS) and not _all_constant(references.values()):
+            self.complain(self.here(), f"{name} asks for values, which decide what is executed")
+        if name.endswith("__set__") or name in _CHANGES:
+            self.complain(self.here(), f"{name} changes how a tensor takes part in gradients")
+        if torch.is_autocast_enabled(self.x.device.type):
+            self.complain(self.here(), "computes under torch.autocast")
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if not executed and not written and all(self._known(t) is not None for t in made):
+            return result  # a question about a tensor, or the tensor itself
+        if norm or func is F.batch_norm:
+            self._statistics.update(r.name for r in tree_leaves(recorded) if isinstance(r, Buffer))
+        elif self._counts(func, recorded):
+            return result
+        self._write(written, result, args, name)
+        self._keep(func, recorded, result, made, given, args)
+        return result
+
+    def _nothing_beside(self) -> None:
+        if self.watch.executed:
+            self.complain(
+                self.here(), f"{self.watch.executed[0]} is executed behind torch's Python functions"
+            )
+        self.watch.clear()
+
+    # Tensors
+
+    def _known(self, t: Tensor) -> Value | Parameter | Buffer | Constant | None:
+        return self._references.get(id(t))
+
+    def _read(self, t: Tensor) -> Any:
+        """What a tensor that is read stands for."""
+        known = self._known(t)
+        if known is None:
+            self.complain(
+                self.here(),
+                "uses a tensor that is neither its input, a parameter nor a buffer, nor made from them by torch's "
+                "functions",
+            )
+            return "another tensor"
+        if isinstance(known, Value):
+            self._check_read(t, known)
+        return known
+
+    def _check_read(self, t: Tensor, known: Value) -> None:
+        if known.index in self._stale:
+            self.complain(
+                self.here(), "reads memory that an operation in place has changed under another name"
+            )
+        if t.requires_grad != self._in_graph[known.index] or t.is_inference():
+            self.complain(self.here(), "passes through an autograd.Function or another change of the graph")
+
+    def _new(self, t: Tensor, made_of: Sequence[Any]) -> int:
+        index, self._count = self._count, self._count + 1
+        self._references[id(t)] = Value(index)
+        self._alive.append(t)
+        self._in_graph[index] = t.requires_grad
+        self._memory.setdefault(_storage(t), set()).add(index)
+        on_input, names = index == 0, frozenset[str]()
+        for r in made_of:
+            if isinstance(r, Parameter):
+                names |= {r.name}
+            elif isinstance(r, Buffer):
+                on_input = True
+            elif isinstance(r, Value):
+                on_input |= self._from[r.index][0]
+                names |= self._from[r.index][1]
+        self._from[index] = (on_input, names)
+        return index
+
+    def _write(self, written: list[Tensor], result: Any, args: Any, name: str) -> None:
+        """Values whose memory is overwritten may be read no more by the names they had."""
+        for t in written:
+            place = _storage(t)
+            if place in self._fixed and self._fixed[place] not in self._statistics:
+                self.complain(self._fixed[place], f"is changed in place by {name}")
+            if place == _storage(self.x):
+                self.complain(self.here(), f"{name} changes the network's input in place")
+            self._stale |= self._memory.get(place, set())
+
+    def _keep(
+        self, func: Any, recorded: Any, result: Any, made: list[Tensor], given: list[Tensor], args: Any
+    ) -> None:
+        args_, kwargs_ = recorded
+        in_graph = any(t.requires_grad for t in given)
+        references = [r for r in tree_leaves(recorded) if is_reference(r)]
+        if _all_constant(references):
+            for t in made:
+                self._references[id(t)] = Constant()
+                self._fixed.setdefault(_storage(t), "a tensor of the forward's own")
+                self._alive.append(t)
+            return
+        target = result if isinstance(result, Tensor) else None
+        if target is None and result is None and args and isinstance(args[0], Tensor):
+            target = args[0]  # ``x[0] = 1`` leaves its result in x
+        if target is None:
+            for t in made:
+                self._new(t, references)
+            op = Operation(func, self.here(), args_, kwargs_, None, (), False)
+        elif (
+            isinstance(result, Tensor) and func in _DETACHES and isinstance(first := references[0], Parameter)
+        ):
+            self._references[id(result)] = Parameter(first.name, detached=True)
+            self._alive.append(result)
+            return
+        else:
+            constant = in_graph and not target.requires_grad and torch.is_floating_point(target)
+            output = self._new(target, references)
+            op = Operation(func, self.here(), args_, kwargs_, output, tuple(target.shape), constant)
+        self.operations.append(op)
+
+    def _norm(
+        self, module: reference.PerStepBatchNorm2d, x: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A per-step batch norm: its tensors by name, its settings as they are."""
+        tensors = {
+            name: None if t is None else self._known(t)
+            for name, t in (
+                ("weight", module.weight),
+                ("bias", module.bias),
+                ("running_mean", module.running_mean),
+                ("running_var", module.running_var),
+            )
+        }
+        settings = ("eps", "momentum", "num_steps", "per_step_affine", "per_step_stats", "negative_slope")
+        return (self._known(x),), {
+            **tensors,
+            **{name: getattr(module, name) for name in settings},
+            "training": module.training,
+        }
+
+    def _counts(self, func: Any, recorded: Any) -> bool:
+        """Whether this is a batch norm of PyTorch's counting its batches, which running statistics answer for."""
+        target, *rest = recorded[0] or (None,)
+        counts: bool = (
+            func is Tensor.add_
+            and isinstance(target, Buffer)
+            and target.name.endswith("num_batches_tracked")
+            and rest == [1]
+        )
+        if isinstance(target, Buffer) and counts:
+            self._statistics.add(target.name)
+        return counts
+
+
+def _all_constant(references: Iterable[Any]) -> bool:
+    return all(isinstance(r, Constant) for r in references)
+
+
+def _storage(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
+
+
+def is_reference(leaf: Any) -> bool:
+    return isinstance(leaf, (Value, Parameter, Buffer, Constant))
+
+
+def name_of(func: Any) -> str:
+    text = resolve_name(func) or getattr(func, "__name__", str(func))
+    return text if text.endswith("__set__") else str(text.removesuffix(".__get__").rpartition(".")[2])
+
+
+def _rate(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+
+
+_KNOWN_NORMS = (reference.PerStepBatchNorm2d.normalise, PerStepBatchNorm2d.normalise)
+_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout})
+_DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
+_ASKS = frozenset({"tolist", "numpy", "__array__", "item", "__bool__", "__int__", "__float__", "__index__"})
+_CHANGES = frozenset(
+    {"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "backward"}
+)
+# Their arguments hold sizes that may follow the number of examples; what they make is told by its shape.
+TAKE_SIZES = frozenset(
+    {
+        Tensor.view,
+        Tensor.reshape,
+        torch.reshape,
+        Tensor.expand,
+        Tensor.unflatten,
+        torch.unflatten,
+        Tensor.flatten,
+    }
+)

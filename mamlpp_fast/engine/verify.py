@@ -1,0 +1,128 @@
+"""The fused engine's check of itself: one task of the first batch of every form, by the program and by the reference.
+
+Both run in float64 from the same parameters, so that they agree to rounding or compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast import reference
+from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.fused.transfer import Gradients
+from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.nn import plain_batch_norm
+from mamlpp_fast.reference import EvalStats, LossFn
+
+if TYPE_CHECKING:
+    from mamlpp_fast.engine.fused.engine import Prepared
+
+__all__ = ["check_evaluation", "check_meta_gradient"]
+
+TOLERANCE = 1e-6
+# Tensors whose largest value is below this share of the largest of all are compared against that.
+_SMALL = 1e-4
+
+
+def check_meta_gradient(
+    prepared: Prepared, model: nn.Module, rates: LSLR, loss_fn: LossFn, batch: EpisodeBatch
+) -> None:
+    """Compares loss, meta-gradients and running statistics of one task.
+
+    Args:
+        prepared: a program of one task in float64, which has memory.
+        batch: of one task.
+
+    Raises:
+        Unsupported: names what differs by more than 1e-6 of its largest value, and by how much.
+    """
+    steps = prepared.form.steps
+    weights = torch.arange(1.0, steps + 1, dtype=torch.float64, device=batch.support_x.device) / (steps + 1)
+    buffers = {name: _exact(b) for name, b in model.named_buffers()}
+    gradients = Gradients(model, rates, torch.float64)
+    with torch.no_grad():
+        prepared.memory.weights.tensor().copy_(weights)
+        prepared.zero()
+        prepared.run(batch, dict(model.named_parameters()) | buffers)
+        prepared.transfer.store_gradients(gradients)
+    exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    all_rates = _exact(rates.rates)
+    model.train()
+    with reference.swapped(model, exact), plain_batch_norm(model), torch.enable_grad():
+        result = reference.meta_gradient(
+            model,
+            rates.as_dict(all_rates),
+            list(batch.to(dtype=torch.float64)),
+            steps=steps,
+            step_weights=weights if prepared.form.multi_step else None,
+            loss_fn=loss_fn,
+            second_order=prepared.form.second_order,
+        )
+    if not torch.isfinite(result.loss):
+        return  # nothing can be told from it
+    _compare({"loss": result.loss}, {"loss": prepared.losses.mean()}, "is")
+    expected, found = {}, {}
+    for name in (n for n, p in model.named_parameters() if p.requires_grad):
+        expected[name] = _or_zero(exact[name].grad, exact[name])
+        found[name] = _or_zero(gradients.of(name), exact[name])
+    if rates.rates.requires_grad:
+        expected["the inner rates"] = _or_zero(all_rates.grad, all_rates)
+        found["the inner rates"] = _or_zero(gradients.rates, all_rates)
+    _compare(expected, found, "has a meta-gradient that is")
+    _compare({name: exact[name] for name in buffers}, buffers, "is a buffer that becomes")
+
+
+def check_evaluation(
+    prepared: Prepared,
+    model: nn.Module,
+    rates: LSLR,
+    loss_fn: LossFn,
+    batch: EpisodeBatch,
+    steps: int,
+    stats: EvalStats,
+) -> None:
+    """Compares the predictions of one task after every step; see :func:`check_meta_gradient`."""
+    with torch.no_grad():
+        prepared.run(batch)
+    exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    model.eval()
+    with reference.swapped(model, exact), plain_batch_norm(model):
+        expected = reference.evaluate_task(
+            model,
+            rates.as_dict(_exact(rates.rates)),
+            batch.to(dtype=torch.float64)[0],
+            steps=steps,
+            loss_fn=loss_fn,
+            eval_stats=stats,
+        )
+    if torch.isfinite(expected).all():
+        _compare({"output": expected}, {"output": prepared.logits[:, 0]}, "has predictions that are")
+
+
+def _exact(t: Tensor) -> Tensor:
+    """A copy in float64 (integers as they are), a leaf of its own."""
+    copy = t.detach().clone()
+    if not t.is_floating_point():
+        return copy
+    return copy.to(torch.float64).requires_grad_(t.requires_grad)
+
+
+def _or_zero(t: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like, requires_grad=False) if t is None else t
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    sizes = {name: float(t.detach().abs().max()) if t.numel() else 0.0 for name, t in expected.items()}
+    floor = _SMALL * max(sizes.values(), default=0.0)
+    for name, t in expected.items():
+        difference = float((found[name] - t.detach()).abs().max()) if t.numel() else 0.0
+        scale = max(sizes[name], floor)
+        if not difference <= TOLERANCE * scale:
+            raise Unsupported(
+                name, f"{what} {difference / max(scale, 1e-300):.1e} off the reference loop's in float64"
+            )
