@@ -152,7 +152,7 @@ def captured_learner(config: mf.MAMLConfig, engine: str, monkeypatch: pytest.Mon
     """A learner that believes it is on a GPU: its whole step is captured, its batches say they are CUDA's."""
     learner = with_tensor_rate(small_learner(config, engine=engine))
     monkeypatch.setattr(learner, "device", torch.device("cuda"))
-    monkeypatch.setattr(mf.EpisodeBatch, "to", lambda self, *_: on_fake_gpu(self))
+    monkeypatch.setattr(mf.EpisodeBatch, "to", lambda self, *_, **__: on_fake_gpu(self))
     return learner
 
 

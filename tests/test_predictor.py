@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
-from mamlpp_fast.predictor import copy_of
+from mamlpp_fast.copying import copy_of
 
 ENGINES = ["reference", "autograd", "fused"]
 CONFIGS = {
@@ -104,11 +104,16 @@ def test_models_that_hold_results_of_computations_are_copied() -> None:
     assert_close(other.evaluate(batch).logits[-1, 0], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_what_cannot_be_copied_is_said_in_one_line() -> None:
+def test_a_model_that_cannot_be_copied_is_called_itself_with_the_weights_of_then() -> None:
     learner, batch = small_learner(), random_batch()
     learner.model.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"model: expected one that copy\.deepcopy can copy, cannot pickle"):
-        learner.adapt(batch.support_x[0], batch.support_y[0])
+        copy_of(learner.model)
+    predict = learner.adapt(batch.support_x[0], batch.support_y[0])
+    expected = learner.evaluate(batch).logits[-1, 0]
+    learner.meta_step(batch)
+    learner.adapt(batch.support_x[1], batch.support_y[1], steps=1)
+    assert_close(predict(batch.target_x[0]), expected, rtol=1e-9, atol=1e-12)
 
 
 # Copies of learners.
