@@ -54,7 +54,8 @@ def _meta_loss(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*")  # Dynamo's: a DeprecationWarning, in torch 2.14 a FutureWarning
+# Dynamo's: a DeprecationWarning in torch 2.13, a FutureWarning in 2.14.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("whole", [True, False], ids=["meta-step", "operation"])
