@@ -2,6 +2,7 @@
 // every device: the same chain of operations, without the interpreter, which at 14x14 pixels takes as long as the
 // arithmetic.
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -50,9 +51,38 @@ Three call_double_backward(const OptTensor& u, const OptTensor& a, const OptTens
   return op.call(u, a, b, gy, x, weight, bias, mean, rstd, step, slope);
 }
 
+bool requires_grad(const Tensor& t) { return t.requires_grad(); }
+bool requires_grad(const OptTensor& t) { return t.has_value() && t->requires_grad(); }
+bool has_tangent(const Tensor& t) { return t._fw_grad(0).defined(); }  // PyTorch has no level but this one
+bool has_tangent(const OptTensor& t) { return t.has_value() && has_tangent(*t); }
+
+bool under_torch_func() {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (transforms == nullptr) {
+    return false;
+  }
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+    return false;
+  } catch (const c10::Error&) {
+    return true;
+  }
+}
+
+// Whether autograd records the call. What has no rule is refused in the words of mamlpp_fast/ops/_library.py: forward
+// mode would give a derivative of zero.
 template <typename... Tensors>
-bool recorded(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+bool recorded(const char* name, const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(tensors) || ...), name,
+                              ": forward-mode derivatives (torch.func.jvp, jacfwd) are not implemented; use "
+                              "torch.autograd.grad");
+  if (!at::GradMode::is_enabled() || !(requires_grad(tensors) || ...)) {
+    return false;
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(!under_torch_func(), name,
+                              ": torch.func.grad does not pass through it; use torch.autograd.grad(..., "
+                              "create_graph=True)");
+  return true;
 }
 
 OptTensor optional(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
@@ -126,7 +156,7 @@ class DoubleBackwardNode : public Function<DoubleBackwardNode> {
 };
 
 Four forward(const Tensor& x, const Tensor& weight, const Tensor& bias, Step step, double eps, double slope) {
-  if (!recorded(x, weight, bias)) {
+  if (!recorded("per_step_batch_norm", x, weight, bias)) {
     at::AutoDispatchBelowAutograd below;
     return call_forward(x, weight, bias, step, eps, slope);
   }
@@ -136,7 +166,7 @@ Four forward(const Tensor& x, const Tensor& weight, const Tensor& bias, Step ste
 
 Three backward(const Tensor& gy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                const Tensor& rstd, Step step, double slope) {
-  if (!recorded(gy, x, weight, bias)) {
+  if (!recorded("per_step_batch_norm_backward", gy, x, weight, bias)) {
     at::AutoDispatchBelowAutograd below;
     return call_backward(gy, x, weight, bias, mean, rstd, step, slope);
   }
@@ -147,8 +177,7 @@ Three backward(const Tensor& gy, const Tensor& x, const Tensor& weight, const Te
 Three double_backward(const OptTensor& u, const OptTensor& a, const OptTensor& b, const Tensor& gy, const Tensor& x,
                       const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd, Step step,
                       double slope) {
-  const auto tracked = [](const OptTensor& t) { return t.has_value() && recorded(*t); };
-  if (!tracked(u) && !tracked(a) && !tracked(b) && !recorded(gy, x, weight, bias)) {
+  if (!recorded("per_step_batch_norm_double_backward", u, a, b, gy, x, weight, bias)) {
     at::AutoDispatchBelowAutograd below;
     return call_double_backward(u, a, b, gy, x, weight, bias, mean, rstd, step, slope);
   }

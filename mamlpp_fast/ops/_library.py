@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
-__all__ = ["OPERATIONS", "Operation", "define", "served_by"]
+__all__ = ["OPERATIONS", "Operation", "define", "differentiate", "served_by"]
 
 NAMESPACE = "mamlpp_fast"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -69,6 +72,43 @@ def define(
         _raise_versions(name, overload)
     OPERATIONS[name] = Operation(name, overload, fallback, triton)
     return overload
+
+
+def differentiate(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    """Gives operation `name` its derivative in reverse mode, and words against everything else.
+
+    ``torch.library.register_autograd`` would let forward mode through without its tangents, so a derivative of zero,
+    and ``torch.func.grad`` would fail with advice to us, not to the user. The dispatcher asks here, not the functions
+    above the operations, so that compiled programs and the formulas' own calls are refused like any others.
+
+    Args:
+        name: of a defined operation, without the namespace.
+        backward, setup_context: as for ``torch.library.register_autograd``.
+    """
+    kernel = make_autograd_impl(OPERATIONS[name].overload, Info(backward, setup_context))
+
+    def differentiable(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(
+            isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args
+        ):
+            raise NotImplementedError(
+                f"{name}: forward-mode derivatives (torch.func.jvp, jacfwd) are not implemented; "
+                "use torch.autograd.grad"
+            )
+        if (
+            torch._C._are_functorch_transforms_active()
+            and torch.is_grad_enabled()
+            and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        ):
+            raise NotImplementedError(
+                f"{name}: torch.func.grad does not pass through it; "
+                "use torch.autograd.grad(..., create_graph=True)"
+            )
+        return kernel(keyset, *args)
+
+    library.impl(name, differentiable, "Autograd", with_keyset=True)
 
 
 def _raise_versions(name: str, overload: OpOverload[..., Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define, library
+from mamlpp_fast.ops._library import define, differentiate
 
 __all__ = [
     "flatten_parameters",
@@ -231,12 +231,9 @@ def _double_backward_formula(ctx: Any, x: Tensor, y: Tensor, z: Tensor) -> tuple
     return ca + ca_more, cb + cb_more, cgout + cgout_more, cgrad, crates, None, None
 
 
-for _name, _formula, _setup in (
-    ("lslr_update", _update_formula, _setup_update),
-    ("lslr_update_backward", _backward_formula, _setup_backward),
-    ("lslr_update_double_backward", _double_backward_formula, _setup_backward),
-):
-    torch.library.register_autograd(f"mamlpp_fast::{_name}", _formula, setup_context=_setup, lib=library)
+differentiate("lslr_update", _update_formula, _setup_update)
+differentiate("lslr_update_backward", _backward_formula, _setup_backward)
+differentiate("lslr_update_double_backward", _double_backward_formula, _setup_backward)
 
 
 def lslr_update(
@@ -261,6 +258,7 @@ def lslr_update(
     Raises:
         ValueError: shapes do not belong together, `step` has no rate, or `offsets` does not rise from 0 to P.
         TypeError: a type is not floating-point, or grad's is not theta's.
+        NotImplementedError: under ``torch.func.grad`` or forward mode (``jvp``).
     """
     if theta.dim() == 1 and grad.dim() == 2 and theta.shape[0] == grad.shape[1]:
         theta = theta.expand_as(grad)

@@ -1,7 +1,7 @@
 """Batch norm with training statistics, per-step affine parameters and a fused leaky ReLU, in three orders.
 
 ``per_step_batch_norm`` → ``per_step_batch_norm_backward`` → ``per_step_batch_norm_double_backward``, chained by
-``register_autograd``; formulas and names (p, q, r, t, w) in ``docs/derivations/per_step_batch_norm.md``.
+``differentiate``; formulas and names (p, q, r, t, w) in ``docs/derivations/per_step_batch_norm.md``.
 
 Shapes, for all of them:
     x, y, gy, gx, u, ...: [N, C], [N, C, H, W] or, with a task axis, [T, N, C, H, W]; any strides. Results are
@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mamlpp_fast.ops import _batch_norm_closed_form as closed_form
-from mamlpp_fast.ops._library import define, library
+from mamlpp_fast.ops._library import define, differentiate
 
 __all__ = [
     "per_step_batch_norm",
@@ -119,15 +118,6 @@ _double_backward = define(
 )
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
-    """Raises in forward mode: an operation without a rule for it would drop the tangent and give zero."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "per_step_batch_norm: forward-mode derivatives (torch.func.jvp, jacfwd) are not implemented; "
-            "use torch.autograd.grad"
-        )
-
-
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, ctx.step, _, ctx.slope = inputs
     _, mean, rstd, var = output
@@ -139,7 +129,6 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _differentiate_forward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if gy is None:
         return (None,) * 6
-    _refuse_tangents(gy)
     return (*_backward(gy, *ctx.saved_tensors, ctx.step, ctx.slope), None, None, None)
 
 
@@ -165,18 +154,9 @@ def _differentiate_double_backward(ctx: Any, *_: Tensor | None) -> None:
     )
 
 
-torch.library.register_autograd(
-    "mamlpp_fast::per_step_batch_norm", _differentiate_forward, setup_context=_save_forward, lib=library
-)
-torch.library.register_autograd(
-    "mamlpp_fast::per_step_batch_norm_backward",
-    _differentiate_backward,
-    setup_context=_save_backward,
-    lib=library,
-)
-torch.library.register_autograd(
-    "mamlpp_fast::per_step_batch_norm_double_backward", _differentiate_double_backward, lib=library
-)
+differentiate("per_step_batch_norm", _differentiate_forward, _save_forward)
+differentiate("per_step_batch_norm_backward", _differentiate_backward, _save_backward)
+differentiate("per_step_batch_norm_double_backward", _differentiate_double_backward)
 
 
 def _update(
@@ -226,17 +206,8 @@ _update_running_stats = define(
 def _normalise(
     x: Tensor, weight: Tensor, bias: Tensor, step: int | None, eps: float, negative_slope: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _refuse_tangents(x, weight, bias)
     slope = 1.0 if negative_slope is None else negative_slope
-    try:
-        results: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(x, weight, bias, step, eps, slope)
-    except RuntimeError as error:
-        if "functorch transforms" in str(error):
-            raise NotImplementedError(
-                "per_step_batch_norm: torch.func.grad does not pass through it; "
-                "use torch.autograd.grad(..., create_graph=True)"
-            ) from error
-        raise
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(x, weight, bias, step, eps, slope)
     return results
 
 
