@@ -60,6 +60,7 @@ class EpisodeBatch:
         by_class: whether inputs and labels are [tasks, ways, shots, ...], to be flattened; None: see above.
 
     Raises:
+        TypeError: for anything but tensors.
         ValueError: when leading sizes of inputs, labels or sides disagree.
     """
 
@@ -73,6 +74,9 @@ class EpisodeBatch:
     def __post_init__(self, by_class: bool | None) -> None:
         for side in ("support", "target"):
             x, y = getattr(self, f"{side}_x"), getattr(self, f"{side}_y")
+            for name, t in ((f"{side}_x", x), (f"{side}_y", y)):
+                if not isinstance(t, Tensor):
+                    raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
             structured = y.ndim >= 3 and x.shape[:3] == y.shape[:3]
             if by_class and not structured:
                 raise ValueError(
