@@ -94,7 +94,7 @@ def bench(
     gflop = workload.gflop()
     return BenchResult(
         workload=workload.name,
-        engine=learner.engine.name,
+        engine=learner.training_engine.name,
         precision=precision,
         device=torch.cuda.get_device_name(learner.device)
         if on_gpu

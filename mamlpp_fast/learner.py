@@ -170,6 +170,16 @@ class MAMLPlusPlus:
         return self._serving.engine
 
     @property
+    def training_engine(self) -> Engine:
+        """The engine that computed the last meta-gradient; before the first, :attr:`engine`."""
+        return self._serving.trained or self._serving.engine
+
+    @property
+    def engine_asked(self) -> EngineName:
+        """What was asked for: a name or ``"auto"``."""
+        return self._asked
+
+    @property
     def engine_reason(self) -> str:
         """Why that engine."""
         return self._serving.reason

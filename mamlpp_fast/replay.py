@@ -126,7 +126,7 @@ def _run(
         meta_gradient=gradient_error,
         final_parameters=_final_error(learner, record),
         eval_logits=_error(evaluation.logits[-1].cpu(), record["eval_logits"]),
-        engine=learner.engine.name,
+        engine=learner.training_engine.name,
         dtype=dtype,
         ok=False,
     )

@@ -36,6 +36,7 @@ class Serving:
     Attributes:
         engine: the engine that served last; the first choice before.
         reason: why it did.
+        trained: the engine that computed the last meta-gradient, None before the first.
 
     Raises:
         ValueError: when the engine asked for cannot serve the model.
@@ -63,7 +64,7 @@ class Serving:
         self._refused: dict[Hashable, str] = {}
         self._classes: int | None = None
         self._seen: set[Hashable] = set()
-        self._trained: Engine | None = None
+        self.trained: Engine | None = None
         self._gradients: dict[str, list[tuple[nn.Parameter, Tensor | None]]] = {}
         self.engine, self.reason = self._first
         self._watch = Watch(model)
@@ -174,9 +175,9 @@ class Serving:
 
         Captured graphs write to them.
         """
-        engine, last = self.engine, self._trained
+        engine, last = self.engine, self.trained
         if last is not None and last is not engine:
             self._gradients[last.name] = [(p, p.grad) for p in parameters]
             for p, gradient in self._gradients.get(engine.name, [(p, None) for p in parameters]):
                 p.grad = gradient
-        self._trained = engine
+        self.trained = engine

@@ -402,7 +402,7 @@ class _Trainer:
             "iterations": iterations,
             "seconds": self.seconds,
             "seconds_per_iteration": self.train_seconds / max(iterations - self.untimed, 1),
-            "engine": learner.engine.name,
+            "engine": learner.training_engine.name,
             "precision": self.precision,
             "device": device_name(self.device),
             "ranks": self.ranks.size,
@@ -448,7 +448,7 @@ class _Trainer:
         on_gpu = self.device.type == "cuda"
         content = {
             "config": self.config.deciding(),
-            "engine": self.learner.engine.name,
+            "engine": self.learner.training_engine.name,
             "data": self.fingerprint,
             "learner": self.learner.state_dict(),
             "epochs_done": self.epochs_done,
