@@ -67,7 +67,7 @@ def after(model: nn.Module, tasks: list[Task]) -> Callable[[], list[Tensor]]:
         total = torch.zeros((), dtype=rates.rates.dtype)
         for support_x, support_y, target_x, target_y in tasks:
             fast = mf.adapt(model, support_x, support_y, rates)
-            total = total + F.cross_entropy(functional_call(model, fast, (target_x,)), target_y)
+            total = total + F.cross_entropy(mf.functional_call(model, fast, (target_x,)), target_y)
         return list(torch.autograd.grad(total / len(tasks), [own[n] for n in rates.names]))
 
     return step

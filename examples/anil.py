@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from few_shot import arguments, samplers, test_accuracy
-from torch.func import functional_call
 
 import mamlpp_fast as mf
 
@@ -24,16 +23,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = arguments(__doc__, argv, iterations=100)
     train, test = samplers(args)
 
-    # "head" is the last module that holds parameters; name prefixes, ("blocks.3", "head") say, choose otherwise.
+    # "head" is the last module with parameters that a batch passes; names, ("blocks.3", "head") say, choose otherwise.
     config = mf.MAMLConfig(adapt="head", iterations_per_epoch=max(1, args.iterations // 10), epochs=10)
     learner = mf.MAMLPlusPlus(mf.Conv4(1, 5, filters=32), config)
-    print(f"engine {learner.engine.name}; the inner loop adapts {', '.join(learner.rates.names)}")
     began = time.perf_counter()
     for i in range(args.iterations):
         metrics = learner.meta_step(train.batch(i * TASKS, TASKS))
         if i % 20 == 0 or i == args.iterations - 1:
             print(f"{i:4d}  target loss {metrics.loss:.3f}  accuracy {100 * metrics.accuracy:.0f} %")
     print(f"{1e3 * (time.perf_counter() - began) / args.iterations:.0f} ms an iteration")
+    print(f"engine {learner.engine.name}; the inner loop adapts {', '.join(learner.rates.names)}")
 
     # The same inner loop by hand: the rates name what adapts, so `adapt` returns nothing but the head.
     model, task = learner.model.eval(), test.batch(0, 1)[0]
@@ -48,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     with torch.no_grad():
         unadapted = (model(task.target_x).argmax(-1) == task.target_y).double().mean()
-        adapted = (functional_call(model, fast, (task.target_x,)).argmax(-1) == task.target_y).double().mean()
+        adapted = (
+            (mf.functional_call(model, fast, (task.target_x,)).argmax(-1) == task.target_y).double().mean()
+        )
     print(f"one test task: {100 * unadapted:.0f} % right before adaptation, {100 * adapted:.0f} % after")
     return {"body": body, "head": head, "accuracy": test_accuracy(learner, test, args.test_tasks)}
 

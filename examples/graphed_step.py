@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from few_shot import arguments, samplers
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import mamlpp_fast as mf
 
@@ -43,7 +42,7 @@ def own_step(model: nn.Module) -> tuple[Step, Callable[[], Iterator[Tensor]]]:
         total = torch.zeros((), device=batch.support_x.device)
         for task in batch:
             fast = mf.adapt(model, task.support_x, task.support_y, rates)
-            loss = F.cross_entropy(functional_call(model, fast, (task.target_x,)), task.target_y) / TASKS
+            loss = F.cross_entropy(mf.functional_call(model, fast, (task.target_x,)), task.target_y) / TASKS
             loss.backward()
             total = total + loss.detach()
         optimizer.step()

@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     learner = mf.MAMLPlusPlus(mf.Conv4(1, 5, filters=32, num_steps=STEPS), config)
     steps, elements = learner.rates.rates.shape
-    print(f"engine {learner.engine.name}; {elements} rates for each of {steps} steps, all {RATE} at first")
+    print(f"{elements} rates for each of {steps} steps, all {RATE} at first")
     for i in range(args.iterations):
         metrics = learner.meta_step(train.batch(i * TASKS, TASKS))
         if i % 20 == 0 or i == args.iterations - 1:
             print(f"{i:4d}  target loss {metrics.loss:.3f}  accuracy {100 * metrics.accuracy:.0f} %")
 
+    print(f"engine {learner.engine.name}")
     print(f"{'rates of the first step':<24} {'mean':>7} {'lowest':>7} {'highest':>7}  below zero")
     for name, rates in learner.rates.as_dict().items():  # [steps, *shape of the parameter]
         if name.endswith("conv.bias"):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from few_shot import arguments
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import mamlpp_fast as mf
 
@@ -52,11 +51,11 @@ def with_the_learner(
         cosine_annealing=False,
     )
     learner = mf.MAMLPlusPlus(mlp(), config)
-    print(f"learner on the {learner.engine.name} engine: {learner.engine_reason}")
     for i in range(iterations):
         metrics = learner.meta_step(waves(25, generator))
         if i % max(1, iterations // 5) == 0:
             print(f"{i:6d}  target loss {metrics.loss:.3f}")
+    print(f"learner on the {learner.engine.name} engine: {learner.engine_reason}")
     with torch.no_grad():
         untouched = F.mse_loss(learner.model(held_out.target_x), held_out.target_y)
     # [steps, tasks, m, 1]; beyond the trained steps the last rate is used again.
@@ -77,7 +76,7 @@ def with_a_loop_of_ones_own(
         total = torch.zeros(())
         for task in batch:
             fast = mf.adapt(model, task.support_x, task.support_y, rates, loss_fn=F.mse_loss)
-            total = total + F.mse_loss(functional_call(model, fast, (task.target_x,)), task.target_y)
+            total = total + F.mse_loss(mf.functional_call(model, fast, (task.target_x,)), task.target_y)
         (total / len(batch)).backward()
         optimizer.step()
         if i % max(1, iterations // 5) == 0:
@@ -90,7 +89,7 @@ def with_a_loop_of_ones_own(
                 fast = {}  # no step: the model as it is
                 if k:
                     fast = mf.adapt(model, task.support_x, task.support_y, rates, steps=k, loss_fn=F.mse_loss)
-                errors.append(F.mse_loss(functional_call(model, fast, (task.target_x,)), task.target_y))
+                errors.append(F.mse_loss(mf.functional_call(model, fast, (task.target_x,)), task.target_y))
             found[k] = float(torch.stack(errors).mean())
     return found
 

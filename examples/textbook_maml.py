@@ -54,7 +54,7 @@ def after(model: nn.Module) -> tuple[Callable[[mf.Episode], Tensor], mf.LSLR]:
 
     def predict(task: mf.Episode) -> Tensor:
         fast = mf.adapt(model, task.support_x, task.support_y, rates)  # 3. the five inner steps
-        return functional_call(model, fast, (task.target_x,))
+        return mf.functional_call(model, fast, (task.target_x,))
 
     return predict, rates
 

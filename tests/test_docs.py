@@ -26,7 +26,7 @@ from torch import nn
 import mamlpp_fast as mf
 from mamlpp_fast.cli import _parser
 from mamlpp_fast.data import load
-from mamlpp_fast.engine.fused import network, trace
+from mamlpp_fast.engine.fused import lowering
 from mamlpp_fast.train import parse_settings, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,6 +242,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def test_snippets_run_in_order(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("snippets")
     monkeypatch.setitem(sys.modules, "snippets", module)
+    monkeypatch.setattr(lowering, "_RULES", dict(lowering.rules()))
     for i, block in enumerate(blocks(page, "python")):
         if block.mark == "quoted":
             continue
@@ -269,22 +270,10 @@ def test_quotations_are_those_of_the_code(page: str) -> None:
 def test_the_layer_of_the_page_is_exact_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("snippets")
     monkeypatch.setitem(sys.modules, "snippets", module)
-    page = "docs/adding_a_layer.md"
-    code = next(b.code for b in blocks(page, "python") if "class Tanh(Step)" in b.code)
-    exec(code, vars(module))
-    emit = trace._Reader._module
-
-    def with_tanh(reader: Any, node: Any) -> None:
-        if isinstance(reader.model.get_submodule(str(node.target)), nn.Tanh):
-            reader._emit(node, "tanh", (reader._input(node),))
-        else:
-            emit(reader, node)
-
-    def lower(lowering: Any, node: Any, shape: tuple[int, ...]) -> None:
-        lowering._step(vars(module)["Tanh"], node, node.output, shape)
-
-    monkeypatch.setattr(trace._Reader, "_module", with_tanh)
-    monkeypatch.setattr(network._Lowering, "_tanh", lower, raising=False)
+    monkeypatch.setattr(lowering, "_RULES", dict(lowering.rules()))
+    for block in blocks("docs/adding_a_layer.md", "python"):
+        if block.mark is None and ("class Tanh(Step)" in block.code or "@rule(" in block.code):
+            exec(block.code, vars(module))
     results = []
     for engine in ("reference", "fused"):
         torch.manual_seed(0)

@@ -37,7 +37,7 @@ def test_sine_regression_falls_with_every_step(run: Any, capsys: pytest.CaptureF
     for errors in found.values():
         assert errors[0] > errors[1] > errors[5]
         assert errors[10] < errors[0]
-    assert "fused engine: every module of the model has fused rules" in capsys.readouterr().out
+    assert "fused engine: every operation of the model has fused rules" in capsys.readouterr().out
 
 
 def test_anil_adapts_the_head_alone(run: Any) -> None:

@@ -3,9 +3,9 @@
 A rule is a function of the lowering, the operation and its arguments, under the names that PyTorch gives them::
 
     @rule(F.relu, torch.relu, Tensor.relu, Tensor.relu_)
-    def relu(low, op, input, inplace=False): ...
+    def _relu(low, call, input, inplace=False): ...
 
-What it cannot take it refuses with ``op.refuse(why)``. Fusions come after (:mod:`mamlpp_fast.engine.fused.fusions`).
+What it cannot take it refuses with ``raise call.refusal(why)``. Fusions come after (:mod:`mamlpp_fast.engine.fused.fusions`).
 """
 
 from __future__ import annotations
