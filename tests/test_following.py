@@ -106,7 +106,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "load-state-dict": lambda m: m.load_state_dict(Net().double().state_dict()),
     "assigned-state-dict": lambda m: m.load_state_dict(Net().double().state_dict(), assign=True),
     "parameter-replaced": lambda m: setattr(m.head, "weight", nn.Parameter(torch.randn(5, 16).double())),
-    "data-replaced": lambda m: setattr(m.head.weight, "data", torch.randn(5, 16).double()),
+    "data-replaced": lambda m: setattr(m.head.weight, "data", torch.randn(16, 5).double().t()),
     "head-replaced": lambda m: replace_head(m, 5),
     "activation-replaced": lambda m: setattr(m, "act", nn.LeakyReLU(0.5)),
     "attribute": lambda m: setattr(m, "skip", True),

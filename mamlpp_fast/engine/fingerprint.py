@@ -150,10 +150,10 @@ class _Reader:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where and how the values lie: a captured graph reads them there."""
+    """How the values lie, and on a GPU where, for a captured graph reads them there."""
     if tensor.layout is not torch.strided:
         return (tensor.layout,)
-    return tensor.data_ptr(), *tensor.stride()
+    return tensor.data_ptr() if tensor.is_cuda else 0, *tensor.stride()
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:

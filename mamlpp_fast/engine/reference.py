@@ -73,7 +73,7 @@ def zero_gradients(*modules: nn.Module) -> None:
         for p in module.parameters():
             if not p.requires_grad:
                 continue
-            if p.grad is None:
+            if p.grad is None or p.grad.stride() != p.stride():
                 p.grad = torch.zeros_like(p)
             else:
                 p.grad.detach_().zero_()

@@ -22,11 +22,30 @@ from mamlpp_fast.reference import EvalStats, LossFn
 if TYPE_CHECKING:
     from mamlpp_fast.engine.fused.engine import Prepared
 
-__all__ = ["check_evaluation", "check_meta_gradient"]
+__all__ = ["check_evaluation", "check_meta_gradient", "sample"]
 
 TOLERANCE = 1e-6
 # Tensors whose largest value is below this share of the largest of all are compared against that.
 _SMALL = 1e-4
+
+# Values of the examples of a side that a check takes, and the fewest examples: the loop in float64 keeps every
+# activation of every step, some hundred times as much.
+_VALUES = 2**16
+_EXAMPLES = 4
+
+
+def sample(batch: EpisodeBatch) -> EpisodeBatch:
+    """The first task of a batch; of large examples some, evenly over the classes."""
+
+    def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        count = max(_EXAMPLES, _VALUES // max(x[0, 0].numel(), 1))
+        if x.shape[1] <= count:
+            return x[:1], y[:1]
+        chosen = torch.arange(count, device=x.device) * x.shape[1] // count
+        return x[:1, chosen], y[:1, chosen]
+
+    sides = (*some(batch.support_x, batch.support_y), *some(batch.target_x, batch.target_y))
+    return EpisodeBatch(*sides, by_class=False)
 
 
 def check_meta_gradient(

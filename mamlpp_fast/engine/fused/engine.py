@@ -23,7 +23,7 @@ from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
 from mamlpp_fast.engine.graph import graphed
 from mamlpp_fast.engine.record import Recording, record
 from mamlpp_fast.engine.running import RunningStats, made_passes
-from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient
+from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.ops._library import OPERATIONS, served_by
@@ -213,26 +213,18 @@ class FusedEngine:
                     next(iter(network.frozen)), "normalises with running statistics in training"
                 )
 
-            def write(tasks: int, recompute: bool, exact: bool = False) -> Prepared:
-                total = 1 if exact else batch.num_tasks
-                form = self._form(
-                    batch,
-                    total,
-                    tasks,
-                    self.rates.num_steps,
-                    multi_step=multi_step,
-                    second_order=second_order,
-                    recompute=recompute,
-                )
-                em = self._emitter(network, exact)
-                written = write_meta_gradient(em, network, self.loss, form)
-                return self._ready(written, network, network, form, total, exact)
+            def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
+                options = {"multi_step": multi_step, "second_order": second_order, "recompute": recompute}
+                form = self._form(given, tasks, self.rates.num_steps, **options)
+                written = write_meta_gradient(self._emitter(network, exact), network, self.loss, form)
+                return self._ready(written, network, network, form, exact)
 
             if self.verify:
-                one = write(1, False, exact=True)
+                task = sample(batch)
+                one = write(task, 1, False, exact=True)
                 one.program.bind(Workspace(self.device))
-                check_meta_gradient(one, self.model, self.rates, self.loss_fn, batch.tasks(0, 1))
-            self._prepared[key] = self._fit(batch.num_tasks, network, write, second_order)
+                check_meta_gradient(one, self.model, self.rates, self.loss_fn, task)
+            self._prepared[key] = self._fit(batch, network, write, second_order)
         prepared = self._prepared[key]
         prepared.program.bind(self.workspace)
         return prepared
@@ -244,17 +236,17 @@ class FusedEngine:
             network = self._lower(batch, training=False)
             target = self._lower(batch, training=False, running=True) if stats == "running" else network
 
-            def write(tasks: int, recompute: bool, exact: bool = False) -> Prepared:
-                total = 1 if exact else batch.num_tasks
-                form = self._form(batch, total, tasks, steps, second_order=False)
+            def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
+                form = self._form(given, tasks, steps, second_order=False)
                 written = write_evaluation(self._emitter(network, exact), network, target, self.loss, form)
-                return self._ready(written, network, target, form, total, exact)
+                return self._ready(written, network, target, form, exact)
 
             if self.verify:
-                one = write(1, False, exact=True)
+                task = sample(batch)
+                one = write(task, 1, False, exact=True)
                 one.program.bind(Workspace(self.device))
-                check_evaluation(one, self.model, self.rates, self.loss_fn, batch.tasks(0, 1), steps, stats)
-            self._prepared[key] = self._fit(batch.num_tasks, network, write, False)
+                check_evaluation(one, self.model, self.rates, self.loss_fn, task, steps, stats)
+            self._prepared[key] = self._fit(batch, network, write, False)
         prepared = self._prepared[key]
         prepared.program.bind(self.workspace)
         return prepared
@@ -296,10 +288,10 @@ class FusedEngine:
             raise Unsupported("output", "expected predictions that depend on parameters that adapt")
         return network
 
-    def _form(self, batch: EpisodeBatch, total: int, tasks: int, steps: int, **options: bool) -> Form:
+    def _form(self, batch: EpisodeBatch, tasks: int, steps: int, **options: bool) -> Form:
         return Form(
             tasks=tasks,
-            total_tasks=total,
+            total_tasks=batch.num_tasks,
             support=batch.support_x.shape[1],
             targets=batch.target_x.shape[1],
             steps=steps,
@@ -331,7 +323,6 @@ class FusedEngine:
         network: Network,
         target: Network,
         form: Form,
-        total: int,
         exact: bool,
     ) -> Prepared:
         memory = written.memory
@@ -364,7 +355,7 @@ class FusedEngine:
                 )
         logits = memory.logits.tensor()
         axis = logits.ndim - 3
-        sizes = (*logits.shape[:axis], total, *logits.shape[axis + 1 :])
+        sizes = (*logits.shape[:axis], form.total_tasks, *logits.shape[axis + 1 :])
         dtype = torch.promote_types(self.dtype, logits.dtype) if exact else self.dtype
         return Prepared(
             written.program,
@@ -373,17 +364,21 @@ class FusedEngine:
             form,
             transfer,
             running,
-            logits.new_zeros(total, dtype=dtype),
+            logits.new_zeros(form.total_tasks, dtype=dtype),
             logits.new_zeros(sizes, dtype=dtype),
             axis,
         )
 
     def _fit(
-        self, total: int, network: Network, write: Callable[[int, bool], Prepared], second_order: bool
+        self,
+        batch: EpisodeBatch,
+        network: Network,
+        write: Callable[[EpisodeBatch, int, bool], Prepared],
+        second_order: bool,
     ) -> Prepared:
         """Chooses group size and memory option: the fastest that fits in memory."""
-        most = self._group_limit(network) or total
-        sizes = [d for d in range(most, 0, -1) if total % d == 0]
+        most = self._group_limit(network) or batch.num_tasks
+        sizes = [d for d in range(most, 0, -1) if batch.num_tasks % d == 0]
         if self.group is not None or self.deterministic:
             sizes = sizes[:1]
         options = {
@@ -394,7 +389,7 @@ class FusedEngine:
         prepared = None
         for tasks in sizes:
             for recompute in options[self.memory]:
-                prepared = write(tasks, recompute)
+                prepared = write(batch, tasks, recompute)
                 needed = prepared.program.workspace_bytes + prepared.program.owned_bytes
                 if needed <= _free_bytes(self.device):
                     return prepared
