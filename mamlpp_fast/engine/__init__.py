@@ -1,6 +1,7 @@
 """Engines: three ways to the same meta-gradient, and the choice between them.
 
-``reference`` is the specification, ``autograd`` takes any module, ``fused`` is the fast path for models of operations it has rules for.
+``reference`` is the specification, ``autograd`` takes any module, ``fused`` is the fast path for models whose
+operations have rules.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ A rule is a function of the lowering, the operation and its arguments, under the
     @rule(F.relu, torch.relu, Tensor.relu, Tensor.relu_)
     def _relu(low, call, input, inplace=False): ...
 
-What it cannot take it refuses with ``raise call.refusal(why)``. Fusions come after (:mod:`mamlpp_fast.engine.fused.fusions`).
+What it cannot take it refuses with ``raise call.refusal(why)``. Fusions come after
+(:mod:`mamlpp_fast.engine.fused.fusions`).
 """
 
 from __future__ import annotations
