@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import mamlpp_fast as mf
 from bench import harness, iterations, plots, report, tables
 from bench.__main__ import PARTS
 from bench.cases import all_cases
@@ -41,17 +43,18 @@ def test_a_wrong_result_gets_no_time() -> None:
 def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Workload("tiny", 2, 3, 1, 1, 16, 1, 4, steps=2)
     assert iterations.fault(tiny, "autograd", "float32", "cpu") is None
-    from mamlpp_fast.ops import lslr_update
+    update = mf.LSLR.forward
 
-    monkeypatch.setattr(
-        "mamlpp_fast.ops.lslr_update", lambda t, g, r, *rest: lslr_update(t, g, r * (1 + 1e-6), *rest)
-    )
+    def off_by(share: float, dtype: torch.dtype | None = None) -> Any:
+        def forward(rates: mf.LSLR, params: Any, grads: Any, step: int) -> Any:
+            off = 1 + share if dtype in (None, rates.rates.dtype) else 1.0
+            return update(rates, params, {name: off * g for name, g in grads.items()}, step)
+
+        return forward
+
+    monkeypatch.setattr(mf.LSLR, "forward", off_by(1e-6))
     assert "float64 meta-gradient off by" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
-
-    def wrong_in_float32(t: torch.Tensor, g: torch.Tensor, r: torch.Tensor, *rest: object) -> torch.Tensor:
-        return lslr_update(t, g, r * 1.01 if t.dtype == torch.float32 else r, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("mamlpp_fast.ops.lslr_update", wrong_in_float32)
+    monkeypatch.setattr(mf.LSLR, "forward", off_by(1e-2, torch.float32))
     assert "from float64's" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
 
 
