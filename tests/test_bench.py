@@ -48,7 +48,7 @@ def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.Monkey
     def off_by(share: float, dtype: torch.dtype | None = None) -> Any:
         def forward(rates: mf.LSLR, params: Any, grads: Any, step: int) -> Any:
             off = 1 + share if dtype in (None, rates.rates.dtype) else 1.0
-            return update(rates, params, {name: off * g for name, g in grads.items()}, step)
+            return update(rates, params, {n: None if g is None else off * g for n, g in grads.items()}, step)
 
         return forward
 
