@@ -292,6 +292,8 @@ class FusedEngine:
                 other = torch.cat([x, x[:1]])
             self._recordings[key] = record(self.model, x, other)
         network = fuse(lower(self._recordings[key], self.model, self.adapted, running), self.loss)
+        if not training and any(norm.statistics is not None for norm in network.norms.values()):
+            raise Unsupported(type(self.model).__name__, "updates running statistics in evaluation")
         if network.output not in network.depends(self.adapted):
             raise Unsupported("output", "expected predictions that depend on parameters that adapt")
         return network
