@@ -66,7 +66,7 @@ class Serving:
         self._trained: Engine | None = None
         self._gradients: dict[str, list[tuple[nn.Parameter, Tensor | None]]] = {}
         self.engine, self.reason = self._first
-        self._watch = Watch(model)
+        self._watch = Watch(model, loss_fn)
 
     def outdated(self, model: nn.Module, loss_fn: LossFn) -> bool:
         """Whether model or loss are others, or the model has been changed since."""

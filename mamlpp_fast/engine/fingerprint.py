@@ -178,6 +178,9 @@ class _Reader:
                 self.opaque.append(value)
         elif isinstance(value, _CODE):
             self.names(value, depth)
+            if isinstance(value, functools.partial) and depth < _DEPTH:
+                for part in (value.func, value.args, value.keywords):
+                    self.value(part, depth + 1)
         else:
             self.opaque.append(value)
             if (settings := _settings(value)) is not None and depth + 1 < _DEPTH:
@@ -258,7 +261,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), *tensor.stride()
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     """Everything about a model, but for the values in it, that decides what a pass through it computes.
 
     These are: its modules, their classes and own ``forward``; training flags that differ from the root's; identity,
@@ -273,6 +276,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
     Args:
         model: any module. Nothing is read from a device.
+        beside: what else counts, read as an attribute is.
     """
     reader = _Reader()
     for name in _GLOBAL_HOOKS:
@@ -280,6 +284,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         if hooks:
             reader.identities(name, hooks.values() if isinstance(hooks, dict) else (hooks,))
     reader.child(model)
+    for value in beside:
+        reader.value(value, 0)
     queue, training = reader.queue, model.training
     for module in queue:  # grows meanwhile
         reader.module(module, training)
@@ -293,9 +299,11 @@ class Watch:
 
     Args:
         model: left in the mode it is in.
+        beside: what else counts, the loss say.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *beside: object) -> None:
+        self._beside = beside
         self._known: dict[bool, Fingerprint] = {}
         self.look(model)
 
@@ -304,10 +312,10 @@ class Watch:
         flags, mode = [(module, module.training) for module in model.modules()], model.training
         for training in (not mode, mode):  # back by its own `train`, which may do more than set flags
             model.train(training)
-            self._known[training] = fingerprint(model)
+            self._known[training] = fingerprint(model, *self._beside)
         for module, training in flags:
             module.training = training
 
     def changed(self, model: nn.Module) -> bool:
         """Whether the model is another than when it was last looked at."""
-        return self._known[model.training] != fingerprint(model)
+        return self._known[model.training] != fingerprint(model, *self._beside)

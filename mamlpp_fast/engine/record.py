@@ -80,7 +80,7 @@ def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
     if len(first.operations) != len(second.operations):
         raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
     for a, b in zip(first.operations, second.operations, strict=True):
-        if a.function is not b.function or a.output != b.output:
+        if a.function != b.function or a.output != b.output:
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
         if a.output is None:
             continue
@@ -146,9 +146,13 @@ def _watched(model: nn.Module, x: Tensor, *, gradient: bool = True) -> Recorder:
     states = before.states()
     with _random_state(x.device) as drawn:
         try:
-            with reference.swapped(model, recorder.stand_ins), torch.set_grad_enabled(gradient):
-                with recorder.watch, recorder:
-                    result = model(recorder.x)
+            with (
+                reference.swapped(model, recorder.stand_ins),
+                torch.set_grad_enabled(gradient),
+                recorder.watch,
+                recorder,
+            ):
+                result = model(recorder.x)
             recorder.finish(result)
         except Exception as error:  # whatever a user's forward raises
             recorder.raised(error)

@@ -275,9 +275,10 @@ class FusedEngine:
 
     def _check(self, batch: EpisodeBatch) -> None:
         if batch.support_x.shape[2:] != batch.target_x.shape[2:]:
-            raise ValueError(
-                f"target_x: expected examples of shape {tuple(batch.support_x.shape[2:])} like support_x, "
-                f"got {tuple(batch.target_x.shape[2:])}"
+            raise Unsupported(
+                "target_x",
+                f"expected examples of shape {tuple(batch.support_x.shape[2:])} like support_x, "
+                f"got {tuple(batch.target_x.shape[2:])}",
             )
         self.loss.check("support_y", batch.support_y)
         self.loss.check("target_y", batch.target_y)
