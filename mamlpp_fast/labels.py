@@ -63,6 +63,8 @@ def unsuited(batch: EpisodeBatch, loss_fn: LossFn, given: EpisodeBatch | None = 
     """
     if not (batch.support_x.is_floating_point() and batch.target_x.is_floating_point()):
         return "inputs: token ids"
+    if any(t.requires_grad for t in batch.fields):
+        return "inputs: require gradients"
     kind, ignored = family(loss_fn), ignored_label(loss_fn)
     given = batch if given is None else given
     for y, values in ((batch.support_y, given.support_y), (batch.target_y, given.target_y)):

@@ -298,7 +298,8 @@ def _held(model: nn.Module, name: str) -> Tensor:
         module = model.get_submodule(path)
     except AttributeError:
         module = None
-    held = None if module is None else module._parameters.get(leaf, module._buffers.get(leaf))
+    tables = () if module is None else (module._parameters, module._buffers)
+    held = next((table[leaf] for table in tables if leaf in table), None)
     if held is None:
         raise KeyError(f"tensors: expected names of parameters or buffers of the model, got {name!r}")
     return held

@@ -67,7 +67,7 @@ class Serving:
         self.trained: Engine | None = None
         self._gradients: dict[str, list[tuple[nn.Parameter, Tensor | None]]] = {}
         self.engine, self.reason = self._first
-        self._watch = Watch(model)
+        self._watch = Watch(model, loss_fn)
 
     def outdated(self, model: nn.Module, loss_fn: LossFn) -> bool:
         """Whether model or loss are others, or the model has been changed since."""
@@ -140,7 +140,7 @@ class Serving:
         """Turns what PyTorch says of unfitting labels and inputs into one line that names them."""
         try:
             yield
-        except (IndexError, RuntimeError, Warning) as error:
+        except (AttributeError, IndexError, RuntimeError, TypeError, Warning) as error:
             if why := self._mistake(batch):
                 raise ValueError(why) from error
             raise
@@ -155,6 +155,8 @@ class Serving:
                 return None
             reason = " ".join(str(error).split())
             return f"support_x: expected inputs that the model takes, got token ids (integers), {reason}"
+        if not isinstance(prediction, Tensor):
+            return f"model: expected a forward that returns a tensor, got {type(prediction).__name__}"
         return labels.mistake(batch, prediction, self.loss_fn)
 
     def check_prediction(self, prediction: Tensor, target: Tensor) -> None:

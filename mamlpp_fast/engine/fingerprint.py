@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
+import dis
 import enum
+import functools
+import pickle
 import types
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
@@ -22,8 +27,10 @@ _PLAIN = frozenset(
     {int, bool, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
     | {torch.memory_format, slice, range}
 )
-_CONTAINERS = (list, tuple, dict, set, frozenset)
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
+_LIBRARIES = ("torch.", "mamlpp_fast.", "builtins")
 
 # Containers that lie deeper or hold more than this are compared by identity and length.
 _DEPTH = 6
@@ -43,11 +50,16 @@ class Fingerprint:
     Holds on to what it knows by identity: the address of an object that is gone may be another's.
     """
 
-    __slots__ = ("_held", "_key")
+    __slots__ = ("_held", "_key", "_opaque")
 
-    def __init__(self, key: list[Any], held: list[object]) -> None:
+    def __init__(self, key: list[Any], held: list[object], opaque: list[object]) -> None:
         self._key = tuple(key)
         self._held = held
+        self._opaque = opaque
+
+    def states(self) -> list[bytes]:
+        """The insides, where they can be pickled, of objects known by identity: costly, to be read around one pass."""
+        return [_pickled(value) for value in self._opaque]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self._key == other._key
@@ -64,13 +76,18 @@ class _Reader:
         self.held: list[object] = []
         self.queue: list[nn.Module] = []
         self.seen: set[int] = set()
+        self.opaque: list[object] = []
 
     def module(self, module: nn.Module, training: bool) -> None:
         key, held = self.key, self.held
         held.append(module)
         cls = type(module)
         state = module.__dict__
-        key += (id(cls), id(cls.forward), module.training != training)
+        forward = next((vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c)), None)
+        key += (id(cls), id(forward), module.training != training)
+        if not cls.__module__.startswith(_LIBRARIES):
+            self.constants(cls)
+            self.names(forward, 0)
         for name in _HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
@@ -122,7 +139,7 @@ class _Reader:
             key += (kind, value)
         elif isinstance(value, Tensor):
             version = 0 if value.is_inference() else value._version
-            key += (id(value), version, value.requires_grad, value.shape)
+            key += (id(value), version, value.requires_grad, value.shape, _values(value))
             if value.is_leaf:  # another one carries a graph, which is not to be kept alive
                 self.held.append(value)
         elif isinstance(value, nn.Module):
@@ -136,17 +153,105 @@ class _Reader:
             else:
                 for item in value:
                     self.value(item, depth + 1)
-        elif isinstance(value, _RECORDS) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        elif depth + 1 < _DEPTH and _is_record(value):
             key.append(id(value))
             self.held.append(value)
-            self.value(getattr(value, "__dict__", None), depth + 1)
+            self.value(_attributes(value), depth + 1)
         elif isinstance(value, (int, float, str)) and not isinstance(value, enum.Enum):
             key += (kind, value)  # subclasses, numpy's float64 among them
         else:
-            key.append(id(value))
-            self.held.append(value)
-            if isinstance(value, _CONTAINERS):
-                key.append(len(value))
+            self.other(value, depth)
+
+    def other(self, value: Any, depth: int) -> None:
+        """By identity; with what it holds where that is plain."""
+        self.key.append(id(value))
+        self.held.append(value)
+        if isinstance(value, type):
+            self.constants(value)
+        elif isinstance(value, _CONTAINERS):
+            self.key.append(len(value))
+            self.opaque.append(value)
+        elif isinstance(value, np.ndarray):
+            if value.size <= _ENTRIES and not value.dtype.hasobject:
+                self.key += (value.shape, value.dtype, value.tobytes())
+            else:
+                self.opaque.append(value)
+        elif isinstance(value, _CODE):
+            self.names(value, depth)
+            if isinstance(value, functools.partial) and depth < _DEPTH:
+                for part in (value.func, value.args, value.keywords):
+                    self.value(part, depth + 1)
+        else:
+            self.opaque.append(value)
+            if (settings := _settings(value)) is not None and depth + 1 < _DEPTH:
+                self.constants(type(value))
+                self.value(settings, depth + 1)
+
+    def constants(self, cls: type) -> None:
+        """Plain attributes of a class and its bases."""
+        for base in cls.__mro__:
+            if not base.__module__.startswith(_LIBRARIES):
+                for name, value in tuple(vars(base).items()):
+                    if type(value) in _PLAIN and not name.startswith("__"):
+                        self.key += (name, type(value), value)
+
+    def names(self, function: Any, depth: int) -> None:
+        """Plain globals and closed-over values, and containers, that a function itself names."""
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType) or depth >= _DEPTH:
+            return
+        found = [function.__globals__.get(name) for name in _globals_of(function.__code__)]
+        for cell in function.__closure__ or ():
+            try:
+                found.append(cell.cell_contents)
+            except ValueError:  # not filled yet
+                continue
+        for value in found:
+            if type(value) in _PLAIN or isinstance(value, _CONTAINERS):
+                self.value(value, depth + 1)
+
+
+def _pickled(value: object) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception:  # whatever a class of the user's raises
+        return b""
+
+
+@functools.lru_cache(maxsize=1000)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the globals that a function reads or sets."""
+    named = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "STORE_GLOBAL"))
+    return tuple(dict.fromkeys(named))
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, _RECORDS) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    slots = [s for c in type(value).__mro__ for s in vars(c).get("__slots__", ()) if isinstance(s, str)]
+    return {s: getattr(value, s) for s in slots if hasattr(value, s)} | getattr(value, "__dict__", {})
+
+
+def _settings(value: object) -> dict[str, Any] | None:
+    """The attributes of an object that holds plain values and containers alone, a configuration say."""
+    held = _attributes(value)
+    plain = all(type(v) in _PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
+    return held if held and plain else None
+
+
+def _values(tensor: Tensor) -> bytes | None:
+    """The values of a small tensor on a CPU: a write through ``.data`` or NumPy leaves its version as it was."""
+    if (
+        type(tensor) is not Tensor
+        or tensor.device.type != "cpu"
+        or tensor.layout is not torch.strided
+        or tensor.is_complex()
+        or tensor.numel() > _ENTRIES
+    ):
+        return None
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -156,18 +261,22 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr() if tensor.is_cuda else 0, *tensor.stride()
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     """Everything about a model, but for the values in it, that decides what a pass through it computes.
 
     These are: its modules, their classes and own ``forward``; training flags that differ from the root's; identity,
     shape, strides, dtype, device and ``requires_grad`` of parameters, and likewise of buffers; hooks of modules,
     of parameters' gradients and of all modules; and plain attributes: numbers, texts and the like by value, in
-    lists, dictionaries, dataclasses and namespaces too (up to 1000 entries and 6 levels of each), tensors by identity
-    and version, other objects by identity. What a pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and
-    ``plain``) does not count. Not seen are globals, what functions close over, and changes within other objects.
+    lists, dictionaries, dataclasses, namespaces and objects that hold nothing else too (up to 1000 entries and 6 levels
+    of each), arrays and tensors by identity, version and, up to 1000 values on a CPU, those; other objects by identity.
+    So are plain attributes of the user's classes, and plain globals and closed-over values that a ``forward`` itself
+    (or a function that is an attribute) names. What a pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats``
+    and ``plain``) does not count. Not seen are globals and closures of functions that ``forward`` calls, and changes
+    within other objects.
 
     Args:
         model: any module. Nothing is read from a device.
+        beside: what else counts, read as an attribute is.
     """
     reader = _Reader()
     for name in _GLOBAL_HOOKS:
@@ -175,10 +284,12 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         if hooks:
             reader.identities(name, hooks.values() if isinstance(hooks, dict) else (hooks,))
     reader.child(model)
+    for value in beside:
+        reader.value(value, 0)
     queue, training = reader.queue, model.training
     for module in queue:  # grows meanwhile
         reader.module(module, training)
-    return Fingerprint(reader.key, reader.held)
+    return Fingerprint(reader.key, reader.held, reader.opaque)
 
 
 class Watch:
@@ -188,21 +299,23 @@ class Watch:
 
     Args:
         model: left in the mode it is in.
+        beside: what else counts, the loss say.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *beside: object) -> None:
+        self._beside = beside
         self._known: dict[bool, Fingerprint] = {}
         self.look(model)
 
     def look(self, model: nn.Module) -> None:
         """Takes the model as it is for what is known."""
-        flags = [(module, module.training) for module in model.modules()]
-        for training in (True, False):
+        flags, mode = [(module, module.training) for module in model.modules()], model.training
+        for training in (not mode, mode):  # back by its own `train`, which may do more than set flags
             model.train(training)
-            self._known[training] = fingerprint(model)
+            self._known[training] = fingerprint(model, *self._beside)
         for module, training in flags:
             module.training = training
 
     def changed(self, model: nn.Module) -> bool:
         """Whether the model is another than when it was last looked at."""
-        return self._known[model.training] != fingerprint(model)
+        return self._known[model.training] != fingerprint(model, *self._beside)

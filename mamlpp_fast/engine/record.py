@@ -44,11 +44,13 @@ class Recording:
         operations: in order, for the first of the two numbers of examples.
         output: the value returned.
         shapes: of the values, without the axis of examples.
+        counted: names of the buffers that count batches, as often as they were counted up.
     """
 
     operations: tuple[Operation, ...]
     output: int
     shapes: dict[int, tuple[int, ...]]
+    counted: tuple[str, ...]
 
 
 def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
@@ -65,16 +67,21 @@ def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
     if (hook := _hooks(model)) is not None:
         raise hook
     first, second = (_watched(_own_copy(model), examples) for examples in (x, other))
-    for recorder in (first, second):
+    # An evaluation's target passes take no gradient, which a forward may ask about.
+    third = second if model.training else _watched(_own_copy(model), other, gradient=False)
+    for recorder in (first, second, third):
         if recorder.problem is not None:
             raise recorder.problem
+    if [(op.function, op.args, op.kwargs) for op in third.operations] != [
+        (op.function, op.args, op.kwargs) for op in second.operations
+    ]:
+        raise Unsupported(type(model).__name__, "executes other operations where no gradient is taken")
     shapes = {0: tuple(x.shape[1:])}
     if len(first.operations) != len(second.operations):
         raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
     for a, b in zip(first.operations, second.operations, strict=True):
-        if (
-            a.function != b.function or a.output != b.output
-        ):  # an attribute's getter is another object each time
+        # By `!=`: the getter of an attribute is another object each time.
+        if a.function != b.function or a.output != b.output:
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
         if a.output is None:
             continue
@@ -87,7 +94,7 @@ def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
         shapes[a.output] = a.shape[1:]
     assert first.result is not None
-    return Recording(tuple(first.operations), first.result, shapes)
+    return Recording(tuple(first.operations), first.result, shapes, tuple(first.counted))
 
 
 def head_names(model: nn.Module, x: Tensor, adapt_norm: bool = False) -> tuple[str, ...]:
@@ -133,13 +140,19 @@ def _own_copy(model: nn.Module) -> nn.Module:
         raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
 
 
-def _watched(model: nn.Module, x: Tensor) -> Recorder:
+def _watched(model: nn.Module, x: Tensor, *, gradient: bool = True) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
     recorder = Recorder(model, x)
     before = fingerprint(model)
+    states = before.states()
     with _random_state(x.device) as drawn:
         try:
-            with reference.swapped(model, recorder.stand_ins), torch.enable_grad(), recorder.watch, recorder:
+            with (
+                reference.swapped(model, recorder.stand_ins),
+                torch.set_grad_enabled(gradient),
+                recorder.watch,
+                recorder,
+            ):
                 result = model(recorder.x)
                 held = dict(model.named_parameters()) | dict(model.named_buffers())
             recorder.finish(result)
@@ -150,7 +163,7 @@ def _watched(model: nn.Module, x: Tensor) -> Recorder:
             recorder.raised(error)
     if drawn():
         recorder.complain(type(model).__name__, "draws random numbers")
-    if recorder.problem is None and fingerprint(model) != before:
+    if recorder.problem is None and (fingerprint(model) != before or before.states() != states):
         recorder.complain(type(model).__name__, "its forward changes attributes of the model")
     return recorder
 

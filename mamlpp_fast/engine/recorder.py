@@ -139,6 +139,7 @@ class Recorder(TorchFunctionMode):
                 self._fixed[_storage(t)] = "an attribute"
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
+        self.counted: list[str] = []
         self._new(self.x, [])
 
     # What was found
@@ -203,9 +204,11 @@ class Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         watch = self.watch
         self._nothing_beside()
+        norm = func is reference.per_step_norm
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         references = {id(t): self._read(t) for t in given}
-        norm = func is reference.per_step_norm
+        if norm:
+            given += [t for t in (args[0].weight, args[0].bias) if t is not None]
         if norm and type(args[0]).normalise not in _KNOWN_NORMS:
             self.complain(self.here(), f"{type(args[0]).__name__} normalises in a way of its own")
         recorded = self._norm(*args) if norm else tree_map(lambda t: references.get(id(t), t), (args, kwargs))
@@ -219,6 +222,8 @@ class Recorder(TorchFunctionMode):
             self.complain(self.here(), f"{name} asks for values, which decide what is executed")
         if name.endswith("__set__") or name in _CHANGES:
             self.complain(self.here(), f"{name} changes how a tensor takes part in gradients")
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self.complain(self.here(), "runs under hooks on saved tensors (a checkpoint, say)")
         if torch.is_autocast_enabled(self.x.device.type):
             self.complain(self.here(), "computes under torch.autocast")
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
@@ -290,6 +295,10 @@ class Recorder(TorchFunctionMode):
             place = _storage(t)
             if place in self._fixed and self._fixed[place] not in self._statistics:
                 self.complain(self._fixed[place], f"is changed in place by {name}")
+            if t.requires_grad and not torch.is_grad_enabled():
+                self.complain(
+                    self.here(), f"{name} changes an activation in place where no gradient is taken"
+                )
             if place == _storage(self.x):
                 self.complain(self.here(), f"{name} changes the network's input in place")
             self._stale |= self._memory.get(place, set())
@@ -356,6 +365,7 @@ class Recorder(TorchFunctionMode):
         )
         if isinstance(target, Buffer) and counts:
             self._statistics.add(target.name)
+            self.counted.append(target.name)
         return counts
 
 

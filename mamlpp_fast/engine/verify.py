@@ -5,11 +5,13 @@ Both run in float64 from the same parameters, so that they agree to rounding or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
@@ -74,7 +76,7 @@ def check_meta_gradient(
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     all_rates = _exact(rates.rates)
     model.train()
-    with reference.swapped(model, exact), plain_batch_norm(model), torch.enable_grad():
+    with _in_double(model, exact), torch.enable_grad():
         result = reference.meta_gradient(
             model,
             rates.as_dict(all_rates),
@@ -112,7 +114,7 @@ def check_evaluation(
         prepared.run(batch)
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     model.eval()
-    with reference.swapped(model, exact), plain_batch_norm(model):
+    with _in_double(model, exact):
         expected = reference.evaluate_task(
             model,
             rates.as_dict(_exact(rates.rates)),
@@ -123,6 +125,35 @@ def check_evaluation(
         )
     if torch.isfinite(expected).all():
         _compare({"output": expected}, {"output": prepared.logits[:, 0]}, "has predictions that are")
+
+
+class _Casts(TorchFunctionMode):
+    """Has what a forward casts to the model's own dtype (``x.float()``) stay in float64."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _CASTS and isinstance(result, Tensor) and result.dtype == self.dtype:
+            return result if args[0].dtype != torch.float64 else args[0]
+        return result
+
+
+_CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
+
+
+@contextmanager
+def _in_double(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these tensors, on plain batch norms; Unsupported when its forward raises."""
+    dtype = next(model.parameters()).dtype
+    with reference.swapped(model, exact), plain_batch_norm(model), _Casts(dtype):
+        try:
+            yield
+        except Exception as error:  # whatever a user's forward raises
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise Unsupported(type(model).__name__, f"the reference loop raises, {reason}") from error
 
 
 def _exact(t: Tensor) -> Tensor:

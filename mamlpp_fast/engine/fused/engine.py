@@ -267,9 +267,10 @@ class FusedEngine:
 
     def _check(self, batch: EpisodeBatch) -> None:
         if batch.support_x.shape[2:] != batch.target_x.shape[2:]:
-            raise ValueError(
-                f"target_x: expected examples of shape {tuple(batch.support_x.shape[2:])} like support_x, "
-                f"got {tuple(batch.target_x.shape[2:])}"
+            raise Unsupported(
+                "target_x",
+                f"expected examples of shape {tuple(batch.support_x.shape[2:])} like support_x, "
+                f"got {tuple(batch.target_x.shape[2:])}",
             )
         self.loss.check("support_y", batch.support_y)
         self.loss.check("target_y", batch.target_y)
@@ -284,6 +285,8 @@ class FusedEngine:
                 other = torch.cat([x, x[:1]])
             self._recordings[key] = record(self.model, x, other)
         network = fuse(lower(self._recordings[key], self.model, self.adapted, running), self.loss)
+        if not training and any(norm.statistics is not None for norm in network.norms.values()):
+            raise Unsupported(type(self.model).__name__, "updates running statistics in evaluation")
         if network.output not in network.depends(self.adapted):
             raise Unsupported("output", "expected predictions that depend on parameters that adapt")
         return network

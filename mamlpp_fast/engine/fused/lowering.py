@@ -112,6 +112,9 @@ class Lowering:
     def run(self) -> Network:
         for op in self.recording.operations:
             self._lower(op)
+        statistics = [n.statistics for n in self.norms.values() if n.statistics is not None]
+        if sorted(self.recording.counted) != sorted(s.counted for s in statistics if s.counted is not None):
+            raise Unsupported(self.recording.counted[0], "is counted otherwise than once by a batch norm")
         output = self._values[self.recording.output]
         shape = self.shapes[output]
         if len(shape) != 1:
@@ -126,7 +129,9 @@ class Lowering:
             raise call.refusal(f"{op.name} has no fused rules")
         try:
             fn(self, call, *op.args, **op.kwargs)
-        except TypeError as error:
+        except Unsupported:
+            raise
+        except (TypeError, ValueError) as error:  # arguments that the rule does not foresee
             raise call.refusal(f"{op.name}: {error}") from error
         if op.constant:
             value = self._values[op.output]
@@ -314,6 +319,8 @@ def _per_step_norm(
     **tensors: Any,
 ) -> None:
     by_batch = training or not low.running
+    if by_batch and not training:
+        tensors |= {"running_mean": None, "running_var": None}
     _norm(
         low,
         call,
@@ -380,13 +387,16 @@ def _norm(
         for buffer in (running_mean, running_var):
             if not isinstance(buffer, Buffer):
                 raise call.refusal(f"batch norm: expected buffers as running statistics, got {_said(buffer)}")
+        known = (n.statistics for n in low.norms.values() if n.statistics is not None)
+        if by_batch and any(running_mean.name == s.mean or running_var.name == s.var for s in known):
+            raise call.refusal(f"shares {running_mean.name} with another call")
         if momentum is None:
             raise call.refusal("expected a momentum, got a cumulative average (momentum=None)")
         counted = f"{running_mean.name.rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
         statistics = Statistics(
             running_mean.name,
             running_var.name,
-            counted if counted in low.buffers else None,
+            counted if counted in low.recording.counted else None,
             statistics_rows,
             momentum,
             eps,

@@ -166,6 +166,8 @@ def loss_of(loss_fn: LossFn) -> Loss:
     Raises:
         Unsupported: for one without rules.
     """
+    if isinstance(loss_fn, nn.Module) and (loss_fn._forward_hooks or loss_fn._forward_pre_hooks):
+        raise Unsupported("loss", "has a hook")
     if loss_fn is F.mse_loss or (type(loss_fn) is nn.MSELoss and loss_fn.reduction == "mean"):
         return SquaredError()
     if loss_fn is F.cross_entropy:
