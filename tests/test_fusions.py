@@ -338,13 +338,16 @@ def test_no_pass_changes_the_meta_gradient(name: str, passes: str, monkeypatch: 
 
 def test_a_learner_uses_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
+
+    def watched(name: str, fn: Callable[..., Network]) -> Callable[..., Network]:
+        def run(*args: Any) -> Network:
+            called.append(name)
+            return fn(*args)
+
+        return run
+
     for one in ("drop_inert_biases", "fuse_norms", "fuse_first_layer", "fuse_head"):
-
-        def watched(network: Network, *loss: Any, one: str = one, fn: Any = getattr(fusions, one)) -> Network:
-            called.append(one)
-            return fn(network, *loss)
-
-        monkeypatch.setattr(fusions, one, watched)
+        monkeypatch.setattr(fusions, one, watched(one, getattr(fusions, one)))
     learner = mf.MAMLPlusPlus(small_conv4(2), mf.MAMLConfig(steps=2), engine="fused", precision="float64")
     learner.meta_gradient(random_batch())
     assert called == ["drop_inert_biases", "fuse_norms", "fuse_first_layer", "fuse_head"]
