@@ -50,12 +50,12 @@ def small_conv4(steps: int = 3, *, seed: int = 0, **changes: object) -> mf.Conv4
 
 
 def small_learner(
-    config: mf.MAMLConfig | None = None, *, engine: str = "reference", **changes: object
+    config: mf.MAMLConfig | None = None, *, engine: str = "reference", verify: bool = True, **changes: object
 ) -> mf.MAMLPlusPlus:
     """A float64 learner on :func:`small_conv4`, with rates that differ by tensor and step."""
     config = mf.MAMLConfig(steps=3) if config is None else config
     model = small_conv4(config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs, **changes)
-    learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
+    learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64", verify=verify)  # type: ignore[arg-type]
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         rates = learner.rates.rates

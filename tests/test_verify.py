@@ -238,10 +238,10 @@ def test_the_inner_step_and_adam_are_left_alone() -> None:
     torch.manual_seed(0)
     ours = mf.MAMLPlusPlus(small_conv4(2), CONFIG, engine="fused", precision="float64")
     norms = [m for m in ours.model.modules() if isinstance(m, mf.PerStepBatchNorm2d)]
-    before = [(m.step, m.eval_stats) for m in norms]
+    before = [(m.step, m.eval_stats, m.plain) for m in norms]
     ours.meta_gradient(random_batch())
     ours.evaluate(random_batch())
-    assert [m.eval_stats for m in norms] == [stats for _, stats in before]
+    assert [(m.step, m.eval_stats, m.plain) for m in norms] == before
     assert ours.iteration == 0 and not ours.optimizer.state
 
 
@@ -294,6 +294,64 @@ def test_low_precision_is_checked_in_float64(precision: str, seed: int) -> None:
     ours.meta_step(random_batch(ways=5, shots=1, size=28, seed=seed, dtype=torch.float32))
     ours.evaluate(random_batch(ways=5, shots=1, size=28, seed=seed, dtype=torch.float32))
     assert ours.engine.name == "fused", ours.engine_reason
+
+
+class Casting(Plain):
+    """Casts to its own precision, as many models do with what they are given."""
+
+    def __init__(self, cast: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.cast = cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.cast(x))
+
+
+CASTS = {
+    "float": lambda x: x.float(),
+    "to": lambda x: x.to(torch.float32),
+    "to-keyword": lambda x: x.to(dtype=torch.float32),
+    "type": lambda x: x.type(torch.float32),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_models_that_cast_to_their_own_precision(cast: str) -> None:
+    ours = mf.MAMLPlusPlus(Casting(CASTS[cast]), CONFIG)
+    batch = random_batch(dtype=torch.float32)
+    ours.meta_gradient(batch)
+    ours.evaluate(batch)
+    assert ours.engine.name == "fused", ours.engine_reason
+
+
+class Single(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("single precision alone")
+        return super().forward(x)
+
+
+def test_a_model_that_cannot_run_in_float64_is_not_fused() -> None:
+    batch = random_batch(dtype=torch.float32)
+    torch.manual_seed(0)
+    ours, expected = (mf.MAMLPlusPlus(Single(), CONFIG, engine=engine) for engine in ("auto", "autograd"))
+    expected.model.load_state_dict(ours.model.state_dict())
+    assert_close(ours.meta_gradient(batch).loss, expected.meta_gradient(batch).loss)
+    why = "Single: its forward raises in float64, which the check of the first batch is in, single precision alone"
+    assert ours.engine_reason == f"not fused: {why}"
+    assert_close(ours.evaluate(batch).logits, expected.evaluate(batch).logits)
+    with pytest.raises(ValueError, match=why):
+        mf.MAMLPlusPlus(Single(), CONFIG, engine="fused").evaluate(batch)
+    unchecked = mf.MAMLPlusPlus(Single(), CONFIG, engine="fused", verify=False)
+    unchecked.model.load_state_dict(ours.model.state_dict())
+    assert_close(unchecked.evaluate(batch).logits, expected.evaluate(batch).logits)
+
+
+def test_labels_that_do_not_fit_are_named_as_such() -> None:
+    batch = random_batch(ways=4)
+    for engine in ("auto", "fused"):
+        with pytest.raises(ValueError, match="support_y: expected"):
+            learner(engine).meta_gradient(batch)
 
 
 @pytest.mark.data

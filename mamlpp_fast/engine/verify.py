@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
@@ -76,7 +77,7 @@ def check_meta_gradient(
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     all_rates = _exact(rates.rates)
     model.train()
-    with _in_double(model, exact), torch.enable_grad():
+    with _reference(model, exact), torch.enable_grad():
         result = reference.meta_gradient(
             model,
             rates.as_dict(all_rates),
@@ -114,7 +115,7 @@ def check_evaluation(
         prepared.run(batch)
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     model.eval()
-    with _in_double(model, exact):
+    with _reference(model, exact):
         expected = reference.evaluate_task(
             model,
             rates.as_dict(_exact(rates.rates)),
@@ -127,33 +128,51 @@ def check_evaluation(
         _compare({"output": expected}, {"output": prepared.logits[:, 0]}, "has predictions that are")
 
 
-class _Casts(TorchFunctionMode):
-    """Has what a forward casts to the model's own dtype (``x.float()``) stay in float64."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
+class _Wider(TorchFunctionMode):
+    """What casts to float32 casts to float64: ``x.float()`` in a model of float32 is one to its own precision."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _CASTS and isinstance(result, Tensor) and result.dtype == self.dtype:
-            return result if args[0].dtype != torch.float64 else args[0]
-        return result
-
-
-_CASTS = frozenset({Tensor.float, Tensor.to, Tensor.type})
+        if func is Tensor.float:
+            func = Tensor.double
+        args, kwargs = tree_map(
+            lambda a: torch.float64 if a is torch.float32 else a, (args, dict(kwargs or {}))
+        )
+        return func(*args, **kwargs)
 
 
 @contextmanager
-def _in_double(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with these tensors, on plain batch norms; Unsupported when its forward raises."""
-    dtype = next(model.parameters()).dtype
-    with reference.swapped(model, exact), plain_batch_norm(model), _Casts(dtype):
-        try:
+def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it the model runs plain PyTorch on these tensors in float64; afterwards it is as it was.
+
+    Raises:
+        Unsupported: for a model whose forward raises in float64.
+    """
+    norms = [m for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)]
+    before = [m.step for m in norms]
+    try:
+        with reference.swapped(model, exact), plain_batch_norm(model), _Wider():
             yield
-        except Exception as error:  # whatever a user's forward raises
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise Unsupported(type(model).__name__, f"the reference loop raises, {reason}") from error
+    except Exception as error:
+        if not _raised_by(model, error):
+            raise  # by the loss: labels that do not fit
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = f"its forward raises in float64, which the check of the first batch is in, {reason}"
+        raise Unsupported(type(model).__name__, why) from error
+    finally:
+        for norm, step in zip(norms, before, strict=True):
+            norm.step = step
+
+
+def _raised_by(model: nn.Module, error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None:
+        if (
+            trace.tb_frame.f_code is nn.Module._call_impl.__code__
+            and trace.tb_frame.f_locals["self"] is model
+        ):
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _exact(t: Tensor) -> Tensor:

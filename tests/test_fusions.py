@@ -1,0 +1,353 @@
+"""The fusions one by one: what each makes of the steps, where it must not, and that none changes a meta-gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_batch, small_conv4
+from test_fused_sweep import assert_same, compare, engines, jittered, step_weights
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+from mamlpp_fast.engine.fused import fusions
+from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_head, fuse_norms
+from mamlpp_fast.engine.fused.lowering import lower
+from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.steps import CrossEntropy, FirstLayer, Head, NormActPool, SquaredError
+from mamlpp_fast.engine.record import record
+
+
+def unfused(model: nn.Module, *example: int, adapted: tuple[str, ...] = ()) -> Network:
+    x, other = (torch.randn(n, *(example or (1, 12, 12)), dtype=torch.float64) for n in (3, 4))
+    return lower(record(model.double().train(), x, other), model, frozenset(adapted))
+
+
+def kinds(network: Network) -> list[str]:
+    return [step.kind for step in network.steps]
+
+
+class Net(nn.Module):
+    """A convolution of the image, a batch norm, and what a test makes of them: ``then(self, x, conv)``."""
+
+    def __init__(self, then: Callable[[Any, Tensor, Tensor], Tensor], channels: int = 1, **conv: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3, **{"padding": 1, **conv})
+        self.norm = nn.BatchNorm2d(4)
+        self.then = then
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.then(self, x, self.conv(x)).mean((2, 3)))
+
+
+def _whole(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(F.leaky_relu(net.norm(conv), 0.1), 2)
+
+
+def _no_pool(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.relu(net.norm(conv))
+
+
+def _pool_alone(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(net.norm(conv), 2)
+
+
+def _pool_first(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.relu(F.max_pool2d(net.norm(conv), 2))
+
+
+def _conv_read_twice(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(net.norm(conv)), 2) + F.avg_pool2d(conv, 2)
+
+
+def _norm_read_twice(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    h = net.norm(conv)
+    return F.max_pool2d(F.relu(h) + h, 2)
+
+
+def _activation_read_twice(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    h = F.relu(net.norm(conv))
+    return F.max_pool2d(h, 2) + F.avg_pool2d(h, 2)
+
+
+def _conv_detached(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(net.norm(conv.detach())), 2)
+
+
+def _norm_detached(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(net.norm(conv).detach()), 2)
+
+
+def _norm_in_no_grad(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = net.norm(conv)
+    return F.max_pool2d(F.relu(h), 2)
+
+
+def _activation_detached(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(net.norm(conv)).detach(), 2)
+
+
+def _activation_first(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(net.norm(F.relu(conv)), 2)
+
+
+def _negative_slope(net: Any, x: Tensor, conv: Tensor) -> Tensor:
+    return F.max_pool2d(F.leaky_relu(net.norm(conv), -0.3), 2)
+
+
+LOWERED = ["Conv", "Bias", "NormActPool"]
+END = ["AveragePool", "Linear"]
+
+# What the passes make, one after the other: drop_inert_biases, fuse_norms, fuse_first_layer.
+CASES: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], list[str], list[str], list[str]]] = {
+    "whole": (
+        _whole,
+        ["Conv", "NormActPool", "Activation", "MaxPool"],
+        ["Conv", "NormActPool"],
+        ["FirstLayer"],
+    ),
+    "no-pool": (_no_pool, ["Conv", "NormActPool", "Activation"], ["Conv", "NormActPool"], []),
+    "pool-alone": (_pool_alone, ["Conv", "NormActPool", "MaxPool"], ["Conv", "NormActPool"], ["FirstLayer"]),
+    "pool-first": (
+        _pool_first,
+        ["Conv", "NormActPool", "MaxPool", "Activation"],
+        ["Conv", "NormActPool", "Activation"],
+        ["FirstLayer", "Activation"],
+    ),
+    "conv-read-twice": (
+        _conv_read_twice,
+        [*LOWERED, "Activation", "MaxPool", "AveragePool", "Add"],
+        [*LOWERED, "AveragePool", "Add"],
+        [],
+    ),
+    "norm-read-twice": (
+        _norm_read_twice,
+        ["Conv", "NormActPool", "Activation", "Add", "MaxPool"],
+        [],
+        [],
+    ),
+    "activation-read-twice": (
+        _activation_read_twice,
+        ["Conv", "NormActPool", "Activation", "MaxPool", "AveragePool", "Add"],
+        ["Conv", "NormActPool", "MaxPool", "AveragePool", "Add"],
+        [],
+    ),
+    "conv-detached": (
+        _conv_detached,
+        ["Conv", "Bias", "Detach", "NormActPool", "Activation", "MaxPool"],
+        ["Conv", "Bias", "Detach", "NormActPool"],
+        [],
+    ),
+    "norm-detached": (
+        _norm_detached,
+        ["Conv", "NormActPool", "Detach", "Activation", "MaxPool"],
+        [],
+        [],
+    ),
+    "norm-in-no-grad": (
+        _norm_in_no_grad,
+        ["Conv", "NormActPool", "Detach", "Activation", "MaxPool"],
+        [],
+        [],
+    ),
+    "activation-detached": (
+        _activation_detached,
+        ["Conv", "NormActPool", "Activation", "Detach", "MaxPool"],
+        ["Conv", "NormActPool", "Detach", "MaxPool"],
+        [],
+    ),
+    "activation-first": (
+        _activation_first,
+        ["Conv", "Bias", "Activation", "NormActPool", "MaxPool"],
+        ["Conv", "Bias", "Activation", "NormActPool"],
+        [],
+    ),
+    "negative-slope": (
+        _negative_slope,
+        ["Conv", "NormActPool", "Activation", "MaxPool"],
+        ["Conv", "NormActPool"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("then", "biases", "norms", "first"), CASES.values(), ids=CASES.keys())
+def test_each_pass_changes_its_own_steps(
+    then: Callable[[Any, Tensor, Tensor], Tensor], biases: list[str], norms: list[str], first: list[str]
+) -> None:
+    """An empty list: the same as before."""
+    network = unfused(Net(then))
+    assert kinds(network)[:2] == ["Conv", "Bias"]
+    for one, expected in ((drop_inert_biases, biases), (fuse_norms, norms), (fuse_first_layer, first)):
+        before, network = kinds(network), one(network)
+        assert kinds(network) == ([*expected, *END] if expected else before)
+        assert network.output == network.steps[-1].output
+        written = {0, *(step.output for step in network.steps)}
+        assert all(written.issuperset(step.inputs) for step in network.steps)
+        assert kinds(one(network)) == kinds(network), "a second time changes nothing"
+
+
+def test_what_a_fused_norm_holds() -> None:
+    network = fuse_norms(drop_inert_biases(unfused(Net(_whole))))
+    norm = network.steps[1]
+    assert isinstance(norm, NormActPool)
+    assert (norm.slope, norm.pool, norm.shape, norm.name) == (0.1, True, (6, 6, 4), "norm")
+    assert network.norms["norm"].bias == "conv.bias"
+    first = fuse_first_layer(network).steps[0]
+    assert isinstance(first, FirstLayer)
+    assert (first.slope, first.padding, first.shape, first.inputs) == (0.1, 1, (6, 6, 4), (0,))
+    assert first.params() == {"conv.weight", "norm.weight", "norm.bias"}
+
+
+def _without_statistics(net: Net) -> None:
+    net.norm.track_running_stats = False
+    net.norm.running_mean = net.norm.running_var = net.norm.num_batches_tracked = None
+
+
+def test_a_bias_goes_though_no_statistics_are_kept() -> None:
+    net = Net(_whole)
+    _without_statistics(net)
+    assert kinds(drop_inert_biases(unfused(net)))[:2] == ["Conv", "NormActPool"]
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "fits"),
+    [({}, 3, True), ({}, 4, False), ({"stride": 2}, 1, False), ({"padding": 0}, 2, True)],
+)
+def test_which_first_layers_are_fused(options: dict[str, Any], channels: int, fits: bool) -> None:
+    network = unfused(Net(_whole, channels, **options), channels, 14, 14)
+    network = fuse_first_layer(fuse_norms(drop_inert_biases(network)))
+    assert ("FirstLayer" in kinds(network)) == fits
+
+
+def test_norms_that_adapt_or_are_of_each_image_stay_apart() -> None:
+    model = Net(_whole)
+    network = unfused(model, adapted=tuple(n for n, _ in model.named_parameters()))
+    assert fuse_norms(network) == network
+    layers = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.LayerNorm([4, 10, 10]),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(100, 3),
+    )
+    network = unfused(layers)
+    assert "Bias" in kinds(drop_inert_biases(network))
+    assert fuse_norms(network) == network
+
+
+def test_a_norm_in_evaluation_keeps_the_bias_before_it() -> None:
+    """Running statistics take nothing out."""
+    model = Net(_whole).double().eval()
+    x, other = (torch.randn(n, 1, 12, 12, dtype=torch.float64) for n in (3, 4))
+    network = lower(record(model, x, other), model, frozenset())
+    assert kinds(network)[:3] == ["Conv", "Bias", "FrozenNorm"]
+    assert fuse_first_layer(fuse_norms(drop_inert_biases(network))) == network
+
+
+# The head ------------------------------------------------------------------------------------------------------------
+
+
+class Logits(nn.Module):
+    def __init__(self, then: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self, F.relu(self.body(x)))
+
+
+def _twice_the_logits(net: Any, h: Tensor) -> Tensor:
+    y = net.head(h)
+    return y + F.relu(y)
+
+
+def test_the_last_layer_meets_its_loss() -> None:
+    network = unfused(Logits(lambda net, h: net.head(h)), 5)
+    fused = fuse_head(network, CrossEntropy(0.0))
+    assert kinds(fused) == ["Linear", "Activation", "Head"]
+    head, linear = fused.steps[-1], network.steps[-1]
+    assert isinstance(head, Head)
+    assert (head.slots, head.inputs, head.output) == (linear.slots, linear.inputs, network.output)
+    assert fuse_head(network, SquaredError()) == network
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        pytest.param(lambda net, h: F.relu(net.head(h)), id="activation-behind"),
+        pytest.param(_twice_the_logits, id="read-twice"),
+        pytest.param(lambda net, h: net.head(h).detach(), id="detached"),
+    ],
+)
+def test_other_ends_keep_the_linear_layer(then: Callable[[Any, Tensor], Tensor]) -> None:
+    network = unfused(Logits(then), 5)
+    assert fuse_head(network, CrossEntropy(0.0)) == network
+
+
+def test_a_layer_behind_the_output_is_no_head() -> None:
+    """The last step is of a branch that reaches no output."""
+
+    def fn(net: Any, h: Tensor) -> Tensor:
+        y = F.relu(h)
+        net.head(h)
+        return y
+
+    network = unfused(Logits(fn), 5)
+    assert kinds(network)[-1] == "Linear" and network.output != network.steps[-1].output
+    assert fuse_head(network, CrossEntropy(0.0)) == network
+
+
+# The same mathematics ------------------------------------------------------------------------------------------------
+
+PASSES: dict[str, Callable[[Network, Any], Network]] = {
+    "none": lambda network, loss: network,
+    "biases": lambda network, loss: drop_inert_biases(network),
+    "norms": lambda network, loss: fuse_norms(network),
+    "biases-and-norms": lambda network, loss: fuse_norms(drop_inert_biases(network)),
+    "but-the-head": lambda network, loss: fuse_first_layer(fuse_norms(drop_inert_biases(network))),
+    "head": fuse_head,
+}
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "conv4": lambda: small_conv4(2),
+    "negative-slope": lambda: jittered(Net(_negative_slope)),
+    "norm-read-twice": lambda: jittered(Net(_norm_read_twice)),
+    "norm-detached": lambda: jittered(Net(_norm_detached)),
+    "pool-first": lambda: jittered(Net(_pool_first)),
+}
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_pass_changes_the_meta_gradient(name: str, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamlpp_fast.engine.fused.engine.fuse", PASSES[passes])
+    # Biases in front of batch norm: exactly zero where they are left out, rounding where not.
+    pair = engines(MODELS[name](), 2, verify=False)
+    compare(pair, random_batch(), step_weights(2), floor=1e-3)
+    expected, ours = (engine.evaluate(random_batch(seed=1), steps=3, stats="running") for engine in pair)
+    assert_same(ours, expected, "evaluation")
+
+
+def test_a_learner_uses_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def watched(name: str, fn: Callable[..., Network]) -> Callable[..., Network]:
+        def run(*args: Any) -> Network:
+            called.append(name)
+            return fn(*args)
+
+        return run
+
+    for one in ("drop_inert_biases", "fuse_norms", "fuse_first_layer", "fuse_head"):
+        monkeypatch.setattr(fusions, one, watched(one, getattr(fusions, one)))
+    learner = mf.MAMLPlusPlus(small_conv4(2), mf.MAMLConfig(steps=2), engine="fused", precision="float64")
+    learner.meta_gradient(random_batch())
+    assert called == ["drop_inert_biases", "fuse_norms", "fuse_first_layer", "fuse_head"]
