@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mamlpp_fast as mf
 from bench import harness, iterations, plots, report, tables
 from bench.__main__ import PARTS
 from bench.cases import all_cases
@@ -41,17 +42,18 @@ def test_a_wrong_result_gets_no_time() -> None:
 def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Workload("tiny", 2, 3, 1, 1, 16, 1, 4, steps=2)
     assert iterations.fault(tiny, "autograd", "float32", "cpu") is None
-    from mamlpp_fast.ops import lslr_update
+    of_step = mf.LSLR._of_step
 
-    monkeypatch.setattr(
-        "mamlpp_fast.ops.lslr_update", lambda t, g, r, *rest: lslr_update(t, g, r * (1 + 1e-6), *rest)
-    )
+    def wrong(rates: mf.LSLR, step: int) -> list[torch.Tensor]:
+        return [rate * (1 + 1e-6) for rate in of_step(rates, step)]
+
+    monkeypatch.setattr(mf.LSLR, "_of_step", wrong)
     assert "float64 meta-gradient off by" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
 
-    def wrong_in_float32(t: torch.Tensor, g: torch.Tensor, r: torch.Tensor, *rest: object) -> torch.Tensor:
-        return lslr_update(t, g, r * 1.01 if t.dtype == torch.float32 else r, *rest)  # type: ignore[arg-type]
+    def wrong_in_float32(rates: mf.LSLR, step: int) -> list[torch.Tensor]:
+        return [rate * 1.01 if rate.dtype == torch.float32 else rate for rate in of_step(rates, step)]
 
-    monkeypatch.setattr("mamlpp_fast.ops.lslr_update", wrong_in_float32)
+    monkeypatch.setattr(mf.LSLR, "_of_step", wrong_in_float32)
     assert "from float64's" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
 
 

@@ -70,7 +70,7 @@ class _Reader:
         held.append(module)
         cls = type(module)
         state = module.__dict__
-        key += (id(cls), id(cls.forward), module.training != training)
+        key += (id(cls), id(getattr(cls, "forward", None)), module.training != training)
         for name in _HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
