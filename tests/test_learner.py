@@ -263,3 +263,20 @@ def test_clamping_passes_over_what_is_frozen() -> None:
     assert model.blocks[0].conv.weight.grad is None
     largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     assert largest == 1e-3
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_attention_is_said_to_run_by_the_math_kernel(engine: str) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    x, y = torch.randn(2, 3, 5, 4), torch.arange(3).repeat(2, 1)
+    learner = mf.MAMLPlusPlus(Attending(), mf.MAMLConfig(steps=2), engine=engine)  # type: ignore[arg-type]
+    learner.meta_step(mf.EpisodeBatch(x, y, x, y))
+    assert "attention (attention) by PyTorch's math kernel" in learner.explain()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mamlpp_fast.adaptation import inner_steps
 from mamlpp_fast.engine.graph import graphed
-from mamlpp_fast.engine.reference import zero_gradients
+from mamlpp_fast.engine.reference import attention_note, zero_gradients
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, functional_call, set_eval_stats
@@ -94,8 +94,8 @@ class AutogradEngine:
         return torch.stack(predictions, dim=1)
 
     def explain(self) -> str:
-        """See :class:`mamlpp_fast.engine.Engine`: nothing to add."""
-        return ""
+        """See :class:`mamlpp_fast.engine.Engine`."""
+        return attention_note(self.model)
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -72,7 +72,9 @@ def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
     if len(first.operations) != len(second.operations):
         raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
     for a, b in zip(first.operations, second.operations, strict=True):
-        if a.function is not b.function or a.output != b.output:
+        if (
+            a.function != b.function or a.output != b.output
+        ):  # an attribute's getter is another object each time
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
         if a.output is None:
             continue
@@ -139,7 +141,11 @@ def _watched(model: nn.Module, x: Tensor) -> Recorder:
         try:
             with reference.swapped(model, recorder.stand_ins), torch.enable_grad(), recorder.watch, recorder:
                 result = model(recorder.x)
+                held = dict(model.named_parameters()) | dict(model.named_buffers())
             recorder.finish(result)
+            for name, t in recorder.stand_ins.items():
+                if held.get(name) is not t:
+                    recorder.complain(name, "is replaced in the forward")
         except Exception as error:  # whatever a user's forward raises
             recorder.raised(error)
     if drawn():

@@ -59,8 +59,21 @@ class ReferenceEngine:
         return torch.stack(predictions, dim=1)
 
     def explain(self) -> str:
-        """See :class:`mamlpp_fast.engine.Engine`: nothing to add."""
-        return ""
+        """See :class:`mamlpp_fast.engine.Engine`."""
+        return attention_note(self.model)
+
+
+def attention_note(model: nn.Module) -> str:
+    """What is done about attention, for a model that seems to have some; else nothing."""
+    for name, module in model.named_modules():
+        code = getattr(type(module).forward, "__code__", None)
+        called = () if code is None else code.co_names
+        if isinstance(module, nn.MultiheadAttention) or "scaled_dot_product_attention" in called:
+            return (
+                f"attention ({name or type(model).__name__}) by PyTorch's math kernel in second order: "
+                "its fused ones have no second derivative"
+            )
+    return ""
 
 
 def zero_gradients(*modules: nn.Module) -> None:
