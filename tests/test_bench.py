@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,18 +43,18 @@ def test_a_wrong_result_gets_no_time() -> None:
 def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Workload("tiny", 2, 3, 1, 1, 16, 1, 4, steps=2)
     assert iterations.fault(tiny, "autograd", "float32", "cpu") is None
-    of_step = mf.LSLR._of_step
+    update = mf.LSLR.forward
 
-    def wrong(rates: mf.LSLR, step: int) -> list[torch.Tensor]:
-        return [rate * (1 + 1e-6) for rate in of_step(rates, step)]
+    def off_by(share: float, dtype: torch.dtype | None = None) -> Any:
+        def forward(rates: mf.LSLR, params: Any, grads: Any, step: int) -> Any:
+            off = 1 + share if dtype in (None, rates.rates.dtype) else 1.0
+            return update(rates, params, {n: None if g is None else off * g for n, g in grads.items()}, step)
 
-    monkeypatch.setattr(mf.LSLR, "_of_step", wrong)
+        return forward
+
+    monkeypatch.setattr(mf.LSLR, "forward", off_by(1e-6))
     assert "float64 meta-gradient off by" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
-
-    def wrong_in_float32(rates: mf.LSLR, step: int) -> list[torch.Tensor]:
-        return [rate * 1.01 if rate.dtype == torch.float32 else rate for rate in of_step(rates, step)]
-
-    monkeypatch.setattr(mf.LSLR, "_of_step", wrong_in_float32)
+    monkeypatch.setattr(mf.LSLR, "forward", off_by(1e-2, torch.float32))
     assert "from float64's" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
 
 
