@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -400,3 +401,15 @@ def test_an_address_used_again_is_not_taken_for_what_was_there() -> None:
         model.act = nn.ReLU()
         prints.append(fingerprint(model))
     assert all(a != b for i, a in enumerate(prints) for b in prints[:i])
+
+
+def test_a_scripted_module_is_looked_at_like_any_other() -> None:
+    learner, plain = new("auto"), new("reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of torch.jit
+        learner.model.act = torch.jit.script(nn.ReLU())  # type: ignore[no-untyped-call]
+    for one in (learner, plain):
+        one.meta_gradient(batch())
+    assert learner.engine_reason == "not fused: act: is compiled"
+    found, expected = ([p.grad for p in one.model.parameters()] for one in (learner, plain))
+    assert_close(found, expected)

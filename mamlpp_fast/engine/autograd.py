@@ -1,4 +1,4 @@
-"""The autograd engine: any module, nested autograd on the fused operations, a CUDA graph where there is a GPU."""
+"""The autograd engine: any module, nested autograd on the fused batch norm, a CUDA graph where there is a GPU."""
 
 from __future__ import annotations
 
