@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import gradients, random_batch, small_conv4
+from helpers import gradients, random_batch, small_conv4, small_learner
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -22,6 +22,7 @@ from mamlpp_fast.engine import running
 from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.fused import lowering
 from mamlpp_fast.engine.fused.steps import Conv, Linear
+from mamlpp_fast.engine.verify import check_meta_gradient
 
 CONFIG = mf.MAMLConfig(steps=2, inner_lr=0.1)
 
@@ -372,3 +373,21 @@ def test_real_episodes_raise_no_alarm(real_data: Path, precision: str) -> None:
         sampler = data.sampler("train", ways=5, shots=1, targets=index + 1, seed=0)
         ours.meta_step(sampler.batch(2 * index, 2))
         assert ours.engine.name == "fused", ours.engine_reason
+
+
+def test_a_form_whose_first_batch_tells_nothing_is_checked_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+
+    def counted(*arguments: Any) -> bool:
+        seen.append(check_meta_gradient(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr("mamlpp_fast.engine.fused.engine.check_meta_gradient", counted)
+    learner = small_learner(engine="fused", verify=True)
+    good, bad = random_batch(), random_batch()
+    bad.support_x[0, 0] = float("inf")
+    for batch in (bad, good, good):
+        learner.meta_gradient(batch)
+    assert seen == [False, True]

@@ -55,12 +55,15 @@ def sample(batch: EpisodeBatch) -> EpisodeBatch:
 
 def check_meta_gradient(
     prepared: Prepared, model: nn.Module, rates: LSLR, loss_fn: LossFn, batch: EpisodeBatch
-) -> None:
+) -> bool:
     """Compares loss, meta-gradients and running statistics of one task.
 
     Args:
         prepared: a program of one task in float64, which has memory.
         batch: of one task.
+
+    Returns:
+        Whether anything could be told: not where the reference's own results are not finite.
 
     Raises:
         Unsupported: names what differs by more than 1e-6 of its largest value, and by how much.
@@ -88,7 +91,7 @@ def check_meta_gradient(
             second_order=prepared.form.second_order,
         )
     if not torch.isfinite(result.loss):
-        return  # nothing can be told from it
+        return False
     _compare({"loss": result.loss}, {"loss": prepared.losses.mean()}, "is")
     expected, found = {}, {}
     for name in (n for n, p in model.named_parameters() if p.requires_grad):
@@ -99,6 +102,7 @@ def check_meta_gradient(
         found["the inner rates"] = _or_zero(gradients.rates, all_rates)
     _compare(expected, found, "has a meta-gradient that is", _NOISE * float(result.loss.detach().abs()))
     _compare({name: exact[name] for name in buffers}, buffers, "is a buffer that becomes")
+    return True
 
 
 def check_evaluation(
@@ -109,7 +113,7 @@ def check_evaluation(
     batch: EpisodeBatch,
     steps: int,
     stats: EvalStats,
-) -> None:
+) -> bool:
     """Compares the predictions of one task after every step; see :func:`check_meta_gradient`."""
     with torch.no_grad():
         prepared.run(batch)
@@ -124,8 +128,10 @@ def check_evaluation(
             loss_fn=loss_fn,
             eval_stats=stats,
         )
-    if torch.isfinite(expected).all():
-        _compare({"output": expected}, {"output": prepared.logits[:, 0]}, "has predictions that are")
+    if not torch.isfinite(expected).all():
+        return False
+    _compare({"output": expected}, {"output": prepared.logits[:, 0]}, "has predictions that are")
+    return True
 
 
 class _Wider(TorchFunctionMode):

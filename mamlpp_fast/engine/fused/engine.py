@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast.engine.base import Precision, Unsupported
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.lowering import lower
@@ -32,6 +33,7 @@ from mamlpp_fast.reference import EvalStats, LossFn, MetaResult
 __all__ = ["FusedEngine", "MemoryOption", "Prepared"]
 
 MemoryOption = Literal["auto", "keep", "recompute"]
+_Key = tuple[object, ...]
 
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
 _NARROW = 8
@@ -138,7 +140,8 @@ class FusedEngine:
         self.deterministic = deterministic and self.device.type == "cpu"
         self.workspace = Workspace(self.device)
         self._recordings: dict[tuple[object, ...], Recording] = {}
-        self._prepared: dict[tuple[object, ...], Prepared] = {}
+        self._prepared: dict[_Key, Prepared] = {}
+        self._unchecked: dict[_Key, Callable[[EpisodeBatch], bool]] = {}
         self._gradients = Gradients(model, rates)
         self._tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self._step = graphed(self._iterate, preserve=model.buffers)
@@ -220,14 +223,12 @@ class FusedEngine:
                 return self._ready(written, network, network, form, exact)
 
             if self.verify:
-                task = sample(batch)
-                one = write(task, 1, False, exact=True)
-                one.program.bind(Workspace(self.device))
-                check_meta_gradient(one, self.model, self.rates, self.loss_fn, task)
+                about = self.model, self.rates, self.loss_fn
+                self._unchecked[key] = lambda task: check_meta_gradient(
+                    self._alone(write(task, 1, False, True)), *about, task
+                )
             self._prepared[key] = self._fit(batch, network, write, second_order)
-        prepared = self._prepared[key]
-        prepared.program.bind(self.workspace)
-        return prepared
+        return self._checked(key, batch)
 
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
         """Like :meth:`prepare`, for :meth:`evaluate`."""
@@ -242,13 +243,28 @@ class FusedEngine:
                 return self._ready(written, network, target, form, exact)
 
             if self.verify:
-                task = sample(batch)
-                one = write(task, 1, False, exact=True)
-                one.program.bind(Workspace(self.device))
-                check_evaluation(one, self.model, self.rates, self.loss_fn, task, steps, stats)
+                about = self.model, self.rates, self.loss_fn
+                self._unchecked[key] = lambda task: check_evaluation(
+                    self._alone(write(task, 1, False, True)), *about, task, steps, stats
+                )
             self._prepared[key] = self._fit(batch, network, write, False)
+        return self._checked(key, batch)
+
+    def _checked(self, key: _Key, batch: EpisodeBatch) -> Prepared:
+        """The program of a form, with memory; compared with the reference until a batch was good for that."""
+        if key in self._unchecked and not (
+            batch.support_x.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            check = self._unchecked[key]
+            if check(sample(batch)):
+                del self._unchecked[key]
         prepared = self._prepared[key]
         prepared.program.bind(self.workspace)
+        return prepared
+
+    def _alone(self, prepared: Prepared) -> Prepared:
+        """With memory of its own."""
+        prepared.program.bind(Workspace(self.device))
         return prepared
 
     @contextlib.contextmanager

@@ -1,0 +1,370 @@
+"""The rules: for each function of PyTorch that the fused engine takes, the steps that it becomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamlpp_fast import reference
+from mamlpp_fast.engine.fused.lowering import Call, Lowering, rule, said
+from mamlpp_fast.engine.fused.network import Norm, Statistics
+from mamlpp_fast.engine.fused.steps import (
+    Activation,
+    Add,
+    AveragePool,
+    Bias,
+    Conv,
+    Flatten,
+    FrozenNorm,
+    Linear,
+    MaxPool,
+    NormActPool,
+    Rows,
+    ScaleShift,
+    Slot,
+)
+from mamlpp_fast.engine.recorder import Buffer, Parameter, Value
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if isinstance(value, (tuple, list)):
+        return (value[0], value[-1])
+    return (value, value)
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+@rule(F.conv2d, torch.conv2d)
+def _conv2d(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> None:
+    x, shape = low.images(call, input)
+    name = low.parameter(call, weight)
+    co, ci, kh, kw = low.parameters[name].shape
+    if (kh, kw) not in ((1, 1), (3, 3)):
+        raise call.refusal(f"convolution: expected kernel 1x1 or 3x3, got {kh}x{kw}")
+    if _pair(stride) not in ((1, 1), (2, 2)):
+        raise call.refusal(f"convolution: expected stride 1 or 2, got {stride}")
+    if groups != 1 or _pair(dilation) != (1, 1):
+        raise call.refusal("convolution: expected one group, no dilation")
+    if isinstance(padding, str):
+        padding = 0 if padding == "valid" else kh // 2
+    sides = _pair(padding)
+    if sides[0] != sides[1] or sides[0] >= kh:
+        raise call.refusal(f"convolution: expected equal padding below the kernel, got {padding}")
+    pad, step = sides[0], _pair(stride)[0]
+    out = (*((s + 2 * pad - kh) // step + 1 for s in shape[:2]), co)
+    slot = Slot(name, (kh, kw, ci, co), (co, ci, kh, kw), (2, 3, 1, 0))
+    product = low.step(Conv, call, (x,), out, slot, step, pad)
+    if bias is not None:
+        inert = isinstance(bias, Parameter) and bias.detached
+        vector = low.vector(low.parameter(call, Parameter(bias.name) if inert else bias))
+        low.step(Bias, call, (product,), out, vector, inert)
+
+
+@rule(F.linear)
+def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None) -> None:
+    x = low.value(call, input)
+    shape, name = low.shapes[x], low.parameter(call, weight)
+    outputs, features = low.parameters[name].shape
+    if len(shape) != 1:
+        raise call.refusal(f"linear: expected features [N, {features}], got {shape}")
+    grid = low.grids.get(x)
+    if grid is None:
+        slot = Slot(name, (features, outputs), (outputs, features), (1, 0))
+    else:
+        height, width, channels = grid
+        slot = Slot(name, (features, outputs), (outputs, channels, height, width), (2, 3, 1, 0))
+    vector = None if bias is None else low.vector(low.parameter(call, bias))
+    low.step(Linear, call, (x,), (outputs,), slot, vector)
+
+
+# Norms ---------------------------------------------------------------------------------------------------------------
+
+
+@rule(reference.per_step_norm)
+def _per_step_norm(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    *,
+    num_steps: int,
+    per_step_affine: bool,
+    per_step_stats: bool,
+    negative_slope: float | None,
+    training: bool,
+    **tensors: Any,
+) -> None:
+    by_batch = training or not low.running
+    if by_batch and not training:
+        tensors |= {"running_mean": None, "running_var": None}
+    _norm(
+        low,
+        call,
+        input,
+        by_batch=by_batch,
+        rows=num_steps if per_step_affine else 1,
+        statistics_rows=num_steps if per_step_stats else 1,
+        **tensors,
+    )
+    if negative_slope is not None:
+        _activation(low, call, Value(_output(call)), negative_slope)
+
+
+@rule(F.batch_norm)
+def _batch_norm(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    _norm(
+        low,
+        call,
+        input,
+        by_batch=training,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        momentum=momentum,
+        eps=eps,
+    )
+
+
+def _norm(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    *,
+    by_batch: bool,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    momentum: Any,
+    eps: float,
+    rows: int = 1,
+    statistics_rows: int = 1,
+) -> None:
+    x, shape = low.images(call, input)
+    if (weight is None) != (bias is None):
+        raise call.refusal("batch norm: expected weight and bias, or neither")
+    names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
+    adapts = any(n in low.adapted for n in names)
+    affine = Rows(call.name, names[0], names[1], rows, rows > 1, shape[2])
+    statistics = None
+    if running_mean is not None:
+        for buffer in (running_mean, running_var):
+            if not isinstance(buffer, Buffer):
+                raise call.refusal(f"batch norm: expected buffers as running statistics, got {said(buffer)}")
+        known = (n.statistics for n in low.norms.values() if n.statistics is not None)
+        if by_batch and any(running_mean.name == s.mean or running_var.name == s.var for s in known):
+            raise call.refusal(f"shares {running_mean.name} with another call")
+        if momentum is None:
+            raise call.refusal("expected a momentum, got a cumulative average (momentum=None)")
+        counted = f"{running_mean.name.rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
+        statistics = Statistics(
+            running_mean.name,
+            running_var.name,
+            counted if counted in low.recording.counted else None,
+            statistics_rows,
+            momentum,
+            eps,
+        )
+    if by_batch:
+        low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
+        x = low.step(
+            NormActPool, call, (x,), shape, None if adapts else affine, eps, 1.0, False, False, call.name
+        )
+    else:
+        assert statistics is not None
+        low.frozen[call.name] = statistics
+        x = low.step(FrozenNorm, call, (x,), shape, affine, not adapts, eps)
+    if adapts:
+        vectors = (None if n is None else low.vector(n) for n in names)
+        low.step(ScaleShift, call, (x,), shape, *vectors)
+
+
+@rule(F.layer_norm)
+def _layer_norm(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> None:
+    x = low.value(call, input)
+    shape = low.shapes[x]
+    # Of images, stored [H, W, C], or of features.
+    split, order = ((shape[2], *shape[:2]), (1, 2, 0)) if len(shape) == 3 else (shape, (0,))
+    if x in low.grids:
+        raise call.refusal("layer norm: expected images or features, got flattened images")
+    if tuple(normalized_shape) != split:
+        raise call.refusal(f"layer norm: expected normalized_shape {split}, got {tuple(normalized_shape)}")
+    names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
+    slots = [None if n is None else Slot(n, shape, split, order) for n in names]
+    x = low.step(NormActPool, call, (x,), shape, None, eps, 1.0, False, True)
+    if any(s is not None for s in slots):
+        low.step(ScaleShift, call, (x,), shape, *slots)
+
+
+# Pointwise -----------------------------------------------------------------------------------------------------------
+
+
+def _output(call: Call) -> int:
+    assert call.op.output is not None
+    return call.op.output
+
+
+def _activation(low: Lowering, call: Call, input: Any, slope: float) -> None:
+    x = low.value(call, input)
+    low.step(Activation, call, (x,), low.shapes[x], slope, grid=low.grids.get(x))
+
+
+@rule(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+def _relu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
+    _activation(low, call, input, 0.0)
+
+
+@rule(F.leaky_relu, F.leaky_relu_)
+def _leaky_relu(
+    low: Lowering, call: Call, input: Any, negative_slope: float = 0.01, inplace: bool = False
+) -> None:
+    _activation(low, call, input, float(negative_slope))
+
+
+@rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -> None:
+    x, y = low.value(call, input), low.value(call, other)
+    if alpha != 1:
+        raise call.refusal(f"sum: expected alpha 1, got {alpha}")
+    if low.shapes[x] != low.shapes[y] or low.grids.get(x) != low.grids.get(y):
+        raise call.refusal(
+            f"sum: expected two activations of one shape, got {low.shapes[x]} and {low.shapes[y]}"
+        )
+    low.step(Add, call, (x, y), low.shapes[x], grid=low.grids.get(x))
+
+
+@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+def _dropout(
+    low: Lowering, call: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> None:
+    if training and p != 0:
+        raise call.refusal("draws random numbers")
+    low.alias(call, low.value(call, input))
+
+
+@rule(Tensor.contiguous, Tensor.clone, torch.clone)
+def _same(low: Lowering, call: Call, input: Any, *, memory_format: Any = None) -> None:
+    low.alias(call, low.value(call, input))
+
+
+@rule(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
+    # What takes part in no gradient becomes a step of its own for every operation (`constant`).
+    low.alias(call, low.value(call, input))
+
+
+# Pools ---------------------------------------------------------------------------------------------------------------
+
+
+@rule(F.max_pool2d, torch.max_pool2d)
+def _max_pool2d(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> None:
+    x, shape = low.images(call, input)
+    stride = kernel_size if stride is None or stride == [] else stride
+    windows = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), ceil_mode)
+    if windows != ((2, 2), (2, 2), (0, 0), (1, 1), False):
+        raise call.refusal("max-pooling: expected windows 2x2, stride 2, no padding, floor")
+    low.step(MaxPool, call, (x,), (shape[0] // 2, shape[1] // 2, shape[2]))
+
+
+@rule(F.avg_pool2d)
+def _avg_pool2d(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> None:
+    x, shape = low.images(call, input)
+    stride = kernel_size if stride is None or stride == [] else stride
+    side = _pair(kernel_size)
+    if divisor_override is not None:
+        raise call.refusal("average pooling: expected no divisor_override")
+    if side[0] != side[1] or _pair(stride) != side or _pair(padding) != (0, 0) or ceil_mode:
+        raise call.refusal("average pooling: expected square windows side by side, no padding, floor")
+    size = side[0]
+    low.step(AveragePool, call, (x,), (shape[0] // size, shape[1] // size, shape[2]), (size, size))
+
+
+@rule(F.adaptive_avg_pool2d)
+def _adaptive_avg_pool2d(low: Lowering, call: Call, input: Any, output_size: Any) -> None:
+    x, shape = low.images(call, input)
+    if _pair(output_size) != (1, 1):
+        raise call.refusal(f"adaptive average pooling: expected output size 1, got {output_size!r}")
+    low.step(AveragePool, call, (x,), (1, 1, shape[2]), shape[:2])
+
+
+@rule(torch.mean, Tensor.mean)
+def _mean(
+    low: Lowering, call: Call, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> None:
+    x, shape = low.images(call, input)
+    if not isinstance(dim, (tuple, list)) or sorted(d % 4 for d in dim) != [2, 3] or dtype is not None:
+        raise call.refusal(f"mean: expected height and width (dim=(2, 3)), got dim={dim!r}")
+    low.step(AveragePool, call, (x,), (1, 1, shape[2]) if keepdim else (shape[2],), shape[:2])
+
+
+# Shapes --------------------------------------------------------------------------------------------------------------
+
+
+@rule(torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape)
+def _reshape(low: Lowering, call: Call, input: Any, *_: Any, **__: Any) -> None:
+    x = low.value(call, input)
+    before = low.recording.shapes[input.index]
+    if call.shape == before:
+        low.alias(call, x)
+        return
+    if len(call.shape) != 1:
+        raise call.refusal(
+            f"{call.op.name}: expected to flatten all but the examples, got {before} to {call.shape}"
+        )
+    shape = low.shapes[x]
+    low.step(Flatten, call, (x,), (math.prod(shape),), grid=shape if len(shape) == 3 else low.grids.get(x))
