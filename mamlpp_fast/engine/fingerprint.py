@@ -238,7 +238,7 @@ def _settings(value: object) -> dict[str, Any] | None:
     """The attributes of an object that holds plain values and containers alone, a configuration say."""
     held = _attributes(value)
     plain = all(type(v) in _PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
-    return held if held and plain else None
+    return held if plain else None
 
 
 def _values(tensor: Tensor) -> bytes | None:

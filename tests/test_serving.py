@@ -1,0 +1,119 @@
+"""Batches, types and models that the fused engine cannot take go to autograd, or are refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+from tests.front_end_helpers import AUTOGRAD, Net, batch, compare, pair
+from tests.textbook import Batch
+
+
+class Pooled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x))).mean((2, 3))
+
+
+def test_targets_of_another_size() -> None:
+    learner, textbook = pair(Pooled)
+    tasks: Batch = (*batch(0)[:2], *batch(1, size=10)[2:])
+    result = learner.meta_gradient(mf.EpisodeBatch(*tasks))
+    assert_close(result.task_losses, textbook.gradient(tasks))
+    assert_close(learner.evaluate(mf.EpisodeBatch(*tasks)).logits, textbook.evaluate(tasks, "batch", 2))
+    assert learner.engine.name == "autograd" and "target_x" in learner.engine_reason
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_inputs_that_require_gradients_get_them(verify: bool) -> None:
+    tasks = batch(0)
+    gradients = []
+    for engine in ("auto", "reference"):
+        torch.manual_seed(0)
+        x = tasks[0].clone().requires_grad_()
+        learner = mf.MAMLPlusPlus(
+            Net(),
+            mf.MAMLConfig(steps=2),
+            precision="float64",
+            engine=engine,  # type: ignore[arg-type]
+            verify=verify,
+        )
+        learner.meta_gradient(mf.EpisodeBatch(x, *tasks[1:]))
+        gradients.append(x.grad)
+    assert gradients[0] is not None
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("cast", [Tensor.float, lambda x: x.to(torch.float32)])
+def test_casts_to_the_models_own_dtype(cast: Callable[[Tensor], Tensor]) -> None:
+    """Verified in float64 all the same."""
+
+    class Casts(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(cast(x)).float()
+
+    torch.manual_seed(0)
+    learner = mf.MAMLPlusPlus(Casts(), mf.MAMLConfig(steps=2))
+    torch.manual_seed(0)
+    witness = mf.MAMLPlusPlus(Net(), mf.MAMLConfig(steps=2), precision="float64", engine="reference")
+    tasks = mf.EpisodeBatch(*batch(0))
+    found, expected = learner.meta_gradient(tasks), witness.meta_gradient(tasks)
+    assert learner.engine.name == "fused"
+    assert_close(found.loss, expected.loss, check_dtype=False, rtol=1e-5, atol=1e-5)
+    found_logits = learner.evaluate(tasks).logits
+    assert learner.engine.name == "fused"
+    assert_close(found_logits, witness.evaluate(tasks).logits, check_dtype=False, rtol=1e-4, atol=1e-4)
+
+
+class OneOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def test_arguments_that_a_rule_does_not_foresee() -> None:
+    x, y = torch.ones(2, 3, 4), torch.ones(2, 3, 1)
+    learner = mf.MAMLPlusPlus(OneOutput(), mf.MAMLConfig(steps=1, loss="mse"))
+    with pytest.raises(ValueError, match="expected a target for each prediction"):
+        learner.meta_gradient(mf.EpisodeBatch(x, y, x, y))
+
+
+class ReturnsTuple(Net):
+    def forward(self, x: Tensor) -> Any:
+        return (super().forward(x),)
+
+
+def test_a_forward_that_returns_no_tensor() -> None:
+    learner, _ = pair(ReturnsTuple)
+    with pytest.raises(ValueError, match="model: expected a forward that returns a tensor, got tuple"):
+        learner.meta_gradient(mf.EpisodeBatch(*batch(0)))
+
+
+def test_a_scripted_part() -> None:
+    class Scripted(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of `torch.jit.script` itself
+                self.act = torch.jit.script(nn.ReLU())
+
+        def body(self, x: Tensor) -> Tensor:
+            y: Tensor = self.act(super().body(x))
+            return y
+
+    served, reason = compare(Scripted)
+    assert served == AUTOGRAD and "is compiled" in reason
