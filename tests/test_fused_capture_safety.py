@@ -65,7 +65,7 @@ CONFIGS = {
 def test_an_iteration_neither_waits_nor_allocates(config: mf.MAMLConfig, second_order: bool) -> None:
     learner = small_learner(config, engine="fused")
     engine, weights = engine_of(learner), learner.step_weights()
-    engine._iterate(random_batch(), weights, second_order)
+    engine.meta_gradient(random_batch(), weights, second_order)
     following = random_batch(seed=1)
     with CaptureSafe() as mode:
         engine._iterate(following, weights, second_order)
@@ -78,7 +78,7 @@ def test_other_networks_neither_wait_nor_allocate(network: dict[str, Any]) -> No
         small_conv4(**network), mf.MAMLConfig(steps=3), engine="fused", precision="float64"
     )
     engine = engine_of(learner)
-    engine._iterate(random_batch(), None, True)
+    engine.meta_gradient(random_batch(), None, True)
     following = random_batch(seed=1)
     with CaptureSafe():
         engine._iterate(following, None, True)

@@ -20,7 +20,7 @@ import mamlpp_fast as mf
 from mamlpp_fast.data import load
 from mamlpp_fast.engine import running
 from mamlpp_fast.engine.fingerprint import fingerprint
-from mamlpp_fast.engine.fused import lowering
+from mamlpp_fast.engine.fused import lowering, rules
 from mamlpp_fast.engine.fused.steps import Conv, Linear
 from mamlpp_fast.engine.verify import check_meta_gradient
 
@@ -52,7 +52,7 @@ def learner(engine: str = "auto", *, precision: str = "float64", **options: Any)
 
 def _wrong_slope(patch: pytest.MonkeyPatch) -> None:
     def rule(low: Any, call: Any, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> None:
-        lowering._activation(low, call, input, 0.9 * negative_slope)
+        rules._activation(low, call, input, 0.9 * negative_slope)
 
     patch.setitem(lowering._RULES, F.leaky_relu, rule)
 

@@ -208,7 +208,7 @@ class FusedEngine:
         Raises:
             Unsupported: names what of the model has no rules, or which result is not the reference's.
         """
-        key = ("train", multi_step, second_order, torch.get_num_threads(), *_shapes(batch))
+        key = _train_key(batch, multi_step, second_order)
         if key not in self._prepared:
             network = self._lower(batch, training=True)
             if network.frozen:
@@ -429,7 +429,7 @@ class FusedEngine:
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
     ) -> tuple[Tensor, Tensor]:
         """One meta-gradient on static buffers: losses [T] and predictions [T, m, O], both overwritten by the next."""
-        prepared = self.prepare(batch, step_weights is not None, second_order)
+        prepared = self._prepared[_train_key(batch, step_weights is not None, second_order)]
         with torch.no_grad():
             if step_weights is not None:
                 prepared.memory.weights.tensor().copy_(step_weights)
@@ -437,6 +437,10 @@ class FusedEngine:
             prepared.run(batch, self._tensors)
             prepared.transfer.store_gradients(self._gradients)
         return prepared.losses, prepared.logits
+
+
+def _train_key(batch: EpisodeBatch, multi_step: bool, second_order: bool) -> _Key:
+    return ("train", multi_step, second_order, torch.get_num_threads(), *_shapes(batch))
 
 
 def _shapes(batch: EpisodeBatch) -> tuple[tuple[int, ...], ...]:
