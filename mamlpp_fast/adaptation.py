@@ -28,7 +28,8 @@ def adapt(
 
     Equivalent to K times ``theta = theta - rate * autograd.grad(loss, theta, create_graph=True)``. Use the result with
     ``mf.functional_call(model, fast, target_x)``; the inner step of per-step batch norms is left at the
-    last one, where the target pass belongs. Under ``torch.no_grad`` or ``inference_mode`` it adapts as well, and returns constants.
+    last one, where the target pass belongs. Under ``torch.no_grad`` or ``inference_mode`` it adapts as well, and
+    returns constants.
 
     Args:
         model: any module; its parameters named in ``rates`` adapt, the others take part as they are.
