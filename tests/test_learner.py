@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import gradients, random_batch, small_conv4, small_learner
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
