@@ -23,6 +23,8 @@ class Graphed(Generic[_P, _R]):
     """
 
     _inside = False
+    capturing = False
+    """Whether a capture is under way, in which nothing may wait for the device."""
 
     def __init__(self, step: Callable[_P, _R], warmup: int, preserve: Callable[[], Iterable[Tensor]]) -> None:
         self.step = step
@@ -64,10 +66,11 @@ class Graphed(Generic[_P, _R]):
                 self.warm_up(args, kwargs)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
+            Graphed.capturing = True
             with torch.cuda.graph(graph):
                 outputs = self.step(*args, **kwargs)
         finally:
-            Graphed._inside = False
+            Graphed._inside = Graphed.capturing = False
         return graph, [s for s in static if isinstance(s, Tensor)], outputs
 
     def warm_up(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:

@@ -21,7 +21,7 @@ from mamlpp_fast.engine.fused.program import Emitter, Program, Workspace
 from mamlpp_fast.engine.fused.steps import Conv, FirstLayer, Loss, loss_of
 from mamlpp_fast.engine.fused.sweep import Form, Memory, Written, write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
-from mamlpp_fast.engine.graph import graphed
+from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.engine.record import Recording, record
 from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
@@ -252,9 +252,7 @@ class FusedEngine:
 
     def _checked(self, key: _Key, batch: EpisodeBatch) -> Prepared:
         """The program of a form, with memory; compared with the reference until a batch was good for that."""
-        if key in self._unchecked and not (
-            batch.support_x.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        if key in self._unchecked and not Graphed.capturing:
             check = self._unchecked[key]
             if check(sample(batch)):
                 del self._unchecked[key]
