@@ -6,11 +6,12 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.episodes import EpisodeBatch
-from mamlpp_fast.nn import convert_batch_norm
+from mamlpp_fast.nn import check_model, convert_batch_norm
 from mamlpp_fast.reference import PerStepBatchNorm2d, adapted_names
 
 __all__ = ["adapting", "own_share", "prepared"]
@@ -22,12 +23,16 @@ def prepared(model: _M, config: MAMLConfig, device: torch.device | str | None, d
     """The model, in place, with per-step batch norms, on a device, in a dtype, every parameter dense in memory.
 
     Raises:
+        TypeError, ValueError: as :func:`mamlpp_fast.nn.check_model`.
         ValueError: for batch norms of another number of steps, or tensors made under ``torch.inference_mode``.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
+    if not isinstance(model, nn.Module):
+        check_model(model)
+    for name, tensor in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)):
+        if not is_lazy(tensor) and tensor.is_inference():
             raise ValueError(f"model: expected one made outside torch.inference_mode, {name} was made in it")
     model = convert_batch_norm(model, config.steps, per_step_affine=config.bnwb, per_step_stats=config.bnrs)
+    check_model(model)
     for name, module in model.named_modules():
         if not isinstance(module, PerStepBatchNorm2d):
             continue

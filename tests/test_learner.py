@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +281,12 @@ def test_attention_is_said_to_run_by_the_math_kernel(engine: str) -> None:
     learner = mf.MAMLPlusPlus(Attending(), mf.MAMLConfig(steps=2), engine=engine)  # type: ignore[arg-type]
     learner.meta_step(mf.EpisodeBatch(x, y, x, y))
     assert "attention (attention) by PyTorch's math kernel" in learner.explain()
+
+
+def test_a_model_with_parameters_in_a_list_is_refused_in_words() -> None:
+    class Listing(nn.Linear):
+        def parameters(self, recurse: bool = True) -> Any:
+            return list(super().parameters(recurse))
+
+    with pytest.raises(TypeError, match=r"model: expected parameters\(\) to be PyTorch's own iterator"):
+        mf.MAMLPlusPlus(Listing(3, 2), mf.MAMLConfig())
