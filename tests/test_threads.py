@@ -82,9 +82,12 @@ def test_learners_of_every_engine_at_once() -> None:
 def test_a_module_is_called_as_ever_while_another_thread_records() -> None:
     other, found = nn.Linear(2, 1), []
 
+    def call() -> None:
+        found.append(other(torch.ones(1, 2)))
+
     class Meanwhile(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            thread = threading.Thread(target=lambda: found.append(other(torch.ones(1, 2))))
+            thread = threading.Thread(target=call)
             thread.start()
             thread.join()
             return super().forward(x)  # type: ignore[no-any-return]
