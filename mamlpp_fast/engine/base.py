@@ -10,7 +10,16 @@ from torch import Tensor
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.reference import EvalStats, MetaResult
 
-__all__ = ["ENGINES", "PRECISIONS", "Engine", "EngineName", "Precision", "Unsupported", "dtype_of"]
+__all__ = [
+    "ENGINES",
+    "PRECISIONS",
+    "Engine",
+    "EngineName",
+    "Precision",
+    "Unsupported",
+    "dtype_of",
+    "first_line",
+]
 
 EngineName = Literal["auto", "reference", "autograd", "fused"]
 Precision = Literal["float64", "float32", "tf32", "bfloat16"]
@@ -71,3 +80,8 @@ class Engine(Protocol):
 def dtype_of(precision: Precision) -> torch.dtype:
     """The dtype of parameters and inputs at a precision: bfloat16 and tf32 keep them in float32."""
     return torch.float64 if precision == "float64" else torch.float32
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line: its first, or its kind where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
-from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.base import Unsupported, first_line
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
 __all__ = ["TAKE_SIZES", "Buffer", "Constant", "Operation", "Parameter", "Recorder", "Value", "Watch"]
@@ -163,8 +163,7 @@ class Recorder(TorchFunctionMode):
             if trace.tb_frame.f_code is nn.Module._call_impl.__code__:
                 where = self.paths.get(id(trace.tb_frame.f_locals["self"]), where)
             trace = trace.tb_next
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self.complain(where or self.root, f"its forward raises, {reason}")
+        self.complain(where, f"its forward raises, {first_line(error)}")
 
     def finish(self, result: Any) -> None:
         """Looks, after the pass and outside the modes, at what it left and returned."""
@@ -233,7 +232,7 @@ class Recorder(TorchFunctionMode):
             self._statistics.update(r.name for r in tree_leaves(recorded) if isinstance(r, Buffer))
         elif self._counts(func, recorded):
             return result
-        self._write(written, result, args, name)
+        self._write(written, name)
         self._keep(func, recorded, result, made, given, args)
         return result
 
@@ -289,7 +288,7 @@ class Recorder(TorchFunctionMode):
         self._from[index] = (on_input, names)
         return index
 
-    def _write(self, written: list[Tensor], result: Any, args: Any, name: str) -> None:
+    def _write(self, written: list[Tensor], name: str) -> None:
         """Values whose memory is overwritten may be read no more by the names they had."""
         for t in written:
             place = _storage(t)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mamlpp_fast import reference
-from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.base import Unsupported, first_line
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.lslr import LSLR
@@ -161,8 +161,7 @@ def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
     except Exception as error:
         if not _raised_by(model, error):
             raise  # by the loss: labels that do not fit
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        why = f"its forward raises in float64, which the check of the first batch is in, {reason}"
+        why = f"its forward raises in float64, which the check of the first batch is in, {first_line(error)}"
         raise Unsupported(type(model).__name__, why) from error
     finally:
         for norm, step in zip(norms, before, strict=True):
