@@ -230,12 +230,14 @@ def test_wrong_shapes_are_refused(
         ("MAMLPP_FAST_ISA", "portable"),
         ("MAMLPP_FAST_ISA", "avx512"),
         ("MAMLPP_FAST_ISA", "avx512bf16"),
-        ("MAMLPP_FAST_WINOGRAD", "1"),
+        ("MAMLPP_FAST_WINOGRAD", "0"),
+        ("MAMLPP_FAST_WINOGRAD", "3"),
+        ("MAMLPP_FAST_WINOGRAD", "4"),
     ],
-    ids=["portable", "avx512", "avx512bf16", "winograd"],
+    ids=["portable", "avx512", "avx512bf16", "direct", "winograd3", "winograd4"],
 )
 def test_forms_chosen_by_environment(variable: str, value: str) -> None:
-    """The other instruction set and the Winograd form at every shape they can take, in a process of its own."""
+    """The other instruction sets, and every form at every shape it can take, in a process of its own."""
     done = subprocess.run(
         [sys.executable, __file__],
         env={**os.environ, variable: value, "PYTHONPATH": os.pathsep.join(sys.path)},

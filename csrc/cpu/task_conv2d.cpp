@@ -312,27 +312,42 @@ void outer(const Shape& s, const Operands& o, void* out) {
 }
 
 int64_t winograd_setting() {
-  static const int64_t setting = [] {
+  static const int64_t setting = []() -> int64_t {
     const char* text = std::getenv("MAMLPP_FAST_WINOGRAD");
-    return text == nullptr || *text == '\0' ? int64_t{-1} : static_cast<int64_t>(std::atoi(text));
+    const std::string value = text == nullptr ? "" : text;
+    return value == "0" ? 0 : value == "3" ? 3 : value == "4" ? 4 : -1;
   }();
   return setting;
 }
 
 enum class Product { forward, to_input, to_weight };
 
-/// Whether the Winograd form serves this shape; the direct form skips padding and so wins on small images.
-/// MAMLPP_FAST_WINOGRAD=0 and =1 ask for one of them wherever both can. See `python -m bench.kernels --groups conv`.
-bool use_winograd(const Shape& s, Product product) {
+/// Pixels a side of the Winograd tile that serves this product best; 0 for the direct form, which skips padding.
+/// MAMLPP_FAST_WINOGRAD=0 asks for the direct form everywhere, =3 and =4 for one tile wherever it can be.
+int64_t winograd_tile(const Shape& s, Product product) {
   const int64_t setting = winograd_setting();
-  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return false;
-  if (setting > 0) return true;
+  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return 0;
+  if (setting > 0) return setting;
+  // Multiply-adds in whose time a value and a weight are transformed, as measured; see docs/derivations/task_conv2d.md.
+  constexpr int64_t kValue = 16, kWeight = 15;
   const bool to_input = product == Product::to_input;
   const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
-  return height * width >= 144 && s.ci >= 32 && s.co >= 32;
+  const auto valid = [&](int64_t in, int64_t out) { return 3 * std::min(in, out) - (s.padding == 1 ? 2 : 0); };
+  int64_t best = 0, least = s.images * valid(s.height, s.out_height) * valid(s.width, s.out_width) * s.ci * s.co;
+  for (const int64_t tile : {3, 4}) {
+    const int64_t points = (tile + 2) * (tile + 2);
+    const int64_t tiles = ((height + tile - 1) / tile) * ((width + tile - 1) / tile);
+    const int64_t cost =
+        points * (s.images * tiles * (s.ci * s.co + kValue * (s.ci + s.co)) + kWeight * s.ci * s.co);
+    if (cost < least) {
+      best = tile;
+      least = cost;
+    }
+  }
+  return best;
 }
 
-void winograd_run(const Shape& s, const Operands& o, Product product, void* out) {
+void winograd_run(const Shape& s, const Operands& o, Product product, int64_t tile, void* out) {
   const bool to_input = product == Product::to_input;
   conv::Winograd p{};
   for (int i = 0; i < o.pairs; ++i) {
@@ -351,7 +366,7 @@ void winograd_run(const Shape& s, const Operands& o, Product product, void* out)
   p.channels_out = to_input ? s.ci : s.co;
   p.padding = to_input ? 2 - s.padding : s.padding;
   p.transposed = to_input;
-  const conv::WinogradKernels& k = winograd();
+  const conv::WinogradForm& k = tile == 3 ? winograd().f3 : winograd().f4;
   const bool weight = product == Product::to_weight;
   p.parts = parts_for(s.tasks, weight ? s.co / 16 : s.images);
   run_units<float>(
@@ -364,9 +379,9 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
   if (out.numel() == 0) return;
   void* data = out.mutable_data_ptr();
   const bool to_weight = product == Product::to_weight, to_input = product == Product::to_input;
-  const bool by_winograd = out.scalar_type() != at::kDouble && use_winograd(s, product);
+  const int64_t tile = out.scalar_type() == at::kDouble ? 0 : winograd_tile(s, product);
   // The direct form in bfloat16 is faster than Winograd's in float32.
-  if ((!by_winograd || winograd_setting() < 0) && readable_in_pairs(a, b, a2, b2)) {
+  if ((tile == 0 || winograd_setting() < 0) && readable_in_pairs(a, b, a2, b2)) {
     const Operands o = operands(a, b, a2, b2, true);
     if (to_weight) return outer<conv::Pair>(s, o, data);
     Shape paired = s;
@@ -381,7 +396,7 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
     to_weight ? outer<double>(s, o, data) : gather<double>(s, o, to_input, data);
     return;
   }
-  if (by_winograd) return winograd_run(s, o, product, data);
+  if (tile > 0) return winograd_run(s, o, product, tile, data);
   to_weight ? outer<float>(s, o, data) : gather<float>(s, o, to_input, data);
 }
 

@@ -1,8 +1,8 @@
-// Winograd form F(2x2, 3x3) of the stride-1 3x3 products: forward, to-input and to-weight. Larger tiles multiply less
-// and round five times worse.
+// Winograd forms F(4x4, 3x3) and F(3x3, 3x3) of the stride-1 3x3 products: forward, to-input and to-weight.
 //
-// Everything between the transforms is a batch of matrix products, one for each of the 16 points, through the
-// block kernel of conv_micro.h. A second operand pair joins in the transformed domain, before the one output transform.
+// Everything between the transforms is a batch of matrix products, one for each point, through the block kernel of
+// conv_micro.h. Tiles are transformed, multiplied and transformed back in chunks that stay in the second-level cache. A
+// second operand pair joins in the transformed domain, before the one output transform.
 
 #include "conv_kernels.h"
 #include "conv_micro.h"
@@ -13,59 +13,133 @@ namespace {
 using V = Vec<float>;
 using Problem = mf::conv::Winograd;
 constexpr int W = kLanes<float>;
-constexpr int M = 2;  // side of an output tile
 
 MF_INLINE V times(float c, V x) { return V::broadcast(c) * x; }
+/// c * x + y
+MF_INLINE V plus(float c, V x, V y) { return fma(V::broadcast(c), x, y); }
 
-/// One-dimensional transforms of F(m, 3), named as in the derivation: Bᵀ on data, G on filters, Aᵀ on products, and
-/// the transposed A and Gᵀ of the weight gradient.
-struct Transform {
+/// One-dimensional transforms of F(m, 3), named as in the derivation: B^T on data, G on filters, A^T on products, and
+/// the transposed A and G^T of the weight gradient.
+template <int M>
+struct Transform;
+
+/// Points 0, 2/3, -2/3, 3/2, -3/2 and infinity: less than half the rounding error of 0, 1, -1, 2, -2 and infinity. The
+/// pairs share their even and odd parts; the product of their squares is 1.
+template <>
+struct Transform<4> {
+  static constexpr float a = 2.f / 3, b = 3.f / 2, aa = 4.f / 9, bb = 9.f / 4, aaa = 8.f / 27, bbb = 27.f / 8;
+  static constexpr float both = 97.f / 36;  // aa + bb
+  static constexpr float na = -162.f / 260, nb = 72.f / 585;  // 1 / (2 aa (aa - bb)), 1 / (2 bb (bb - aa))
+
   static MF_INLINE void data(const V* d, V* t) {
-    t[0] = d[0] - d[2];
-    t[1] = d[1] + d[2];
-    t[2] = d[2] - d[1];
-    t[3] = d[1] - d[3];
+    t[0] = plus(-both, d[2], d[0] + d[4]);
+    t[5] = plus(-both, d[3], d[1] + d[5]);
+    const V even_a = plus(-bb, d[2], d[4]), odd_a = plus(-bb, d[1], d[3]);
+    t[1] = plus(a, odd_a, even_a);
+    t[2] = plus(-a, odd_a, even_a);
+    const V even_b = plus(-aa, d[2], d[4]), odd_b = plus(-aa, d[1], d[3]);
+    t[3] = plus(b, odd_b, even_b);
+    t[4] = plus(-b, odd_b, even_b);
   }
   static MF_INLINE void filter(const V* g, V* t) {
-    const V even = times(0.5f, g[0] + g[2]), odd = times(0.5f, g[1]);
+    const V even_a = times(na, plus(aa, g[2], g[0])), even_b = times(nb, plus(bb, g[2], g[0]));
     t[0] = g[0];
-    t[1] = even + odd;
-    t[2] = even - odd;
-    t[3] = g[2];
+    t[1] = plus(na * a, g[1], even_a);
+    t[2] = plus(-na * a, g[1], even_a);
+    t[3] = plus(nb * b, g[1], even_b);
+    t[4] = plus(-nb * b, g[1], even_b);
+    t[5] = g[2];
   }
   static MF_INLINE void output(const V* t, V* y) {
-    y[0] = t[0] + t[1] + t[2];
-    y[1] = t[1] - t[2] - t[3];
+    const V even_a = t[1] + t[2], odd_a = t[1] - t[2], even_b = t[3] + t[4], odd_b = t[3] - t[4];
+    y[0] = t[0] + even_a + even_b;
+    y[1] = plus(b, odd_b, times(a, odd_a));
+    y[2] = plus(bb, even_b, times(aa, even_a));
+    y[3] = plus(bbb, odd_b, plus(aaa, odd_a, t[5]));
+  }
+  static MF_INLINE void gradient(const V* y, V* t) {
+    const V even_a = plus(aa, y[2], y[0]), odd_a = plus(aaa, y[3], times(a, y[1]));
+    const V even_b = plus(bb, y[2], y[0]), odd_b = plus(bbb, y[3], times(b, y[1]));
+    t[0] = y[0];
+    t[1] = even_a + odd_a;
+    t[2] = even_a - odd_a;
+    t[3] = even_b + odd_b;
+    t[4] = even_b - odd_b;
+    t[5] = y[3];
+  }
+  static MF_INLINE void filter_gradient(const V* t, V* g) {
+    const V even_a = times(na, t[1] + t[2]), odd_a = t[1] - t[2], even_b = times(nb, t[3] + t[4]), odd_b = t[3] - t[4];
+    g[0] = t[0] + even_a + even_b;
+    g[1] = plus(nb * b, odd_b, times(na * a, odd_a));
+    g[2] = plus(bb, even_b, plus(aa, even_a, t[5]));
+  }
+};
+
+/// Points 0, 1, -1/2, -3/2 and infinity.
+template <>
+struct Transform<3> {
+  static constexpr float n0 = -4.f / 3, n1 = 4.f / 15, n2 = 4.f / 3, n3 = -4.f / 15;
+
+  static MF_INLINE void data(const V* d, V* t) {
+    t[0] = plus(-0.75f, d[0], plus(-1.25f, d[1], d[2] + d[3]));
+    t[1] = plus(0.75f, d[1], plus(2.f, d[2], d[3]));
+    t[2] = plus(-1.5f, d[1], plus(0.5f, d[2], d[3]));
+    t[3] = plus(-0.5f, d[1] + d[2], d[3]);
+    t[4] = plus(-0.75f, d[1], plus(-1.25f, d[2], d[3] + d[4]));
+  }
+  static MF_INLINE void filter(const V* g, V* t) {
+    t[0] = times(n0, g[0]);
+    t[1] = times(n1, g[0] + g[1] + g[2]);
+    t[2] = times(n2, plus(0.25f, g[2], plus(-0.5f, g[1], g[0])));
+    t[3] = times(n3, plus(2.25f, g[2], plus(-1.5f, g[1], g[0])));
+    t[4] = g[2];
+  }
+  static MF_INLINE void output(const V* t, V* y) {
+    y[0] = (t[0] + t[1]) + (t[2] + t[3]);
+    y[1] = plus(-1.5f, t[3], plus(-0.5f, t[2], t[1]));
+    y[2] = plus(2.25f, t[3], plus(0.25f, t[2], t[1] + t[4]));
   }
   static MF_INLINE void gradient(const V* y, V* t) {
     t[0] = y[0];
-    t[1] = y[0] + y[1];
-    t[2] = y[0] - y[1];
-    t[3] = -y[1];
+    t[1] = y[0] + y[1] + y[2];
+    t[2] = plus(0.25f, y[2], plus(-0.5f, y[1], y[0]));
+    t[3] = plus(2.25f, y[2], plus(-1.5f, y[1], y[0]));
+    t[4] = y[2];
   }
   static MF_INLINE void filter_gradient(const V* t, V* g) {
-    const V even = times(0.5f, t[1] + t[2]);
-    g[0] = t[0] + even;
-    g[1] = times(0.5f, t[1] - t[2]);
-    g[2] = even + t[3];
+    const V u1 = times(n1, t[1]), u2 = times(n2, t[2]), u3 = times(n3, t[3]);
+    g[0] = plus(n0, t[0], u1 + (u2 + u3));
+    g[1] = plus(-1.5f, u3, plus(-0.5f, u2, u1));
+    g[2] = plus(2.25f, u3, plus(0.25f, u2, u1 + t[4]));
   }
 };
 
 using Line = void (*)(const V*, V*);
 
-/// Applies a one-dimensional transform from I to O points along both axes of a tile.
-template <int I, int O, Line line>
-MF_INLINE void both_axes(const V (&in)[I][I], V (&out)[O][O]) {
+/// Applies a one-dimensional transform from I to O points along both axes of a tile: reads `load(row, column)` once
+/// each, gives every result to `store(row, column, value)`. Neither tile is held as a whole: registers are few.
+template <int I, int O, Line line, class Load, class Store>
+MF_INLINE void both_axes(const Load& load, const Store& store) {
   V half[O][I];
+#pragma GCC unroll 8
   for (int c = 0; c < I; ++c) {
     V column[I], result[O];
-    for (int r = 0; r < I; ++r) column[r] = in[r][c];
+#pragma GCC unroll 8
+    for (int r = 0; r < I; ++r) column[r] = load(r, c);
     line(column, result);
+#pragma GCC unroll 8
     for (int r = 0; r < O; ++r) half[r][c] = result[r];
   }
-  for (int r = 0; r < O; ++r) line(half[r], out[r]);
+#pragma GCC unroll 8
+  for (int r = 0; r < O; ++r) {
+    V result[O];
+    line(half[r], result);
+#pragma GCC unroll 8
+    for (int c = 0; c < O; ++c) store(r, c, result[c]);
+  }
 }
 
+template <int M>
 struct Sizes {
   static constexpr int side = M + 2, points = side * side;
 
@@ -78,21 +152,23 @@ struct Sizes {
 /// Elements between the planes of two points: never a multiple of 4096 bytes, or all planes would share cache sets.
 inline int64_t plane(int64_t tiles, int64_t channels) {
   const int64_t n = round_line<float>(tiles * channels);
-  return n % 1024 == 0 ? n + 16 : n % 512 == 0 ? n + 16 : n;
+  return n % 512 == 0 ? n + 16 : n;
 }
 
-/// Tiles worked on at a time: transformed weights and tiles should share the second-level cache.
+/// Tiles worked on at a time: with their products they should stay in the second-level cache; the transformed weights
+/// stream past them.
+template <int M>
 int64_t chunk_tiles(const Problem& p) {
-  constexpr int64_t kCacheBytes = 416 << 10;
-  const int64_t point_bytes = Sizes::points * static_cast<int64_t>(sizeof(float));
-  const int64_t room = kCacheBytes - p.channels_in * p.channels_out * point_bytes;
-  const int64_t fits = room / ((p.channels_in + p.channels_out) * point_bytes) / kMaxRows * kMaxRows;
-  return fits < 4 * kMaxRows ? 4 * kMaxRows : fits > 8 * kMaxRows ? 8 * kMaxRows : fits;
+  constexpr int64_t kCacheBytes = 416 << 10, kLeast = 4 * kMaxRows, kMost = 16 * kMaxRows;
+  const int64_t tile_bytes = (p.pairs * p.channels_in + p.channels_out) * Sizes<M>::points * int64_t{sizeof(float)};
+  const int64_t fits = kCacheBytes / tile_bytes / kMaxRows * kMaxRows;
+  return fits < kLeast ? kLeast : fits > kMost ? kMost : fits;
 }
 
 /// [panel][channel][panel width] for every point: weights of one task, transformed.
-void transform_weights(const Problem& p, const float* w, float* to, float* turned) {
-  using S = Sizes;
+template <int M>
+void transform_weights(const Problem& p, const float* w, float* to, int64_t to_stride, float* turned) {
+  using S = Sizes<M>;
   const int64_t ci = p.channels_in, co = p.channels_out, stride = ci * co;
   if (p.transposed) {
     for (int tap = 0; tap < 9; ++tap) transpose(w + (8 - tap) * stride, ci, co, ci, turned + tap * stride, co);
@@ -103,16 +179,18 @@ void transform_weights(const Problem& p, const float* w, float* to, float* turne
     const int64_t width = panels.width(panel), o = panels.begin(panel);
     for (int64_t c = 0; c < ci; ++c)
       for (int64_t v = 0; v < width; v += W) {
-        V g[3][3], u[S::side][S::side];
-        for (int k = 0; k < 9; ++k) g[k / 3][k % 3] = V::load(w + k * stride + c * co + o + v);
-        both_axes<3, S::side, Transform::filter>(g, u);
-        for (int k = 0; k < S::points; ++k) u[k / S::side][k % S::side].store(to + k * stride + o * ci + c * width + v);
+        const float* from = w + c * co + o + v;
+        float* place = to + o * ci + c * width + v;
+        both_axes<3, S::side, Transform<M>::filter>(
+            [=](int r, int s) { return V::load(from + (r * 3 + s) * stride); },
+            [=](int r, int s, V u) { u.store(place + (r * S::side + s) * to_stride); });
       }
   }
 }
 
 /// Transforms patches of side `From` at `step` pixels into planes [points][channel group][tile][channel of the group];
 /// pixels outside read zeros.
+constexpr int64_t kAhead = 16;  // channels: the next cache line of each pixel, which no hardware prefetcher expects
 template <int From, int To, Line line>
 void transform_patches(const float* images, int64_t height, int64_t width, int64_t channels, int64_t step,
                        int64_t padding, int64_t columns, int64_t per_image, int64_t first, int64_t count,
@@ -130,55 +208,61 @@ void transform_patches(const float* images, int64_t height, int64_t width, int64
         pixel[r][c] = inside ? origin + (y * width + x) * channels : zeros;
       }
     for (int64_t v = 0; v < channel_count; v += W) {
-      V in[From][From], out[To][To];
-      for (int r = 0; r < From; ++r)
-        for (int c = 0; c < From; ++c) in[r][c] = V::load(pixel[r][c] + v);
-      both_axes<From, To, line>(in, out);
       const int64_t g = v / group * group, own = channel_count - g < group ? channel_count - g : group;
       float* place = to + g * tiles + t * own + v - g;
-      for (int k = 0; k < To * To; ++k) out[k / To][k % To].store(place + k * stride);
+      both_axes<From, To, line>(
+          [&](int r, int c) {
+            __builtin_prefetch(pixel[r][c] + v + kAhead);
+            return V::load(pixel[r][c] + v);
+          },
+          [=](int r, int c, V x) { x.store(place + (r * To + c) * stride); });
     }
   }
 }
 
-void store_outputs(const Problem& p, const Sizes& sizes, const float* products, int64_t stride, float* images,
+template <int M>
+void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* products, int64_t stride, float* images,
                    int64_t first, int64_t count) {
-  using S = Sizes;
+  using S = Sizes<M>;
   const int64_t co = p.channels_out;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t image = (first + t) / sizes.per_image, tile = (first + t) % sizes.per_image;
     const int64_t y0 = tile / sizes.columns * M, x0 = tile % sizes.columns * M;
     const int rows = static_cast<int>(p.out_height - y0 < M ? p.out_height - y0 : M);
     const int columns = static_cast<int>(p.out_width - x0 < M ? p.out_width - x0 : M);
+    const int64_t pitch = p.out_width;
     float* origin = images + ((image * p.out_height + y0) * p.out_width + x0) * co;
     for (int64_t v = 0; v < co; v += W) {
-      V in[S::side][S::side], out[M][M];
-      for (int k = 0; k < S::points; ++k) in[k / S::side][k % S::side] = V::load(products + k * stride + t * co + v);
-      both_axes<S::side, M, Transform::output>(in, out);
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < columns; ++c) out[r][c].store(origin + (r * p.out_width + c) * co + v);
+      const float* from = products + t * co + v;
+      both_axes<S::side, M, Transform<M>::output>(
+          [=](int r, int c) { return V::load(from + (r * S::side + c) * stride); },
+          [=](int r, int c, V y) {
+            if (r < rows && c < columns) y.store(origin + (r * pitch + c) * co + v);
+          });
     }
   }
 }
 
+template <int M>
 int64_t scratch(const Problem& p) {
   const int64_t weights = p.channels_in * p.channels_out, zeros = round_line<float>(p.channels_in);
   return zeros +
-         Sizes::points *
-             (p.pairs * (weights + plane(chunk_tiles(p), p.channels_in)) + plane(chunk_tiles(p), p.channels_out)) +
+         Sizes<M>::points * (p.pairs * (plane(p.channels_in, p.channels_out) + plane(chunk_tiles<M>(p), p.channels_in)) +
+                             plane(chunk_tiles<M>(p), p.channels_out)) +
          (p.transposed ? 9 * weights : 0);
 }
 
+template <int M>
 void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
-  constexpr int points = Sizes::points, side = Sizes::side;
-  const Sizes sizes(p);
+  constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
+  const Sizes<M> sizes(p);
   const int64_t ci = p.channels_in, co = p.channels_out, weights = ci * co;
-  const int64_t tiles = chunk_tiles(p);
-  const int64_t data_stride = plane(tiles, ci), product_stride = plane(tiles, co);
+  const int64_t tiles = chunk_tiles<M>(p);
+  const int64_t data_stride = plane(tiles, ci), product_stride = plane(tiles, co), filter_stride = plane(ci, co);
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   float* zeros = memory;
   float* filters = zeros + round_line<float>(ci);
-  float* data = filters + p.pairs * points * weights;
+  float* data = filters + p.pairs * points * filter_stride;
   float* products = data + p.pairs * points * data_stride;
   float* turned = products + points * product_stride;
   memset(zeros, 0, ci * sizeof(float));
@@ -188,8 +272,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     if (task != ready) {
       for (int pair = 0; pair < p.pairs; ++pair)
-        transform_weights(p, static_cast<const float*>(p.w[pair]) + task * 9 * weights,
-                          filters + pair * points * weights, turned);
+        transform_weights<M>(p, static_cast<const float*>(p.w[pair]) + task * 9 * weights,
+                          filters + pair * points * filter_stride, filter_stride, turned);
       ready = task;
     }
     const int64_t total = p.images * sizes.per_image;
@@ -198,7 +282,7 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t at = first + chunk * tiles, count = last - at < tiles ? last - at : tiles;
       for (int pair = 0; pair < p.pairs; ++pair)
-        transform_patches<side, side, Transform::data>(
+        transform_patches<side, side, Transform<M>::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
             sizes.columns, sizes.per_image, at, count, 0, ci, zeros, data + pair * points * data_stride, data_stride,
             ci, tiles);
@@ -206,8 +290,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
       for (int k = 0; k < points; ++k)
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t o = panels.begin(panel);
-          const float* right = filters + k * weights + o * ci;
-          const Segment segments[2] = {{0, 0, ci}, {points * data_stride, points * weights, ci}};
+          const float* right = filters + k * filter_stride + o * ci;
+          const Segment segments[2] = {{0, 0, ci}, {points * data_stride, points * filter_stride, ci}};
           for (int64_t b = 0, row = 0; b < blocks; ++b) {
             Block<float> block;
             const int rows = static_cast<int>(count * (b + 1) / blocks - row);
@@ -218,7 +302,7 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
             pick<float, 1>(rows, panels.vectors(panel))(block, segments, p.pairs, 1, right, 0, false);
           }
         }
-      store_outputs(p, sizes, products, product_stride, static_cast<float*>(p.out) + task * p.images * out_image, at,
+      store_outputs<M>(p, sizes, products, product_stride, static_cast<float*>(p.out) + task * p.images * out_image, at,
                     count);
     }
   }
@@ -228,15 +312,17 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
 constexpr int64_t kWeightTiles = 48;
 
 /// Weight gradient: G^T [ sum over tiles (B^T x B) * (A g A^T) ] G, channels of g in ranges of 16.
+template <int M>
 int64_t weight_scratch(const Problem& p) {
   const int64_t zeros = round_line<float>(p.channels_in > p.channels_out ? p.channels_in : p.channels_out);
-  return zeros + Sizes::points * (plane(kWeightTiles, p.channels_in) + plane(kWeightTiles, p.channels_out) +
-                                  p.channels_in * p.channels_out);
+  return zeros + Sizes<M>::points * (plane(kWeightTiles, p.channels_in) + plane(kWeightTiles, p.channels_out) +
+                                     plane(p.channels_in, p.channels_out));
 }
 
+template <int M>
 void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
-  constexpr int points = Sizes::points, side = Sizes::side;
-  const Sizes sizes(p);
+  constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
+  const Sizes<M> sizes(p);
   const int64_t ci = p.channels_in, co = p.channels_out;
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   const int64_t zero_count = round_line<float>(ci > co ? ci : co);
@@ -245,7 +331,7 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     const int64_t o = part * (co / 16) / p.parts * 16, own = (part + 1) * (co / 16) / p.parts * 16 - o;
     const int64_t tiles = kWeightTiles;
-    const int64_t data_stride = plane(tiles, ci), grad_stride = plane(tiles, own), sum_stride = ci * own;
+    const int64_t data_stride = plane(tiles, ci), grad_stride = plane(tiles, own), sum_stride = plane(ci, own);
     float* data = memory + zero_count;
     float* grads = data + points * data_stride;
     float* sums = grads + points * grad_stride;
@@ -255,10 +341,10 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     for (int pair = 0; pair < p.pairs; ++pair)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t at = chunk * tiles, count = total - at < tiles ? total - at : tiles;
-        transform_patches<side, side, Transform::data>(
+        transform_patches<side, side, Transform<M>::data>(
             static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
             sizes.columns, sizes.per_image, at, count, 0, ci, memory, data, data_stride, W, tiles);
-        transform_patches<M, side, Transform::gradient>(
+        transform_patches<M, side, Transform<M>::gradient>(
             static_cast<const float*>(p.w[pair]) + task * p.images * out_image, p.out_height, p.out_width, co, M, 0,
             sizes.columns, sizes.per_image, at, count, o, own, memory, grads, grad_stride, kPanel<float>, tiles);
         const Segment segment{0, 0, count};
@@ -280,10 +366,10 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     float* out = static_cast<float*>(p.out) + task * 9 * ci * co + o;
     for (int64_t c = 0; c < ci; ++c)
       for (int64_t v = 0; v < own; v += W) {
-        V in[side][side], g[3][3];
-        for (int k = 0; k < points; ++k) in[k / side][k % side] = V::load(sums + k * sum_stride + c * own + v);
-        both_axes<side, 3, Transform::filter_gradient>(in, g);
-        for (int k = 0; k < 9; ++k) g[k / 3][k % 3].store(out + (k * ci + c) * co + v);
+        const float* from = sums + c * own + v;
+        both_axes<side, 3, Transform<M>::filter_gradient>(
+            [=](int r, int s) { return V::load(from + (r * side + s) * sum_stride); },
+            [=](int r, int s, V g) { g.store(out + ((r * 3 + s) * ci + c) * co + v); });
       }
   }
 }
@@ -308,7 +394,10 @@ double fma_peak(int64_t iterations) {
 namespace mf::MF_ISA {
 
 mf::conv::WinogradKernels winograd_kernels() {
-  return {conv::scratch, conv::run, conv::weight_scratch, conv::weight_run, conv::fma_peak};
+  using namespace conv;
+  return {{scratch<3>, run<3>, weight_scratch<3>, weight_run<3>},
+          {scratch<4>, run<4>, weight_scratch<4>, weight_run<4>},
+          fma_peak};
 }
 
 }  // namespace mf::MF_ISA
