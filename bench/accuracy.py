@@ -1,8 +1,8 @@
 """What float32 costs a meta-gradient: its relative error against float64, by form of the convolutions.
 
 Each form runs in a process of its own on the same episodes: the network and steps of omniglot-5w1s on the embedded
-strokes, a new random network for each of the first four fifths, a trained one for the rest. "default" is what the engine
-chooses.
+strokes, a new random network for each of the first four fifths, a trained one for the rest. "default" is what the
+engine chooses.
 
 python -m bench.accuracy [--episodes 100] [--updates 60] [--json FILE]
 """

@@ -154,15 +154,20 @@ def test_bfloat16_operands_are_summed_in_float32(backend: str, name: str) -> Non
 
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
-@pytest.mark.parametrize("name", ["omniglot-14", "imagenet-wide"])
+@pytest.mark.parametrize("name", ["omniglot-14", "omniglot-7", "imagenet-wide"])
 def test_winograd_error_stays_near_torch(name: str) -> None:
+    """Root-mean-square errors: the largest one of a tensor is half luck."""
+
+    def error(result: Tensor, exact: Tensor) -> float:
+        return float((result.double() - exact).norm() / exact.norm())
+
     case = Case(SHAPES[name], torch.float32)
     ours: list[float] = []
     theirs: list[float] = []
     with use_backend("native"):
-        case.compare(lambda result, exact: ours.append(relative(result, exact)))
+        case.compare(lambda result, exact: ours.append(error(result, exact)))
     with use_backend("python"):
-        case.compare(lambda result, exact: theirs.append(relative(result, exact)))
+        case.compare(lambda result, exact: theirs.append(error(result, exact)))
     for own, torch_error in zip(ours, theirs, strict=True):
         assert own <= 4 * torch_error
 

@@ -337,8 +337,7 @@ int64_t winograd_tile(const Shape& s, Product product) {
   for (const int64_t tile : {3, 4}) {
     const int64_t points = (tile + 2) * (tile + 2);
     const int64_t tiles = ((height + tile - 1) / tile) * ((width + tile - 1) / tile);
-    const int64_t cost =
-        points * (s.images * tiles * (s.ci * s.co + kValue * (s.ci + s.co)) + kWeight * s.ci * s.co);
+    const int64_t cost = points * (s.images * tiles * (s.ci * s.co + kValue * (s.ci + s.co)) + kWeight * s.ci * s.co);
     if (cost < least) {
       best = tile;
       least = cost;

@@ -28,7 +28,7 @@ struct Transform;
 template <>
 struct Transform<4> {
   static constexpr float a = 2.f / 3, b = 3.f / 2, aa = 4.f / 9, bb = 9.f / 4, aaa = 8.f / 27, bbb = 27.f / 8;
-  static constexpr float both = 97.f / 36;  // aa + bb
+  static constexpr float both = 97.f / 36;                    // aa + bb
   static constexpr float na = -162.f / 260, nb = 72.f / 585;  // 1 / (2 aa (aa - bb)), 1 / (2 bb (bb - aa))
 
   static MF_INLINE void data(const V* d, V* t) {
@@ -149,6 +149,9 @@ struct Sizes {
   int64_t rows, columns, per_image;
 };
 
+/// Products summed one after the other before they join the rest: sums of sums round less.
+constexpr int64_t kChain = 32, kMaxChains = 16;
+
 /// Elements between the planes of two points: never a multiple of 4096 bytes, or all planes would share cache sets.
 inline int64_t plane(int64_t tiles, int64_t channels) {
   const int64_t n = round_line<float>(tiles * channels);
@@ -247,8 +250,9 @@ template <int M>
 int64_t scratch(const Problem& p) {
   const int64_t weights = p.channels_in * p.channels_out, zeros = round_line<float>(p.channels_in);
   return zeros +
-         Sizes<M>::points * (p.pairs * (plane(p.channels_in, p.channels_out) + plane(chunk_tiles<M>(p), p.channels_in)) +
-                             plane(chunk_tiles<M>(p), p.channels_out)) +
+         Sizes<M>::points *
+             (p.pairs * (plane(p.channels_in, p.channels_out) + plane(chunk_tiles<M>(p), p.channels_in)) +
+              plane(chunk_tiles<M>(p), p.channels_out)) +
          (p.transposed ? 9 * weights : 0);
 }
 
@@ -267,13 +271,14 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   float* turned = products + points * product_stride;
   memset(zeros, 0, ci * sizeof(float));
   const Panels<float> panels(co);
+  const int64_t wanted = divide_up(ci * p.pairs, kChain), chains = wanted < kMaxChains ? wanted : kMaxChains;
   int64_t ready = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     if (task != ready) {
       for (int pair = 0; pair < p.pairs; ++pair)
         transform_weights<M>(p, static_cast<const float*>(p.w[pair]) + task * 9 * weights,
-                          filters + pair * points * filter_stride, filter_stride, turned);
+                             filters + pair * points * filter_stride, filter_stride, turned);
       ready = task;
     }
     const int64_t total = p.images * sizes.per_image;
@@ -291,7 +296,13 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t o = panels.begin(panel);
           const float* right = filters + k * filter_stride + o * ci;
-          const Segment segments[2] = {{0, 0, ci}, {points * data_stride, points * filter_stride, ci}};
+          Segment segments[kMaxChains][2];
+          for (int64_t chain = 0; chain < chains; ++chain)
+            for (int pair = 0; pair < p.pairs; ++pair) {
+              const int64_t c = chain * ci / chains, length = (chain + 1) * ci / chains - c;
+              segments[chain][pair] = {pair * points * data_stride + c,
+                                       pair * points * filter_stride + c * panels.width(panel), length};
+            }
           for (int64_t b = 0, row = 0; b < blocks; ++b) {
             Block<float> block;
             const int rows = static_cast<int>(count * (b + 1) / blocks - row);
@@ -299,17 +310,19 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
               block.rows[i] = data + k * data_stride + row * ci;
               block.out[i] = products + k * product_stride + row * co + o;
             }
-            pick<float, 1>(rows, panels.vectors(panel))(block, segments, p.pairs, 1, right, 0, false);
+            const Multiply<float> kernel = pick<float, 1>(rows, panels.vectors(panel));
+            for (int64_t chain = 0; chain < chains; ++chain)
+              kernel(block, segments[chain], p.pairs, 1, right, 0, chain > 0);
           }
         }
       store_outputs<M>(p, sizes, products, product_stride, static_cast<float*>(p.out) + task * p.images * out_image, at,
-                    count);
+                       count);
     }
   }
 }
 
 /// Tiles one visit of an accumulator block reduces; fixed, because the order of summation follows it.
-constexpr int64_t kWeightTiles = 48;
+constexpr int64_t kWeightTiles = 2 * kChain;
 
 /// Weight gradient: G^T [ sum over tiles (B^T x B) * (A g A^T) ] G, channels of g in ranges of 16.
 template <int M>
@@ -347,7 +360,7 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
         transform_patches<M, side, Transform<M>::gradient>(
             static_cast<const float*>(p.w[pair]) + task * p.images * out_image, p.out_height, p.out_width, co, M, 0,
             sizes.columns, sizes.per_image, at, count, o, own, memory, grads, grad_stride, kPanel<float>, tiles);
-        const Segment segment{0, 0, count};
+        const int64_t chains = divide_up(count, kChain);
         for (int k = 0; k < points; ++k)
           for (int64_t panel = 0; panel < panels.count; ++panel) {
             const int64_t column = panels.begin(panel);
@@ -358,8 +371,12 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
                 block.rows[i] = data + k * data_stride + row / W * W * tiles + row % W;
                 block.out[i] = sums + k * sum_stride + row * own + column;
               }
-              pick<float, W>(rows, panels.vectors(panel))(
-                  block, &segment, 1, W, grads + k * grad_stride + column * tiles, 0, pair > 0 || chunk > 0);
+              const Multiply<float> kernel = pick<float, W>(rows, panels.vectors(panel));
+              for (int64_t chain = 0; chain < chains; ++chain) {
+                const int64_t t = chain * count / chains, length = (chain + 1) * count / chains - t;
+                const Segment segment{t * W, t * panels.width(panel), length};
+                kernel(block, &segment, 1, W, grads + k * grad_stride + column * tiles, 0, pair + chunk + chain > 0);
+              }
             }
           }
       }
