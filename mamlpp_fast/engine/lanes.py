@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
+import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast.engine.deterministic import one_thread
 
@@ -41,20 +42,22 @@ class _Pool:
     def of(self, count: int) -> ThreadPoolExecutor:
         with self._lock:
             if self._threads is None or self._count < count:
-                old, self._threads = self._threads, _started(count)
-                self._count = count
-                if old is not None:
-                    old.shutdown(wait=False)  # what other callers have given it is still done
+                # Those before end when no caller holds them any more.
+                self._threads, self._count = _started(count), count
             return self._threads
 
 
 def _started(count: int) -> ThreadPoolExecutor:
     """Threads on which torch computes on one; what later threads begin with is as before."""
+    _native.load()
     default: list[int] = []
     barrier = threading.Barrier(count)
 
     def begin() -> None:
         default.append(torch.get_num_threads())
+        # The first `at::parallel_for` of a library on a thread sets the number that later threads begin with.
+        one = torch.zeros(1)
+        torch.ops.mamlpp_fast.lslr_update(one, one, one, None, 0)
         barrier.wait()
         torch.set_num_threads(1)
         barrier.wait()
@@ -138,7 +141,9 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1) -> None:
     pool, running = _pool.of(lanes), list[Future[None]]()
     try:
         running += (pool.submit(on_lane, lane) for lane in range(lanes))
-        wait(running)
+        # With a limit: an interrupt that comes just before the wait begins is seen only after it.
+        while wait(running, timeout=1.0).not_done:
+            continue
     finally:
         halt.wanted = True
         _settle(running)
