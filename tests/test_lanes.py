@@ -41,7 +41,11 @@ def learner(kind: str = "fused", precision: str = "float64", **settings: Any) ->
 def results(own: mf.MAMLPlusPlus, batch: mf.EpisodeBatch) -> dict[str, Tensor]:
     """Losses, meta-gradients, running statistics and, after every step of an evaluation, predictions."""
     metrics = own.meta_gradient(batch)
-    found = {"loss": metrics.loss, "losses": metrics.task_losses, "logits": own.evaluate(batch, steps=3).logits}
+    found = {
+        "loss": metrics.loss,
+        "losses": metrics.task_losses,
+        "logits": own.evaluate(batch, steps=3).logits,
+    }
     found |= gradients(own.model, own.rates)
     return found | {name: b.clone() for name, b in own.model.named_buffers()}
 
@@ -56,7 +60,6 @@ def test_the_reference_for_any_tasks_and_threads(tasks: int) -> None:
         own = learner()
         for batch, found in zip(batches, expected, strict=True):
             torch.testing.assert_close(results(own, batch), found, rtol=1e-9, atol=1e-9)
-
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

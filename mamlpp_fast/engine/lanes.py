@@ -89,7 +89,7 @@ def here() -> bool:
         torch.get_num_threads() == 1
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     )
 
 
@@ -152,7 +152,7 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1) -> None:
 
 
 def _settle(running: list[Future[None]]) -> None:
-    """Waits until all are done, however often the caller is interrupted: they write to memory that it goes on to use."""
+    """Waits for all, however often the caller is interrupted: they write to memory that it goes on to use."""
     while not all(future.done() for future in running):
         try:
             wait(running)

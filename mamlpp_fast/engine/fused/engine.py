@@ -38,6 +38,7 @@ _Key = tuple[object, ...]
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
 _NARROW = 8
 
+
 class FusedEngine:
     """Meta-gradients by an explicit adjoint over all tasks at once, from operations on fixed buffers.
 

@@ -1,7 +1,7 @@
 """What groups of tasks leave behind, and the sums over all of them.
 
-A group writes to a row of its own of one table, so that none waits for another, and the sums come after, in the order of the
-tasks: they do not depend on which lane ran which group, nor when.
+A group writes to a row of its own of one table, so that none waits for another, and the sums come after, in the order
+of the tasks: they do not depend on which lane ran which group, nor when.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ class Finish:
         self.em.label = "parameters"
         means = {}
         for name, (begin, shape) in layout.places().items():
-            terms = self.left["adjoint"].view(
-                lambda t, begin=begin, shape=shape: t.narrow(1, begin, shape.numel()).unflatten(1, shape)
-            )
+            terms = self.left["adjoint"].view(_part(begin, shape))
             means[name] = self._mean(f"meta-gradient of {name}", terms, [0, 1])
         return means
 

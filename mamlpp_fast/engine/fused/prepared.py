@@ -13,6 +13,7 @@ from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Program, Workspace
 from mamlpp_fast.engine.fused.sweep import Form, Memory
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
+from mamlpp_fast.engine.lanes import Halt, Share
 from mamlpp_fast.engine.running import RunningStats
 from mamlpp_fast.episodes import EpisodeBatch
 
@@ -94,16 +95,16 @@ class Prepared:
         else:
             lanes.run(lambda lane, halt: work())
 
-    def _shares(self) -> list[lanes.Share]:
+    def _shares(self) -> list[Share]:
         if self.threads == 0 or lanes.here():
             return [(range(self.groups), 1, max(1, self.threads))]
         return lanes.shares(self.groups, self.lanes, self.threads)
 
-    def _groups(self, batch: EpisodeBatch, share: lanes.Share) -> None:
+    def _groups(self, batch: EpisodeBatch, share: Share) -> None:
         groups, count, threads = share
         left = deque(groups)
 
-        def work(lane: int, halt: lanes.Halt) -> None:
+        def work(lane: int, halt: Halt) -> None:
             while not halt.wanted:
                 try:
                     group = left.popleft()
@@ -112,11 +113,11 @@ class Prepared:
                 self._group(batch, group, lane, threads, halt)
 
         if self.threads == 0:
-            work(0, lanes.Halt())
+            work(0, Halt())
         else:
             lanes.run(work, count)
 
-    def _group(self, batch: EpisodeBatch, group: int, lane: int, threads: int, halt: lanes.Halt) -> None:
+    def _group(self, batch: EpisodeBatch, group: int, lane: int, threads: int, halt: Halt) -> None:
         start = group * self.form.tasks
         self.transfer.load_batch(batch.tasks(start, start + self.form.tasks), lane)
         self.program.run(lane, threads, halt)

@@ -2,7 +2,7 @@
 
 A sweep is written down once, symbolically, with :class:`Emitter`: every call names its function and its buffers. From
 the list follow the lifetimes of the buffers, so that those which are never alive together share memory, and with that
-the bytes the iteration needs, before anything runs. :meth:`Program.bind` turns names into tensors, other ones for each lane
+the bytes the iteration needs, before anything runs. :meth:`Program.bind` turns names into tensors, others for each lane
 (:mod:`mamlpp_fast.engine.lanes`); :meth:`Program.run` makes the calls.
 """
 

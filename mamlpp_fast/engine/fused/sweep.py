@@ -65,10 +65,10 @@ class Memory:
         rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
         weights: multi-step weights [K].
         running: running mean and variance [K, C] that frozen norms read.
-        row: what a group leaves, flat; table: the rows of all groups [G, size], and all: what lies in them, [G, *shape]:
-            ``"logits"``, predictions [T, m, O], or of every step [K, T, m, O]; in training ``"losses"`` [T], ``"adjoint"``,
-            ``"rates"``, and of each batch norm ``"mean"`` and ``"rstd"`` [K, 2, T, C] that it saw in the support (0) and
-            target (1) passes.
+        row: what a group leaves, flat; table: the rows of all groups [G, size]; all: what lies in them, [G, *shape]:
+            ``"logits"``, predictions [T, m, O], or of every step [K, T, m, O]; in training ``"losses"`` [T],
+            ``"adjoint"``, ``"rates"``, and of each batch norm ``"mean"`` and ``"rstd"`` [K, 2, T, C] that it saw in the
+            support (0) and target (1) passes, ``"weight"`` and ``"bias"`` likewise.
         meta_grads, row_grads, rate_grads: means over all tasks.
     """
 
@@ -154,8 +154,8 @@ class _Writer:
         self.left = row.views(flat)
         table = flat.reshape(1, row.size)
         if groups > 1:
-            rows = torch.zeros(groups, row.size, dtype=self.em.dtype, device=self.em.device)
-            table = self.finish.own("results of all groups", rows)
+            every = torch.zeros(groups, row.size, dtype=self.em.dtype, device=self.em.device)
+            table = self.finish.own("results of all groups", every)
         memory = Memory(
             support_x=self._zeros("support images", f.tasks, f.support, *net.shapes[0], each=True),
             target_x=self._zeros("target images", f.tasks, f.targets, *net.shapes[0], each=True),
@@ -395,7 +395,15 @@ class _MetaGradient(_Writer):
         inner = adjoint[: self.inner_layout.size]
         self.em.call(
             ops.lslr_update_backward_out.default,
-            *(inner, grads, self.memory.rates, self.segments, self.rate_row(k), direction, self.left["rates"]),
+            *(
+                inner,
+                grads,
+                self.memory.rates,
+                self.segments,
+                self.rate_row(k),
+                direction,
+                self.left["rates"],
+            ),
         )
         return direction
 
