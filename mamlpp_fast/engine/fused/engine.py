@@ -55,8 +55,8 @@ class FusedEngine:
             little there.
         memory: ``"keep"`` the activations of all support passes, or ``"recompute"`` them in the reverse sweep.
         group: tasks that advance together; fewer need less memory and more launches. None: chosen for the device.
-        deterministic: the same bits on any number of CPU threads, also where no layer is a convolution (which gives them
-            anyway): what torch computes runs on one of them.
+        deterministic: the same bits on any number of CPU threads, also without convolutions (with them anyway): what
+            torch computes runs on one of them.
         verify: compare the first results of every form with the reference loop in float64.
 
     Raises:
@@ -145,7 +145,8 @@ class FusedEngine:
                     f"computed in float64 and rounded at the end: no layer has more than {_NARROW} channels"
                 )
             lines += [
-                f"{f.total_tasks} tasks in groups of {f.tasks}{lanes}, {f.support} support and {f.targets} target images, "
+                f"{f.total_tasks} tasks in groups of {f.tasks}{lanes}, "
+                f"{f.support} support and {f.targets} target images, "
                 f"{f.steps} steps, {'second' if f.second_order else 'first'} order; support activations {option}",
                 f"workspace {prepared.workspace_bytes / 2**20:.1f} MiB, "
                 f"other buffers {prepared.owned_bytes / 2**20:.1f} MiB, "
