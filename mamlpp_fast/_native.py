@@ -25,13 +25,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-__all__ = ["NativeError", "NativeStatus", "build", "load", "status"]
+__all__ = ["NativeError", "NativeStatus", "build", "load", "set_threads", "status"]
 
 _LIBRARY = "libmamlpp_fast.so"
 _AVX512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -80,6 +80,7 @@ class _Recipe:
 
 _lock = threading.Lock()
 _status: NativeStatus | None = None
+_set_threads: Callable[[int], None] | None = None
 
 
 def load() -> bool:
@@ -104,6 +105,12 @@ def load() -> bool:
 def status() -> NativeStatus:
     """The outcome of :func:`load`, without causing it."""
     return _status or NativeStatus(False, "not loaded yet")
+
+
+def set_threads(count: int) -> None:
+    """How many threads the kernels take when the calling thread calls them; torch's own number stays."""
+    if _set_threads is not None:
+        _set_threads(count)
 
 
 def build() -> Path:
@@ -148,8 +155,11 @@ def _open(path: Path) -> NativeStatus:
         if "undefined symbol" in cause:
             cause = f"built for another torch than {torch.__version__}: {cause}"
         raise NativeError(f"does not load: {cause}") from error
-    isa = ctypes.CDLL(str(path)).mamlpp_fast_isa
+    global _set_threads
+    library = ctypes.CDLL(str(path))
+    isa, _set_threads = library.mamlpp_fast_isa, library.mamlpp_fast_set_threads
     isa.restype = ctypes.c_char_p
+    _set_threads.argtypes, _set_threads.restype = [ctypes.c_int], None
     return NativeStatus(True, "", path, isa().decode(), torch.__version__)
 
 

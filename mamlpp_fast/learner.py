@@ -57,7 +57,8 @@ class MAMLPlusPlus:
         process_group: the processes that share the tasks of every meta-batch, ``torch.distributed.group.WORLD`` say.
             All call :meth:`meta_step` alike and hold the same parameters, those of rank 0 to begin with.
         deterministic: the same bits on any number of CPU threads; by default what
-            ``torch.use_deterministic_algorithms`` says. Costs the fused engine little; the others run on one thread.
+            ``torch.use_deterministic_algorithms`` says. The fused engine has that anyway where there are convolutions;
+            the others run on one thread.
         verify: the first meta-gradient of every form is compared with the reference loop in float64; False turns it
             off.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mamlpp_fast as mf
-from bench import harness, iterations, plots, report, tables
+from bench import harness, iterations, load, plots, report, tables
 from bench.__main__ import PARTS
 from bench.cases import all_cases
 from bench.compare import compare
@@ -131,6 +131,15 @@ def test_a_size_is_timed_against_the_unchanged_one(monkeypatch: pytest.MonkeyPat
     assert rows["tasks", 8]["flops"] == 4 * rows["tasks", 2]["flops"]
     for (_, value), row in rows.items():
         assert row["ms_each"] == pytest.approx(row["ms"][1] / value)
+
+
+def test_iterations_are_timed_beside_busy_processes() -> None:
+    tiny = Workload("tiny", 2, 3, 1, 1, 16, 1, 4, steps=2)
+    rows = load.under_load(tiny, [0, 1], 2)
+    assert [row["busy"] for row in rows] == [0, 1]
+    assert rows[0]["fused_growth"] == rows[0]["growth_ratio"] == 1
+    assert all(row["fused_ms"][1] > 0 for row in rows)
+    assert "tiny, 1 busy" in load.describe(rows)
 
 
 def test_the_page_shows_a_ratio_beside_that_of_the_second_run(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_batch, small_conv4, small_learner
+from helpers import kept_threads, random_batch, small_conv4, small_learner
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,7 +89,8 @@ def test_buffers_keep_their_addresses() -> None:
     engine = engine_of(learner)
 
     def addresses() -> list[int]:
-        tensors = [b.tensor for p in engine._prepared.values() for b in p.program.buffers]
+        programs = [q for p in engine._prepared.values() for q in (p.program, p.finish)]
+        tensors = [t for program in programs for b in program.buffers for t in b.tensors]
         tensors += [p.grad for m in (learner.model, learner.rates) for p in m.parameters()]
         return [t.data_ptr() for t in tensors if t is not None]
 
@@ -114,10 +115,16 @@ def test_results_survive_the_next_iteration() -> None:
 def test_memory_used_is_the_memory_predicted() -> None:
     learner = small_learner(engine="fused")
     engine = engine_of(learner)
-    program = engine.prepare(random_batch(), True, True).program
+    with kept_threads():
+        torch.set_num_threads(2)
+        prepared = engine.prepare(random_batch(), True, True)
     workspace = engine.workspace.memory
-    assert workspace.numel() == program.workspace_bytes
-    spans = [(b.tensor.data_ptr(), b.nbytes) for b in program.buffers if not b.owned and b.tensor is not None]
-    assert max(start + size for start, size in spans) <= workspace.data_ptr() + program.workspace_bytes
+    own = prepared.program.workspace_bytes
+    assert workspace.numel() == prepared.workspace_bytes == 2 * own
+    for lane, start in enumerate((workspace.data_ptr(), workspace.data_ptr() + own)):
+        placed = [b for b in prepared.program.buffers if not b.owned]
+        spans = [(b.tensor(lane).data_ptr(), b.nbytes) for b in placed]
+        assert min(begin for begin, _ in spans) == start
+        assert max(begin + size for begin, size in spans) <= start + own
     learner.meta_gradient(random_batch())
     assert engine.workspace.memory.data_ptr() == workspace.data_ptr()

@@ -311,14 +311,14 @@ def test_ten_adam_steps_stay_together() -> None:
     assert_same(learners[1].rates.rates.detach(), learners[0].rates.rates.detach(), "rates")
 
 
-def test_tasks_at_a_time_follow_the_number_of_threads() -> None:
+def test_lanes_follow_the_number_of_threads() -> None:
     reference_engine, ours = engines(small_conv4(), 3)
     batch = random_batch(tasks=4)
     with kept_threads():
         for count in (1, 2, 4, 1):
             torch.set_num_threads(count)
             compare((reference_engine, ours), batch, step_weights(3))
-            assert ours.prepare(batch, True, True).form.tasks == count
+            assert ours.prepare(batch, True, True).lanes == count
 
 
 def test_another_batch_shape_and_form_in_between_changes_nothing() -> None:

@@ -39,7 +39,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("package")
     (root / "csrc/cpu").mkdir(parents=True)
     (root / "mamlpp_fast").mkdir()
-    for name in ("CMakeLists.txt", "csrc/cpu/isa.h", "csrc/cpu/isa.cpp"):
+    for name in ("CMakeLists.txt", "csrc/cpu/isa.h", "csrc/cpu/isa.cpp", "csrc/cpu/threads.cpp"):
         (root / name).write_bytes((ROOT / name).read_bytes())
     return root
 

@@ -1,4 +1,4 @@
-"""The same bits on any number of threads: what torch computes runs on one, our kernels on all.
+"""The same bits on any number of threads: what torch computes runs on one.
 
 Each element that our kernels write is summed in one order, whichever thread does it. Torch's reductions and products
 split their sums by the number of threads, and its elementwise loops round otherwise at the ends of a thread's share.
@@ -6,14 +6,13 @@ split their sums by the number of threads, and its elementwise loops round other
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["deterministic_algorithms", "on_one_thread", "one_thread"]
+__all__ = ["deterministic_algorithms", "one_thread"]
 
 
 @contextmanager
@@ -43,15 +42,3 @@ def deterministic_algorithms() -> Iterator[None]:
     finally:
         settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before)
-
-
-def on_one_thread(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation of torch on one thread; one of ours as it is."""
-    if getattr(fn, "namespace", "") != "aten":
-        return fn
-
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        with one_thread():
-            return fn(*arguments, **keywords)
-
-    return functools.update_wrapper(call, fn, ("__name__",), ())

@@ -36,7 +36,7 @@ def decay(momentum: float, passes: Tensor) -> Tensor:
 
 @dataclass
 class RunningStats:
-    """Update of one batch norm's running statistics by the passes of a group of tasks.
+    """Update of one batch norm's running statistics by the passes of all tasks.
 
     The order is the reference's: task after task, step after step, support pass before target pass.
 
@@ -114,20 +114,22 @@ class RunningStats:
         )
 
     def update(self, tensors: Mapping[str, Tensor], mean: Tensor, rstd: Tensor) -> None:
-        """Takes in the statistics [steps, 2, tasks, C] of a group of tasks; variance is 1 / rstd² − ε.
+        """Takes in the statistics [steps, 2, tasks, C] of all tasks; variance is 1 / rstd² − ε.
 
         Args:
             tensors: the model's parameters and buffers by name.
+            mean, rstd: with any strides; tasks may be several axes.
         """
         rows = self.decay.shape[0]
         running_mean, running_var = (tensors[name].view(rows, -1) for name in (self.mean, self.var))
-        means, variance = mean.flatten(0, 2), self.scratch[0]
+        means = variance = self.scratch[0]
+        means.view(mean.shape).copy_(mean)
         # The buffers may be of lower precision than the statistics.
         new = torch.mul(running_mean, self.decay, out=self.scratch[1]).addmm_(self.share, means)
         if self.bias is not None:
             new.addcmul_(self.complement, tensors[self.bias].detach())
         running_mean.copy_(new)
-        torch.pow(rstd.flatten(0, 2), -2, out=variance)
+        torch.pow(rstd, -2, out=variance.view(rstd.shape))
         variance.sub_(self.eps)
         new = torch.mul(running_var, self.decay, out=self.scratch[1]).addmm_(self.unbiased_share, variance)
         running_var.copy_(new)

@@ -23,7 +23,7 @@ from mamlpp_fast.nn import plain_batch_norm
 from mamlpp_fast.reference import EvalStats, LossFn
 
 if TYPE_CHECKING:
-    from mamlpp_fast.engine.fused.engine import Prepared
+    from mamlpp_fast.engine.fused.prepared import Prepared
 
 __all__ = ["check_evaluation", "check_meta_gradient", "sample"]
 
@@ -74,9 +74,7 @@ def check_meta_gradient(
     gradients = Gradients(model, rates, torch.float64)
     with torch.no_grad():
         prepared.memory.weights.tensor().copy_(weights)
-        prepared.zero()
-        prepared.run(batch, dict(model.named_parameters()) | buffers)
-        prepared.transfer.store_gradients(gradients)
+        prepared.run(batch, dict(model.named_parameters()) | buffers, gradients)
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     all_rates = _exact(rates.rates)
     model.train()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,9 +16,10 @@ from mamlpp_fast.engine.base import Precision, Unsupported
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
-from mamlpp_fast.engine.fused.program import Emitter, Program, Workspace
+from mamlpp_fast.engine.fused.prepared import Prepared
+from mamlpp_fast.engine.fused.program import Emitter, Workspace
 from mamlpp_fast.engine.fused.steps import Conv, FirstLayer, Loss, loss_of
-from mamlpp_fast.engine.fused.sweep import Form, Memory, Written, write_evaluation, write_meta_gradient
+from mamlpp_fast.engine.fused.sweep import Form, Written, write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
 from mamlpp_fast.engine.graph import Graphed, graphed
 from mamlpp_fast.engine.record import Recording, record
@@ -38,54 +38,6 @@ _Key = tuple[object, ...]
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
 _NARROW = 8
 
-# Tasks of a group where their number must not follow that of threads: sums over tasks are taken group by group.
-_DETERMINISTIC_GROUP = 2
-
-
-@dataclass
-class Prepared:
-    """A program of one form, ready to run.
-
-    Attributes:
-        losses, logits: of all tasks, [T] and [T, m, O] (evaluation: [K, T, m, O]); overwritten by the next run.
-        axis: of the tasks in ``logits``.
-    """
-
-    program: Program
-    memory: Memory
-    network: Network
-    form: Form
-    transfer: Transfer
-    running: dict[str, RunningStats]
-    losses: Tensor
-    logits: Tensor
-    axis: int
-
-    def run(self, batch: EpisodeBatch, statistics: dict[str, Tensor] | None = None) -> None:
-        """The program on a whole batch, group after group; ``statistics``: tensors of the model, to be updated."""
-        m, size = self.memory, self.form.tasks
-        self.transfer.load_parameters()
-        for start in range(0, batch.num_tasks, size):
-            self.transfer.load_batch(batch.tasks(start, start + size))
-            self.program.run()
-            self.losses[start : start + size].copy_(m.losses.tensor())
-            self.logits.narrow(self.axis, start, size).copy_(m.logits.tensor())
-            if statistics is not None:
-                for name, running in self.running.items():
-                    mean, rstd = m.stats[name]
-                    running.update(statistics, mean.tensor(), rstd.tensor())
-
-    def zero(self) -> None:
-        """Clears the sums over groups."""
-        m = self.memory
-        for ref in (
-            *m.meta_grads.values(),
-            *(r for pair in m.row_grads.values() for r in pair),
-            m.rate_grads,
-        ):
-            if ref is not None:
-                ref.tensor().zero_()
-
 
 class FusedEngine:
     """Meta-gradients by an explicit adjoint over all tasks at once, from operations on fixed buffers.
@@ -103,7 +55,7 @@ class FusedEngine:
             little there.
         memory: ``"keep"`` the activations of all support passes, or ``"recompute"`` them in the reverse sweep.
         group: tasks that advance together; fewer need less memory and more launches. None: chosen for the device.
-        deterministic: the same bits on any number of CPU threads: ``group`` is not chosen by their number, and what
+        deterministic: the same bits on any number of CPU threads, also without convolutions (with them anyway): what
             torch computes runs on one of them.
         verify: compare the first results of every form with the reference loop in float64.
 
@@ -186,16 +138,18 @@ class FusedEngine:
         lines = [f"kernels on {self.device}: {served}"]
         for prepared in self._prepared.values():
             f, program = prepared.form, prepared.program
+            lanes = f", {prepared.lanes} at once on lanes" if prepared.threads else ""
             option = "recomputed in the reverse sweep" if f.recompute else "kept"
             if self._inner_dtype(prepared.network) != self.dtype:
                 lines.append(
                     f"computed in float64 and rounded at the end: no layer has more than {_NARROW} channels"
                 )
             lines += [
-                f"{f.total_tasks} tasks in groups of {f.tasks}, {f.support} support and {f.targets} target images, "
+                f"{f.total_tasks} tasks in groups of {f.tasks}{lanes}, "
+                f"{f.support} support and {f.targets} target images, "
                 f"{f.steps} steps, {'second' if f.second_order else 'first'} order; support activations {option}",
-                f"workspace {program.workspace_bytes / 2**20:.1f} MiB, "
-                f"other buffers {program.owned_bytes / 2**20:.1f} MiB, "
+                f"workspace {prepared.workspace_bytes / 2**20:.1f} MiB, "
+                f"other buffers {prepared.owned_bytes / 2**20:.1f} MiB, "
                 f"{program.flops * f.total_tasks / f.tasks / 1e9:.2f} GFLOP, {len(program.instructions)} calls a group",
                 prepared.network.table(f.tasks * f.support),
                 program.table(),
@@ -257,12 +211,12 @@ class FusedEngine:
             if check(sample(batch)):
                 del self._unchecked[key]
         prepared = self._prepared[key]
-        prepared.program.bind(self.workspace)
+        prepared.bind(self.workspace)
         return prepared
 
     def _alone(self, prepared: Prepared) -> Prepared:
         """With memory of its own."""
-        prepared.program.bind(Workspace(self.device))
+        prepared.bind(Workspace(self.device))
         return prepared
 
     @contextlib.contextmanager
@@ -331,7 +285,6 @@ class FusedEngine:
             self.device,
             torch.float64 if exact else self._inner_dtype(network),
             torch.bfloat16 if rounded else None,
-            deterministic=self.deterministic,
         )
 
     def _ready(
@@ -355,35 +308,38 @@ class FusedEngine:
         )
         running = {}
         made = made_passes(form.steps, form.multi_step)
-        for name, norm in network.norms.items() if memory.stats else ():
+        table = memory.table.tensor()
+        for name, norm in network.norms.items() if "losses" in memory.all else ():
             counts = (form.support * norm.elements, form.targets * norm.elements)
             kept = norm.statistics
             if kept is not None:
                 running[name] = RunningStats.of(
                     (kept.mean, kept.var, kept.counted, norm.bias),
                     rows=kept.rows,
-                    channels=memory.stats[name][0].shape[-1],
+                    channels=memory.all[name, "mean"].shape[-1],
                     momentum=kept.momentum,
                     eps=kept.eps,
                     made=made,
-                    tasks=form.tasks,
+                    tasks=form.total_tasks,
                     counts=counts,
-                    like=memory.losses.tensor(),
+                    like=table,
                 )
-        logits = memory.logits.tensor()
-        axis = logits.ndim - 3
-        sizes = (*logits.shape[:axis], form.total_tasks, *logits.shape[axis + 1 :])
-        dtype = torch.promote_types(self.dtype, logits.dtype) if exact else self.dtype
+        shape = memory.all["logits"].shape[1:]
+        axis = len(shape) - 3
+        sizes = (*shape[:axis], form.total_tasks, *shape[axis + 1 :])
+        dtype = torch.promote_types(self.dtype, table.dtype) if exact else self.dtype
         return Prepared(
             written.program,
+            written.finish,
             memory,
             network,
             form,
             transfer,
             running,
-            logits.new_zeros(form.total_tasks, dtype=dtype),
-            logits.new_zeros(sizes, dtype=dtype),
+            table.new_zeros(form.total_tasks, dtype=dtype),
+            table.new_zeros(sizes, dtype=dtype),
             axis,
+            torch.get_num_threads() if self._on_lanes(network) else 0,
         )
 
     def _fit(
@@ -393,8 +349,8 @@ class FusedEngine:
         write: Callable[[EpisodeBatch, int, bool], Prepared],
         second_order: bool,
     ) -> Prepared:
-        """Chooses group size and memory option: the fastest that fits in memory."""
-        most = self._group_limit(network) or batch.num_tasks
+        """Chooses group size, memory option and number of lanes: the fastest that fits in memory."""
+        most = self.group or (1 if self._convolves(network) else batch.num_tasks)
         sizes = [d for d in range(most, 0, -1) if batch.num_tasks % d == 0]
         if self.group is not None or self.deterministic:
             sizes = sizes[:1]
@@ -405,23 +361,21 @@ class FusedEngine:
         }
         prepared = None
         for tasks in sizes:
-            for recompute in options[self.memory]:
-                prepared = write(batch, tasks, recompute)
-                needed = prepared.program.workspace_bytes + prepared.program.owned_bytes
-                if needed <= _free_bytes(self.device):
-                    return prepared
+            written = [write(batch, tasks, recompute) for recompute in options[self.memory]]
+            for lanes in range(max(1, min(written[0].threads, written[0].groups)), 0, -1):
+                for prepared in written:
+                    prepared.lanes = lanes
+                    if prepared.workspace_bytes + prepared.owned_bytes <= _free_bytes(self.device):
+                        return prepared
         assert prepared is not None
         return prepared
 
-    def _group_limit(self, network: Network) -> int | None:
-        """The most tasks of a group; None for any number."""
-        if self.group is not None:
-            return self.group
-        if self.deterministic:
-            return _DETERMINISTIC_GROUP
-        if self.device.type == "cpu" and any(isinstance(s, (Conv, FirstLayer)) for s in network.steps):
-            return torch.get_num_threads()  # a task per thread keeps what a thread works on in its caches
-        return None
+    def _convolves(self, network: Network) -> bool:
+        """On a CPU, where a thread then works on a task at a time: what it works on stays in its caches."""
+        return self.device.type == "cpu" and any(isinstance(s, (Conv, FirstLayer)) for s in network.steps)
+
+    def _on_lanes(self, network: Network) -> bool:
+        return self.deterministic or self._convolves(network)
 
     def _iterate(
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
@@ -431,9 +385,7 @@ class FusedEngine:
         with torch.no_grad():
             if step_weights is not None:
                 prepared.memory.weights.tensor().copy_(step_weights)
-            prepared.zero()
-            prepared.run(batch, self._tensors)
-            prepared.transfer.store_gradients(self._gradients)
+            prepared.run(batch, self._tensors, self._gradients)
         return prepared.losses, prepared.logits
 
 

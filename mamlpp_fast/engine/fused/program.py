@@ -2,8 +2,8 @@
 
 A sweep is written down once, symbolically, with :class:`Emitter`: every call names its function and its buffers. From
 the list follow the lifetimes of the buffers, so that those which are never alive together share memory, and with that
-the bytes the iteration needs, before anything runs. :meth:`Program.bind` turns names into tensors; :meth:`Program.run`
-makes the calls.
+the bytes the iteration needs, before anything runs. :meth:`Program.bind` turns names into tensors, others for each lane
+(:mod:`mamlpp_fast.engine.lanes`); :meth:`Program.run` makes the calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mamlpp_fast.engine.deterministic import on_one_thread
+from mamlpp_fast import _native
+from mamlpp_fast.engine.lanes import Halt
 
 __all__ = ["Buffer", "Emitter", "Instruction", "Phase", "Program", "Ref", "Workspace"]
 
@@ -26,16 +27,25 @@ _Made = TypeVar("_Made")
 
 
 class Buffer:
-    """Memory of one tensor: a place in the workspace, or a tensor of its own (``storage``)."""
+    """Memory of one tensor: a place in the workspace, or a tensor of its own (``storage``).
+
+    Lanes have a place each in the workspace, and of an own tensor a copy each where ``each``.
+    """
 
     def __init__(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, storage: Tensor | None = None
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        storage: Tensor | None = None,
+        each: bool = True,
     ) -> None:
         self.name = name
         self.shape = tuple(shape)
         self.dtype = dtype
-        self.tensor = storage
+        self.tensors = [] if storage is None else [storage]
         self.owned = storage is not None
+        self.each = each
         self.first = -1
         self.last = -1
         self.offset = 0
@@ -43,6 +53,11 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def tensor(self, lane: int = 0) -> Tensor:
+        if not self.tensors:
+            raise RuntimeError(f"buffer {self.name} has no memory yet")
+        return self.tensors[lane if self.each else 0]
 
 
 class Ref:
@@ -73,11 +88,9 @@ class Ref:
     def reshape(self, *shape: int) -> Ref:
         return self.view(lambda t: t.view(*shape))
 
-    def tensor(self) -> Tensor:
-        """The tensor, once the buffer has memory."""
-        t = self.buffer.tensor
-        if t is None:
-            raise RuntimeError(f"buffer {self.buffer.name} has no memory yet")
+    def tensor(self, lane: int = 0) -> Tensor:
+        """The tensor, a lane's own where lanes have one each, once the buffer has memory."""
+        t = self.buffer.tensor(lane)
         for fn in self._views:
             t = fn(t)
         return t
@@ -100,6 +113,11 @@ class Instruction:
     phase: Phase
     label: str
     flops: int
+
+    @property
+    def ours(self) -> bool:
+        """Whether a kernel of ours is called, whose results do not depend on the number of threads."""
+        return getattr(self.fn, "namespace", "") == "mamlpp_fast"
 
     @property
     def name(self) -> str:
@@ -138,41 +156,76 @@ class Program:
     instructions: list[Instruction]
     buffers: list[Buffer]
     workspace_bytes: int
-    _calls: list[Callable[[], Any]] = field(default_factory=list)
+    _calls: list[list[Callable[[], Any]]] = field(default_factory=list)
     _generation: int = -1
 
-    @property
-    def owned_bytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers if b.owned)
+    def owned_bytes(self, lanes: int = 1) -> int:
+        return sum(b.nbytes * (lanes if b.each else 1) for b in self.buffers if b.owned)
 
     @property
     def flops(self) -> int:
         return sum(i.flops for i in self.instructions)
 
-    def bind(self, workspace: Workspace) -> None:
-        """Gives every buffer its place; does nothing while the workspace stays the same."""
-        workspace.reserve(self.workspace_bytes)
-        if self._generation == workspace.generation:
-            return
-        for b in self.buffers:
-            if not b.owned:
-                flat = workspace.memory[b.offset : b.offset + b.nbytes]
-                b.tensor = flat.view(b.dtype).view(b.shape)
-        self._calls = [_bound(i) for i in self.instructions]
-        self._generation = workspace.generation
+    def bind(self, workspace: Workspace, lanes: int = 1) -> None:
+        """Gives every buffer its place, in every lane; does nothing where they have them and the workspace stays."""
+        workspace.reserve(self.workspace_bytes * lanes)
+        if self._generation != workspace.generation:
+            self._calls = []
+            self._generation = workspace.generation
+            for b in self.buffers:
+                if not b.owned:
+                    b.tensors = []
+        for lane in range(len(self._calls), lanes):
+            for b in self.buffers:
+                if b.owned and b.each and len(b.tensors) <= lane:
+                    b.tensors.append(b.tensors[0].clone())
+                elif not b.owned:
+                    begin = lane * self.workspace_bytes + b.offset
+                    flat = workspace.memory[begin : begin + b.nbytes]
+                    b.tensors.append(flat.view(b.dtype).view(b.shape))
+            self._calls.append([_bound(i, lane) for i in self.instructions])
 
-    def run(self) -> None:
-        for call in self._calls:
+    def run(self, lane: int = 0, threads: int = 1, halt: Halt | None = None) -> None:
+        """Makes the calls on a lane's memory.
+
+        Args:
+            lane: which.
+            threads: of our kernels, where that is more than the one that torch has on a lane.
+            halt: stops in front of the next call once it is wanted.
+        """
+        if threads > 1:
+            self._run_wide(lane, threads, halt)
+            return
+        for call in self._calls[lane]:
+            if halt is not None and halt.wanted:
+                return
             call()
 
+    def _run_wide(self, lane: int, threads: int, halt: Halt | None) -> None:
+        wide = False
+        try:
+            for call, instruction in zip(self._calls[lane], self.instructions, strict=True):
+                if halt is not None and halt.wanted:
+                    return
+                if instruction.ours != wide:
+                    wide = instruction.ours
+                    _native.set_threads(threads if wide else 1)
+                call()
+        finally:
+            _native.set_threads(1)
+
     def profile(self, repeats: int = 3) -> dict[tuple[str, str, str], float]:
-        """Seconds of each (phase, label, call), the least of ``repeats`` runs; waits for the device after each call."""
+        """Seconds of each (phase, label, call) of one lane, on the calling thread: the least of ``repeats`` runs.
+
+        Waits for the device after each call.
+        """
         import time
 
-        device = next(b.tensor.device for b in self.buffers if b.tensor is not None)
-        best: list[float] = [math.inf] * len(self._calls)
+        device = next(b.tensors[0].device for b in self.buffers if b.tensors)
+        calls = self._calls[0]
+        best: list[float] = [math.inf] * len(calls)
         for _ in range(repeats):
-            for i, call in enumerate(self._calls):
+            for i, call in enumerate(calls):
                 start = time.perf_counter()
                 call()
                 if device.type == "cuda":
@@ -209,13 +262,10 @@ class Emitter:
         device: torch.device,
         dtype: torch.dtype,
         operand_dtype: torch.dtype | None = None,
-        *,
-        deterministic: bool = False,
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.operand_dtype = operand_dtype
-        self.deterministic = deterministic
         self.phase = Phase("load")
         self.label = ""
         self._instructions: list[Instruction] = []
@@ -233,9 +283,9 @@ class Emitter:
     def like(self, name: str, other: Ref) -> Ref:
         return self.new(name, other.shape)
 
-    def own(self, name: str, value: Tensor) -> Ref:
-        """A buffer that keeps its contents between iterations."""
-        buffer = Buffer(name, value.shape, value.dtype, value)
+    def own(self, name: str, value: Tensor, *, each: bool = False) -> Ref:
+        """A buffer that keeps its contents between iterations; ``each``: of every lane, which a run writes to."""
+        buffer = Buffer(name, value.shape, value.dtype, value, each)
         self._buffers.append(buffer)
         return Ref(buffer)
 
@@ -251,8 +301,6 @@ class Emitter:
 
     def call(self, fn: Callable[..., Any], *args: Any, flops: int = 0, **kwargs: Any) -> None:
         index = len(self._instructions)
-        if self.deterministic:
-            fn = on_one_thread(fn)
         instruction = Instruction(fn, args, kwargs, self.phase, self.label, flops)
         for ref in instruction.refs():
             b = ref.buffer
@@ -316,9 +364,9 @@ def _align(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _bound(instruction: Instruction) -> Callable[[], Any]:
+def _bound(instruction: Instruction, lane: int) -> Callable[[], Any]:
     def tensor(value: Any) -> Any:
-        return value.tensor() if isinstance(value, Ref) else value
+        return value.tensor(lane) if isinstance(value, Ref) else value
 
     fn = instruction.fn
     args = tuple(tensor(a) for a in instruction.args)

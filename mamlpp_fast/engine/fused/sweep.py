@@ -5,12 +5,13 @@ Notation of ``docs/engine.md``: fast weights θ_k, support gradients g_k, rates 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
+from mamlpp_fast.engine.fused.finish import Finish, Key, Row
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Program, Ref
@@ -56,28 +57,32 @@ class Form:
 class Memory:
     """The tensors through which a program meets the world; all keep their place.
 
+    T are the tasks of a group, G the groups. What a run writes to, each lane has its own of.
+
     Attributes:
         support_x, target_x: images [T, N, H, W, C]; support_t, target_t: what the loss stores for labels.
         meta: parameters in the kernels' layout; rows: batch-norm weight and bias [R, C].
         rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
         weights: multi-step weights [K].
-        stats: mean and 1/std [K, 2, T, C] that batch norms saw in the support (0) and target (1) passes.
         running: running mean and variance [K, C] that frozen norms read.
-        logits: predictions [T, m, O], or of every step [K, T, m, O]; losses: [T].
-        meta_grads, row_grads, rate_grads: sums over the groups of tasks so far, already divided by all tasks.
+        row: what a group leaves, flat; table: the rows of all groups [G, size]; all: what lies in them, [G, *shape]:
+            ``"logits"``, predictions [T, m, O], or of every step [K, T, m, O]; in training ``"losses"`` [T],
+            ``"adjoint"``, ``"rates"``, and of each batch norm ``"mean"`` and ``"rstd"`` [K, 2, T, C] that it saw in the
+            support (0) and target (1) passes, ``"weight"`` and ``"bias"`` likewise.
+        meta_grads, row_grads, rate_grads: means over all tasks.
     """
 
     support_x: Ref
     target_x: Ref
     support_t: Ref
     target_t: Ref
-    logits: Ref
-    losses: Ref
     weights: Ref
     rates: Ref
+    row: Ref
+    table: Ref
+    all: dict[Key, Ref]
     meta: dict[str, Ref] = field(default_factory=dict)
     rows: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
-    stats: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     meta_grads: dict[str, Ref] = field(default_factory=dict)
     row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
@@ -86,9 +91,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Written:
-    """A program, the memory it meets the world through, and how its parameters lie in it."""
+    """The programs of a group and of the sums over groups, their memory, and how parameters lie in it."""
 
     program: Program
+    finish: Program
     memory: Memory
     slots: dict[str, Slot]
     rows: dict[str, Rows]
@@ -101,9 +107,7 @@ ops = torch.ops.mamlpp_fast
 class _Writer:
     """What training and evaluation share: parameters, passes, the inner update."""
 
-    def __init__(
-        self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form, *, every_step: bool
-    ) -> None:
+    def __init__(self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> None:
         self.em = em
         self.net = net
         self.target_net = target_net
@@ -117,36 +121,51 @@ class _Writer:
         self.inner_values = net.depends(self.inner)
         inner = [name for name in form.rate_names or sorted(self.inner) if name in self.inner]
         self.inner_layout = Layout(self.slots, inner, form.tasks, em.dtype)
-        self.memory = self._memory(every_step)
+        others = sorted((self.slots.keys() & self.meta) - self.inner)
+        self.meta_layout = Layout(self.slots, [*self.inner_layout.names, *others], form.tasks, em.dtype)
+        self.finish = Emitter(em.device, em.dtype)
+        self.memory = self._memory()
         # Rates by element need no segments.
         self.segments: Ref | None = None
         if form.rate_names is not None:
             offsets = self.inner_layout.offsets(form.rate_names)
             self.segments = em.own("segments of the rates", offsets.to(em.device))
 
-    def finish(self) -> Written:
+    def written(self) -> Written:
         self.write()
-        return Written(self.em.finish(), self.memory, self.slots, self.rows, self.inner_layout)
+        programs = self.em.finish(), self.finish.finish()
+        return Written(*programs, self.memory, self.slots, self.rows, self.inner_layout)
 
     def write(self) -> None:
         raise NotImplementedError
 
-    def _zeros(self, name: str, *shape: int) -> Ref:
-        return self.em.own(name, torch.zeros(shape, dtype=self.em.dtype, device=self.em.device))
+    def results(self) -> dict[Key, tuple[int, ...]]:
+        """Shapes of what a group leaves."""
+        raise NotImplementedError
 
-    def _memory(self, every_step: bool) -> Memory:
+    def _zeros(self, name: str, *shape: int, each: bool = False) -> Ref:
+        return self.em.own(name, torch.zeros(shape, dtype=self.em.dtype, device=self.em.device), each=each)
+
+    def _memory(self) -> Memory:
         f, net = self.form, self.net
         outputs = net.shapes[net.output]
-        logits = (f.tasks, f.targets, *outputs)
+        row, groups = Row(self.results(), self.em.dtype), f.total_tasks // f.tasks
+        flat = self._zeros("results", row.size, each=True)
+        self.left = row.views(flat)
+        table = flat.reshape(1, row.size)
+        if groups > 1:
+            every = torch.zeros(groups, row.size, dtype=self.em.dtype, device=self.em.device)
+            table = self.finish.own("results of all groups", every)
         memory = Memory(
-            support_x=self._zeros("support images", f.tasks, f.support, *net.shapes[0]),
-            target_x=self._zeros("target images", f.tasks, f.targets, *net.shapes[0]),
-            support_t=self._zeros("support labels", f.tasks, f.support, *outputs),
-            target_t=self._zeros("target labels", f.tasks, f.targets, *outputs),
-            logits=self._zeros("predictions", *((f.steps, *logits) if every_step else logits)),
-            losses=self._zeros("losses", f.tasks),
+            support_x=self._zeros("support images", f.tasks, f.support, *net.shapes[0], each=True),
+            target_x=self._zeros("target images", f.tasks, f.targets, *net.shapes[0], each=True),
+            support_t=self._zeros("support labels", f.tasks, f.support, *outputs, each=True),
+            target_t=self._zeros("target labels", f.tasks, f.targets, *outputs, each=True),
             weights=self._zeros("step weights", f.steps),
             rates=self._zeros("rates", *self._rates_shape()),
+            row=flat,
+            table=table,
+            all=row.views(table),
         )
         for name, slot in self.slots.items():
             memory.meta[name] = self._zeros(name, *slot.shape)
@@ -268,45 +287,39 @@ class _Writer:
 
 class _MetaGradient(_Writer):
     def __init__(self, em: Emitter, net: Network, loss: Loss, form: Form) -> None:
-        super().__init__(em, net, net, loss, form, every_step=False)
-        f, m = form, self.memory
+        super().__init__(em, net, net, loss, form)
+        self.meta_values = net.depends(self.meta)
+        for name in net.norms:
+            self.left[name, "rstd"].tensor().fill_(1)  # also of passes that are not made
+
+    def results(self) -> dict[Key, tuple[int, ...]]:
+        f, net = self.form, self.net
+        results: dict[Key, tuple[int, ...]] = {
+            "adjoint": (self.meta_layout.size,),
+            "rates": self._rates_shape(),
+            "losses": (f.tasks,),
+            "logits": (f.tasks, f.targets, *net.shapes[net.output]),
+        }
         for name in net.norms:
             channels = next(net.shapes[s.output][-1] for s in net.steps if s.name == name)
-            seen = (f.steps, 2, f.tasks, channels)
-            m.stats[name] = self._zeros(f"{name} means", *seen), self._ones(f"{name} 1/stds", *seen)
-        for name in sorted(self.slots.keys() & self.meta):
-            m.meta_grads[name] = self._zeros(f"meta-gradient of {name}", *self.slots[name].shape)
+            for what in ("mean", "rstd"):
+                results[name, what] = f.steps, 2, f.tasks, channels
         for name, rows in self.rows.items():
-            shape = (rows.rows, rows.channels)
-            m.row_grads[name] = (
-                self._zeros(f"{name} weights' gradient", *shape),
-                self._zeros(f"{name} biases' gradient", *shape),
-            )
-        m.rate_grads = self._zeros("rates' gradient", *m.rates.shape)
-        others = sorted((self.slots.keys() & self.meta) - self.inner)
-        self.meta_layout = Layout(self.slots, [*self.inner_layout.names, *others], form.tasks, em.dtype)
-        self.rate_terms = self._zeros("rates' gradient of a group", *m.rates.shape)
-        self.events = {
-            name: tuple(
-                self._zeros(f"{name} {what}", f.steps, 2, f.tasks, r.channels)
-                for what in ("weight terms", "bias terms")
-            )
-            for name, r in self.rows.items()
-        }
-        self.meta_values = net.depends(self.meta)
+            for what in ("weight", "bias"):
+                results[name, what] = f.steps, 2, f.tasks, rows.channels
+        return results
 
-    def _ones(self, name: str, *shape: int) -> Ref:
-        ref = self._zeros(name, *shape)
-        ref.tensor().fill_(1)
-        return ref
+    def _of_pass(
+        self, names: Iterable[str], whats: tuple[str, str], step: int, side: int
+    ) -> dict[str, tuple[Ref, Ref]]:
+        first, second = whats
+        return {n: (self.left[n, first][step, side], self.left[n, second][step, side]) for n in names}
 
     def _stats(self, step: int, side: int) -> dict[str, tuple[Ref, Ref]]:
-        return {
-            name: (mean[step, side], rstd[step, side]) for name, (mean, rstd) in self.memory.stats.items()
-        }
+        return self._of_pass(self.net.norms, ("mean", "rstd"), step, side)
 
     def _meta_gradients(self, name: str, step: int, event: int) -> tuple[Ref, Gradients]:
-        rows = {norm: (w[step, event], b[step, event]) for norm, (w, b) in self.events.items()}
+        rows = self._of_pass(self.rows, ("weight", "bias"), step, event)
         flat, out = self.gradients(self.meta_layout, name, self.meta_values, rows)
         return flat, replace(out, wanted_params=self.meta)
 
@@ -330,7 +343,11 @@ class _MetaGradient(_Writer):
             self.em.phase, self.em.label = Phase("reverse", k), "adjoint"
             adjoint = self._reverse(k, thetas[k], support[k], self.em.sum("adjoint", terms))
         assert adjoint is not None
-        self._finish(self.meta_layout.views(adjoint))
+        self.em.call(aten.copy_.default, self.left["adjoint"], adjoint)
+        finish, m = Finish(self.finish, self.memory.all, f.total_tasks), self.memory
+        m.meta_grads = finish.parameters(self.meta_layout)
+        m.rate_grads = finish.rates()
+        m.row_grads = finish.rows(self.rows, f.steps)
 
     def _target_pass(self, k: int, theta: Mapping[str, Ref]) -> Ref:
         """w_k ∇T_k(θ_{k+1}), flat."""
@@ -342,9 +359,9 @@ class _MetaGradient(_Writer):
         value = self.loss.of_pass(em, ps, self.net.output)
         assert value.loss is not None
         first = k == 0 or not self.form.multi_step
-        em.call(aten.copy_.default if first else aten.add_.Tensor, m.losses, value.loss)
+        em.call(aten.copy_.default if first else aten.add_.Tensor, self.left["losses"], value.loss)
         if k == self.form.steps - 1:
-            em.call(aten.copy_.default, m.logits, ps.values[self.net.output])
+            em.call(aten.copy_.default, self.left["logits"], ps.values[self.net.output])
         flat, out = self._meta_gradients("target gradient", k, 0)
         self.backward(self.net, ps, value.grad, out)
         self.complete(out)
@@ -378,38 +395,32 @@ class _MetaGradient(_Writer):
         inner = adjoint[: self.inner_layout.size]
         self.em.call(
             ops.lslr_update_backward_out.default,
-            *(inner, grads, self.memory.rates, self.segments, self.rate_row(k), direction, self.rate_terms),
+            *(
+                inner,
+                grads,
+                self.memory.rates,
+                self.segments,
+                self.rate_row(k),
+                direction,
+                self.left["rates"],
+            ),
         )
         return direction
-
-    def _finish(self, adjoint: Mapping[str, Ref]) -> None:
-        """Adds this group of tasks to the gradients."""
-        em, f, m = self.em, self.form, self.memory
-        em.phase, em.label = Phase("finish"), "parameters"
-        for name, out in m.meta_grads.items():
-            total = em.like(f"meta-gradient of {name}", out)
-            em.call(aten.sum.IntList_out, adjoint[name], [0], out=total)
-            em.call(aten.add_.Tensor, out, total, alpha=1 / f.total_tasks)
-        em.call(aten.add_.Tensor, m.rate_grads, self.rate_terms, alpha=1 / f.total_tasks)
-        em.label = "batch-norm rows"
-        for name, rows in self.rows.items():
-            shares = torch.zeros(rows.rows, f.steps, 2, f.tasks, dtype=em.dtype, device=em.device)
-            for k in range(f.steps):
-                shares[min(k, rows.rows - 1), k] = 1 / f.total_tasks
-            factors = em.own(f"{name} shares", shares.flatten(1))
-            for out, terms in zip(m.row_grads[name], self.events[name], strict=True):
-                em.call(aten.addmm_.default, out, factors, terms.reshape(-1, rows.channels))
 
 
 class _Evaluation(_Writer):
     def __init__(self, em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> None:
-        super().__init__(em, net, target_net, loss, form, every_step=True)
+        super().__init__(em, net, target_net, loss, form)
         for name in net.frozen | target_net.frozen:
             shape = (form.steps, self.rows[name].channels)
             self.memory.running[name] = (
                 self._zeros(f"{name} means", *shape),
                 self._zeros(f"{name} variances", *shape),
             )
+
+    def results(self) -> dict[Key, tuple[int, ...]]:
+        f, net = self.form, self.net
+        return {"logits": (f.steps, f.tasks, f.targets, *net.shapes[net.output])}
 
     def _stats(self, net: Network, k: int) -> dict[str, tuple[Ref, Ref]]:
         return {
@@ -426,14 +437,14 @@ class _Evaluation(_Writer):
             self.em.phase = Phase("target", k)
             ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
             self.forward(self.target_net, ps)
-            self.em.call(aten.copy_.default, self.memory.logits[k], ps.values[self.target_net.output])
+            self.em.call(aten.copy_.default, self.left["logits"][k], ps.values[self.target_net.output])
 
 
 def write_meta_gradient(em: Emitter, net: Network, loss: Loss, form: Form) -> Written:
     """The program of one group of tasks of a meta-gradient."""
-    return _MetaGradient(em, net, loss, form).finish()
+    return _MetaGradient(em, net, loss, form).written()
 
 
 def write_evaluation(em: Emitter, net: Network, target_net: Network, loss: Loss, form: Form) -> Written:
     """The program of one group of tasks of an evaluation; ``target_net`` may normalise with running statistics."""
-    return _Evaluation(em, net, target_net, loss, form).finish()
+    return _Evaluation(em, net, target_net, loss, form).written()

@@ -88,13 +88,13 @@ class Transfer:
         self.layout = layout
         self.memory = memory
 
-    def load_batch(self, batch: EpisodeBatch) -> None:
-        """Images [T, N, C, H, W] become [T, N, H, W, C]; labels what the loss stores."""
+    def load_batch(self, batch: EpisodeBatch, lane: int = 0) -> None:
+        """Images [T, N, C, H, W] become [T, N, H, W, C]; labels what the loss stores. Into a lane's memory."""
         m = self.memory
-        for stored, x in ((m.support_x.tensor(), batch.support_x), (m.target_x.tensor(), batch.target_x)):
-            stored.copy_(x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x)
-        self.loss.load(m.support_t.tensor(), batch.support_y)
-        self.loss.load(m.target_t.tensor(), batch.target_y)
+        for ref, x in ((m.support_x, batch.support_x), (m.target_x, batch.target_x)):
+            ref.tensor(lane).copy_(x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x)
+        self.loss.load(m.support_t.tensor(lane), batch.support_y)
+        self.loss.load(m.target_t.tensor(lane), batch.target_y)
 
     def load_parameters(self) -> None:
         m = self.memory
@@ -119,7 +119,7 @@ class Transfer:
                         row.copy_(table[min(k, statistics.rows - 1)])
 
     def store_gradients(self, gradients: Gradients) -> None:
-        """The program's sums, which are those of all tasks, to where the gradients lie."""
+        """The means over all tasks to where the gradients lie."""
         m = self.memory
         gradients.zero()
         for name, ref in m.meta_grads.items():

@@ -1,0 +1,138 @@
+"""Programs of one form, ready to run on batches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mamlpp_fast.engine import lanes
+from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.program import Program, Workspace
+from mamlpp_fast.engine.fused.sweep import Form, Memory
+from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
+from mamlpp_fast.engine.lanes import Halt, Share
+from mamlpp_fast.engine.running import RunningStats
+from mamlpp_fast.episodes import EpisodeBatch
+
+__all__ = ["Prepared"]
+
+
+@dataclass
+class Prepared:
+    """The programs of one form.
+
+    Attributes:
+        program: of a group of tasks; finish: of what is taken over all groups.
+        losses, logits: of all tasks, [T] and [T, m, O] (evaluation: [K, T, m, O]); overwritten by the next run.
+        axis: of the tasks in ``logits``.
+        threads: that the lanes share; 0 without lanes: the calling thread alone, with all of torch's threads.
+        lanes: groups that run at once.
+    """
+
+    program: Program
+    finish: Program
+    memory: Memory
+    network: Network
+    form: Form
+    transfer: Transfer
+    running: dict[str, RunningStats]
+    losses: Tensor
+    logits: Tensor
+    axis: int
+    threads: int
+    lanes: int = 1
+
+    @property
+    def groups(self) -> int:
+        return self.form.total_tasks // self.form.tasks
+
+    @property
+    def workspace_bytes(self) -> int:
+        return max(self.lanes * self.program.workspace_bytes, self.finish.workspace_bytes)
+
+    @property
+    def owned_bytes(self) -> int:
+        return self.program.owned_bytes(self.lanes) + self.finish.owned_bytes()
+
+    def bind(self, workspace: Workspace) -> None:
+        """Gives the programs memory."""
+        workspace.reserve(self.workspace_bytes)
+        self.program.bind(workspace, self.lanes)
+        self.finish.bind(workspace)
+
+    def run(
+        self,
+        batch: EpisodeBatch,
+        statistics: Mapping[str, Tensor] | None = None,
+        gradients: Gradients | None = None,
+    ) -> None:
+        """The programs on a whole batch, group after group, or group beside group on lanes.
+
+        Args:
+            batch: of the form.
+            statistics: tensors of the model; running statistics among them are updated.
+            gradients: filled with the meta-gradients.
+        """
+
+        def start() -> None:
+            self.transfer.load_parameters()
+
+        def end() -> None:
+            self.finish.run()
+            self._store(statistics, gradients)
+
+        self._alone(start)
+        for share in self._shares():
+            self._groups(batch, share)
+        self._alone(end)
+
+    def _alone(self, work: Callable[[], None]) -> None:
+        if self.threads == 0:
+            work()
+        else:
+            lanes.run(lambda lane, halt: work())
+
+    def _shares(self) -> list[Share]:
+        if self.threads == 0 or lanes.here():
+            return [(range(self.groups), 1, max(1, self.threads))]
+        return lanes.shares(self.groups, self.lanes, self.threads)
+
+    def _groups(self, batch: EpisodeBatch, share: Share) -> None:
+        groups, count, threads = share
+        left = deque(groups)
+
+        def work(lane: int, halt: Halt) -> None:
+            while not halt.wanted:
+                try:
+                    group = left.popleft()
+                except IndexError:
+                    return
+                self._group(batch, group, lane, threads, halt)
+
+        if self.threads == 0:
+            work(0, Halt())
+        else:
+            lanes.run(work, count)
+
+    def _group(self, batch: EpisodeBatch, group: int, lane: int, threads: int, halt: Halt) -> None:
+        start = group * self.form.tasks
+        self.transfer.load_batch(batch.tasks(start, start + self.form.tasks), lane)
+        self.program.run(lane, threads, halt)
+        if self.groups > 1:  # one group writes to the table itself
+            self.memory.table.tensor()[group].copy_(self.memory.row.tensor(lane))
+
+    def _store(self, statistics: Mapping[str, Tensor] | None, gradients: Gradients | None) -> None:
+        left = {key: ref.tensor() for key, ref in self.memory.all.items()}
+        logits = left["logits"].movedim(0, self.axis)
+        self.logits.view(logits.shape).copy_(logits)
+        if "losses" in left:
+            self.losses.view(left["losses"].shape).copy_(left["losses"])
+        if statistics is not None:
+            for name, running in self.running.items():
+                mean, rstd = (left[name, what].movedim(0, 2) for what in ("mean", "rstd"))
+                running.update(statistics, mean, rstd)
+        if gradients is not None:
+            self.transfer.store_gradients(gradients)
