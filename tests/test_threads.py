@@ -2,19 +2,26 @@
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import FakeCuda, on_gpu
 from helpers import random_batch
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import data
+from mamlpp_fast._modes import Switch, quiet
 from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine import Unsupported
+from mamlpp_fast.engine.graph import capturing, graphed
 from mamlpp_fast.engine.record import record
+from mamlpp_fast.reference import math_attention
 from mamlpp_fast.train import TrainConfig
 from mamlpp_fast.train.build import build_learner
 
@@ -218,3 +225,81 @@ def test_one_sampler_serves_several_threads() -> None:
     works = [draw(start) for start in (0, 1000)]
     alone = [work() for work in works]
     torch.testing.assert_close(together(works), alone, rtol=0, atol=0)
+
+
+SETTING = {"value": 0}
+
+
+@contextmanager
+def _setting(value: int) -> Iterator[None]:
+    before, SETTING["value"] = SETTING["value"], value
+    yield
+    SETTING["value"] = before
+
+
+SWITCH = Switch(_setting)
+SWITCHES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Any]]] = {
+    "attention": (math_attention, torch.backends.cuda.flash_sdp_enabled),
+    "warnings": (quiet, lambda: list(warnings.filters)),
+    "switch": (lambda: SWITCH.at(1), lambda: SETTING["value"]),
+}
+
+
+@pytest.mark.parametrize(("within", "state"), SWITCHES.values(), ids=SWITCHES)
+def test_a_setting_of_the_process_lasts_until_the_last_thread_leaves(
+    within: Callable[[], AbstractContextManager[Any]], state: Callable[[], Any]
+) -> None:
+    before = state()
+    entered, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with within():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait()
+    with within():
+        during = state()
+        leave.set()
+        thread.join()
+        assert state() == during
+    assert during != before
+    assert state() == before
+
+
+def test_threads_that_need_other_values_of_a_setting_wait() -> None:
+    def at(value: int) -> Callable[[], list[int]]:
+        def work() -> list[int]:
+            found = []
+            for _ in range(200):
+                with SWITCH.at(value):
+                    found += [SETTING["value"] for _ in range(5)]
+            return found
+
+        return work
+
+    assert together([at(1), at(2), at(2)]) == [[1] * 1000, [2] * 1000, [2] * 1000]  # type: ignore[list-item]
+    assert SETTING["value"] == 0
+
+
+def test_a_capture_is_one_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's step meanwhile is captured by itself, and may wait for the device."""
+    FakeCuda(monkeypatch)
+    fast, asked = graphed(lambda x: x * 2), []
+
+    def step(x: Tensor) -> Tensor:
+        def other() -> None:
+            fast(on_gpu(torch.ones(2)))
+            asked.append((capturing(), fast.graphs))
+
+        if capturing():
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            asked.append((capturing(), fast.graphs))
+        return x + 1
+
+    graphed(step)(on_gpu(torch.ones(2)))
+    assert asked == [(False, 1), (True, 1)]
