@@ -1,13 +1,18 @@
-"""Modes of PyTorch that a caller may be in, and that meta-training must not follow."""
+"""Modes of PyTorch that a caller may be in, and that meta-training must not follow; switches of the whole process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Generic, TypeVar
 
 import torch
 
-__all__ = ["undisturbed"]
+__all__ = ["Switch", "quiet", "undisturbed"]
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -19,3 +24,54 @@ def undisturbed() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+class Switch(Generic[_T]):
+    """A setting of the process that threads need at a value: those of one value share it, those of another wait.
+
+    Were each to set and restore it by itself, threads that leave in another order than they came would compute under
+    each other's values, and leave one of them behind.
+
+    Args:
+        setting: the context in which the process is at a value.
+    """
+
+    def __init__(self, setting: Callable[[_T], AbstractContextManager[object]]) -> None:
+        self._setting = setting
+        self._turn = threading.Condition()
+        self._within = 0
+        self._value: _T | None = None
+        self._held = ExitStack()
+
+    @contextmanager
+    def at(self, value: _T) -> Iterator[None]:
+        """Within it the process is at ``value``; not to be entered again at another value by the same thread."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._within or self._value == value)
+            if not self._within:
+                self._held.enter_context(self._setting(value))
+                self._value = value
+            self._within += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._within -= 1
+                if not self._within:
+                    self._held.close()
+                    self._turn.notify_all()
+
+
+@contextmanager
+def _without_warnings(_: bool) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_warnings = Switch(_without_warnings)
+
+
+def quiet() -> AbstractContextManager[None]:
+    """Within it nothing warns: Python's filters are the process's."""
+    return _warnings.at(False)

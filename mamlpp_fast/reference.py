@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -365,25 +366,32 @@ _ATTENTION: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
     (_SDP.mem_efficient_sdp_enabled, _SDP.enable_mem_efficient_sdp),
     (_SDP.cudnn_sdp_enabled, _SDP.enable_cudnn_sdp),
 )
+_TURN = threading.Lock()
+_BEFORE: list[list[bool]] = []  # once for every thread within
 
 
 @contextlib.contextmanager
 def math_attention(wanted: bool = True) -> Iterator[None]:
     """Within it ``F.scaled_dot_product_attention`` is made of plain operations, as a second derivative needs.
 
-    Its fused kernels have none. As ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, at a fifth of its cost.
+    Its fused kernels have none. As ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, at a fifth of its cost; but the
+    switches are the process's, so the last of the threads within puts them back.
     """
     if not wanted:
         yield
         return
-    before = [enabled() for enabled, _ in _ATTENTION]
-    for (_, enable), on in zip(_ATTENTION, (True, False, False, False), strict=True):
-        enable(on)
+    with _TURN:
+        _BEFORE.append(_BEFORE[0] if _BEFORE else [enabled() for enabled, _ in _ATTENTION])
+        for (_, enable), on in zip(_ATTENTION, (True, False, False, False), strict=True):
+            enable(on)
     try:
         yield
     finally:
-        for (_, enable), on in zip(_ATTENTION, before, strict=True):
-            enable(on)
+        with _TURN:
+            before = _BEFORE.pop()
+            for (_, enable), on in zip(_ATTENTION, before, strict=True):
+                if not _BEFORE:
+                    enable(on)
 
 
 def inner_loop(

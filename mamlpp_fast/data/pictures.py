@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
+from mamlpp_fast._modes import quiet
 from mamlpp_fast.data.archives import one_line
 from mamlpp_fast.data.errors import DataError
 
@@ -36,9 +36,8 @@ def decode_image(
         DataError: for a file that is no whole image, or one of too many pixels.
     """
     try:
-        with warnings.catch_warnings():
-            # Of pixels by the hundred million, which the limit below is about, and of damaged headers.
-            warnings.simplefilter("ignore")
+        # PIL warns of pixels by the hundred million, which the limit below is about, and of damaged headers.
+        with quiet():
             # In memory: of a file, a chunk's length in its header sets aside as much.
             content = file if isinstance(file, bytes) else file.read_bytes()
             with Image.open(io.BytesIO(content)) as image:

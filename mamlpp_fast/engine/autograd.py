@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast._modes import Switch
 from mamlpp_fast.adaptation import inner_steps
 from mamlpp_fast.engine.graph import graphed
 from mamlpp_fast.engine.reference import attention_note, zero_gradients
@@ -16,6 +17,19 @@ from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, functional_call, set_eval_stats
 
 __all__ = ["AutogradEngine"]
+
+
+def _convolutions(tf32: bool) -> contextlib.AbstractContextManager[None]:
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=tf32,
+    )
+
+
+_CONVOLUTIONS = Switch(_convolutions)
 
 
 class AutogradEngine:
@@ -105,13 +119,5 @@ class AutogradEngine:
             if self.precision == "bfloat16":
                 stack.enter_context(torch.autocast(device, torch.bfloat16))
             if device == "cuda":
-                cudnn = torch.backends.cudnn
-                stack.enter_context(
-                    cudnn.flags(
-                        enabled=cudnn.enabled,
-                        benchmark=cudnn.benchmark,
-                        deterministic=cudnn.deterministic,
-                        allow_tf32=self.precision == "tf32",
-                    )
-                )
+                stack.enter_context(_CONVOLUTIONS.at(self.precision == "tf32"))
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -9,11 +10,28 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Graphed", "graphed"]
+__all__ = ["Graphed", "capturing", "graphed"]
 
 _Key = tuple[Any, ...]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class _Capture(threading.local):
+    """What this thread captures."""
+
+    inside = False
+    """Whether a step is run for its graph, warm-up included."""
+    recording = False
+    """Whether the stream is captured, so that nothing may wait for the device."""
+
+
+_capture = _Capture()
+
+
+def capturing() -> bool:
+    """Whether a capture of this thread is under way, in which nothing may wait for the device."""
+    return _capture.recording
 
 
 class Graphed(Generic[_P, _R]):
@@ -21,10 +39,6 @@ class Graphed(Generic[_P, _R]):
 
     Called by a step that is being captured itself, it calls through and becomes part of that graph.
     """
-
-    _inside = False
-    capturing = False
-    """Whether a capture is under way, in which nothing may wait for the device."""
 
     def __init__(self, step: Callable[_P, _R], warmup: int, preserve: Callable[[], Iterable[Tensor]]) -> None:
         self.step = step
@@ -39,7 +53,7 @@ class Graphed(Generic[_P, _R]):
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if Graphed._inside or not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
+        if _capture.inside or not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
             return self.step(*args, **kwargs)
         key: _Key = (spec, *(_form(leaf) for leaf in leaves))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -58,7 +72,7 @@ class Graphed(Generic[_P, _R]):
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, spec)
-        Graphed._inside = True
+        _capture.inside = True
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -66,11 +80,11 @@ class Graphed(Generic[_P, _R]):
                 self.warm_up(args, kwargs)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            Graphed.capturing = True
+            _capture.recording = True
             with torch.cuda.graph(graph):
                 outputs = self.step(*args, **kwargs)
         finally:
-            Graphed._inside = Graphed.capturing = False
+            _capture.inside = _capture.recording = False
         return graph, [s for s in static if isinstance(s, Tensor)], outputs
 
     def warm_up(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
 
 from mamlpp_fast import reference
+from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
@@ -54,7 +55,7 @@ class Recording:
 
 
 def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
-    """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states are put back.
+    """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states stay as they are.
 
     Args:
         model: called with one argument.
@@ -145,11 +146,12 @@ def _watched(model: nn.Module, x: Tensor, *, gradient: bool = True) -> Recorder:
     recorder = Recorder(model, x)
     before = fingerprint(model)
     states = before.states()
-    with _random_state(x.device) as drawn:
+    with _random_state() as drawn:
         try:
             with (
                 reference.swapped(model, recorder.stand_ins),
                 torch.set_grad_enabled(gradient),
+                OwnGenerators(),
                 recorder.watch,
                 recorder,
             ):
@@ -169,19 +171,18 @@ def _watched(model: nn.Module, x: Tensor, *, gradient: bool = True) -> Recorder:
 
 
 @contextmanager
-def _random_state(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Puts the random states of Python and NumPy back, and torch's; yields whether the former two moved."""
+def _random_state() -> Iterator[Callable[[], bool]]:
+    """Puts the random states of Python and NumPy back; yields whether they moved."""
     own, arrays = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 - a user's forward may draw from it
     moved: list[bool] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield lambda: moved[0]
-        finally:
-            now = np.random.get_state(legacy=False)  # noqa: NPY002
-            moved.append(random.getstate() != own or not _equal_states(now["state"], arrays["state"]))
-            if moved[0]:
-                random.setstate(own)
-                np.random.set_state(arrays)  # noqa: NPY002
+    try:
+        yield lambda: moved[0]
+    finally:
+        now = np.random.get_state(legacy=False)  # noqa: NPY002
+        moved.append(random.getstate() != own or not _equal_states(now["state"], arrays["state"]))
+        if moved[0]:
+            random.setstate(own)
+            np.random.set_state(arrays)  # noqa: NPY002
 
 
 def _equal_states(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

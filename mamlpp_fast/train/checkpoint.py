@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mamlpp_fast._modes import quiet
 from mamlpp_fast._version import __version__
 from mamlpp_fast.data.archives import DAMAGED_ZIP, one_line, shown
 from mamlpp_fast.data.pickles import Refused
@@ -99,8 +99,7 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
 def _load(path: Path, device: torch.device | str, *, legacy: bool) -> Any:
     stream = _vetted(path, legacy)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other pickle protocols
+        with quiet():  # about other pickle protocols
             return torch.load(stream, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
+from mamlpp_fast._modes import Switch
 from mamlpp_fast.engine.base import Precision, Unsupported
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.lowering import lower
@@ -21,7 +22,7 @@ from mamlpp_fast.engine.fused.program import Emitter, Workspace
 from mamlpp_fast.engine.fused.steps import Conv, FirstLayer, Loss, loss_of
 from mamlpp_fast.engine.fused.sweep import Form, Written, write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
-from mamlpp_fast.engine.graph import Graphed, graphed
+from mamlpp_fast.engine.graph import capturing, graphed
 from mamlpp_fast.engine.record import Recording, record
 from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
@@ -37,6 +38,20 @@ _Key = tuple[object, ...]
 
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
 _NARROW = 8
+
+
+@contextlib.contextmanager
+def _products(precision: str) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+_PRODUCTS = Switch(_products)
 
 
 class FusedEngine:
@@ -206,7 +221,7 @@ class FusedEngine:
 
     def _checked(self, key: _Key, batch: EpisodeBatch) -> Prepared:
         """The program of a form, with memory; compared with the reference until a batch was good for that."""
-        if key in self._unchecked and not Graphed.capturing:
+        if key in self._unchecked and not capturing():
             check = self._unchecked[key]
             if check(sample(batch)):
                 del self._unchecked[key]
@@ -219,19 +234,11 @@ class FusedEngine:
         prepared.bind(Workspace(self.device))
         return prepared
 
-    @contextlib.contextmanager
-    def _arithmetic(self) -> Iterator[None]:
+    def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """Whether float32 products on a GPU may round their operands to tf32."""
         if self.device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+            return contextlib.nullcontext()
+        return _PRODUCTS.at("tf32" if self.precision == "tf32" else "ieee")
 
     def _check(self, batch: EpisodeBatch) -> None:
         if batch.support_x.shape[2:] != batch.target_x.shape[2:]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast._modes import quiet
 from mamlpp_fast.compat.learn2learn.utils import update_module
 
 __all__ = ["LearnableOptimizer"]
@@ -33,8 +33,7 @@ class LearnableOptimizer(nn.Module):
     def step(self, closure: Any = None) -> None:
         """Updates the model by its parameters' ``grad``; their earlier graph is cut off."""
         model = self.info["model"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # .grad of what is no leaf
+        with quiet():  # about .grad of what is no leaf
             for parameter, transform in zip(model.parameters(), self.transforms, strict=False):
                 if parameter.grad is not None:
                     update = -self.lr * transform(parameter.grad.detach())
@@ -46,8 +45,7 @@ class LearnableOptimizer(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Gives the model's parameters, and no others, new gradients of zero."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             for parameter in self.info["model"].parameters():
                 if parameter.grad is not None:
                     parameter.grad = torch.zeros_like(parameter.data)
