@@ -108,6 +108,8 @@ class FusedEngine:
         self.workspace = Workspace(self.device)
         self._recordings: dict[tuple[object, ...], Recording] = {}
         self._prepared: dict[_Key, Prepared] = {}
+        # Not looked up again: a thread's first parallel region may change what torch says its number of threads is.
+        self._current: Prepared | None = None
         self._unchecked: dict[_Key, Callable[[EpisodeBatch], bool]] = {}
         self._gradients = Gradients(model, rates)
         self._tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -120,7 +122,7 @@ class FusedEngine:
         """See :class:`mamlpp_fast.engine.Engine`."""
         self.model.train()
         self._check(batch)
-        self.prepare(batch, step_weights is not None, second_order)
+        self._current = self.prepare(batch, step_weights is not None, second_order)
         if self.workspace.generation != self._captured_generation:
             # Graphs captured before the workspace moved would write to memory that is no longer ours.
             self._step = graphed(self._iterate, preserve=self.model.buffers)
@@ -388,7 +390,8 @@ class FusedEngine:
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
     ) -> tuple[Tensor, Tensor]:
         """One meta-gradient on static buffers: losses [T] and predictions [T, m, O], both overwritten by the next."""
-        prepared = self._prepared[_train_key(batch, step_weights is not None, second_order)]
+        prepared = self._current
+        assert prepared is not None
         with torch.no_grad():
             if step_weights is not None:
                 prepared.memory.weights.tensor().copy_(step_weights)
