@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mamlpp_fast as mf
 from mamlpp_fast.engine import lanes
-from mamlpp_fast.engine.fused import FusedEngine, engine
+from mamlpp_fast.engine.fused import FusedEngine, engine, program
 from mamlpp_fast.engine.fused.prepared import Prepared
 
 
@@ -316,3 +316,28 @@ def test_a_forked_child_has_lanes_of_its_own() -> None:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORKING]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, timeout=300, check=False)
     assert done.returncode == 0
+
+
+def test_calls_outside_python_are_those_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native library's list of a program, argument for argument with its defaults."""
+    batch = random_batch(tasks=3, dtype=torch.float32)
+    results = []
+    for natively in (True, False):
+        if not natively:
+            monkeypatch.setattr(program, "_without_python", lambda *_: False)
+        own = learner(precision="float32")
+        results.append(gradients_of(own, batch))
+        prepared = next(iter(own.training_engine._prepared.values()))  # type: ignore[attr-defined]
+        assert bool(prepared.program._lists) == natively
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_list_of_calls_stops_where_it_is_halted_and_refuses_a_call_of_the_wrong_size() -> None:
+    calls, total, halt = torch.classes.mamlpp_fast.Calls(), torch.zeros(2), torch.zeros(1, dtype=torch.uint8)
+    calls.add("aten::add_", "Scalar", [total, 1.0, 2])
+    calls.add("aten::copy_", "", [halt, torch.ones(1, dtype=torch.uint8), False])
+    calls.add("aten::add_", "Scalar", [total, 100.0, 1])
+    calls.run(halt)
+    assert total.tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="expected 3 of aten::copy_, got 1"):
+        calls.add("aten::copy_", "", [total])

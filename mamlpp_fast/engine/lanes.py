@@ -18,17 +18,26 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast.engine.deterministic import one_thread
 
-__all__ = ["Halt", "Share", "here", "run", "shares"]
+__all__ = ["Halt", "Share", "here", "run", "shares", "watched"]
 
 Share = tuple[range, int, int]
 """Groups of tasks, the lanes that take them, and the threads that our kernels have in each."""
 
 
 class Halt:
-    """Whether lanes are to stop: at their next call."""
+    """Whether lanes are to stop: at their next call.
+
+    Attributes:
+        flag: uint8 [1], 1 once they are; for what does not run in Python.
+    """
 
     def __init__(self) -> None:
+        self.flag = torch.zeros(1, dtype=torch.uint8, device="cpu")
         self.wanted = False
+
+    def want(self) -> None:
+        self.wanted = True
+        self.flag.fill_(1)
 
 
 class _Pool:
@@ -85,9 +94,13 @@ if hasattr(os, "register_at_fork"):
 
 def here() -> bool:
     """Whether lanes are to run on the calling thread: where they alone have it, or where something watches it."""
+    return torch.get_num_threads() == 1 or watched()
+
+
+def watched() -> bool:
+    """Whether a mode or the profiler watches what the calling thread calls."""
     return (
-        torch.get_num_threads() == 1
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._autograd._profiler_enabled()
     )
@@ -135,7 +148,7 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1) -> None:
             with torch.no_grad():
                 work(lane, halt)
         except BaseException:
-            halt.wanted = True
+            halt.want()
             raise
 
     pool, running = _pool.of(lanes), list[Future[None]]()
@@ -145,7 +158,7 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1) -> None:
         while wait(running, timeout=1.0).not_done:
             continue
     finally:
-        halt.wanted = True
+        halt.want()
         _settle(running)
     for future in running:
         future.result()

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from mamlpp_fast import _native
-from mamlpp_fast.engine.lanes import Halt
+from mamlpp_fast.engine.lanes import Halt, watched
 
 __all__ = ["Buffer", "Emitter", "Instruction", "Phase", "Program", "Ref", "Workspace"]
 
@@ -157,6 +158,7 @@ class Program:
     buffers: list[Buffer]
     workspace_bytes: int
     _calls: list[list[Callable[[], Any]]] = field(default_factory=list)
+    _lists: list[Any] = field(default_factory=list)
     _generation: int = -1
 
     def owned_bytes(self, lanes: int = 1) -> int:
@@ -170,7 +172,7 @@ class Program:
         """Gives every buffer its place, in every lane; does nothing where they have them and the workspace stays."""
         workspace.reserve(self.workspace_bytes * lanes)
         if self._generation != workspace.generation:
-            self._calls = []
+            self._calls, self._lists = [], []
             self._generation = workspace.generation
             for b in self.buffers:
                 if not b.owned:
@@ -184,6 +186,8 @@ class Program:
                     flat = workspace.memory[begin : begin + b.nbytes]
                     b.tensors.append(flat.view(b.dtype).view(b.shape))
             self._calls.append([_bound(i, lane) for i in self.instructions])
+            if _without_python(self.instructions, workspace.device):
+                self._lists.append(_listed(self.instructions, lane))
 
     def run(self, lane: int = 0, threads: int = 1, halt: Halt | None = None) -> None:
         """Makes the calls on a lane's memory.
@@ -195,6 +199,9 @@ class Program:
         """
         if threads > 1:
             self._run_wide(lane, threads, halt)
+            return
+        if self._lists and not watched():
+            self._lists[lane].run((halt or Halt()).flag)
             return
         for call in self._calls[lane]:
             if halt is not None and halt.wanted:
@@ -374,3 +381,21 @@ def _bound(instruction: Instruction, lane: int) -> Callable[[], Any]:
     if kwargs:
         return lambda: fn(*args, **kwargs)
     return lambda: fn(*args)
+
+
+def _without_python(instructions: Sequence[Instruction], device: torch.device) -> bool:
+    """Whether the native library can make the calls: on a CPU, of operators alone."""
+    operators = all(isinstance(i.fn, OpOverload) for i in instructions)
+    return device.type == "cpu" and operators and _native.status().loaded
+
+
+def _listed(instructions: Sequence[Instruction], lane: int) -> Any:
+    """The calls as the native library's list, which holds no interpreter lock while it makes them."""
+    calls = torch.classes.mamlpp_fast.Calls()
+    for i in instructions:
+        given = [v.tensor(lane) if isinstance(v, Ref) else v for v in i.args]
+        named = {name: v.tensor(lane) if isinstance(v, Ref) else v for name, v in i.kwargs.items()}
+        schema = i.fn._schema
+        rest = [named.get(a.name, a.default_value) for a in schema.arguments[len(given) :]]
+        calls.add(schema.name, schema.overload_name, [*given, *rest])
+    return calls
