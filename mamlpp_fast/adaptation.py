@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import LossFn, functional_call, math_attention, set_step
+from mamlpp_fast.reference import LossFn, check_recomputation, functional_call, math_attention, set_step
 
 __all__ = ["adapt", "inner_steps"]
 
@@ -48,7 +48,7 @@ def adapt(
     Raises:
         TypeError: when ``rates`` is neither an ``LSLR`` nor a number.
         ValueError: when ``rates`` names a parameter that ``model`` lacks or has in another shape, or ``steps`` is
-            below 1.
+            below 1; for a forward that uses ``torch.utils.checkpoint``.
     """
     differentiable = torch.is_grad_enabled()
     fast: dict[str, Tensor] = {}
@@ -98,6 +98,8 @@ def inner_steps(
         set_step(model, k)
         with math_attention(second_order):
             loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+            if k == 0:
+                check_recomputation(loss)
             grads = torch.autograd.grad(
                 loss, list(fast.values()), create_graph=second_order, allow_unused=True
             )

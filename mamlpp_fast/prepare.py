@@ -24,10 +24,17 @@ def prepared(model: _M, config: MAMLConfig, device: torch.device | str | None, d
 
     Raises:
         TypeError, ValueError: as :func:`mamlpp_fast.nn.check_model`.
+        TypeError: for a part with parameters that is scripted or traced by ``torch.jit``.
         ValueError: for batch norms of another number of steps, or tensors made under ``torch.inference_mode``.
     """
     if not isinstance(model, nn.Module):
         check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise TypeError(
+                "model: expected modules whose parameters can be replaced for a call, "
+                f"{name or 'it'} is a torch.jit.{type(module).__name__}"
+            )
     for name, tensor in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model)):
         if not is_lazy(tensor) and tensor.is_inference():
             raise ValueError(f"model: expected one made outside torch.inference_mode, {name} was made in it")

@@ -11,6 +11,7 @@ model with other tensors, which parameters adapt, the inner loop, the meta-gradi
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "MetaResult",
     "PerStepBatchNorm2d",
     "adapted_names",
+    "check_recomputation",
     "cosine_annealing",
     "evaluate_task",
     "functional_call",
@@ -394,6 +396,38 @@ def math_attention(wanted: bool = True) -> Iterator[None]:
                     enable(on)
 
 
+def check_recomputation(loss: Tensor) -> None:
+    """Raises where the graph of ``loss`` holds what ``torch.utils.checkpoint`` will compute again.
+
+    It does so in the backward pass, when the model holds its own parameters again and not the fast weights: torch would
+    give other gradients without a word.
+
+    Raises:
+        ValueError: for a checkpoint anywhere in the graph.
+    """
+    seen, ahead = set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for name in _saved(type(node)):
+            saved = getattr(node, name)
+            for one in saved if isinstance(saved, tuple) else (saved,):
+                if type(getattr(one, "data", None)).__module__ == "torch.utils.checkpoint":
+                    raise ValueError(
+                        "model: expected a forward without torch.utils.checkpoint, which computes again with other "
+                        f"weights than the adapted ones, {node.name()} is in one"
+                    )
+        ahead += [following for following, _ in node.next_functions]
+
+
+@functools.cache
+def _saved(kind: type) -> tuple[str, ...]:
+    """Names of what a kind of node keeps for its backward pass, as kept."""
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
 def inner_loop(
     model: nn.Module,
     params: Mapping[str, Tensor],
@@ -423,6 +457,8 @@ def inner_loop(
         set_step(model, k)
         with math_attention(second_order):
             loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+            if k == 0:
+                check_recomputation(loss)
             grads = torch.autograd.grad(
                 loss, list(fast.values()), create_graph=second_order, allow_unused=True
             )

@@ -3,13 +3,17 @@
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
 from mamlpp_fast import data, replay, testing
@@ -134,3 +138,82 @@ def test_a_processor_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_name()
     monkeypatch.setattr("builtins.open", missing)
     assert cpu_name() == "cpu"
+
+
+class Checkpointed(nn.Module):
+    """Its hidden layer is not kept for the backward pass."""
+
+    def __init__(self, *, offload: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.offload = offload
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.offload:
+            return self.last(checkpoint(self.hidden, x, use_reentrant=False))  # type: ignore[no-any-return]
+        with torch.autograd.graph.save_on_cpu():
+            return self.last(self.hidden(x))  # type: ignore[no-any-return]
+
+
+def vectors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = torch.randn(2, 2, 6, 4), torch.arange(3).repeat(2).expand(2, 6)
+    return x[0], y, x[1], y
+
+
+@pytest.mark.parametrize("how", ["reference", "autograd", "auto", "evaluate", "predictor", "adapt"])
+def test_what_is_computed_again_with_other_weights_is_refused(how: str) -> None:
+    """Within a checkpoint torch would differentiate at the weights before adaptation."""
+    model, (x, y, *rest) = Checkpointed(), vectors()
+    engine = how if how in ("reference", "autograd") else "auto"
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine=engine)  # type: ignore[arg-type]
+    batch = mf.EpisodeBatch(x, y, *rest)
+    calls: dict[str, Callable[[], object]] = {
+        "adapt": lambda: mf.adapt(model, x[0], y[0], 0.1),
+        "predictor": lambda: learner.adapt(x[0], y[0]),
+        "evaluate": lambda: learner.evaluate(batch),
+    }
+    with pytest.raises(
+        ValueError, match=r"model: expected a forward without torch\.utils\.checkpoint"
+    ) as raised:
+        calls.get(how, lambda: learner.meta_gradient(batch))()
+    assert "\n" not in str(raised.value)
+
+
+def test_tensors_kept_elsewhere_are_the_same_tensors() -> None:
+    torch.manual_seed(0)
+    model = Checkpointed(offload=True).double()
+    own = dict(model.named_parameters())
+    x, y, tx, ty = (t.double() if t.is_floating_point() else t for t in vectors())
+
+    def predicted(w: dict[str, Tensor], x: Tensor) -> Tensor:
+        hidden = torch.tanh(F.linear(x, w["first.weight"], w["first.bias"]))
+        return F.linear(hidden, w["last.weight"], w["last.bias"])
+
+    grads = torch.autograd.grad(
+        F.cross_entropy(predicted(own, x[0]), y[0]), list(own.values()), create_graph=True
+    )
+    fast = {name: p - 0.3 * g for (name, p), g in zip(own.items(), grads, strict=True)}
+    expected = torch.autograd.grad(F.cross_entropy(predicted(fast, tx[0]), ty[0]), list(own.values()))
+    fast = mf.adapt(model, x[0], y[0], 0.3)
+    loss = F.cross_entropy(mf.functional_call(model, fast, (tx[0],)), ty[0])
+    torch.testing.assert_close(torch.autograd.grad(loss, list(own.values())), expected)
+
+
+@pytest.mark.parametrize("engine", ["reference", "autograd", "auto"])
+@pytest.mark.parametrize(("whole", "kind"), [(True, "script"), (False, "script"), (True, "trace")])
+def test_scripted_parameters_are_refused(engine: str, whole: bool, kind: str) -> None:
+    """Theirs cannot be replaced for a call; a scripted activation has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of torch.jit
+        part: nn.Module = nn.Linear(4, 3)
+        part = torch.jit.trace(part, torch.ones(2, 4)) if kind == "trace" else torch.jit.script(part)  # type: ignore[no-untyped-call]
+        model = part if whole else nn.Sequential(nn.Linear(4, 4), part)
+    name = "it" if whole else "1"
+    with pytest.raises(
+        TypeError, match=f"^model: expected modules whose .*, {name} is a torch.jit"
+    ) as raised:
+        mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine=engine)  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
