@@ -3,6 +3,9 @@
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,36 @@ import torch
 # Tests are many and tiny: a second thread costs far more in hand-over than it computes.
 torch.set_num_threads(1)
 
+_SANITIZERS = "test_sanitizers.py"
+_build = pytest.StashKey[subprocess.Popen[bytes]]()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests under sanitizers last: what they run on is built beside the others."""
+    items.sort(key=lambda item: item.path.name == _SANITIZERS)
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.config.option.collectonly or not any(i.path.name == _SANITIZERS for i in session.items):
+        return
+    # A process, not a thread: tests count threads, and fork. A group of its own, so that it ends whole.
+    script = Path(__file__).with_name("sanitized.py")
+    session.config.stash[_build] = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends the build where the session ends before it."""
+    if (build := session.config.stash.get(_build, None)) is not None:
+        if build.poll() is None:
+            os.killpg(build.pid, signal.SIGTERM)
+        build.wait()
 
 
 @pytest.fixture(autouse=True)

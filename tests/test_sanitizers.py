@@ -1,55 +1,26 @@
 """The native kernels under the address and undefined-behaviour sanitizers, over odd shapes of the operations' tests.
 
-The library is built once for given sources (two minutes on two cores) and kept in the cache beside the usual one.
+The library (``sanitized.py``) is built once for given sources and kept in the cache beside the usual one.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from mamlpp_fast import _native
+from sanitized import PRELOADED, library
 
 ROOT = Path(__file__).resolve().parents[1]
 OPERATIONS = ("lslr_update", "norm_act_pool", "per_step_batch_norm", "task_conv2d")
 
 
-def runtime(name: str) -> str | None:
-    """The path of one of g++'s run-time libraries; None where it has none."""
-    if shutil.which("g++") is None:
-        return None
-    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-    path = found.stdout.strip()
-    return path if os.path.isabs(path) else None
-
-
-PRELOADED = [runtime(name) for name in ("libasan.so", "libstdc++.so")]
 pytestmark = pytest.mark.skipif(None in PRELOADED, reason="no g++ with libasan")
 
 
 @pytest.fixture(scope="module")
 def sanitized() -> Path:
-    """A library of the portable level and the processor's highest: each kernel source, scalar and at its widest."""
-    recipe = _native._recipe()
-    folder = _native._cache() / f"sanitized-{recipe.key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    levels = _native._host_levels()[-1:]
-    arguments = [a for a in recipe.arguments if not a.startswith("-DMAMLPP_FAST_ISAS")]
-    with _native._exclusive(folder.with_suffix(".lock")):
-        if not (folder / _native._LIBRARY).is_file():
-            cmake = str(_native._tool("cmake"))
-            configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *arguments]
-            configure += [f"-DMAMLPP_FAST_ISAS={';'.join(levels)}", "-DMAMLPP_FAST_SANITIZE=ON"]
-            configure += ["-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_MAKE_PROGRAM={_native._tool('ninja')}"]
-            cores = str(len(os.sched_getaffinity(0)))
-            for command in (configure, [cmake, "--build", str(folder), "-j", cores]):
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                assert done.returncode == 0, done.stdout[-3000:]
-            shutil.rmtree(folder / "CMakeFiles")
-    return folder / _native._LIBRARY
+    return library()
 
 
 def environment(library: Path, **more: str) -> dict[str, str]:

@@ -393,6 +393,7 @@ def _listed(instructions: Sequence[Instruction], lane: int) -> Any:
     """The calls as the native library's list, which holds no interpreter lock while it makes them."""
     calls = torch.classes.mamlpp_fast.Calls()
     for i in instructions:
+        assert isinstance(i.fn, OpOverload)
         given = [v.tensor(lane) if isinstance(v, Ref) else v for v in i.args]
         named = {name: v.tensor(lane) if isinstance(v, Ref) else v for name, v in i.kwargs.items()}
         schema = i.fn._schema
