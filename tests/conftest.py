@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,22 +32,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtestloop(session: pytest.Session) -> None:
     if session.config.option.collectonly or not any(i.path.name == _SANITIZERS for i in session.items):
         return
-    # A process, not a thread: tests count threads, and fork. A group of its own, so that it ends whole.
+    # A process, not a thread: tests count threads, and fork.
     script = Path(__file__).with_name("sanitized.py")
     session.config.stash[_build] = subprocess.Popen(
         [sys.executable, str(script)],
         env=os.environ | {"PYTHONPATH": str(script.parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Ends the build where the session ends before it."""
     if (build := session.config.stash.get(_build, None)) is not None:
-        if build.poll() is None:
-            os.killpg(build.pid, signal.SIGTERM)
+        build.terminate()
         build.wait()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,4 +62,5 @@ if __name__ == "__main__":
     if None in PRELOADED:
         sys.exit("no g++ with libasan")
     os.nice(19)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the compilers too
     library()
