@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
 from mamlpp_fast.engine.fingerprint import Watch
@@ -59,12 +58,6 @@ class AsksAnActivation(Net):
         return y
 
 
-class Checkpointed(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(checkpoint(self.body, x, use_reentrant=False))
-        return y
-
-
 class ReadsData(Net):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(self.body(x).data)
@@ -78,7 +71,6 @@ class ReadsData(Net):
         (NormWithoutGradient, FUSED, ""),
         (AsksForGradients, ["fused", "fused", "autograd"], ""),
         (AsksAnActivation, ["fused", "fused", "autograd"], ""),
-        (Checkpointed, AUTOGRAD, "hooks on saved tensors"),
         (ReadsData, FUSED, ""),
     ],
 )

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
+from torch import Tensor
 
 import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast.engine.deterministic import one_thread
 
-__all__ = ["Halt", "Share", "here", "run", "shares", "watched"]
+__all__ = ["NEVER", "Halt", "Share", "here", "run", "shares", "watched"]
 
 Share = tuple[range, int, int]
 """Groups of tasks, the lanes that take them, and the threads that our kernels have in each."""
@@ -31,13 +32,17 @@ class Halt:
         flag: uint8 [1], 1 once they are; for what does not run in Python.
     """
 
-    def __init__(self) -> None:
-        self.flag = torch.zeros(1, dtype=torch.uint8, device="cpu")
+    def __init__(self, flag: Tensor) -> None:
+        self.flag = flag
         self.wanted = False
 
     def want(self) -> None:
         self.wanted = True
         self.flag.fill_(1)
+
+
+NEVER = Halt(torch.zeros(1, dtype=torch.uint8, device="cpu"))
+"""Of what runs on the calling thread: it has no other lane to stop for. Nothing is allocated, as in a capture."""
 
 
 class _Pool:
@@ -134,12 +139,12 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1) -> None:
     Torch computes on one thread in it, without gradients. An error, or an interrupt of the caller, halts the other
     lanes and is raised when all have stopped. Where :func:`here`, lane after lane runs on the calling thread.
     """
-    halt = Halt()
     if here():
         with one_thread(), torch.no_grad():
             for lane in range(lanes):
-                work(lane, halt)
+                work(lane, NEVER)
         return
+    halt = Halt(torch.zeros(1, dtype=torch.uint8, device="cpu"))
     flush = _flushes_denormals()
 
     def on_lane(lane: int) -> None:

@@ -13,7 +13,7 @@ from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Program, Workspace
 from mamlpp_fast.engine.fused.sweep import Form, Memory
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
-from mamlpp_fast.engine.lanes import Halt, Share
+from mamlpp_fast.engine.lanes import NEVER, Halt, Share
 from mamlpp_fast.engine.running import RunningStats
 from mamlpp_fast.episodes import EpisodeBatch
 
@@ -113,7 +113,7 @@ class Prepared:
                 self._group(batch, group, lane, threads, halt)
 
         if self.threads == 0:
-            work(0, Halt())
+            work(0, NEVER)
         else:
             lanes.run(work, count)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from mamlpp_fast import _native
-from mamlpp_fast.engine.lanes import Halt, watched
+from mamlpp_fast.engine.lanes import NEVER, Halt, watched
 
 __all__ = ["Buffer", "Emitter", "Instruction", "Phase", "Program", "Ref", "Workspace"]
 
@@ -189,7 +189,7 @@ class Program:
             if _without_python(self.instructions, workspace.device):
                 self._lists.append(_listed(self.instructions, lane))
 
-    def run(self, lane: int = 0, threads: int = 1, halt: Halt | None = None) -> None:
+    def run(self, lane: int = 0, threads: int = 1, halt: Halt = NEVER) -> None:
         """Makes the calls on a lane's memory.
 
         Args:
@@ -201,18 +201,18 @@ class Program:
             self._run_wide(lane, threads, halt)
             return
         if self._lists and not watched():
-            self._lists[lane].run((halt or Halt()).flag)
+            self._lists[lane].run(halt.flag)
             return
         for call in self._calls[lane]:
-            if halt is not None and halt.wanted:
+            if halt.wanted:
                 return
             call()
 
-    def _run_wide(self, lane: int, threads: int, halt: Halt | None) -> None:
+    def _run_wide(self, lane: int, threads: int, halt: Halt) -> None:
         wide = False
         try:
             for call, instruction in zip(self._calls[lane], self.instructions, strict=True):
-                if halt is not None and halt.wanted:
+                if halt.wanted:
                     return
                 if instruction.ours != wide:
                     wide = instruction.ours
