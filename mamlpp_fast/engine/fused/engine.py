@@ -370,9 +370,13 @@ class FusedEngine:
         }
         prepared = None
         for tasks in sizes:
-            written = [write(batch, tasks, recompute) for recompute in options[self.memory]]
-            for lanes in range(max(1, min(written[0].threads, written[0].groups)), 0, -1):
-                for prepared in written:
+            first, *others = options[self.memory]
+            written = {first: write(batch, tasks, first)}
+            for lanes in range(max(1, min(written[first].threads, written[first].groups)), 0, -1):
+                for recompute in (first, *others):
+                    if recompute not in written:
+                        written[recompute] = write(batch, tasks, recompute)
+                    prepared = written[recompute]
                     prepared.lanes = lanes
                     if prepared.workspace_bytes + prepared.owned_bytes <= _free_bytes(self.device):
                         return prepared
