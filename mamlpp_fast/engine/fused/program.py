@@ -25,6 +25,8 @@ __all__ = ["Buffer", "Emitter", "Instruction", "Phase", "Program", "Ref", "Works
 
 _ALIGNMENT = 64
 _Made = TypeVar("_Made")
+_Arguments = tuple[Any, ...]
+_Named = dict[str, Any]
 
 
 class Buffer:
@@ -124,6 +126,14 @@ class Instruction:
     def name(self) -> str:
         return str(getattr(self.fn, "__name__", self.fn)).removesuffix(".default")
 
+    def operands(self, lane: int) -> tuple[_Arguments, _Named]:
+        """The arguments, with a lane's tensors."""
+
+        def tensor(value: Any) -> Any:
+            return value.tensor(lane) if isinstance(value, Ref) else value
+
+        return tuple(map(tensor, self.args)), {name: tensor(a) for name, a in self.kwargs.items()}
+
     def refs(self) -> Iterator[Ref]:
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Ref):
@@ -185,9 +195,10 @@ class Program:
                     begin = lane * self.workspace_bytes + b.offset
                     flat = workspace.memory[begin : begin + b.nbytes]
                     b.tensors.append(flat.view(b.dtype).view(b.shape))
-            self._calls.append([_bound(i, lane) for i in self.instructions])
+            operands = [i.operands(lane) for i in self.instructions]
+            self._calls.append([_bound(i, *own) for i, own in zip(self.instructions, operands, strict=True)])
             if _without_python(self.instructions, workspace.device):
-                self._lists.append(_listed(self.instructions, lane))
+                self._lists.append(_listed(self.instructions, operands))
 
     def run(self, lane: int = 0, threads: int = 1, halt: Halt = NEVER) -> None:
         """Makes the calls on a lane's memory.
@@ -371,13 +382,8 @@ def _align(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _bound(instruction: Instruction, lane: int) -> Callable[[], Any]:
-    def tensor(value: Any) -> Any:
-        return value.tensor(lane) if isinstance(value, Ref) else value
-
+def _bound(instruction: Instruction, args: _Arguments, kwargs: _Named) -> Callable[[], Any]:
     fn = instruction.fn
-    args = tuple(tensor(a) for a in instruction.args)
-    kwargs = {name: tensor(a) for name, a in instruction.kwargs.items()}
     if kwargs:
         return lambda: fn(*args, **kwargs)
     return lambda: fn(*args)
@@ -389,14 +395,12 @@ def _without_python(instructions: Sequence[Instruction], device: torch.device) -
     return device.type == "cpu" and operators and _native.status().loaded
 
 
-def _listed(instructions: Sequence[Instruction], lane: int) -> Any:
+def _listed(instructions: Sequence[Instruction], operands: Sequence[tuple[_Arguments, _Named]]) -> Any:
     """The calls as the native library's list, which holds no interpreter lock while it makes them."""
     calls = torch.classes.mamlpp_fast.Calls()
-    for i in instructions:
+    for i, (args, kwargs) in zip(instructions, operands, strict=True):
         assert isinstance(i.fn, OpOverload)
-        given = [v.tensor(lane) if isinstance(v, Ref) else v for v in i.args]
-        named = {name: v.tensor(lane) if isinstance(v, Ref) else v for name, v in i.kwargs.items()}
         schema = i.fn._schema
-        rest = [named.get(a.name, a.default_value) for a in schema.arguments[len(given) :]]
-        calls.add(schema.name, schema.overload_name, [*given, *rest])
+        rest = [kwargs.get(a.name, a.default_value) for a in schema.arguments[len(args) :]]
+        calls.add(schema.name, schema.overload_name, [*args, *rest])
     return calls
