@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bench.harness import keep
+from bench.iterations import gradient_on
 from mamlpp_fast import data
 from mamlpp_fast.data import EpisodeSampler
 from mamlpp_fast.episodes import EpisodeBatch
@@ -49,13 +49,6 @@ def sampler() -> EpisodeSampler:
     return data.load("strokes").sampler("train", ways=5, shots=1, targets=1, seed=0, dtype=torch.float64)
 
 
-def gradient(learner: MAMLPlusPlus, batch: EpisodeBatch) -> Tensor:
-    """The meta-gradient as one vector in float64."""
-    learner.meta_gradient(batch.to(dtype=learner.dtype))
-    parts = [p.grad for m in (learner.model, learner.rates) for p in m.parameters() if p.grad is not None]
-    return torch.cat([p.detach().double().flatten() for p in parts])
-
-
 def errors(episodes: int, updates: int) -> list[float]:
     """Relative errors (Euclidean norm of all gradients) of this process's form, episode by episode."""
     fresh = episodes - episodes // 5
@@ -65,8 +58,8 @@ def errors(episodes: int, updates: int) -> list[float]:
         exact = _WORKLOAD.learner("fused", "float64", seed=seed) if seed < fresh else base
         ours = _WORKLOAD.learner("fused", "float32", seed=seed)
         ours.load_state_dict(exact.state_dict())
-        expected, result = gradient(exact, episode(seed)), gradient(ours, episode(seed))
-        found.append(float((result.double() - expected).norm() / expected.norm()))
+        expected, result = gradient_on(exact, episode(seed)), gradient_on(ours, episode(seed))
+        found.append(float((result - expected).norm() / expected.norm()))
     return found
 
 

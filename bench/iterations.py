@@ -31,6 +31,7 @@ import torch
 from bench.harness import Times, copy_bandwidth, interleaved, keep, machine, peak_flops, pool
 from mamlpp_fast.engine import Precision
 from mamlpp_fast.engine.fused.engine import FusedEngine
+from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.workloads import WORKLOADS, Workload
 
@@ -38,8 +39,13 @@ _BATCHES = 5
 
 
 def gradient(learner: MAMLPlusPlus, workload: Workload, seed: int = 0) -> torch.Tensor:
+    """The meta-gradient of a workload's batch; see :func:`gradient_on`."""
+    return gradient_on(learner, workload.batch(seed))
+
+
+def gradient_on(learner: MAMLPlusPlus, batch: EpisodeBatch) -> torch.Tensor:
     """The meta-gradient of a batch, as one vector in float64."""
-    learner.meta_gradient(workload.batch(seed).to(learner.device, learner.dtype))
+    learner.meta_gradient(batch.to(learner.device, learner.dtype))
     parts = [p.grad for m in (learner.model, learner.rates) for p in m.parameters() if p.grad is not None]
     return torch.cat([p.detach().double().flatten() for p in parts])
 
