@@ -17,7 +17,7 @@ namespace {
 class Calls : public torch::CustomClassHolder {
  public:
   /// Appends a call: every argument of the schema, in its order.
-  void add(const std::string& name, const std::string& overload, std::vector<c10::IValue> arguments) {
+  void add(std::string name, std::string overload, std::vector<c10::IValue> arguments) {
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
     const size_t wanted = op.schema().arguments().size();
     TORCH_CHECK_VALUE(arguments.size() == wanted, "arguments: expected ", wanted, " of ", name, ", got ",
@@ -44,11 +44,7 @@ class Calls : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
-  m.class_<Calls>("Calls")
-      .def(torch::init<>())
-      .def("add", [](const c10::intrusive_ptr<Calls>& self, std::string name, std::string overload,
-                     std::vector<c10::IValue> arguments) { self->add(name, overload, std::move(arguments)); })
-      .def("run", [](const c10::intrusive_ptr<Calls>& self, const at::Tensor& halt) { self->run(halt); });
+  m.class_<Calls>("Calls").def(torch::init<>()).def("add", &Calls::add).def("run", &Calls::run);
 }
 
 }  // namespace mf

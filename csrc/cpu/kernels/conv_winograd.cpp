@@ -28,8 +28,8 @@ struct Transform;
 template <>
 struct Transform<4> {
   static constexpr float a = 2.f / 3, b = 3.f / 2, aa = 4.f / 9, bb = 9.f / 4, aaa = 8.f / 27, bbb = 27.f / 8;
-  static constexpr float both = 97.f / 36;                    // aa + bb
-  static constexpr float na = -162.f / 260, nb = 72.f / 585;  // 1 / (2 aa (aa - bb)), 1 / (2 bb (bb - aa))
+  static constexpr float both = 97.f / 36;                 // aa + bb
+  static constexpr float na = -81.f / 130, nb = 8.f / 65;  // 1 / (2 aa (aa - bb)), 1 / (2 bb (bb - aa))
 
   static MF_INLINE void data(const V* d, V* t) {
     t[0] = plus(-both, d[2], d[0] + d[4]);
@@ -191,9 +191,10 @@ void transform_weights(const Problem& p, const float* w, float* to, int64_t to_s
   }
 }
 
+constexpr int64_t kAhead = 16;  // channels: the next cache line of each pixel, which no hardware prefetcher expects
+
 /// Transforms patches of side `From` at `step` pixels into planes [points][channel group][tile][channel of the group];
 /// pixels outside read zeros.
-constexpr int64_t kAhead = 16;  // channels: the next cache line of each pixel, which no hardware prefetcher expects
 template <int From, int To, Line line>
 void transform_patches(const float* images, int64_t height, int64_t width, int64_t channels, int64_t step,
                        int64_t padding, int64_t columns, int64_t per_image, int64_t first, int64_t count,
