@@ -137,7 +137,7 @@ def test_later_threads_begin_with_the_number_they_would_have(monkeypatch: pytest
     assert torch.get_num_threads() == 3
 
 
-def test_torch_computes_on_one_thread_in_every_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_computes_on_one_thread_in_every_lane_and_a_single_one_is_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
     monkeypatch.setattr(lanes, "_pool", lanes._Pool())
     group, seen = Prepared._group, []
@@ -148,7 +148,9 @@ def test_torch_computes_on_one_thread_in_every_lane(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Prepared, "_group", looking)
     learner(precision="float32").meta_gradient(random_batch(tasks=5, dtype=torch.float32))
-    assert seen == 5 * [(False, 1)]
+    # The last task, which leaves one thread over, is computed by the caller's own threads: no lane has a second team.
+    assert seen == [*4 * [(False, 1)], (True, 1)]
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(
