@@ -137,7 +137,9 @@ def test_later_threads_begin_with_the_number_they_would_have(monkeypatch: pytest
     assert torch.get_num_threads() == 3
 
 
-def test_torch_computes_on_one_thread_in_every_lane_and_a_single_one_is_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_computes_on_one_thread_and_a_single_lane_is_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.set_num_threads(2)
     monkeypatch.setattr(lanes, "_pool", lanes._Pool())
     group, seen = Prepared._group, []
