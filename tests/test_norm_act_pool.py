@@ -31,6 +31,7 @@ SHAPES = {
     "long": (1, 1, 2, 37, 12),
 }
 EPS = 1e-5
+MOVING = {"gamma": ("gamma",), "beta": ("beta",), "both": ("gamma", "beta")}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -61,6 +62,7 @@ class Case:
         per_task: bool = False,
         dtype: torch.dtype = torch.float64,
         offset: float = 0.0,
+        moving: tuple[str, ...] = (),
     ) -> None:
         tasks, channels = shape[0], shape[-1]
         small = output_shape(shape, pool)
@@ -68,6 +70,8 @@ class Case:
         self.z, self.u = torch.randn(shape, dtype=dtype) + offset, torch.randn(shape, dtype=dtype)
         self.gy, self.gy_dot = torch.randn(small, dtype=dtype), torch.randn(small, dtype=dtype)
         self.gamma, self.beta = torch.randn(rows, dtype=dtype), torch.randn(rows, dtype=dtype)
+        dots = {name: torch.randn(tasks, channels, dtype=dtype) for name in moving}
+        self.gamma_dot, self.beta_dot = dots.get("gamma"), dots.get("beta")
         self.pool, self.slope = pool, slope
         self.small, self.rows = small, (tasks, channels)
 
@@ -83,9 +87,10 @@ class Case:
         gz, ggamma, gbeta = self.fresh(self.z.shape, self.rows, self.rows)
         norm_act_pool_backward(self.gy, *saved, gz, ggamma, gbeta, **options)
         uy, r, t = self.fresh(self.small, self.rows, self.rows)
-        norm_act_pool_tangent(self.u, *saved, uy, r, t, **options)
+        moved = {"gamma_dot": self.gamma_dot}
+        norm_act_pool_tangent(self.u, *saved, uy, r, t, **options, **moved, beta_dot=self.beta_dot)
         dots = self.fresh(self.z.shape, self.rows, self.rows)
-        norm_act_pool_backward_tangent(self.gy_dot, self.gy, self.u, *saved, r, t, *dots, **options)
+        norm_act_pool_backward_tangent(self.gy_dot, self.gy, self.u, *saved, r, t, *dots, **options, **moved)
         names = ("y", "mean", "rstd", "gz", "ggamma", "gbeta", "uy", "gz_dot", "ggamma_dot", "gbeta_dot")
         return dict(zip(names, (y, mean, rstd, gz, ggamma, gbeta, uy, *dots), strict=True))
 
@@ -97,9 +102,10 @@ class Case:
         y = plain(z, gamma, beta, self.slope, self.pool)
         gradients = torch.autograd.grad(y, (z, gamma, beta), gy, create_graph=True)
         found = [y, mean, (variance + EPS).rsqrt(), *gradients]
-        directions = {"uy": (y, {z: self.u})}
+        moves = {p: d for p, d in ((gamma, self.gamma_dot), (beta, self.beta_dot)) if d is not None}
+        directions = {"uy": (y, {z: self.u, **moves})}
         for name, gradient in zip(("gz_dot", "ggamma_dot", "gbeta_dot"), gradients, strict=True):
-            directions[name] = (gradient, {z: self.u, gy: self.gy_dot})
+            directions[name] = (gradient, {z: self.u, gy: self.gy_dot, **moves})
         names = ("y", "mean", "rstd", "gz", "ggamma", "gbeta")
         results = dict(zip(names, (f.detach() for f in found), strict=True))
         for name, (value, along) in directions.items():
@@ -122,12 +128,39 @@ def test_four_orders(backend: str, shape: tuple[int, ...], pool: bool, slope: fl
         )
 
 
-def test_large_mean_in_float32_errs_at_most_twice_as_much_as_pytorch(backend: str) -> None:
-    case = Case((1, 4, 14, 14, 16), dtype=torch.float32, offset=1e3)
+@pytest.mark.parametrize("moving", MOVING.values(), ids=MOVING)
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
+@pytest.mark.parametrize("name", ["even", "odd", "odd-64", "odd-columns", "smallest"])
+def test_orders_along_moving_weights(backend: str, name: str, pool: bool, moving: tuple[str, ...]) -> None:
+    case = Case(SHAPES[name], pool=pool, per_task=name != "odd", moving=moving)
+    case.gamma[..., 1] = 0
+    found, expected = case.run(), case.expected()
+    for key, value in found.items():
+        torch.testing.assert_close(
+            value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_directions_shared_by_all_tasks(backend: str) -> None:
+    case = Case((3, 2, 5, 4, 6), moving=("gamma", "beta"))
+    assert case.gamma_dot is not None and case.beta_dot is not None
+    case.gamma_dot, case.beta_dot = case.gamma_dot[0], case.beta_dot[0]
+    shared = case.run()
+    case.gamma_dot, case.beta_dot = (row.expand(3, 6).clone() for row in (case.gamma_dot, case.beta_dot))
+    for name, value in case.run().items():
+        assert torch.equal(shared[name], value), name
+
+
+@pytest.mark.parametrize("moving", [(), ("gamma", "beta")], ids=["fixed", "moving"])
+def test_large_mean_in_float32_errs_at_most_twice_as_much_as_pytorch(
+    backend: str, moving: tuple[str, ...]
+) -> None:
+    case = Case((1, 4, 14, 14, 16), dtype=torch.float32, offset=1e3, moving=moving)
     ours, theirs = case.run(), case.expected()
     exact = Case(tuple(case.z.shape))
-    for name in ("z", "u", "gy", "gy_dot", "gamma", "beta"):
-        setattr(exact, name, getattr(case, name).double())
+    for name in ("z", "u", "gy", "gy_dot", "gamma", "beta", "gamma_dot", "beta_dot"):
+        if (value := getattr(case, name)) is not None:
+            setattr(exact, name, value.double())
     for name, value in exact.expected().items():
         if name == "mean":
             continue
@@ -154,7 +187,7 @@ def test_nan_in_the_input_reaches_the_output(backend: str) -> None:
 @pytest.mark.skipif("native" not in BACKENDS, reason="no native library")
 @pytest.mark.parametrize("tasks", [1, 3, 8])
 def test_result_does_not_depend_on_threads(tasks: int) -> None:
-    case = Case((tasks, 5, 9, 8, 21), dtype=torch.float32)
+    case = Case((tasks, 5, 9, 8, 21), dtype=torch.float32, moving=("gamma", "beta"))
     assert_equal_on_any_threads(case.run)
 
 
@@ -175,6 +208,10 @@ def test_opcheck(pool: bool) -> None:
     }  # fmt: skip
     for name, sample in samples.items():
         torch.library.opcheck(OPERATIONS[name].overload, sample)
+    moved = torch.randn(2, *case.rows, dtype=torch.float64)
+    for name, rows in (("tangent", moved.unbind()), ("backward_tangent", moved[:1].unbind())):
+        sample = (*samples[f"norm_act_pool_{name}"], *rows)
+        torch.library.opcheck(OPERATIONS[f"norm_act_pool_{name}"].overload, sample)
 
 
 def test_errors_name_the_argument(backend: str) -> None:
@@ -201,3 +238,13 @@ def test_errors_name_the_argument(backend: str) -> None:
         attempt((2, 2, 1, 4, 3))
     with pytest.raises(ValueError, match="more than one element"):
         attempt((2, 1, 1, 1, 3))
+
+
+def test_a_direction_of_another_shape_is_refused(backend: str) -> None:
+    case = Case((2, 2, 4, 4, 3), moving=("gamma", "beta"))
+    for name in ("gamma_dot", "beta_dot"):
+        right = getattr(case, name)
+        setattr(case, name, right[:, :2])
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            case.run()
+        setattr(case, name, right)

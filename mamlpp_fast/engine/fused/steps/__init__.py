@@ -1,6 +1,6 @@
 """The steps a lowered network is made of, each with its rules."""
 
-from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Slot, Step
+from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Scaling, Slot, Step
 from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
 from mamlpp_fast.engine.fused.steps.head import Head
 from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Detach, Flatten, Linear
@@ -29,6 +29,7 @@ __all__ = [
     "Pass",
     "Rows",
     "ScaleShift",
+    "Scaling",
     "Slot",
     "SquaredError",
     "Step",
