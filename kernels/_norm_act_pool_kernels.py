@@ -11,7 +11,10 @@ import triton.language as tl
 from ._batch_norm_passes import combine, gate, keep, moments, origin, row, tile, total
 
 _SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "row_stride"]
-_ROWS = [f"{n}_ptr" for n in ("mean", "rstd", "gamma", "beta", "ggamma", "gbeta", "r", "t", "gamma_dot", "beta_dot")]
+_ROWS = [
+    f"{n}_ptr"
+    for n in ("mean", "rstd", "gamma", "beta", "ggamma", "gbeta", "r", "t", "gamma_dot", "beta_dot")
+]
 
 
 @triton.jit

@@ -340,8 +340,8 @@ void tangent(const Problem& p, const Tensor& v_, const Tensor& y, const Tensor& 
 template <typename T>
 void backward_tangent(const Problem& p, const Tensor& gy_dot, const Tensor& v_, const Tensor& y, const Tensor& index,
                       const Tensor& padded, const Tensor& moments, const Tensor& w_, const Tensor& gamma_,
-                      const Tensor& rstd_, T slope, const Tensor& sums, const Tensor& t_,
-                      const OptTensor& gamma_dot_, Tensor& gw_dot, Tensor& ggamma_dot, Tensor& gbeta_dot) {
+                      const Tensor& rstd_, T slope, const Tensor& sums, const Tensor& t_, const OptTensor& gamma_dot_,
+                      Tensor& gw_dot, Tensor& ggamma_dot, Tensor& gbeta_dot) {
   const AffineRow<T> gamma(p, "gamma", gamma_);
   const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_);
   const int64_t co = p.s.co, size = p.s.values() * co;

@@ -424,8 +424,7 @@ void norm_act_pool_tangent(const Tensor& u, const Tensor& z, const Tensor& index
 void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, const Tensor& u, const Tensor& z,
                                     const Tensor& index, const Tensor& mean, const Tensor& rstd, const Tensor& gamma,
                                     const Tensor& beta, double slope, const Tensor& r, const Tensor& t, bool pool,
-                                    Tensor& gz_dot, Tensor& ggamma_dot, Tensor& gbeta_dot,
-                                    const OptTensor& gamma_dot) {
+                                    Tensor& gz_dot, Tensor& ggamma_dot, Tensor& gbeta_dot, const OptTensor& gamma_dot) {
   const Problem p = check(z, gamma, beta, pool);
   check_pooled(p, "gy_dot", gy_dot);
   check_pooled(p, "gy", gy);

@@ -368,9 +368,7 @@ def norm_act_pool_tangent(
         `uy`.
     """
     _check(z, gamma, beta, pool, gamma_dot, beta_dot, uy=uy, **({"index": index} if pool else {}))
-    _norm_act_pool_tangent(
-        u, z, index, mean, rstd, gamma, beta, slope, pool, uy, r, t, gamma_dot, beta_dot
-    )
+    _norm_act_pool_tangent(u, z, index, mean, rstd, gamma, beta, slope, pool, uy, r, t, gamma_dot, beta_dot)
     return uy
 
 
