@@ -201,7 +201,7 @@ def _constants(dtype: torch.dtype, channels: int, pool: bool) -> dict[str, Any]:
 
 
 def launch_configurations() -> Iterator[Configuration]:
-    """Everything a call can launch: types, channels in multiples of 16 or not, the pool or not, γ and β fixed or not."""
+    """Everything a call can launch: types, channels in multiples of 16 or not, pool or not, γ and β fixed or not."""
     for dtype, channels, pool, moves in itertools.product(_TYPES, (64, 5), (True, False), (True, False)):
         if dtype == torch.float64 and channels == 64:
             continue

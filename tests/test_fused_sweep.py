@@ -425,3 +425,26 @@ def test_bfloat16_rounds_operands_and_nothing_else() -> None:
     assert grad is not None and grad.dtype == torch.float32
     difference = float((rounded.loss - exact.loss).abs())
     assert 0 < difference < 0.05 * float(exact.loss)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapting_norms_in_low_precision(precision: str) -> None:
+    """Too wide to be computed in float64; strided, so that no near-tie of a pool tips."""
+    model, batch = small_conv4(per_step_affine=False, max_pool=False, filters=12), random_batch()
+    exact, _ = engines(model, 3, adapt_norm=True)
+    plain, ours = engines(model.float(), 3, adapt_norm=True, precision=precision)
+    low = mf.EpisodeBatch(batch.support_x.float(), batch.support_y, batch.target_x.float(), batch.target_y)
+    found = []
+    for engine, given in ((exact, batch), (plain, low), (ours, low)):
+        with torch.no_grad():
+            engine.rates.rates.copy_(exact.rates.rates)
+        engine.meta_gradient(given, step_weights(3).to(given.support_x.dtype), True)
+        parameters = dict(engine.model.named_parameters())
+        found.append({n: p.grad.double() for n, p in parameters.items() if not n.endswith("conv.bias")})
+    if precision == "bfloat16":
+        whole = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in found]
+        assert 1e-4 < float((whole[2] - whole[0]).norm() / whole[0].norm()) < 0.1
+        return
+    for name, expected in found[0].items():
+        errors = [float((other[name] - expected).norm() / expected.norm()) for other in found[1:]]
+        assert errors[1] <= 4 * errors[0] + 1e-6, (name, errors)

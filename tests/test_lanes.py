@@ -67,6 +67,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "final-loss": {"msl": False},
     "first-order": {"second_order": False},
     "shared-rows": {"bnwb": False, "bnrs": False},
+    "adapting-norms": {"bnwb": False, "adapt_norm": True},
     "element-rates": {"rates": "element"},
     "running": {"eval_stats": "running"},
     "smoothed": {"loss_fn": torch.nn.CrossEntropyLoss(label_smoothing=0.1)},
