@@ -165,6 +165,22 @@ def test_orders_along_moving_weights(backend: str, name: str, moving: tuple[str,
         )
 
 
+def test_the_tangents_are_the_double_backward(backend: str) -> None:
+    """Cotangents of the gradients of w, γ and β in the places of the directions; nothing moves gy."""
+    case = Case((2, 3, 7, 6, 2), 5, per_task=True, moving=("gamma", "beta"))
+    case.gamma[:, 2], case.gy_dot[:] = 0, 0
+    inputs = [t.clone().requires_grad_() for t in (case.gy, case.w, case.gamma, case.beta)]
+    y, _ = case.plain(*inputs[1:])
+    gradients = torch.autograd.grad(y, inputs[1:], inputs[0], create_graph=True)
+    cotangents = (case.v, case.gamma_dot, case.beta_dot)
+    expected = torch.autograd.grad(gradients, inputs[:3], cotangents)
+    found = case.run()
+    for name, value in zip(("uy", "gw_dot", "ggamma_dot"), expected, strict=True):
+        scale = max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10 * scale)
+    assert torch.equal(found["gbeta_dot"], torch.zeros_like(found["gbeta_dot"]))
+
+
 def test_directions_shared_by_all_tasks(backend: str) -> None:
     case = Case((3, 2, 5, 4, 1), 6, moving=("gamma", "beta"))
     assert case.gamma_dot is not None and case.beta_dot is not None

@@ -141,6 +141,22 @@ def test_orders_along_moving_weights(backend: str, name: str, pool: bool, moving
         )
 
 
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
+def test_the_tangents_are_the_double_backward(backend: str, pool: bool) -> None:
+    """Cotangents of the gradients of z, γ and β in the places of the directions; nothing moves gy."""
+    case = Case((2, 3, 7, 5, 5), pool=pool, per_task=True, moving=("gamma", "beta"))
+    case.gamma[:, 2], case.gy_dot[:] = 0, 0
+    inputs = [t.clone().requires_grad_() for t in (case.gy, case.z, case.gamma, case.beta)]
+    y = plain(*inputs[1:], case.slope, pool)
+    gradients = torch.autograd.grad(y, inputs[1:], inputs[0], create_graph=True)
+    cotangents = (case.u, case.gamma_dot, case.beta_dot)
+    expected = torch.autograd.grad(gradients, inputs[:3], cotangents)
+    found = case.run()
+    for name, value in zip(("uy", "gz_dot", "ggamma_dot"), expected, strict=True):
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11)
+    assert torch.equal(found["gbeta_dot"], torch.zeros_like(found["gbeta_dot"]))
+
+
 def test_directions_shared_by_all_tasks(backend: str) -> None:
     case = Case((3, 2, 5, 4, 6), moving=("gamma", "beta"))
     assert case.gamma_dot is not None and case.beta_dot is not None
