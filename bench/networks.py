@@ -1,6 +1,6 @@
 """28 networks that people meta-train: which engine takes each, and its time beside a textbook loop's.
 
-    python -m bench.networks [NAME ...] [--seconds 4] [--json FILE]
+    python -m bench.networks [NAME ...] [--seconds 4] [--threads 2] [--json FILE]
 
 Second-order MAML with a rate for each tensor, five inner steps, float32 on two threads, by ``engine="auto"`` (and
 ``"fused"`` where that is another) and by the loop of ``bench.networks.textbook``, in turn. Loss and every meta-gradient
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mamlpp_fast as mf
 from bench.harness import interleaved, keep
@@ -112,16 +113,21 @@ def conv(
     act: Callable[[], nn.Module] = nn.ReLU,
     pool: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2),
     kernel: int = 3,
+    *,
+    colours: int = 3,
+    filters: int = 32,
+    depth: int = 2,
 ) -> Callable[[], nn.Module]:
-    """Two blocks of 32 filters on images 28x28."""
+    """Blocks of filters on images 28x28, two of 32 unless said."""
 
     def make() -> nn.Module:
         blocks = [
             m
-            for channels in (3, 32)
-            for m in (nn.Conv2d(channels, 32, kernel, padding=kernel // 2), norm(), act(), pool())
+            for channels in (colours, *[filters] * (depth - 1))
+            for m in (nn.Conv2d(channels, filters, kernel, padding=kernel // 2), norm(), act(), pool())
         ]
-        return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(32 * 49, 5))
+        side = 28 >> depth
+        return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(filters * side * side, 5))
 
     return make
 
@@ -181,7 +187,9 @@ def _transformer() -> nn.Module:
 
 IMAGES = classes(3, 28, 28)
 CASES = {
-    "Conv4": Case(lambda: mf.Conv4(1, 5, num_steps=STEPS), classes(1, 28, 28)),
+    "Conv4": Case(
+        conv(lambda: nn.BatchNorm2d(64), colours=1, filters=64, depth=4), classes(1, 28, 28)
+    ),
     "MLP relu": Case(mlp(nn.ReLU), curves(), "mse"),
     "MLP tanh": Case(mlp(nn.Tanh), curves(), "mse"),
     "MLP sigmoid": Case(mlp(nn.Sigmoid), curves(), "mse"),
@@ -251,6 +259,10 @@ def textbook(model: nn.Module, batch: Batch, loss_fn: Callable[[Tensor, Tensor],
     rates = torch.full((len(names),), RATE, dtype=next(model.parameters()).dtype, requires_grad=True)
 
     def step() -> Results:
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
+            return whole()
+
+    def whole() -> Results:
         losses = []
         for support_x, support_y, target_x, target_y in zip(*batch, strict=True):
             fast = {n: own[n] for n in names}
@@ -348,11 +360,12 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in CASES]:
         parser.error(f"NAME: expected one of {', '.join(CASES)}, got {unknown[0]}")
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     rows = []
     print(f"{'network':<20} {'engine':<9} {'ours ms':>8} {'loop ms':>8} {'times':>6}  generic steps")
     for name in arguments.names or CASES:
