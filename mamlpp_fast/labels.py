@@ -61,8 +61,6 @@ def unsuited(batch: EpisodeBatch, loss_fn: LossFn, given: EpisodeBatch | None = 
         loss_fn: the loss.
         given: the batch before that, which may have been on a CPU.
     """
-    if not (batch.support_x.is_floating_point() and batch.target_x.is_floating_point()):
-        return "inputs: token ids"
     if any(t.requires_grad for t in batch.fields):
         return "inputs: require gradients"
     kind, ignored = family(loss_fn), ignored_label(loss_fn)

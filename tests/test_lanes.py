@@ -339,10 +339,21 @@ def test_calls_outside_python_are_those_inside(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_list_of_calls_stops_where_it_is_halted_and_refuses_a_call_of_the_wrong_size() -> None:
     calls, total, halt = torch.classes.mamlpp_fast.Calls(), torch.zeros(2), torch.zeros(1, dtype=torch.uint8)
-    calls.add("aten::add_", "Scalar", [total, 1.0, 2])
-    calls.add("aten::copy_", "", [halt, torch.ones(1, dtype=torch.uint8), False])
-    calls.add("aten::add_", "Scalar", [total, 100.0, 1])
+    calls.add("aten::add_", "Scalar", [total, 1.0, 2], [])
+    calls.add("aten::copy_", "", [halt, torch.ones(1, dtype=torch.uint8), False], [])
+    calls.add("aten::add_", "Scalar", [total, 100.0, 1], [])
     calls.run(halt)
     assert total.tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match="expected 3 of aten::copy_, got 1"):
-        calls.add("aten::copy_", "", [total])
+        calls.add("aten::copy_", "", [total], [])
+
+
+def test_a_list_copies_what_an_operator_without_outputs_makes() -> None:
+    x = torch.tensor([3.0, 1.0, 2.0])
+    values, places, none = torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
+    calls = torch.classes.mamlpp_fast.Calls()
+    calls.add("aten::sort", "", [x, 0, False], [values, places])
+    calls.add("aten::index_put", "", [x, [places[:1]], torch.tensor([9.0]), False], [x])
+    calls.add("aten::sum", "dim_IntList", [x, None, False, None], [None])  # None for an empty list
+    calls.run(none)
+    assert (values.tolist(), places.tolist(), x.tolist()) == ([1.0, 2.0, 3.0], [1, 2, 0], [3.0, 9.0, 2.0])

@@ -47,7 +47,7 @@ def test_engines_agree_with_the_reference(name: str, engine: str) -> None:
 def test_any_module_trains_and_auto_says_what_kept_it_from_the_fused_engine() -> None:
     class Gated(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * torch.sigmoid(x)
+            return x * (torch.sigmoid(x) if x.sum() > 0 else torch.tanh(x))
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), Gated(), nn.Flatten(), nn.Linear(400, 3))
@@ -55,9 +55,9 @@ def test_any_module_trains_and_auto_says_what_kept_it_from_the_fused_engine() ->
     losses = [float(learner.meta_step(random_batch()).loss) for _ in range(5)]
     assert losses[-1] < losses[0]
     assert learner.engine.name == "autograd"
-    assert learner.engine_reason == "not fused: 2: sigmoid has no fused rules"
+    assert learner.engine_reason == "not fused: 2: __bool__ asks for values, which decide what is executed"
     assert learner.explain().startswith("engine autograd: not fused")
-    with pytest.raises(ValueError, match=r"engine: expected a model .*the fused engine can take.*2: sigmoid"):
+    with pytest.raises(ValueError, match=r"engine: expected a model .*the fused engine can take.*2: __bool__"):
         mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine="fused").meta_step(random_batch())
 
 
@@ -114,9 +114,13 @@ def test_a_loss_of_ones_own_agrees_with_the_reference_in_every_engine_that_takes
 
 
 def test_auto_leaves_the_fused_engine_when_the_shapes_of_a_batch_stop_it() -> None:
+    class Sized(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.relu() if len(x) % 2 else x)
+
     def network() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LayerNorm(200), nn.Linear(200, 3))
+        return Sized(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(200, 3))
 
     expected, ours = (
         mf.MAMLPlusPlus(network(), mf.MAMLConfig(steps=2), engine=e, precision="float64")  # type: ignore[arg-type]
@@ -124,9 +128,9 @@ def test_auto_leaves_the_fused_engine_when_the_shapes_of_a_batch_stop_it() -> No
     )
     assert_close(ours.meta_step(random_batch()), expected.meta_step(random_batch()), rtol=1e-9, atol=1e-12)
     assert ours.engine.name == "autograd"
-    assert ours.engine_reason == "not fused: 2: layer norm: expected images or features, got flattened images"
+    assert ours.engine_reason == "not fused: Sized: executes other operations for another number of examples"
     strict = mf.MAMLPlusPlus(network(), mf.MAMLConfig(steps=2), engine="fused", precision="float64")
-    with pytest.raises(ValueError, match="2: layer norm: expected images or features"):
+    with pytest.raises(ValueError, match="Sized: executes other operations"):
         strict.meta_step(random_batch())
 
 
@@ -266,7 +270,7 @@ def test_clamping_passes_over_what_is_frozen() -> None:
     assert largest == 1e-3
 
 
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("engine", ["autograd", "reference"])
 def test_attention_is_said_to_run_by_the_math_kernel(engine: str) -> None:
     class Attending(nn.Module):
         def __init__(self) -> None:

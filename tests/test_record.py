@@ -38,7 +38,8 @@ def test_operations_arguments_shapes_and_modules() -> None:
     assert [op.where for op in found.operations] == ["body", "", "head"]
     assert first.args == (Value(0), Parameter("body.weight"), Parameter("body.bias"))
     assert act.args == (Value(first.output),) and last.args[0] == Value(act.output)
-    assert [op.shape for op in found.operations] == [(3, 4), (3, 4), (3, 2)]
+    assert [shape for op in found.operations for shape, _ in op.tensors] == [(3, 4), (3, 4), (3, 2)]
+    assert [shape for op in found.others for shape, _ in op.tensors] == [(4, 4), (4, 4), (4, 2)]
     assert found.output == last.output
     assert found.shapes == {0: (3,), first.output: (4,), act.output: (4,), last.output: (2,)}
     assert not any(op.constant for op in found.operations)
@@ -48,17 +49,17 @@ def test_operations_arguments_shapes_and_modules() -> None:
 def test_buffers_and_attributes_are_told_apart() -> None:
     _, scaled, moved, _ = between(lambda net, h: h * net.scale + net.offset).operations
     assert scaled.inputs()[1] == Buffer("scale")
-    assert moved.inputs()[1] == Constant()
+    assert moved.inputs()[1] == Constant(torch.zeros(4))
 
 
 def test_what_is_made_from_attributes_alone_is_no_operation() -> None:
     found = between(lambda net, h: h + (net.offset + 1) * 2)
     assert [op.name for op in found.operations] == ["linear", "add", "linear"]
-    assert found.operations[1].inputs()[1] == Constant()
+    assert found.operations[1].inputs()[1] == Constant(2 * torch.ones(4))
 
 
 def test_a_tensor_made_in_the_forward_is_fixed() -> None:
-    assert between(lambda net, h: h + torch.ones(4)).operations[1].inputs()[1] == Constant()
+    assert between(lambda net, h: h + torch.ones(4)).operations[1].inputs()[1] == Constant(torch.ones(4))
 
 
 def test_one_parameter_under_two_names_has_the_first() -> None:

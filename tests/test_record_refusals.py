@@ -158,12 +158,6 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
     "raises": (_raises, "Net", "its forward raises, 'no such\\nkey'"),
     "other-operation": (_examples_decide, "Net", "relu: depends on the number of examples"),
     "other-length": (_more_for_more, "Net", "executes other operations for another number of examples"),
-    "other-number": (lambda net, h: h * len(h), "Net", "mul: depends on the number of examples"),
-    "mixed-examples": (
-        lambda net, h: h.flatten().view(4, -1).t(),
-        "Net",
-        "flatten: expected examples along the first axis, got (12,) for 3 of them",
-    ),
 }
 
 

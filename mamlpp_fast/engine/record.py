@@ -32,7 +32,7 @@ from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
-from mamlpp_fast.engine.recorder import TAKE_SIZES, Operation, Recorder
+from mamlpp_fast.engine.recorder import Operation, Recorder
 
 __all__ = ["Recording", "head_names", "record"]
 
@@ -43,24 +43,32 @@ class Recording:
 
     Attributes:
         operations: in order, for the first of the two numbers of examples.
+        others: the same for the second: arguments and sizes may follow the number.
+        examples: the two numbers.
         output: the value returned.
-        shapes: of the values, without the axis of examples.
+        shapes: of the values, without the first axis, where that is the examples' and the others do not follow
+            their number; others are not in it.
+        dtypes: of the values.
         counted: names of the buffers that count batches, as often as they were counted up.
     """
 
     operations: tuple[Operation, ...]
+    others: tuple[Operation, ...]
+    examples: tuple[int, int]
     output: int
     shapes: dict[int, tuple[int, ...]]
+    dtypes: dict[int, torch.dtype]
     counted: tuple[str, ...]
 
 
-def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
+def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -> Recording:
     """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states stay as they are.
 
     Args:
         model: called with one argument.
         x: examples [n, ...].
         other: examples [m, ...], m not n.
+        fixed: whether there are never but n of them: the forward need not take m.
 
     Raises:
         Unsupported: names the module, and what makes its forward no fixed list of operations.
@@ -68,6 +76,9 @@ def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
     if (hook := _hooks(model)) is not None:
         raise hook
     first, second = (_watched(_own_copy(model), examples) for examples in (x, other))
+    if fixed and first.problem is None and second.problem is not None:
+        other = x
+        second = _watched(_own_copy(model), other)
     # An evaluation's target passes take no gradient, which a forward may ask about.
     third = second if model.training else _watched(_own_copy(model), other, gradient=False)
     for recorder in (first, second, third):
@@ -77,25 +88,27 @@ def record(model: nn.Module, x: Tensor, other: Tensor) -> Recording:
         (op.function, op.args, op.kwargs) for op in second.operations
     ]:
         raise Unsupported(type(model).__name__, "executes other operations where no gradient is taken")
-    shapes = {0: tuple(x.shape[1:])}
+    shapes, dtypes = {0: tuple(x.shape[1:])}, {0: x.dtype}
     if len(first.operations) != len(second.operations):
         raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
     for a, b in zip(first.operations, second.operations, strict=True):
         # By `!=`: the getter of an attribute is another object each time.
-        if a.function != b.function or a.output != b.output:
+        if a.function != b.function or a.outputs != b.outputs or a.constant != b.constant:
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
-        if a.output is None:
-            continue
-        if a.shape[:1] != x.shape[:1] or b.shape[:1] != other.shape[:1] or a.shape[1:] != b.shape[1:]:
-            raise Unsupported(
-                a.where or type(model).__name__,
-                f"{a.name}: expected examples along the first axis, got {a.shape} for {x.shape[0]} of them",
-            )
-        if a.function not in TAKE_SIZES and (a.args, a.kwargs) != (b.args, b.kwargs):
-            raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
-        shapes[a.output] = a.shape[1:]
+        for index, (shape, dtype), (shape_b, _) in zip(a.outputs, a.tensors, b.tensors, strict=True):
+            dtypes[index] = dtype
+            if shape[:1] == x.shape[:1] and shape_b[:1] == other.shape[:1] and shape[1:] == shape_b[1:]:
+                shapes[index] = shape[1:]
     assert first.result is not None
-    return Recording(tuple(first.operations), first.result, shapes, tuple(first.counted))
+    return Recording(
+        tuple(first.operations),
+        tuple(second.operations),
+        (len(x), len(other)),
+        first.result,
+        shapes,
+        dtypes,
+        tuple(first.counted),
+    )
 
 
 def head_names(model: nn.Module, x: Tensor, adapt_norm: bool = False) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, first_line
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
-__all__ = ["TAKE_SIZES", "Buffer", "Constant", "Operation", "Parameter", "Recorder", "Value", "Watch"]
+__all__ = ["TAKE_SIZES", "Buffer", "Constant", "Operation", "Parameter", "Recorder", "Value", "Watch", "draws"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,28 @@ class Buffer:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Constant:
-    """A tensor that is a plain attribute of a module, or made from such alone: fixed for a form of a model."""
+    """A tensor that is a plain attribute of a module, or made from such alone: fixed for a form of a model.
+
+    Attributes:
+        tensor: its values; constants of the same values are equal.
+    """
+
+    tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant):
+            return NotImplemented
+        a, b = self.tensor, other.tensor
+        if a is b:
+            return True
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and bool(
+            ((a == b) | ((a != a) & (b != b))).all()
+        )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.tensor.shape), self.tensor.dtype))
 
 
 @dataclass(frozen=True)
@@ -57,18 +76,23 @@ class Operation:
         where: path of the innermost module whose forward made the call, "" for the model itself.
         args, kwargs: its arguments, tensors replaced by :class:`Value`, :class:`Parameter`, :class:`Buffer` and
             :class:`Constant`.
-        output: value written, or None where the call made no tensor or several.
-        shape: of the output.
-        constant: the output takes part in no gradient although an argument does (``detach``, ``no_grad``).
+        outputs: values written, one for each tensor among what the call returned.
+        tensors: their shapes and types.
+        constant: the outputs take part in no gradient although an argument does (``detach``, ``no_grad``).
     """
 
     function: Callable[..., Any]
     where: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: int | None
-    shape: tuple[int, ...]
+    outputs: tuple[int, ...]
+    tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     constant: bool
+
+    @property
+    def output(self) -> int | None:
+        """The value written, or None where the call made no tensor or several."""
+        return self.outputs[0] if len(self.outputs) == 1 else None
 
     @property
     def name(self) -> str:
@@ -95,17 +119,35 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.executed.append(str(func))
-        self.draws |= torch.Tag.nondeterministic_seeded in func.tags
-        self.reads |= (
-            torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        self.draws |= draws(func, args, kwargs)
+        self.reads |= torch.Tag.data_dependent_output in func.tags or (
+            torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args)
         )
         if func._schema.is_mutable:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            given = _named(func, args) | kwargs
             for argument in func._schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     leaves = tree_leaves(given.get(argument.name))
                     self.written += [t for t in leaves if isinstance(t, Tensor)]
         return func(*args, **kwargs)
+
+
+def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator draws random numbers; an attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    named = {a.name: a.default_value for a in func._schema.arguments} | _named(func, args) | dict(kwargs)
+    return bool(named.get("dropout_p", 1.0) != 0)
+
+
+def _by_numbers(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a call picks elements by their numbers, so that its result has the size that the numbers have."""
+    masks = (torch.bool, torch.uint8)
+    return func is torch.ops.aten.index.Tensor and not any(t is not None and t.dtype in masks for t in args[1])
+
+
+def _named(func: Any, args: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip((a.name for a in func._schema.arguments), args, strict=False))
 
 
 class Recorder(TorchFunctionMode):
@@ -135,7 +177,7 @@ class Recorder(TorchFunctionMode):
         self._fixed = {_storage(t): name for name, t in self.stand_ins.items()}
         for t in tree_leaves([list(vars(m).values()) for m in model.modules()]):
             if isinstance(t, Tensor) and not t.requires_grad:
-                self._references[id(t)] = Constant()
+                self._references[id(t)] = Constant(t)
                 self._fixed[_storage(t)] = "an attribute"
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
@@ -310,7 +352,7 @@ class Recorder(TorchFunctionMode):
         references = [r for r in tree_leaves(recorded) if is_reference(r)]
         if _all_constant(references):
             for t in made:
-                self._references[id(t)] = Constant()
+                self._references[id(t)] = Constant(t)
                 self._fixed.setdefault(_storage(t), "a tensor of the forward's own")
                 self._alive.append(t)
             return
@@ -318,9 +360,14 @@ class Recorder(TorchFunctionMode):
         if target is None and result is None and args and isinstance(args[0], Tensor):
             target = args[0]  # ``x[0] = 1`` leaves its result in x
         if target is None:
-            for t in made:
-                self._new(t, references)
-            op = Operation(func, self.here(), args_, kwargs_, None, (), False)
+            # Of a tensor that is returned twice, or is an argument, there is nothing new.
+            new = [t for i, t in enumerate(made) if self._known(t) is None and all(t is not o for o in made[:i])]
+            constant = in_graph and not any(t.requires_grad for t in new)
+            outputs = tuple(self._new(t, references) for t in new)
+            if len(new) != len(made):
+                outputs = ()
+            tensors = tuple((tuple(t.shape), t.dtype) for t in new)
+            op = Operation(func, self.here(), args_, kwargs_, outputs, tensors, constant)
         elif (
             isinstance(result, Tensor) and func in _DETACHES and isinstance(first := references[0], Parameter)
         ):
@@ -330,7 +377,8 @@ class Recorder(TorchFunctionMode):
         else:
             constant = in_graph and not target.requires_grad and torch.is_floating_point(target)
             output = self._new(target, references)
-            op = Operation(func, self.here(), args_, kwargs_, output, tuple(target.shape), constant)
+            tensors = ((tuple(target.shape), target.dtype),)
+            op = Operation(func, self.here(), args_, kwargs_, (output,), tensors, constant)
         self.operations.append(op)
 
     def _norm(

@@ -19,7 +19,7 @@ from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.prepared import Prepared
 from mamlpp_fast.engine.fused.program import Emitter, Workspace
-from mamlpp_fast.engine.fused.steps import Conv, FirstLayer, Loss, loss_of
+from mamlpp_fast.engine.fused.steps import Conv, FirstLayer, Generic, Loss, loss_of
 from mamlpp_fast.engine.fused.sweep import Form, Written, write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
 from mamlpp_fast.engine.graph import capturing, graphed
@@ -107,6 +107,7 @@ class FusedEngine:
         self.deterministic = deterministic and self.device.type == "cpu"
         self.workspace = Workspace(self.device)
         self._recordings: dict[tuple[object, ...], Recording] = {}
+        self._networks: dict[tuple[object, ...], Network] = {}
         self._prepared: dict[_Key, Prepared] = {}
         # Not looked up again: a thread's first parallel region may change what torch says its number of threads is.
         self._current: Prepared | None = None
@@ -190,8 +191,9 @@ class FusedEngine:
             def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
                 options = {"multi_step": multi_step, "second_order": second_order, "recompute": recompute}
                 form = self._form(given, tasks, self.rates.num_steps, **options)
-                written = write_meta_gradient(self._emitter(network, exact), network, self.loss, form)
-                return self._ready(written, network, network, form, exact)
+                own = self._lower(given, training=True)  # a check has fewer examples
+                written = write_meta_gradient(self._emitter(own, exact), own, self.loss, form)
+                return self._ready(written, own, own, form, exact)
 
             if self.verify:
                 about = self.model, self.rates, self.loss_fn
@@ -206,12 +208,13 @@ class FusedEngine:
         key = ("evaluate", steps, stats, torch.get_num_threads(), *_shapes(batch))
         if key not in self._prepared:
             network = self._lower(batch, training=False)
-            target = self._lower(batch, training=False, running=True) if stats == "running" else network
 
             def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
                 form = self._form(given, tasks, steps, second_order=False)
-                written = write_evaluation(self._emitter(network, exact), network, target, self.loss, form)
-                return self._ready(written, network, target, form, exact)
+                own = self._lower(given, training=False)
+                target = self._lower(given, training=False, running=True) if stats == "running" else own
+                written = write_evaluation(self._emitter(own, exact), own, target, self.loss, form)
+                return self._ready(written, own, target, form, exact)
 
             if self.verify:
                 about = self.model, self.rates, self.loss_fn
@@ -254,14 +257,19 @@ class FusedEngine:
 
     def _lower(self, batch: EpisodeBatch, *, training: bool, running: bool = False) -> Network:
         """The fused network of the model in training or evaluation mode, for examples like those of a batch."""
-        key = (training, *_shapes(batch))
-        if key not in self._recordings:
+        examples = tuple(x.shape[1:] for x in (batch.support_x, batch.target_x))
+        if (training, *examples) not in self._recordings:
             self.model.train(training)
             x, other = batch.support_x[0], batch.target_x[0]
-            if len(x) == len(other):
+            fixed = len(x) == len(other)
+            if fixed:
                 other = torch.cat([x, x[:1]])
-            self._recordings[key] = record(self.model, x, other)
-        network = fuse(lower(self._recordings[key], self.model, self.adapted, running), self.loss)
+            self._recordings[training, *examples] = record(self.model, x, other, fixed=fixed)
+        key = training, running, *examples
+        if key not in self._networks:
+            recording = self._recordings[training, *examples]
+            self._networks[key] = fuse(lower(recording, self.model, self.adapted, running), self.loss)
+        network = self._networks[key]
         if not training and any(norm.statistics is not None for norm in network.norms.values()):
             raise Unsupported(type(self.model).__name__, "updates running statistics in evaluation")
         if network.output not in network.depends(self.adapted):
@@ -285,7 +293,8 @@ class FusedEngine:
     def _inner_dtype(self, network: Network) -> torch.dtype:
         """float64 for float32 where convolutions are narrow."""
         widths = [s.shape[-1] for s in network.steps if isinstance(s, (Conv, FirstLayer))]
-        narrow = bool(widths) and max(widths) <= _NARROW
+        generic = any(isinstance(s, Generic) for s in network.steps)
+        narrow = bool(widths) and max(widths) <= _NARROW and not generic
         return torch.float64 if self.precision == "float32" and narrow else self.dtype
 
     def _emitter(self, network: Network, exact: bool) -> Emitter:
@@ -385,7 +394,7 @@ class FusedEngine:
 
     def _convolves(self, network: Network) -> bool:
         """On a CPU, where a thread then works on a task at a time: what it works on stays in its caches."""
-        return self.device.type == "cpu" and any(isinstance(s, (Conv, FirstLayer)) for s in network.steps)
+        return self.device.type == "cpu" and any(s.convolves for s in network.steps)
 
     def _on_lanes(self, network: Network) -> bool:
         return self.deterministic or self._convolves(network)

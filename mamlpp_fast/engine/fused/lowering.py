@@ -1,16 +1,20 @@
-"""Lowering: from recorded operations to steps, one operation to one step, by a table of the functions that have rules.
+"""Lowering: from recorded operations to steps, by a table of the functions that have rules; the others become generic.
 
 A rule is a function of the lowering, the operation and its arguments, under the names that PyTorch gives them::
 
     @rule(F.relu, torch.relu, Tensor.relu, Tensor.relu_)
     def _relu(low, call, input, inplace=False): ...
 
-What it cannot take it refuses with ``raise call.refusal(why)``. Fusions come after
+What it cannot take it refuses with ``raise call.refusal(why)``; then the operation is a generic step. Steps of rules
+have activations in the layout of the kernels, images as [tasks, N, H, W, C], generic ones in the model's own; where one
+reads what the other made, a step of its own is in between, which is a view where it can be. Fusions come after
 (:mod:`mamlpp_fast.engine.fused.fusions`).
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,24 +22,23 @@ from torch import nn
 
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
-from mamlpp_fast.engine.fused.steps import (
-    Detach,
-    Slot,
-    Step,
-)
+from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
+from mamlpp_fast.engine.fused.steps.generic import Recorded
 from mamlpp_fast.engine.record import Recording
-from mamlpp_fast.engine.recorder import Buffer, Constant, Operation, Parameter, Value
+from mamlpp_fast.engine.recorder import TAKE_SIZES, Buffer, Constant, Operation, Parameter, Value
 
 __all__ = ["lower", "rules"]
 
 _Rule = Callable[..., None]
 _RULES: dict[Any, _Rule] = {}
+_ALONE: set[Any] = set()
 
 
-def rule(*functions: Any) -> Callable[[_Rule], _Rule]:
-    """Registers a rule for functions of PyTorch."""
+def rule(*functions: Any, alone: bool = False) -> Callable[[_Rule], _Rule]:
+    """Registers a rule for functions of PyTorch; ``alone``: which have effects that no generic step has."""
 
     def register(fn: _Rule) -> _Rule:
+        _ALONE.update(functions if alone else ())
         for function in functions:
             _RULES[function] = fn
         return fn
@@ -54,7 +57,7 @@ def lower(
     adapted: frozenset[str],
     running: bool = False,
 ) -> Network:
-    """The network of a recording, a step an operation.
+    """The network of a recording, step after step an operation.
 
     Args:
         recording: of ``model``.
@@ -63,13 +66,18 @@ def lower(
         running: whether per-step batch norms normalise with their running statistics.
 
     Raises:
-        Unsupported: names the first module or call without rules.
+        Unsupported: names the first call that cannot be a step.
     """
     return Lowering(recording, model, adapted, running).run()
 
 
 class Lowering:
-    """The network under construction."""
+    """The network under construction.
+
+    Attributes:
+        shapes: of the network's values, by its own numbers.
+        grids: of flattened images, which are [H, W, C] here and [C, H, W] in the model.
+    """
 
     def __init__(
         self, recording: Recording, model: nn.Module, adapted: frozenset[str], running: bool
@@ -81,71 +89,175 @@ class Lowering:
         self.adapted = adapted
         self.running = running
         self.shapes: dict[int, tuple[int, ...]] = {}
-        # Flattened images are [H, W, C] here and [C, H, W] in the model: values in this order, and their grids.
         self.grids: dict[int, tuple[int, ...]] = {}
         self.steps: list[Step] = []
         self.norms: dict[str, Norm] = {}
         self.frozen: dict[str, Statistics] = {}
+        # What a recorded value is in the kernels' layout, and in the model's own.
         self._values = {0: 0}
+        self._natives: dict[int, int] = {}
         self._count = 1
-        self._users: dict[str, Call] = {}
         self._names: set[str] = set()
+        uses = (r.name for op in recording.operations for r in op.inputs() if isinstance(r, Parameter))
+        self._shared = {name for name, count in Counter(uses).items() if count > 1}
         shape = recording.shapes[0]
         self.shapes[0] = (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
     def run(self) -> Network:
-        for op in self.recording.operations:
-            self._lower(op)
+        for op, other in zip(self.recording.operations, self.recording.others, strict=True):
+            self._lower(op, other)
         statistics = [n.statistics for n in self.norms.values() if n.statistics is not None]
         if sorted(self.recording.counted) != sorted(s.counted for s in statistics if s.counted is not None):
             raise Unsupported(self.recording.counted[0], "is counted otherwise than once by a batch norm")
-        output = self._values[self.recording.output]
-        shape = self.shapes[output]
-        if len(shape) != 1:
-            sizes = ", ".join(map(str, self.recording.shapes[self.recording.output]))
-            raise Unsupported("output", f"expected predictions [N, ways], got [N, {sizes}]")
-        return Network(tuple(self.steps), self.shapes, output, self.norms, self.frozen)
+        shape = self.recording.shapes.get(self.recording.output)
+        if shape is None or len(shape) != 1:
+            sizes = "" if shape is None else f", got [{', '.join(map(str, ('N', *shape)))}]"
+            raise Unsupported("output", f"expected predictions [N, ways]{sizes}")
+        last = Call(self.recording.operations[-1], self)
+        output = self.value(last, Value(self.recording.output))
+        if output in self.grids:
+            output = self.settled(last, self.native(last, self.recording.output))
+        return Network(
+            tuple(self.steps),
+            self.shapes,
+            output,
+            self.norms,
+            self.frozen,
+            self.recording.dtypes[0],
+        )
 
-    def _lower(self, op: Operation) -> None:
+    def _lower(self, op: Operation, other: Operation) -> None:
         fn = _RULES.get(op.function)
         call = Call(op, self)
-        if fn is None or op.output is None:
+        if not any(isinstance(r, Value) for r in op.inputs()) and not any(
+            isinstance(r, (Parameter, Buffer)) for r in op.inputs()
+        ):
+            raise call.refusal(f"{op.name}: computes with no tensor that is known")
+        refusal: Unsupported | None = None
+        if fn is not None and self._regular(op, other):
+            before = {name: _copied(value) for name, value in vars(self).items()}
+            try:
+                fn(self, call, *op.args, **op.kwargs)
+            except Unsupported as error:
+                refusal = error
+            except (TypeError, ValueError) as error:  # arguments that the rule does not foresee
+                refusal = call.refusal(f"{op.name}: {error}")
+            if refusal is not None:
+                vars(self).update(before)
+                call = Call(op, self)
+        if fn is None or not self._regular(op, other) or refusal is not None:
+            if op.function in _ALONE:
+                raise refusal or call.refusal(f"{op.name}: expected examples along the first axis")
+            self._generic(call, op, other)
+        elif op.constant and op.output is not None:
+            for table in (self._values, self._natives):
+                if (value := table.get(op.output)) is not None:
+                    grid = self.grids.get(value)
+                    table[op.output] = self._add(Detach, call, (value,), self.shapes[value], grid=grid)
+
+    def _regular(self, op: Operation, other: Operation) -> bool:
+        """Whether an operation is the same for each number of examples, which are the first axis of what it reads."""
+        values = [r.index for r in op.inputs() if isinstance(r, Value)]
+        regular = op.output is not None and all(i in self.recording.shapes for i in (*values, op.output))
+        return regular and (op.function in TAKE_SIZES or (op.args, op.kwargs) == (other.args, other.kwargs))
+
+    def _generic(self, call: Call, op: Operation, other: Operation) -> None:
+        if not op.outputs:
             raise call.refusal(f"{op.name} has no fused rules")
-        try:
-            fn(self, call, *op.args, **op.kwargs)
-        except Unsupported:
-            raise
-        except (TypeError, ValueError) as error:  # arguments that the rule does not foresee
-            raise call.refusal(f"{op.name}: {error}") from error
-        if op.constant:
-            value = self._values[op.output]
-            self.step(Detach, call, (value,), self.shapes[value], grid=self.grids.get(value))
+        values = dict.fromkeys(r.index for r in op.inputs() if isinstance(r, Value))
+        natives = {i: self.native(call, i) for i in values}
+        smooth = {i: self.recording.dtypes[i].is_floating_point for i in values}
+        names = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and not r.detached)
+        fixed = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and r.detached)
+        slots = {}
+        for name in (*names, *fixed):
+            shape = tuple(self.parameters[name].shape)
+            slots[name] = Slot(name, shape, shape, tuple(range(len(shape))))
+        buffers = {r.name: self.buffers[r.name] for r in op.inputs() if isinstance(r, Buffer)}
+        examples = dict(zip(self.recording.examples, (op, other), strict=True))
+        recorded = Recorded(op.name, examples, smooth, next(iter(self.parameters.values())).dtype)
+        for i, (index, (shape, dtype)) in enumerate(zip(op.outputs, op.tensors, strict=True)):
+            shown = self.recording.shapes.get(index, shape)
+            constant = op.constant or not dtype.is_floating_point
+            self._natives[index] = self._add(
+                Generic,
+                call,
+                tuple(natives.values()),
+                shown,
+                recorded,
+                i,
+                tuple(values),
+                tuple(slots[n] for n in names),
+                tuple(slots[n] for n in fixed),
+                buffers,
+                constant,
+            )
 
     # For the rules
 
     def value(self, call: Call, argument: Any) -> int:
-        """The value that an argument is."""
+        """The value that an argument is, in the kernels' layout."""
         if not isinstance(argument, Value):
             raise call.refusal(f"{call.op.name}: expected an activation, got {said(argument)}")
+        if argument.index not in self._values:
+            shape = self.recording.shapes.get(argument.index)
+            if shape is None or len(shape) != 1:
+                raise call.refusal(f"{call.op.name}: expected features of examples, got {shape}")
+            native = self._natives[argument.index]
+            self._values[argument.index] = self.settled(call, native)
         return self._values[argument.index]
 
-    def images(self, call: Call, argument: Any) -> tuple[int, tuple[int, ...]]:
-        """The value that an argument is, and its shape [H, W, C]."""
-        value = self.value(call, argument)
-        shape = self.shapes[value]
-        if len(shape) != 3:
+    def settled(self, call: Call, native: int) -> int:
+        """Features that lie side by side in memory."""
+        shape = self.shapes[native]
+        return self._add(Relayout, call, (native,), shape, shape, tuple(range(len(shape))), True)
+
+    def images(self, call: Call, argument: Any, axes: tuple[int, ...] = (3,)) -> tuple[int, tuple[int, ...]]:
+        """The value that an argument is, and its shape [H, W, C].
+
+        Args:
+            axes: that it may have in the model beside the examples: features are one pixel, rows have a width of 1.
+        """
+        if not isinstance(argument, Value):
+            raise call.refusal(f"{call.op.name}: expected an activation, got {said(argument)}")
+        index = argument.index
+        shape = self.recording.shapes[index]
+        if len(shape) not in axes:
             raise call.refusal(f"{call.op.name}: expected images, got features of shape {shape}")
-        return value, shape
+        if index not in self._values or len(self.shapes[self._values[index]]) != 3:
+            native = self.native(call, index)
+            channels, *sides = shape
+            height = sides[0] if sides else 1
+            width = math.prod(sides[1:])
+            split = (channels, height, width)
+            value = self._add(Relayout, call, (native,), (height, width, channels), split, (1, 2, 0), True)
+            if len(shape) != 1:
+                self._values[index] = value
+            return value, self.shapes[value]
+        return self._values[index], self.shapes[self._values[index]]
+
+    def native(self, call: Call, index: int) -> int:
+        """A recorded value in the model's own layout."""
+        if index not in self._natives:
+            if index not in self._values:
+                raise call.refusal(f"{call.op.name}: reads a value that no operation left alone")
+            value = self._values[index]
+            self._natives[index] = self.as_native(call, value, self.recording.shapes[index])
+        return self._natives[index]
+
+    def as_native(self, call: Call, value: int, shape: tuple[int, ...]) -> int:
+        """A value in the kernels' layout as one of the model's, of this shape."""
+        stored = self.shapes[value]
+        grid = self.grids.get(value) or (stored if len(stored) == 3 else None)
+        split, order = (stored, tuple(range(len(stored)))) if grid is None else (grid, (2, 0, 1))
+        return self._add(Relayout, call, (value,), shape, split, order, False)
 
     def parameter(self, call: Call, argument: Any) -> str:
         """The name of the parameter that an argument is, which no other call has."""
         if not isinstance(argument, Parameter) or argument.detached:
             raise call.refusal(f"{call.op.name}: expected a parameter as it is, got {said(argument)}")
-        user = self._users.setdefault(argument.name, call)
-        if user.op.where != call.op.where:
-            raise call.refusal(f"shares a parameter with {user.op.where}")
-        if user is not call:
-            raise call.refusal(f"{argument.name} is used twice in one pass")
+        if argument.name in self._shared:
+            raise call.refusal(f"{argument.name} is used more than once in a pass")
         return argument.name
 
     def vector(self, name: str) -> Slot:
@@ -164,18 +276,40 @@ class Lowering:
         """Adds a step; the operation's value is what the last one leaves."""
         if any(size < 1 for size in shape):
             raise call.refusal(f"{call.op.name}: the image is too small, its output would be {shape}")
+        output = self._add(kind, call, inputs, shape, *arguments, grid=grid)
+        self.alias(call, output)
+        return output
+
+    def _add(
+        self,
+        kind: Callable[..., Step],
+        call: Call,
+        inputs: tuple[int, ...],
+        shape: tuple[int, ...],
+        *arguments: Any,
+        grid: tuple[int, ...] | None = None,
+    ) -> int:
         output, self._count = self._count, self._count + 1
-        self.steps.append(kind(call.name, inputs, output, shape, *arguments))
+        name = self.unique(f"{call.where} layout") if kind is Relayout else call.name
+        self.steps.append(kind(name, inputs, output, shape, *arguments))
         self.shapes[output] = shape
         if grid is not None:
             self.grids[output] = grid
-        self.alias(call, output)
         return output
 
     def alias(self, call: Call, value: int) -> None:
         """Makes ``value`` what the operation leaves."""
         assert call.op.output is not None
         self._values[call.op.output] = value
+
+    def same(self, call: Call, argument: Any) -> None:
+        """Makes an activation what the operation leaves, in the layouts that there are."""
+        if not isinstance(argument, Value):
+            raise call.refusal(f"{call.op.name}: expected an activation, got {said(argument)}")
+        assert call.op.output is not None
+        for table in (self._values, self._natives):
+            if argument.index in table:
+                table[call.op.output] = table[argument.index]
 
     def unique(self, name: str) -> str:
         """``name``, or with a number behind it where a step has it already."""
@@ -212,6 +346,10 @@ class Call:
 
     def refusal(self, why: str) -> Unsupported:
         return Unsupported(self.op.where or self.low.root, why)
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else value
 
 
 def said(argument: Any) -> str:

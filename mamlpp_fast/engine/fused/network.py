@@ -6,7 +6,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from mamlpp_fast.engine.fused.steps import Detach, Rows, Slot, Step
+import torch
+
+from mamlpp_fast.engine.fused.steps import Rows, Slot, Step
 
 __all__ = ["Network", "Norm", "Statistics"]
 
@@ -55,6 +57,7 @@ class Network:
         output: the value that holds the predictions.
         norms: the batch norms that normalise with the statistics of the batch, by name.
         frozen: the running statistics that others normalise with, by name.
+        dtype: of the examples, as the model is given them; integers are token ids.
     """
 
     steps: tuple[Step, ...]
@@ -62,6 +65,7 @@ class Network:
     output: int
     norms: dict[str, Norm]
     frozen: dict[str, Statistics]
+    dtype: torch.dtype
 
     def slots(self) -> dict[str, Slot]:
         return {slot.name: slot for step in self.steps for slot in step.slots}
@@ -94,7 +98,7 @@ class Network:
         """Values whose gradient reaches any of these parameters."""
         found: set[int] = set()
         for step in self.steps:
-            if isinstance(step, Detach):
+            if step.constant:
                 continue
             if step.params() & params or found.intersection(step.inputs):
                 found.add(step.output)

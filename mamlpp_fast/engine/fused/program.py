@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from mamlpp_fast import _native
 from mamlpp_fast.engine.lanes import NEVER, Halt, watched
 
-__all__ = ["Buffer", "Emitter", "Instruction", "Phase", "Program", "Ref", "Workspace"]
+__all__ = ["Buffer", "Copied", "Emitter", "Instruction", "Phase", "Program", "Ref", "Workspace"]
 
 _ALIGNMENT = 64
 _Made = TypeVar("_Made")
@@ -78,8 +78,20 @@ class Ref:
         return tuple(self._meta.shape)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._meta.dtype
+
+    def stride(self) -> tuple[int, ...]:
+        return self._meta.stride()
+
+    @property
     def nbytes(self) -> int:
         return self._meta.numel() * self._meta.element_size()
+
+    def settled(self, alignment: int) -> bool:
+        """Whether it lies contiguous, and begins at a multiple of so many bytes in its buffer."""
+        begin = int(self._meta.storage_offset()) * self._meta.element_size()
+        return self._meta.is_contiguous() and begin % alignment == 0
 
     def view(self, fn: Callable[[Tensor], Tensor]) -> Ref:
         """The view that ``fn`` makes of this one; ``fn`` must not copy."""
@@ -106,6 +118,27 @@ class Phase(NamedTuple):
     step: int | None = None
 
 
+@dataclass(frozen=True)
+class Copied:
+    """An operator without a form that takes its outputs: called with one argument more, the list of these.
+
+    What it makes is copied to them; None for a result that is left out, or that nobody wants.
+    """
+
+    op: OpOverload
+
+    @property
+    def __name__(self) -> str:
+        return str(self.op)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        *args_, outs = args
+        made = self.op(*args_, **kwargs)
+        for out, t in zip(outs, made if isinstance(made, (tuple, list)) else (made,), strict=True):
+            if out is not None:
+                out.copy_(t)
+
+
 @dataclass
 class Instruction:
     """One call; ``phase`` and ``label`` say where in the sweep it stands, ``flops`` counts multiply-adds twice."""
@@ -130,14 +163,17 @@ class Instruction:
         """The arguments, with a lane's tensors."""
 
         def tensor(value: Any) -> Any:
+            if isinstance(value, list):
+                return [tensor(v) for v in value]
             return value.tensor(lane) if isinstance(value, Ref) else value
 
         return tuple(map(tensor, self.args)), {name: tensor(a) for name, a in self.kwargs.items()}
 
     def refs(self) -> Iterator[Ref]:
         for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Ref):
-                yield value
+            for part in value if isinstance(value, list) else (value,):
+                if isinstance(part, Ref):
+                    yield part
 
     @property
     def nbytes(self) -> int:
@@ -391,7 +427,7 @@ def _bound(instruction: Instruction, args: _Arguments, kwargs: _Named) -> Callab
 
 def _without_python(instructions: Sequence[Instruction], device: torch.device) -> bool:
     """Whether the native library can make the calls: on a CPU, of operators alone."""
-    operators = all(isinstance(i.fn, OpOverload) for i in instructions)
+    operators = all(isinstance(i.fn, (OpOverload, Copied)) for i in instructions)
     return device.type == "cpu" and operators and _native.status().loaded
 
 
@@ -399,8 +435,15 @@ def _listed(instructions: Sequence[Instruction], operands: Sequence[tuple[_Argum
     """The calls as the native library's list, which holds no interpreter lock while it makes them."""
     calls = torch.classes.mamlpp_fast.Calls()
     for i, (args, kwargs) in zip(instructions, operands, strict=True):
-        assert isinstance(i.fn, OpOverload)
-        schema = i.fn._schema
+        outs: list[Tensor | None] = []
+        op = i.fn
+        if isinstance(op, Copied):
+            *args_, outs = args
+            op, args = op.op, tuple(args_)
+        assert isinstance(op, OpOverload)
+        schema = op._schema
         rest = [kwargs.get(a.name, a.default_value) for a in schema.arguments[len(args) :]]
-        calls.add(schema.name, schema.overload_name, [*args, *rest])
+        # An empty list has no type that could be told; the schema's is taken for None.
+        given = [None if isinstance(a, list) and not a else a for a in (*args, *rest)]
+        calls.add(schema.name, schema.overload_name, given, outs)
     return calls

@@ -97,7 +97,7 @@ def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None
 # Norms ---------------------------------------------------------------------------------------------------------------
 
 
-@rule(reference.per_step_norm)
+@rule(reference.per_step_norm, alone=True)
 def _per_step_norm(
     low: Lowering,
     call: Call,
@@ -126,7 +126,7 @@ def _per_step_norm(
         _activation(low, call, Value(_output(call)), negative_slope)
 
 
-@rule(F.batch_norm)
+@rule(F.batch_norm, alone=True)
 def _batch_norm(
     low: Lowering,
     call: Call,
@@ -168,7 +168,7 @@ def _norm(
     rows: int = 1,
     statistics_rows: int = 1,
 ) -> None:
-    x, shape = low.images(call, input)
+    x, shape = low.images(call, input, axes=(1, 2, 3, 4))
     if (weight is None) != (bias is None):
         raise call.refusal("batch norm: expected weight and bias, or neither")
     names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
@@ -196,13 +196,15 @@ def _norm(
     if by_batch:
         low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
         own = Scaling(*adapting) if adapting else affine
-        low.step(NormActPool, call, (x,), shape, own, eps, 1.0, False, False, call.name)
+        x = low.step(NormActPool, call, (x,), shape, own, eps, 1.0, False, False, call.name)
     else:
         assert statistics is not None
         low.frozen[call.name] = statistics
         x = low.step(FrozenNorm, call, (x,), shape, affine, not adapting, eps)
         if adapting:
-            low.step(ScaleShift, call, (x,), shape, *adapting)
+            x = low.step(ScaleShift, call, (x,), shape, *adapting)
+    if len(call.shape) == 1:  # features, not images of one pixel
+        low.step(Flatten, call, (x,), call.shape)
 
 
 @rule(F.layer_norm)
@@ -260,7 +262,9 @@ def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -
     x, y = low.value(call, input), low.value(call, other)
     if alpha != 1:
         raise call.refusal(f"sum: expected alpha 1, got {alpha}")
-    if low.shapes[x] != low.shapes[y] or low.grids.get(x) != low.grids.get(y):
+    recorded = low.recording.shapes
+    same = recorded[input.index] == recorded[other.index]
+    if not same or low.shapes[x] != low.shapes[y] or low.grids.get(x) != low.grids.get(y):
         raise call.refusal(
             f"sum: expected two activations of one shape, got {low.shapes[x]} and {low.shapes[y]}"
         )
@@ -273,18 +277,18 @@ def _dropout(
 ) -> None:
     if training and p != 0:
         raise call.refusal("draws random numbers")
-    low.alias(call, low.value(call, input))
+    low.same(call, input)
 
 
 @rule(Tensor.contiguous, Tensor.clone, torch.clone)
 def _same(low: Lowering, call: Call, input: Any, *, memory_format: Any = None) -> None:
-    low.alias(call, low.value(call, input))
+    low.same(call, input)
 
 
 @rule(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
     # What takes part in no gradient becomes a step of its own for every operation (`constant`).
-    low.alias(call, low.value(call, input))
+    low.same(call, input)
 
 
 # Pools ---------------------------------------------------------------------------------------------------------------
@@ -359,7 +363,7 @@ def _reshape(low: Lowering, call: Call, input: Any, *_: Any, **__: Any) -> None:
     x = low.value(call, input)
     before = low.recording.shapes[input.index]
     if call.shape == before:
-        low.alias(call, x)
+        low.same(call, input)
         return
     if len(call.shape) != 1:
         raise call.refusal(

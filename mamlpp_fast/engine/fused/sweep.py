@@ -61,7 +61,7 @@ class Memory:
 
     Attributes:
         support_x, target_x: images [T, N, H, W, C]; support_t, target_t: what the loss stores for labels.
-        meta: parameters in the kernels' layout; rows: batch-norm weight and bias [R, C].
+        meta: parameters in the kernels' layout; rows: batch-norm weight and bias [R, C]; buffers: of the model.
         rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
         weights: multi-step weights [K].
         running: running mean and variance [K, C] that frozen norms read.
@@ -83,6 +83,7 @@ class Memory:
     all: dict[Key, Ref]
     meta: dict[str, Ref] = field(default_factory=dict)
     rows: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    buffers: dict[str, Ref] = field(default_factory=dict)
     running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     meta_grads: dict[str, Ref] = field(default_factory=dict)
     row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
@@ -157,8 +158,8 @@ class _Writer:
             every = torch.zeros(groups, row.size, dtype=self.em.dtype, device=self.em.device)
             table = self.finish.own("results of all groups", every)
         memory = Memory(
-            support_x=self._zeros("support images", f.tasks, f.support, *net.shapes[0], each=True),
-            target_x=self._zeros("target images", f.tasks, f.targets, *net.shapes[0], each=True),
+            support_x=self._examples("support images", f.support),
+            target_x=self._examples("target images", f.targets),
             support_t=self._zeros("support labels", f.tasks, f.support, *outputs, each=True),
             target_t=self._zeros("target labels", f.tasks, f.targets, *outputs, each=True),
             weights=self._zeros("step weights", f.steps),
@@ -169,10 +170,21 @@ class _Writer:
         )
         for name, slot in self.slots.items():
             memory.meta[name] = self._zeros(name, *slot.shape)
+        for step in (*self.net.steps, *self.target_net.steps):
+            for name, b in step.buffers.items():
+                dtype = self.em.dtype if b.is_floating_point() else b.dtype
+                if name not in memory.buffers:
+                    memory.buffers[name] = self.em.own(name, b.detach().to(dtype, copy=True))
         for name, rows in self.rows.items():
             shape = (rows.rows, rows.channels)
             memory.rows[name] = self._zeros(f"{name} weights", *shape), self._zeros(f"{name} biases", *shape)
         return memory
+
+    def _examples(self, name: str, count: int) -> Ref:
+        net = self.net
+        dtype = self.em.dtype if net.dtype.is_floating_point else net.dtype
+        x = torch.zeros(self.form.tasks, count, *net.shapes[0], dtype=dtype, device=self.em.device)
+        return self.em.own(name, x, each=True)
 
     def _rates_shape(self) -> tuple[int, int]:
         f = self.form
@@ -208,7 +220,7 @@ class _Writer:
             for name, r in net.rows().items()
             for w, b in (self.memory.rows[name],)
         }
-        return Pass(self.form.tasks, images.shape[1], step, theta, rows, {0: images}, stats, goal=goal)
+        return Pass(self.form.tasks, images.shape[1], step, theta, rows, {0: images}, stats, goal=goal, buffers=self.memory.buffers)
 
     def forward(self, net: Network, ps: Pass) -> None:
         for step in net.steps:

@@ -110,6 +110,8 @@ class Transfer:
                         stored.fill_(default)
                     else:
                         stored.copy_(self.parameters[source].view(stored.shape))
+            for name, ref in m.buffers.items():
+                ref.tensor().copy_(self.buffers[name])
             self._load_rates()
             for name, pair in m.running.items():
                 statistics = self.frozen[name]

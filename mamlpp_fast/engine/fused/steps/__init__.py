@@ -2,7 +2,9 @@
 
 from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Scaling, Slot, Step
 from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
+from mamlpp_fast.engine.fused.steps.generic import Generic
 from mamlpp_fast.engine.fused.steps.head import Head
+from mamlpp_fast.engine.fused.steps.layout import Relayout
 from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Detach, Flatten, Linear
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
@@ -19,6 +21,7 @@ __all__ = [
     "FirstLayer",
     "Flatten",
     "FrozenNorm",
+    "Generic",
     "Goal",
     "Gradients",
     "Head",
@@ -27,6 +30,7 @@ __all__ = [
     "MaxPool",
     "NormActPool",
     "Pass",
+    "Relayout",
     "Rows",
     "ScaleShift",
     "Scaling",

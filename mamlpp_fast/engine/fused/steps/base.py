@@ -93,6 +93,7 @@ class Pass:
         grads: gradients of the loss with respect to the activations, absent where not needed.
         saved: what a step keeps from its forward for its other rules.
         goal: of the loss; None for predictions alone.
+        buffers: of the model, by name; all tasks share them.
     """
 
     tasks: int
@@ -107,6 +108,7 @@ class Pass:
     grads: dict[int, Ref] = field(default_factory=dict)
     saved: dict[Any, Any] = field(default_factory=dict)
     goal: Goal | None = None
+    buffers: Mapping[str, Ref] = field(default_factory=dict)
 
 
 @dataclass
@@ -162,6 +164,21 @@ class Step:
     @property
     def rows(self) -> Rows | None:
         return None
+
+    @property
+    def constant(self) -> bool:
+        """Whether the output takes part in no gradient."""
+        return False
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it works on images that a processor's caches hold one task of at best."""
+        return False
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The buffers of the model that it reads, by name."""
+        return {}
 
     @property
     def kind(self) -> str:

@@ -32,6 +32,10 @@ class FirstLayer(Affine):
     norm: str
 
     @property
+    def convolves(self) -> bool:
+        return True
+
+    @property
     def slots(self) -> tuple[Slot, ...]:
         return (self.weight, *super().slots)
 

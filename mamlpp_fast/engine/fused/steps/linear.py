@@ -11,7 +11,7 @@ import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 
-__all__ = ["Add", "AveragePool", "Bias", "Conv", "Detach", "Flatten", "Linear"]
+__all__ = ["Add", "AveragePool", "Bias", "Conv", "Detach", "Flatten", "Linear", "Plain"]
 
 ops = torch.ops.mamlpp_fast
 _FEW_CHANNELS = 4
@@ -24,6 +24,10 @@ class Conv(Step):
     weight: Slot
     stride: int
     padding: int
+
+    @property
+    def convolves(self) -> bool:
+        return True
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -199,7 +203,7 @@ def _transposed(ref: Ref) -> Ref:
     return ref.view(lambda t: t.transpose(1, 2))
 
 
-class _Plain(Step):
+class Plain(Step):
     """A step without parameters that is linear: one rule forward, one backward."""
 
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
@@ -222,7 +226,7 @@ class _Plain(Step):
         self.transpose(em, ps, gy_dot, out)
 
 
-class Add(_Plain):
+class Add(Plain):
     """Sum of two activations (a residual connection); an input without a tangent adds nothing to the tangent."""
 
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
@@ -237,11 +241,15 @@ class Add(_Plain):
 class Detach(Step):
     """The same value as a constant: ``detach``, or what ``no_grad`` made. It has neither a tangent nor a gradient."""
 
+    @property
+    def constant(self) -> bool:
+        return True
+
     def forward(self, em: Emitter, ps: Pass) -> None:
         ps.values[self.output] = ps.values[self.inputs[0]]
 
 
-class Flatten(_Plain):
+class Flatten(Plain):
     """[H, W, C] to [H * W * C]; no work."""
 
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
@@ -253,7 +261,7 @@ class Flatten(_Plain):
 
 
 @dataclass
-class AveragePool(_Plain):
+class AveragePool(Plain):
     """Means over windows [height, width] side by side; pixels beyond the last whole window are left out."""
 
     window: tuple[int, int]

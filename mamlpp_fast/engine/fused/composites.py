@@ -1,0 +1,211 @@
+"""Functions whose own operators lack derivatives or batching, out of some that have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["COMPOSITES"]
+
+
+def _normalised(x: Tensor, axes: list[int], eps: float) -> Tensor:
+    centred = x - x.mean(axes, keepdim=True)
+    return centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    y = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    grouped = input.reshape(input.shape[0], num_groups, -1)
+    y = _normalised(grouped, [2], eps).reshape(input.shape)
+    channels = (-1, *[1] * (input.ndim - 2))
+    if weight is not None:
+        y = y * weight.reshape(channels)
+    return y if bias is None else y + bias.reshape(channels)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _group_norm(input, input.shape[1], weight, bias, eps)
+
+
+def _recurrent(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable[..., tuple[Tensor, ...]]:
+    """``torch.gru`` and its like from a cell, (products of the input and of the state, states) to states."""
+
+    def run(
+        input: Tensor,
+        hx: Any,
+        params: Sequence[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[Tensor, ...]:
+        if dropout and train and num_layers > 1:
+            raise RuntimeError("dropout draws random numbers")
+        start = (hx,) if states == 1 else tuple(hx)
+        xs = input.transpose(0, 1) if batch_first else input
+        each = len(params) // (num_layers * (1 + bidirectional))
+        last: list[tuple[Tensor, ...]] = []
+        for layer in range(num_layers):
+            directions = []
+            for direction in range(1 + bidirectional):
+                number = len(last)
+                own = params[number * each : (number + 1) * each]
+                state = tuple(s[number] for s in start)
+                outputs, state = _unrolled(cell, xs, state, own, has_biases, direction == 1)
+                directions.append(outputs)
+                last.append(state)
+            xs = torch.cat(directions, -1) if bidirectional else directions[0]
+        finals = tuple(torch.stack([s[i] for s in last]) for i in range(states))
+        return (xs.transpose(0, 1) if batch_first else xs, *finals)
+
+    return run
+
+
+def _unrolled(
+    cell: Callable[..., tuple[Tensor, ...]],
+    xs: Tensor,
+    state: tuple[Tensor, ...],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    backwards: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    w_x, w_h, b_x, b_h = params[:4] if has_biases else (*params[:2], None, None)
+    project = params[-1] if len(params) in (3, 5) else None
+    products = F.linear(xs, w_x, b_x)  # of all time steps at once
+    outputs = []
+    for product in reversed(products.unbind(0)) if backwards else products.unbind(0):
+        state = cell(product, F.linear(state[0], w_h, b_h), *state)
+        if project is not None:
+            state = (F.linear(state[0], project), *state[1:])
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if backwards else outputs), state
+
+
+def _gru_cell(x: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor]:
+    size = state.shape[-1]
+    gates = torch.sigmoid(x[..., : 2 * size] + h[..., : 2 * size])
+    reset, update = gates.split(size, -1)
+    new = torch.tanh(x[..., 2 * size :] + reset * h[..., 2 * size :])
+    return (new + update * (state - new),)
+
+
+def _lstm_cell(x: Tensor, h: Tensor, state: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    size = memory.shape[-1]
+    gates = x + h
+    into, forget = torch.sigmoid(gates[..., : 2 * size]).split(size, -1)
+    new = torch.tanh(gates[..., 2 * size : 3 * size])
+    memory = forget * memory + into * new
+    return torch.sigmoid(gates[..., 3 * size :]) * torch.tanh(memory), memory
+
+
+def _tanh_cell(x: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor]:
+    return (torch.tanh(x + h),)
+
+
+def _relu_cell(x: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor]:
+    return (torch.relu(x + h),)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p:
+        raise RuntimeError("dropout draws random numbers")
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
+        else:
+            scores = scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
+def _adaptive_mean(axes: int) -> Callable[..., Tensor]:
+    """``F.adaptive_avg_pool*d``: over all pixels a mean, without a view of memory that only its own has."""
+    plain = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[axes - 1]
+
+    def run(input: Tensor, output_size: Any) -> Tensor:
+        sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size,) * axes
+        if all(size == 1 for size in sizes):
+            return input.mean(list(range(-axes, 0)), keepdim=True)
+        return plain(input.contiguous(), output_size)
+
+    return run
+
+
+def _assigned(input: Tensor, key: Any, value: Any) -> Tensor:
+    """What ``input[key] = value`` leaves: by the places of its elements, not by a view of memory."""
+    places = torch.arange(input.numel(), device=input.device).view(input.shape)[key]
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=input.dtype, device=input.device)
+    value = value.to(input.dtype).expand(places.shape).reshape(-1)
+    return input.reshape(-1).index_put((places.reshape(-1),), value).view(input.shape)
+
+
+COMPOSITES: Mapping[Any, Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    torch.gru: _recurrent(_gru_cell, 1),
+    torch.lstm: _recurrent(_lstm_cell, 2),
+    torch.rnn_tanh: _recurrent(_tanh_cell, 1),
+    torch.rnn_relu: _recurrent(_relu_cell, 1),
+    F.scaled_dot_product_attention: _attention,
+    Tensor.__setitem__: _assigned,
+    F.adaptive_avg_pool1d: _adaptive_mean(1),
+    torch.adaptive_avg_pool1d: _adaptive_mean(1),
+    F.adaptive_avg_pool2d: _adaptive_mean(2),
+    F.adaptive_avg_pool3d: _adaptive_mean(3),
+}

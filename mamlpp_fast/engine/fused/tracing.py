@@ -1,0 +1,451 @@
+"""What torch's autograd executes for an operation, as expressions of plain operators.
+
+The rules of a generic step are ``torch.func``'s: ``vjp`` of the operation, and ``jvp`` of that, over tasks by ``vmap``.
+They run once, on examples, while a dispatch mode underneath writes down the operators that they come to. (Not on
+tensors without memory: forward mode makes of some of those tensors without a device, torch 2.13.)
+What is written down makes no use of autograd any more: calls on buffers, like those of every other step.
+
+Equal expressions are one :class:`Node`, in whichever trace of an operation they occur: what the forward has computed is
+found again by the backward rules, and what no result needs is never emitted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.func import jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from mamlpp_fast.engine.fused.program import Ref
+from mamlpp_fast.engine.recorder import draws
+
+__all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable"]
+
+aten = torch.ops.aten
+
+# Only sizes, types and places of their tensors decide what they give.
+_FILLS = {
+    aten.zeros_like.default: 0,
+    aten.zeros.default: 0,
+    aten.new_zeros.default: 0,
+    aten._efficientzerotensor.default: 0,
+    aten._new_zeros_with_same_feature_meta.default: 0,
+    aten.ones_like.default: 1,
+    aten.ones.default: 1,
+    aten.new_ones.default: 1,
+    # Overwritten before they are read, or of no elements.
+    aten.empty_like.default: 0,
+    aten.empty.memory_format: 0,
+    aten.new_empty.default: 0,
+    aten.new_empty_strided.default: 0,
+    aten.empty_strided.default: 0,
+}
+# Not views by their schemas, but of fresh tensors that nobody else has.
+_SAME = frozenset({aten._unsafe_view.default, aten.lift_fresh_copy.default})
+# What they give depends on where their argument lies in memory, which is another place in a program.
+_PLACED = ("as_strided", "_reshape_alias", "set_", "resize_")
+
+
+class Untraceable(Exception):
+    """The operators of an operation cannot be written down; the text says why."""
+
+
+class Form(NamedTuple):
+    """What is known of a tensor without its values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor | Ref) -> Form:
+        return cls(tuple(t.shape), tuple(t.stride()), t.dtype)
+
+
+class Leaf(NamedTuple):
+    """What an expression is made of.
+
+    Attributes:
+        form: without the axis of tasks where ``shared``.
+        shared: by all tasks.
+        smooth: whether gradients with respect to it may be asked for.
+    """
+
+    form: Form
+    shared: bool = False
+    smooth: bool = False
+
+    @classmethod
+    def of(cls, ref: Ref, *, shared: bool = False, smooth: bool = False) -> Leaf:
+        return cls(Form.of(ref), shared, smooth)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A call of an operator.
+
+    Attributes:
+        index: nodes it is made of have lower ones.
+        op: the operator, which changes none of its arguments.
+        args, kwargs: with :class:`Term` in the places of tensors.
+        forms: of its results, None where it leaves one out.
+    """
+
+    index: int
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    forms: tuple[Form | None, ...]
+
+    @property
+    def fill(self) -> int | None:
+        """The number that all elements of its result are, where that is plain."""
+        return _FILLS.get(self.op)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether its results lie in the memory of its first argument."""
+        return self.op in _SAME or alias_of(self.op)
+
+    def terms(self) -> Iterator[Term]:
+        """What it reads; nothing where it reads sizes alone."""
+        if self.fill is None:
+            for leaf in tree_leaves((self.args, self.kwargs), is_leaf=_is_term):
+                if isinstance(leaf, Term):
+                    yield leaf
+
+
+class Term(NamedTuple):
+    """A leaf by its name, or the result ``index`` of a node."""
+
+    source: str | Node
+    index: int = 0
+
+    @property
+    def zero(self) -> bool:
+        return isinstance(self.source, Node) and self.source.fill == 0
+
+
+def _is_term(value: Any) -> bool:
+    return isinstance(value, Term)
+
+
+def alias_of(op: OpOverload) -> bool:
+    """Whether an operator that changes nothing returns views of its first argument."""
+    returns = op._schema.returns
+    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+@dataclass
+class Table:
+    """The nodes of one operation's expressions, each once."""
+
+    nodes: dict[Any, Node] = field(default_factory=dict)
+
+    def node(
+        self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], forms: tuple[Form | None, ...]
+    ) -> Node:
+        key = op, _frozen(args), _frozen(kwargs)
+        if op in _FILLS:  # by what it makes, whatever it was made like
+            key = op, forms, ()
+        if key not in self.nodes:
+            self.nodes[key] = Node(len(self.nodes), op, args, kwargs, forms)
+        return self.nodes[key]
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Term):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(value.items()))
+    return type(value), value  # 1, 1.0 and True are equal, what is computed with them is not
+
+
+class _Tracer(TorchDispatchMode):
+    """Writes nodes into a table for what is executed on tensors that are known."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.table = table
+        self._terms: dict[int, Term] = {}
+        self._alive: list[Tensor] = []  # an id is a tensor's own only while it lives
+        self._aliased: set[int] = set()
+
+    def know(self, t: Tensor, term: Term) -> None:
+        self._terms[id(t)] = term
+        self._alive.append(t)
+
+    def term(self, t: Tensor) -> Term:
+        if id(t) not in self._terms:
+            raise Untraceable("computes with a tensor that comes from nowhere")
+        return self._terms[id(t)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made, _ = tree_flatten(result)
+        if not any(isinstance(t, Tensor) for t in made):
+            if torch.Tag.data_dependent_output in func.tags:
+                raise Untraceable(f"{_name(func)} asks for values")
+            return result
+        if draws(func, args, kwargs):
+            raise Untraceable(f"{_name(func)} draws random numbers")
+        if _name(func).startswith(_PLACED):
+            raise Untraceable(f"{_name(func)} asks where its argument lies in memory")
+        changed = self._changed(func, args, kwargs)
+        if changed is not None:
+            func = _functional(func)
+        terms, named = tree_map(lambda a: self.term(a) if isinstance(a, Tensor) else a, (tuple(args), kwargs))
+        forms = tuple(Form.of(t) if isinstance(t, Tensor) else None for t in made)
+        node = self.table.node(func, terms, named, forms)
+        if changed is not None:
+            self.know(changed, Term(node))
+            return result
+        for i, t in enumerate(made):
+            if isinstance(t, Tensor):
+                self.know(t, Term(node, i))
+        if alias_of(func):
+            self._aliased.update(id(t) for t in (*made, args[0]) if isinstance(t, Tensor))
+        return result
+
+    def _changed(self, func: OpOverload, args: Any, kwargs: Any) -> Tensor | None:
+        """The argument that a call changes, whose name alone its memory has."""
+        if not func._schema.is_mutable:
+            return None
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        changed = [
+            given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
+        if len(changed) != 1 or changed[0] is not args[0]:
+            raise Untraceable(f"{_name(func)} writes to memory that is given")
+        if id(args[0]) in self._aliased or isinstance(self.term(args[0]).source, str):
+            raise Untraceable(f"{_name(func)} writes to memory that has another name too")
+        target: Tensor = args[0]
+        return target
+
+
+def _name(func: OpOverload) -> str:
+    return str(func.overloadpacket.__name__)
+
+
+def _functional(func: OpOverload) -> OpOverload:
+    """The operator that gives what ``func`` leaves in its first argument."""
+    packet = getattr(aten, _name(func).removesuffix("_"), None)
+    if func.namespace != "aten" or packet is None or func._overloadname not in packet.overloads():
+        raise Untraceable(f"{_name(func)} changes its argument")
+    found: OpOverload = getattr(packet, func._overloadname)
+    return found
+
+
+_Given = Mapping[str, Tensor]
+Function = Callable[[_Given], Tensor]
+Gradients = dict[str, Term]
+
+
+class Traced:
+    """An operation on leaves of given forms, and its derivatives, as expressions.
+
+    Args:
+        function: from tensors by name, of one task, to one tensor.
+        leaves: those names; per task [T, ...] unless shared.
+        tasks: T. One task is traced without its axis: leaves and results have none.
+        device: of the tensors.
+
+    Raises:
+        Untraceable: by the methods.
+    """
+
+    def __init__(
+        self, function: Function, leaves: Mapping[str, Leaf], tasks: int, device: torch.device
+    ) -> None:
+        self.function = function
+        self.leaves = leaves
+        self.tasks = tasks
+        self.device = device
+        self.smooth = [name for name, leaf in leaves.items() if leaf.smooth]
+        self._table = Table()
+        self._found: dict[Any, list[Term]] = {}
+
+    def value(self) -> Term:
+        """The result."""
+
+        def plain(given: _Given) -> tuple[Tensor, ...]:
+            return (self.function(given),)
+
+        def watched(given: _Given) -> tuple[Tensor, ...]:  # as the backward rules, which so find its nodes
+            return (self._pull(given)[0],)
+
+        return self._once("value", watched if self.smooth else plain, self.leaves)[0]
+
+    def gradients(self, gy: Leaf, name: str) -> Gradients:
+        """The gradients of the smooth leaves for that of the result, a leaf ``name``; without those that are zero."""
+
+        def pulled(given: _Given) -> tuple[Tensor, ...]:
+            return self._pull(given)[1](given[name])
+
+        found = self._once(("gradients", name, gy), pulled, {**self.leaves, name: gy})
+        return self._nonzero(found)
+
+    def tangent(self, directions: Mapping[str, Leaf]) -> Term:
+        """The derivative of the result along directions of some smooth leaves.
+
+        Args:
+            directions: leaves by the name of the leaf that they are the direction of; they are called ``"t NAME"``.
+        """
+
+        def value(given: _Given) -> tuple[Tensor, ...]:
+            return (self._pull(given)[0],)
+
+        return self._along("tangent", value, list(directions), directions, {})[0]
+
+    def second(self, directions: Mapping[str, Leaf], gy: Leaf, gy_dot: Leaf) -> Gradients:
+        """The derivatives of the gradients along directions, likewise.
+
+        Args:
+            directions: see :meth:`tangent`.
+            gy: the gradient of the result, a leaf ``"gy"``.
+            gy_dot: its derivative, a leaf ``"t gy"``.
+        """
+
+        def gradients(given: _Given) -> tuple[Tensor, ...]:
+            return self._pull(given)[1](given["gy"])
+
+        beside = {"gy": gy, "t gy": gy_dot}
+        found = self._along("second", gradients, [*directions, "gy"], directions, beside)
+        return self._nonzero(found)
+
+    def _pull(self, given: _Given) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        def function(*xs: Tensor) -> Tensor:
+            return self.function({**given, **dict(zip(self.smooth, xs, strict=True))})
+
+        found: tuple[Tensor, Any] = vjp(function, *(given[name] for name in self.smooth))
+        return found
+
+    def _along(
+        self,
+        what: str,
+        function: Callable[[_Given], tuple[Tensor, ...]],
+        moving: Sequence[str],
+        directions: Mapping[str, Leaf],
+        beside: Mapping[str, Leaf],
+    ) -> list[Term]:
+        """The derivative of ``function`` along the leaves ``"t NAME"`` of the names in ``moving``."""
+        leaves = {**self.leaves, **beside, **{f"t {n}": d for n, d in directions.items()}}
+
+        def moved(given: _Given) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...], tuple[Tensor, ...]]:
+            primals, tangents = (tuple(given[before + n] for n in moving) for before in ("", "t "))
+            return (
+                lambda *xs: function({**given, **dict(zip(moving, xs, strict=True))}),
+                primals,
+                tangents,
+            )
+
+        def forward(given: _Given) -> tuple[Tensor, ...]:
+            fn, primals, tangents = moved(given)
+            derivatives: tuple[Tensor, ...] = jvp(fn, primals, tangents)[1]
+            return derivatives
+
+        def twice(given: _Given) -> tuple[Tensor, ...]:
+            # Jᵀw is linear in w, so that its transpose is J, whatever w is.
+            fn, primals, tangents = moved(given)
+            results, pull = vjp(fn, *primals)
+            _, push = vjp(pull, tuple(torch.zeros_like(r) for r in results))
+            derivatives: tuple[Tensor, ...] = push(tangents)[0]
+            return derivatives
+
+        key = what, tuple(leaves.items())
+        try:
+            return self._once(key, forward, leaves)
+        except NotImplementedError as first:  # an operator without a formula for forward mode
+            try:
+                return self._once(key, twice, leaves)
+            except NotImplementedError:
+                raise Untraceable(str(first).splitlines()[0]) from first
+
+    def _nonzero(self, found: Sequence[Term]) -> Gradients:
+        return {name: term for name, term in zip(self.smooth, found, strict=True) if not term.zero}
+
+    def _once(
+        self, key: Any, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]
+    ) -> list[Term]:
+        if key not in self._found:
+            self._found[key] = self._trace(fn, leaves)
+        return self._found[key]
+
+    def _trace(
+        self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]
+    ) -> list[Term]:
+        """The results of ``fn`` as terms; task by task where ``vmap`` cannot."""
+        first: Exception | None = None
+        for mapped in (True, False) if self.tasks > 1 else (False,):
+            try:
+                return self._traced(fn, leaves, mapped)
+            except NotImplementedError:
+                raise
+            except Exception as error:  # whatever an operator has against being traced
+                first = error
+        assert first is not None
+        raise Untraceable(str(first).splitlines()[0] if str(first) else type(first).__name__) from first
+
+    def _traced(
+        self,
+        fn: Callable[[_Given], tuple[Tensor, ...]],
+        leaves: Mapping[str, Leaf],
+        mapped: bool,
+    ) -> list[Term]:
+        names = list(leaves)
+
+        def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return fn(dict(zip(names, tensors, strict=True)))
+
+        def each(*tensors: Tensor) -> tuple[Tensor, ...]:
+            tasks = [
+                one(*(t if leaves[n].shared else t[i] for n, t in zip(names, tensors, strict=True)))
+                for i in range(self.tasks)
+            ]
+            return tuple(torch.stack(parts) for parts in zip(*tasks, strict=True))
+
+        run: Callable[..., tuple[Tensor, ...]] = one
+        if self.tasks > 1:
+            axes = tuple(None if leaf.shared else 0 for leaf in leaves.values())
+            run = vmap(one, in_dims=axes) if mapped else each
+        tracer = _Tracer(self._table)
+        with _quiet():
+            given = [_example(leaf.form, self.device) for leaf in leaves.values()]
+            for name, t in zip(names, given, strict=True):
+                tracer.know(t, Term(name))
+            with tracer:
+                results = run(*given)
+            return [tracer.term(t) for t in results]
+
+
+def _example(form: Form, device: torch.device) -> Tensor:
+    """A tensor of this form whose values do no harm: a half, or the number 0 of a token."""
+    span = 1 + sum((n - 1) * s for n, s in zip(form.shape, form.strides, strict=True))
+    memory = torch.full((max(span, 1),), 0.5 if form.dtype.is_floating_point else 0, dtype=form.dtype, device=device)
+    return memory.as_strided(form.shape, form.strides)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The state that operations are traced in: attention by operators that have derivatives, vmap without loops."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # A batching rule that is missing is a loop over tasks inside one operator, which is not written down.
+        warnings.filterwarnings("error", message=".*batching rule.*")
+        # Said by torch of its own decompositions, which the first derivative in forward mode loads.
+        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.no_grad())
+        yield
