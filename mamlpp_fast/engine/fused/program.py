@@ -224,17 +224,38 @@ class Program:
                 if not b.owned:
                     b.tensors = []
         for lane in range(len(self._calls), lanes):
-            for b in self.buffers:
-                if b.owned and b.each and len(b.tensors) <= lane:
-                    b.tensors.append(b.tensors[0].clone())
-                elif not b.owned:
-                    begin = lane * self.workspace_bytes + b.offset
-                    flat = workspace.memory[begin : begin + b.nbytes]
-                    b.tensors.append(flat.view(b.dtype).view(b.shape))
+            begin = lane * self.workspace_bytes
+            self.lay(lane, workspace.memory[begin : begin + self.workspace_bytes])
             operands = [i.operands(lane) for i in self.instructions]
             self._calls.append([_bound(i, *own) for i, own in zip(self.instructions, operands, strict=True)])
             if _without_python(self.instructions, workspace.device):
                 self._lists.append(_listed(self.instructions, operands))
+
+    def lay(self, lane: int, memory: Tensor) -> None:
+        """Gives the buffers of the next lane their places in memory of ``workspace_bytes``."""
+        for b in self.buffers:
+            if b.owned and b.each and len(b.tensors) <= lane:
+                b.tensors.append(b.tensors[0].clone())
+            elif not b.owned:
+                flat = memory[b.offset : b.offset + b.nbytes]
+                b.tensors.append(flat.view(b.dtype).view(b.shape))
+
+    def section(self, name: str, lane: int) -> Callable[[], None]:
+        """The calls of one phase alone, on a lane that has its places."""
+        instructions = [i for i in self.instructions if i.phase.name == name]
+        operands = [i.operands(lane) for i in instructions]
+        calls = [_bound(i, *own) for i, own in zip(instructions, operands, strict=True)]
+        device = next(b.tensors[0].device for b in self.buffers if b.tensors)
+        listed = _listed(instructions, operands) if _without_python(instructions, device) else None
+
+        def run() -> None:
+            if listed is not None and not watched():
+                listed.run(NEVER.flag)
+                return
+            for call in calls:
+                call()
+
+        return run
 
     def run(self, lane: int = 0, threads: int = 1, halt: Halt = NEVER) -> None:
         """Makes the calls on a lane's memory.
@@ -327,6 +348,7 @@ class Emitter:
         self._constants: dict[float, Ref] = {}
         self._operands: dict[int, tuple[Ref, Ref]] = {}
         self._once: dict[Hashable, Any] = {}
+        self._kept = 0
 
     def new(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Ref:
         """A buffer in the workspace, alive from the first call that names it to the last."""
@@ -388,7 +410,14 @@ class Emitter:
             total = out
         return total
 
+    def keep(self) -> None:
+        """What the calls so far name stays alive to the end of the program, which may run in parts."""
+        self._kept = len(self._instructions)
+
     def finish(self) -> Program:
+        for b in self._buffers:
+            if 0 <= b.first < self._kept:
+                b.last = len(self._instructions)
         used = [b for b in self._buffers if b.owned or b.first >= 0]
         nbytes = place([b for b in used if not b.owned])
         return Program(self._instructions, used, nbytes)
