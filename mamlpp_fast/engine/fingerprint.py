@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "Watch", "fingerprint"]
+__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
+
+ROUTED = "_mamlpp_fast_routed"
+"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerate`)."""
 
 # Compared by value.
 _PLAIN = frozenset(
@@ -71,19 +74,24 @@ class Fingerprint:
 class _Reader:
     """Writes what it meets into one flat list, which is far cheaper to make and compare than nested ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: bool = False) -> None:
         self.key: list[Any] = []
         self.held: list[object] = []
         self.queue: list[nn.Module] = []
-        self.seen: set[int] = set()
+        self.seen: dict[int, int] = {}
         self.opaque: list[object] = []
+        # Modules, parameters and buffers by their order and not by identity: which of them are the same one.
+        self.form = form
+        self.tensors: dict[int, int] = {}
 
     def module(self, module: nn.Module, training: bool) -> None:
         key, held = self.key, self.held
-        held.append(module)
+        if not self.form:
+            held.append(module)
         cls = type(module)
         state = module.__dict__
-        forward = next((vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c)), None)
+        own = (vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c) and not vars(c).get(ROUTED))
+        forward = next(own, None)
         key += (id(cls), id(forward), module.training != training)
         if not cls.__module__.startswith(_LIBRARIES):
             self.constants(cls)
@@ -97,7 +105,9 @@ class _Reader:
                 self.parameter(p)
         for name, buffer in state["_buffers"].items():
             key.append(name)
-            if buffer is not None:
+            if buffer is not None and self.form:
+                self.tensor(buffer)
+            elif buffer is not None:
                 held.append(buffer)
                 key += (id(buffer), buffer.shape, buffer.dtype, buffer.device, _place(buffer))
         for name, child in state["_modules"].items():
@@ -114,12 +124,18 @@ class _Reader:
                     self.value(value, 0)
 
     def child(self, module: nn.Module) -> None:
-        self.key.append(id(module))
         if id(module) not in self.seen:
-            self.seen.add(id(module))
+            self.seen[id(module)] = len(self.seen)
             self.queue.append(module)
+        self.key.append(self.seen[id(module)] if self.form else id(module))
+
+    def tensor(self, t: Tensor) -> None:
+        self.key += (self.tensors.setdefault(id(t), len(self.tensors)), t.shape, t.dtype, t.device)
 
     def parameter(self, p: Tensor) -> None:
+        if self.form:
+            self.tensor(p)
+            return
         self.held.append(p)
         self.key += (id(p), p.requires_grad, p.shape, p.dtype, p.device, _place(p))
         for hooks in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)):
@@ -261,6 +277,15 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr() if tensor.is_cuda else 0, *tensor.stride()
 
 
+def form_of(model: nn.Module) -> Fingerprint:
+    """As :func:`fingerprint`, but equal for copies, and for a model that holds other tensors of the same shapes.
+
+    Modules, parameters and buffers count by their order, with which of them are one and the same; the other attributes
+    as ever. Hooks on gradients, ``requires_grad`` and strides of parameters do not count.
+    """
+    return _fingerprint(model, (), form=True)
+
+
 def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     """Everything about a model, but for the values in it, that decides what a pass through it computes.
 
@@ -278,7 +303,11 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
         model: any module. Nothing is read from a device.
         beside: what else counts, read as an attribute is.
     """
-    reader = _Reader()
+    return _fingerprint(model, beside)
+
+
+def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = False) -> Fingerprint:
+    reader = _Reader(form)
     for name in _GLOBAL_HOOKS:
         hooks = getattr(torch_module, name)
         if hooks:
