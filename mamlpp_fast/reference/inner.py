@@ -61,12 +61,9 @@ def check_recomputation(loss: Tensor) -> None:
     Raises:
         ValueError: for a checkpoint anywhere in the graph.
     """
-    seen, ahead = set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    ahead = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(ahead)
+    for node in ahead:  # grows meanwhile
         for name in _saved(type(node)):
             saved = getattr(node, name)
             for one in saved if isinstance(saved, tuple) else (saved,):
@@ -75,7 +72,10 @@ def check_recomputation(loss: Tensor) -> None:
                         "model: expected a forward without torch.utils.checkpoint, which computes again with other "
                         f"weights than the adapted ones, {node.name()} is in one"
                     )
-        ahead += [following for following, _ in node.next_functions]
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                ahead.append(following)
 
 
 @functools.cache
