@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal_on_any_threads
+from helpers import assert_equal_on_any_threads, spare_the_interpreter
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
@@ -143,6 +143,8 @@ class Case:
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0], ids=["leaky", "relu", "linear"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_four_orders(backend: str, name: str, slope: float) -> None:
+    # To Triton's kernels the slope is a number like another.
+    spare_the_interpreter(backend, slope != 0.01 and name != "odd")
     case = Case(*SHAPES[name], slope=slope, per_task=slope == 0.01)
     found, expected = case.run(), case.expected()
     for key, value in found.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal_on_any_threads
+from helpers import assert_equal_on_any_threads, spare_the_interpreter
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
@@ -118,13 +118,15 @@ class Case:
 
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0], ids=["leaky", "relu", "linear"])
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_four_orders(backend: str, shape: tuple[int, ...], pool: bool, slope: float) -> None:
-    case = Case(shape, pool=pool, slope=slope, per_task=slope == 0.01)
+@pytest.mark.parametrize("name", SHAPES)
+def test_four_orders(backend: str, name: str, pool: bool, slope: float) -> None:
+    # To Triton's kernels the slope is a number like another.
+    spare_the_interpreter(backend, slope != 0.01 and name not in ("odd", "odd-columns"))
+    case = Case(SHAPES[name], pool=pool, slope=slope, per_task=slope == 0.01)
     found, expected = case.run(), case.expected()
-    for name, value in found.items():
+    for key, value in found.items():
         torch.testing.assert_close(
-            value, expected[name], rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+            value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
         )
 
 
@@ -185,7 +187,8 @@ def test_large_mean_in_float32_errs_at_most_twice_as_much_as_pytorch(
 
 
 def test_float32_is_close(backend: str) -> None:
-    case = Case((2, 5, 14, 14, 40), dtype=torch.float32)
+    size = 7 if backend == "triton" else 14  # interpreted, an image takes as long as there are pixels
+    case = Case((2, 5, size, size, 40), dtype=torch.float32)
     found, expected = case.run(), case.expected()
     for name, value in found.items():
         scale = float(expected[name].abs().max())
