@@ -1,9 +1,9 @@
-"""Textbook MAML on Conv4 before and after three changed lines: `convert_batch_norm`, `LSLR`, `adapt`.
+"""Textbook MAML on Conv4, as it is, and with `convert_batch_norm`, `LSLR` and `adapt` (three lines), or `accelerate`.
 
-    python -m bench.drop_in [--tasks 2] [--ways 20] [--seconds 20] [--json FILE]
+    python -m bench.drop_in [--tasks 2] [--ways 5,20] [--size 28] [--seconds 20] [--json FILE]
 
-Both loops take one task at a time through plain autograd, five inner steps, second order. Meta-gradients must agree in
-float64 before any time is taken.
+All loops take one task at a time through autograd, five inner steps, second order; "norms adapt" with the batch norms'
+weights among what adapts. Meta-gradients must agree in float64 before any time is taken.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ STEPS, RATE = 5, 0.1
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def conv4(ways: int) -> nn.Sequential:
-    """Conv4 of torch's own modules."""
+def conv4(ways: int, size: int) -> nn.Sequential:
+    """Conv4 of torch's own modules, for grey images of 28 pixels or coloured larger ones."""
     layers: list[nn.Module] = []
-    for channels in (1, 64, 64, 64):
+    for channels in (1 if size == 28 else 3, 64, 64, 64):
         layers += [
             nn.Conv2d(channels, 64, 3, padding=1),
             nn.BatchNorm2d(64),
             nn.LeakyReLU(),
             nn.MaxPool2d(2),
         ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, ways))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * (size // 16) ** 2, ways))
 
 
-def before(model: nn.Module, tasks: list[Task]) -> Callable[[], list[Tensor]]:
+def before(model: nn.Module, tasks: list[Task], norms: bool = False) -> Callable[[], list[Tensor]]:
     """The loop as it stands in many a repository."""
     rate = nn.Parameter(torch.tensor(RATE, dtype=next(model.parameters()).dtype))
-    adapting = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in ("1", "5", "9", "13")}
+    fixed = () if norms else ("1", "5", "9", "13")
+    adapting = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in fixed}
 
     def step() -> list[Tensor]:
         total = torch.zeros((), dtype=rate.dtype)
@@ -73,11 +74,33 @@ def after(model: nn.Module, tasks: list[Task]) -> Callable[[], list[Tensor]]:
     return step
 
 
-def pair(tasks: int, ways: int, dtype: torch.dtype) -> tuple[Callable[[], list[Tensor]], ...]:
+def jobs(
+    tasks: int, ways: int, size: int, dtype: torch.dtype
+) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
+    """By what has changed, the loops "before" and "after"."""
     torch.manual_seed(0)
-    model = conv4(ways).to(dtype)
-    batch = [(torch.rand(ways, 1, 28, 28, dtype=dtype), torch.arange(ways)) * 2 for _ in range(tasks)]
-    return before(copy.deepcopy(model), batch), after(model, batch)
+    model = conv4(ways, size).to(dtype)
+    x = [torch.randn(ways, 1 if size == 28 else 3, size, size, dtype=dtype) for _ in range(2 * tasks)]
+    y = torch.arange(ways)
+    batch = [(x[2 * i], y, x[2 * i + 1], y) for i in range(tasks)]
+
+    def fast() -> nn.Module:
+        return mf.accelerate(copy.deepcopy(model))
+
+    plain, adapting = before(copy.deepcopy(model), batch), before(copy.deepcopy(model), batch, True)
+    return {
+        "three lines": {"before": plain, "after": after(copy.deepcopy(model), batch)},
+        "accelerate": {"before": plain, "after": before(fast(), batch)},
+        "accelerate, norms adapt": {"before": adapting, "after": before(fast(), batch, True)},
+    }
+
+
+def error_of(loops: dict[str, Callable[[], list[Tensor]]]) -> float:
+    """The largest difference of the meta-gradients, relative to the largest value of each."""
+    return max(
+        float((a - b).abs().max() / max(float(b.abs().max()), 1e-6))
+        for a, b in zip(loops["after"](), loops["before"](), strict=True)
+    )
 
 
 def main() -> None:
@@ -85,27 +108,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", type=int, default=2)
-    parser.add_argument("--ways", type=int, default=20)
+    parser.add_argument("--ways", default="5,20")
+    parser.add_argument("--size", type=int, default=28, help="pixels a side; coloured where it is not 28")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    theirs, ours = pair(1, 5, torch.float64)
-    error = max(
-        float((a - b).abs().max() / max(float(b.abs().max()), 1e-6))
-        for a, b in zip(ours(), theirs(), strict=True)
-    )
-    if not error < 1e-9:
-        raise SystemExit(f"meta-gradients differ by {error:.1e}: no time is taken")
-    theirs, ours = pair(arguments.tasks, arguments.ways, torch.float32)
-    times = interleaved({"before": theirs, "after": ours, "again": ours}, arguments.seconds)
-    row = {
-        "tasks": arguments.tasks,
-        "ways": arguments.ways,
-        "largest_error_float64": error,
-        **before_after(times),
-    }
-    print(json.dumps(row))
-    keep(arguments.json, [row])
+    errors = {name: error_of(loops) for name, loops in jobs(1, 5, arguments.size, torch.float64).items()}
+    if not max(errors.values()) < 1e-9:
+        raise SystemExit(f"meta-gradients differ: {errors}; no time is taken")
+    rows = []
+    for ways in map(int, arguments.ways.split(",")):
+        for name, loops in jobs(arguments.tasks, ways, arguments.size, torch.float32).items():
+            row = {"tasks": arguments.tasks, "ways": ways, "size": arguments.size, "changed": name}
+            times = interleaved({**loops, "again": loops["after"]}, arguments.seconds)
+            rows.append({**row, "largest_error_float64": errors[name], **before_after(times)})
+            print(json.dumps(rows[-1]), flush=True)
+            keep(arguments.json, rows)
 
 
 if __name__ == "__main__":

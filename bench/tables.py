@@ -180,14 +180,15 @@ def scaling(rows: Rows) -> str:
 def drop_in(rows: Rows) -> str:
     lines = [
         [
-            f"{r['tasks']} tasks, {r['ways']}-way",
+            f"{r['tasks']} tasks, {r['ways']}-way, {r.get('size', 28)} pixels",
+            r.get("changed", "three lines"),
             spread(r["before_ms"], 0),
             spread(r["after_ms"], 0),
             f"{r['ratio']:.2f}",
         ]
         for r in rows
     ]
-    return table(["textbook loop", "before, ms", "after, ms", "times as fast"], lines)
+    return table(["textbook loop", "changed", "before, ms", "after, ms", "times as fast"], lines)
 
 
 def drop_in_scripts(rows: Rows) -> str:

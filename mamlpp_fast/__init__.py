@@ -2,6 +2,7 @@
 
 from mamlpp_fast import ops, reference
 from mamlpp_fast._version import __version__
+from mamlpp_fast.accelerated import accelerate, acceleration
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.engine.graph import graphed
@@ -28,6 +29,8 @@ __all__ = [
     "ResNet12",
     "StepMetrics",
     "__version__",
+    "accelerate",
+    "acceleration",
     "adapt",
     "convert_batch_norm",
     "functional_call",

@@ -23,7 +23,7 @@ from mamlpp_fast.reference import PerStepBatchNorm2d
 __all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
 
 ROUTED = "_mamlpp_fast_routed"
-"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerate`)."""
+"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
 
 # Compared by value.
 _PLAIN = frozenset(

@@ -24,9 +24,10 @@ from mamlpp_fast.nn import plain_batch_norm
 from mamlpp_fast.reference import EvalStats, LossFn
 
 if TYPE_CHECKING:
+    from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
     from mamlpp_fast.engine.fused.prepared import Prepared
 
-__all__ = ["check_evaluation", "check_meta_gradient", "sample"]
+__all__ = ["check_call", "check_evaluation", "check_meta_gradient", "sample"]
 
 TOLERANCE = 1e-6
 # Tensors whose largest value is below this share of the largest of all are compared against that.
@@ -131,6 +132,51 @@ def check_evaluation(
         return False
     _compare({"output": expected}, {"output": prepared.logits[:, 0]}, "has predictions that are")
     return True
+
+
+def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor) -> None:
+    """Compares a call as one operation, its gradients, their derivatives along a direction and running statistics.
+
+    Args:
+        net: of the model in float64.
+        x: examples.
+
+    Raises:
+        Unsupported: names what differs by more than 1e-6 of its largest value, or that nothing could be told.
+    """
+
+    def waves(t: Tensor) -> Tensor:
+        return torch.arange(1.0, t.numel() + 1, dtype=torch.float64, device=t.device).cos().view(t.shape)
+
+    def derivatives(y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = (*net.names, *net.inert)
+        parameters = [held[name] for name in names]
+        loss = (y * waves(y)).sum() + 0.5 * y.square().sum()
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        along = torch.stack([(g * waves(g)).sum() for g in first]).sum()
+        second = torch.autograd.grad(along, parameters, allow_unused=True)
+        found = {"output": y.detach()} | {n: g.detach() for n, g in zip(names, first, strict=True)}
+        for name, p, h in zip(names, parameters, second, strict=True):
+            found[f"{name}, second order"] = _or_zero(h, p)
+        return found | {name: held[name] for name, _ in model.named_buffers()}
+
+    results = []
+    x = x.to(torch.float64) if x.is_floating_point() else x
+    with torch.enable_grad():
+        for ours in (False, True):
+            held = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+            held |= {name: t.requires_grad_() for name, t in held.items() if name in (*net.names, *net.inert)}
+            with _reference(model, held):
+                y = model(x) if not ours else None
+            if ours:
+                with reference.swapped(model, held):
+                    y = net.call(model, x)
+            assert y is not None
+            results.append(derivatives(y, held))
+    expected, found = results
+    if not all(bool(torch.isfinite(t).all()) for t in expected.values()):
+        raise Unsupported(type(model).__name__, "its results are not finite, which cannot be checked")
+    _compare(expected, found, "differs, by")
 
 
 class _Wider(TorchFunctionMode):

@@ -9,20 +9,48 @@ come back to it; memory is used again, so that the calls of an iteration find th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.flat import Layout
+from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
+from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref
-from mamlpp_fast.engine.fused.steps import Gradients, Pass
+from mamlpp_fast.engine.fused.steps import Generic, Gradients, Pass
+from mamlpp_fast.engine.record import record
+from mamlpp_fast.engine.verify import check_call
 
-__all__ = ["DifferentiableNetwork"]
+__all__ = ["DifferentiableNetwork", "differentiable"]
+
+
+def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
+    """The operation that a model's call on examples like ``x`` is, checked in float64.
+
+    Raises:
+        Unsupported: names what the model does that is no fixed list of operations, or where the check parts from it.
+    """
+    parameters = dict(model.named_parameters())
+    network = lower(record(model, x, torch.cat([x, x[:1]])), model, frozenset(parameters))
+    for fusion in (drop_inert_biases, fuse_norms, fuse_first_layer):
+        network = fusion(network)
+    if network.frozen:
+        raise Unsupported(next(iter(network.frozen)), "normalises with running statistics")
+    if network.rows():
+        raise Unsupported(
+            next(iter(network.rows())), "has a weight or a bias that is no parameter of the call"
+        )
+    if not model.training and any(norm.statistics is not None for norm in network.norms.values()):
+        raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
+    few = x[: max(4, min(len(x), 2**13 // max(x[0].numel(), 1)))]
+    check_call(DifferentiableNetwork(network, model, len(few), x.device, torch.float64), model, few)
+    dtype = next(iter(parameters.values())).dtype
+    return DifferentiableNetwork(network, model, len(x), x.device, dtype)
 
 
 class _Place:
@@ -43,7 +71,8 @@ class _Place:
         self.seconds = [s.arranged(net.seconds[n].tensor(lane)[0]) for s, n in arranged]
         self.result, self.gy = net.result.tensor(lane)[0], net.gy.tensor(lane)[0]
         self.moved = net.moved.tensor(lane)[0]
-        self.statistics = {n: (m.tensor(lane), r.tensor(lane)) for n, (m, r) in net.statistics.items()}
+        self.statistics = {n: (m.tensor(lane)[0], r.tensor(lane)[0]) for n, (m, r) in net.statistics.items()}
+        self.buffers = {name: ref.tensor(lane) for name, ref in net.buffers.items()}
         # How often a backward pass has run here since the forward: its own derivative needs the last one's values.
         self.passes = 0
 
@@ -64,16 +93,21 @@ class DifferentiableNetwork:
 
     Args:
         network: lowered with all parameters as slots.
+        model: that it was lowered from.
         images: examples a call.
-        names: the parameters that are given, in order; each is a slot of the network.
+
+    Attributes:
+        names: of the parameters that it computes with.
+        inert: of those that have a gradient of zero: biases that batch statistics take out again.
     """
 
     def __init__(
-        self, network: Network, images: int, names: Sequence[str], device: torch.device, dtype: torch.dtype
+        self, network: Network, model: nn.Module, images: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.network = network
-        self.names = tuple(names)
         self.slots = network.slots()
+        self.names = tuple(name for name, _ in model.named_parameters() if name in self.slots)
+        self.inert = tuple(n.bias for n in network.norms.values() if n.bias is not None)
         self.device = device
         self.free: list[_Place] = []
         self._lanes = 0
@@ -84,7 +118,8 @@ class DifferentiableNetwork:
             return em.own(name, torch.zeros(shape, dtype=dtype, device=device), each=True)
 
         shape = network.shapes[network.output]
-        self.x = own("examples", 1, images, *network.shapes[0])
+        given = dtype if network.dtype.is_floating_point else network.dtype
+        self.x = own("examples", 1, images, *network.shapes[0], dtype=given)
         self.gy, still = own("gradient", 1, images, *shape), own("no tangent", 1, images, *shape)
         layout = Layout(self.slots, list(self.names), 1, dtype)
         flats = [own(name, layout.size) for name in ("parameters", "gradients", "directions", "second")]
@@ -94,7 +129,11 @@ class DifferentiableNetwork:
         for name in network.norms:
             channels = next(network.shapes[s.output][-1] for s in network.steps if s.name == name)
             self.statistics[name] = own(f"{name} mean", 1, channels), own(f"{name} rstd", 1, channels)
-        ps = Pass(1, images, 0, self.theta, {}, {0: self.x}, self.statistics)
+        self.buffers: dict[str, Ref] = {}
+        for name, b in ((n, b) for step in network.steps for n, b in step.buffers.items()):
+            kind = dtype if b.is_floating_point() else b.dtype
+            self.buffers[name] = em.own(name, torch.zeros_like(b, dtype=kind), each=True)
+        ps = Pass(1, images, 0, self.theta, {}, {0: self.x}, self.statistics, buffers=self.buffers)
         em.phase = Phase("forward")
         for step in network.steps:
             em.label = step.name
@@ -132,6 +171,11 @@ class DifferentiableNetwork:
             if name not in out.params:
                 em.call(torch.ops.aten.zero_.default, place)
 
+    def __str__(self) -> str:
+        generic = [s.name for s in self.network.steps if isinstance(s, Generic)]
+        rest = f", generic: {', '.join(generic)}" if generic else ""
+        return f"one operation of {len(self.network.steps)} steps{rest}"
+
     def take(self) -> _Place:
         try:
             return self.free.pop()
@@ -141,57 +185,129 @@ class DifferentiableNetwork:
                 self._lanes += 1
             return place
 
-    def __call__(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        result: Tensor = _Forward.apply(self, x, *parameters)  # type: ignore[no-untyped-call]
-        return result
+    def call(self, model: nn.Module, x: Tensor) -> Tensor:
+        """The model's output [N, ways] on ``x`` with the tensors that it holds; its running statistics follow."""
+        tensors = _Held(model)
+        given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
+        buffers = {name: tensors.buffer(name) for name in self.buffers}
+        result, *statistics = _Forward.apply(self, x, buffers, *given)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self._follow(tensors, statistics)
+        made: Tensor = result
+        return made
 
-    def load(self, place: _Place, x: Tensor, parameters: Sequence[Tensor]) -> None:
+    def _follow(self, tensors: _Held, statistics: Sequence[Tensor]) -> None:
+        """Running statistics take in those of the batch, as ``F.batch_norm`` does it."""
+        pairs = zip(statistics[::2], statistics[1::2], strict=True)
+        for norm, (mean, rstd) in zip(self.network.norms.values(), pairs, strict=True):
+            if (kept := norm.statistics) is None:
+                continue
+            if norm.bias is not None:
+                mean = mean + tensors.parameter(norm.bias)
+            elements = norm.elements * self.x.shape[1]
+            var = (rstd.pow(-2) - kept.eps) * (elements / (elements - 1))
+            tensors.buffer(kept.mean).lerp_(mean, kept.momentum)
+            tensors.buffer(kept.var).lerp_(var, kept.momentum)
+            if kept.counted is not None:
+                tensors.buffer(kept.counted).add_(1)
+
+    def load(
+        self, place: _Place, x: Tensor, buffers: Mapping[str, Tensor], parameters: Sequence[Tensor]
+    ) -> None:
+        """Runs the forward pass on these."""
         place.x.copy_(x.permute(0, 2, 3, 1) if x.ndim == 4 else x)
-        sources = [self.slots[n].arrange(p) for n, p in zip(self.names, parameters, strict=True)]
-        torch._foreach_copy_(place.parameters, sources)
+        for name, b in buffers.items():
+            place.buffers[name].copy_(b)
+        torch._foreach_copy_(place.parameters, self.arranged(parameters))
         place.forward()
         place.passes = 0
 
+    def arranged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Views, or copies where there are none, with the axes that they have in the kernels' layout."""
+        slots = (self.slots[name] for name in self.names)
+        return [t.reshape(s.split).permute(s.order) for s, t in zip(slots, tensors, strict=False)]
+
     def taken(self, places: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of what lies in the kernels' layout, in the parameters'."""
-        made = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in like]
-        torch._foreach_copy_([self.slots[n].arrange(t) for n, t in zip(self.names, made, strict=True)], list(places))
-        return made
+        """Copies of what lies in the kernels' layout, in the parameters'; zeros for those that are inert."""
+        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[: len(self.names)]]
+        torch._foreach_copy_(self.arranged(made), list(places))
+        return made + [torch.zeros_like(p) for p in like[len(self.names) :]]
+
+
+class _Held:
+    """What a model holds now, by name: its own tensors, or those that a functional call gives it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def _module(self, name: str) -> tuple[nn.Module, str]:
+        module, (*path, leaf) = self._model, name.split(".")
+        for part in path:
+            module = module._modules[part]  # type: ignore[assignment]
+        return module, leaf
+
+    def parameter(self, name: str) -> Tensor:
+        module, leaf = self._module(name)
+        found = module._parameters[leaf]
+        assert found is not None
+        return found
+
+    def buffer(self, name: str) -> Tensor:
+        module, leaf = self._module(name)
+        found = module._buffers[leaf]
+        assert found is not None
+        return found
 
 
 class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, net: DifferentiableNetwork, x: Tensor, *parameters: Tensor) -> Tensor:
-        lease = _Lease(net)
-        net.load(lease.place, x, parameters)
-        ctx.net, ctx.lease = net, lease
-        ctx.save_for_backward(x, *parameters)
-        return lease.place.result.clone()
+    """Output, then mean and 1/std of each batch norm, which take no gradient."""
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
-        return None, None, *_Backward.apply(ctx.net, ctx.lease, gy, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+    def forward(
+        ctx: Any, net: DifferentiableNetwork, x: Tensor, buffers: Mapping[str, Tensor], *parameters: Tensor
+    ) -> Any:
+        lease = _Lease(net)
+        net.load(lease.place, x, buffers, parameters[: len(net.names)])
+        ctx.net, ctx.lease, ctx.buffers = net, lease, {n: b.clone() for n, b in buffers.items()}
+        ctx.save_for_backward(x, *parameters)
+        statistics = [t.clone() for pair in lease.place.statistics.values() for t in pair]
+        ctx.mark_non_differentiable(*statistics)
+        return lease.place.result.clone(), *statistics
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, *_: Any) -> Any:
+        given = ctx.net, ctx.lease, ctx.buffers, gy, *ctx.saved_tensors
+        return None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
 
 
 class _Backward(torch.autograd.Function):
+    """The gradients of all parameters."""
+
     @staticmethod
-    def forward(ctx: Any, net: DifferentiableNetwork, lease: _Lease, gy: Tensor, x: Tensor, *parameters: Tensor) -> Any:
-        if lease.place.passes:  # an earlier backward pass left values there that its own derivative reads
+    def forward(
+        ctx: Any,
+        net: DifferentiableNetwork,
+        lease: _Lease,
+        buffers: Mapping[str, Tensor],
+        gy: Tensor,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Any:
+        if lease.place.passes:  # an earlier pass left values there that its own derivative reads
             lease = _Lease(net)
-            net.load(lease.place, x, parameters)
+            net.load(lease.place, x, buffers, parameters[: len(net.names)])
         place = lease.place
         place.gy.copy_(gy)
         place.backward()
         place.passes += 1
         ctx.net, ctx.lease = net, lease
-        ctx.save_for_backward(gy, x, *parameters)
+        ctx.save_for_backward(*parameters)
         return tuple(net.taken(place.gradients, parameters))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # type: ignore[override]
-        _, _, *parameters = ctx.saved_tensors
-        net, place = ctx.net, ctx.lease.place
-        torch._foreach_copy_(place.directions, [net.slots[n].arrange(v) for n, v in zip(net.names, cotangents, strict=True)])
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        net, place, parameters = ctx.net, ctx.lease.place, ctx.saved_tensors
+        torch._foreach_copy_(place.directions, net.arranged(cotangents))
         place.double()
-        return None, None, place.moved.clone(), None, *net.taken(place.seconds, parameters)
+        return None, None, None, place.moved.clone(), None, *net.taken(place.seconds, parameters)

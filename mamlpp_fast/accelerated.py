@@ -1,0 +1,172 @@
+"""Models of loops of one's own on the fused engine's kernels: an operation of autograd, differentiable twice."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import threading
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
+from mamlpp_fast import reference
+from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.fingerprint import ROUTED, form_of
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
+from mamlpp_fast.engine.lanes import watched
+
+__all__ = ["accelerate", "acceleration"]
+
+_M = TypeVar("_M", bound=nn.Module)
+_KEPT = 64
+"""Forms of models whose programs are kept, those used last."""
+
+
+def accelerate(model: _M) -> _M:
+    """Lets a model's calls run on the fused engine's kernels, in any loop that differentiates them once or twice.
+
+    The model stays what it is: the same object with the same parameters, names, state dict, hooks and results. What
+    changes is what a call ``model(x)`` executes where autograd records: the whole forward as one operation, whose
+    backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
+    create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
+    arguments than one tensor [N, ...] of the parameters' type, inputs that require a gradient, ``torch.func``
+    transforms, ``torch.compile``, autocast, normalising with running statistics, models whose forward is no fixed
+    list of operations. :func:`acceleration` says what was served and what not, and why.
+
+    The first call of each form (shapes, attributes, training or evaluation) is checked in float64 against the plain
+    forward: output, gradients, second derivatives and running statistics to 1e-6; what differs runs as ever. Copies,
+    pickles and learners of the model work as before. A third derivative is refused by autograd.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model`` itself.
+    """
+    compiled = isinstance(model, torch.jit.ScriptModule)
+    if not compiled and not vars(type(model)).get(ROUTED):
+        cls: Any = type(model)
+        model.__class__ = _routed(cls)
+    return model
+
+
+def acceleration(model: nn.Module) -> str:
+    """What serves the calls of a model that was given to :func:`accelerate`: a line for each form seen so far."""
+    if not vars(type(model)).get(ROUTED):
+        return "not accelerated: compiled by torch.jit, or never given to mamlpp_fast.accelerate"
+    kind = type(model).__mro__[1]
+    with _lock:
+        lines = [f"{_said(key)}: {route}" for (cls, *key, _), route in _routes.items() if cls is kind]
+    return "\n".join(lines) or "no call yet"
+
+
+def _said(key: list[Any]) -> str:
+    shape, dtype, _, training = key
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {'training' if training else 'evaluation'}"
+
+
+class _Refusal:
+    """Why a form of a model runs plain PyTorch."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"plain PyTorch: {self.why}"
+
+
+_Route = DifferentiableNetwork | _Refusal
+_routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
+_lock = threading.RLock()
+
+
+@functools.cache
+def _routed(cls: Any) -> Any:
+    """A class like ``cls``, under its name, whose forward takes the kernels where it can."""
+    plain = cls.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and _can(self, args[0]):
+            route = _route(self, args[0])
+            if isinstance(route, DifferentiableNetwork):
+                return route.call(self, args[0])
+        return plain(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        made, args, *rest = super(own, self).__reduce_ex__(protocol)
+        if made is copyreg.__newobj__ and args[0] is own:  # type: ignore[attr-defined]
+            return _new, (cls, *args[1:]), *rest
+        return made, args, *rest
+
+    own: Any = type(
+        cls.__name__,
+        (cls,),
+        {
+            "forward": forward,
+            "__reduce_ex__": reduce,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            ROUTED: True,
+        },
+    )
+    return own
+
+
+def _new(cls: Any, *args: Any) -> nn.Module:
+    """For pickle, which finds a class by its name."""
+    own = _routed(cls)
+    model: nn.Module = own.__new__(own, *args)
+    return model
+
+
+def _can(model: nn.Module, x: Any) -> bool:
+    """Whether a call is of a kind that is served at all: what is cheap to tell, and may differ from call to call."""
+    return (
+        type(x) is Tensor
+        and x.ndim > 1
+        and len(x) > 0
+        and x.layout is torch.strided
+        and not x.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not watched()
+    )
+
+
+def _route(model: nn.Module, x: Tensor) -> _Route:
+    form = form_of(model)
+    key = (type(model).__mro__[1], x.shape, x.dtype, x.device, model.training, form)
+    with _lock:
+        if key in _routes:
+            _routes.move_to_end(key)
+            return _routes[key]
+        route = _made(model, x)
+        _routes[key] = route
+        while len(_routes) > _KEPT:
+            _routes.popitem(last=False)
+        return route
+
+
+def _made(model: nn.Module, x: Tensor) -> _Route:
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    if not tensors or any(t.dtype != tensors[0].dtype or t.device != x.device for t in tensors):
+        return _Refusal("expected parameters and buffers of one type on the examples' device")
+    if tensors[0].dtype not in (torch.float32, torch.float64):
+        return _Refusal(f"expected parameters in float32 or float64, got {tensors[0].dtype}")
+    if x.dtype != tensors[0].dtype and x.is_floating_point():
+        return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {x.dtype}")
+    if any(isinstance(m, reference.PerStepBatchNorm2d) for m in model.modules()):
+        return _Refusal("per-step batch norms have a step, which a call does not name")
+    try:
+        return differentiable(model, x)
+    except Unsupported as error:
+        return _Refusal(str(error))
