@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +18,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import ROUTED, form_of
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, paused
 from mamlpp_fast.engine.lanes import watched
 
 __all__ = ["accelerate", "acceleration"]
@@ -38,7 +41,8 @@ def accelerate(model: _M) -> _M:
 
     The first call of each form (shapes, attributes, training or evaluation) is checked in float64 against the plain
     forward: output, gradients, second derivatives and running statistics to 1e-6; what differs runs as ever. Copies,
-    pickles and learners of the model work as before. A third derivative is refused by autograd.
+    pickles and learners of the model work as before. Where a second derivative is taken with ``create_graph=True``, for
+    a third, it is PyTorch's own.
 
     Args:
         model: any module.
@@ -77,6 +81,9 @@ class _Refusal:
     def __str__(self) -> str:
         return f"plain PyTorch: {self.why}"
 
+
+RECORDED_UNDER: list[Callable[[], AbstractContextManager[Any]]] = []
+"""Of modules that compute by operations of ours what PyTorch's modules do: within these they go PyTorch's way."""
 
 _Route = DifferentiableNetwork | _Refusal
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
@@ -138,6 +145,7 @@ def _can(model: nn.Module, x: Any) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not paused()
         and not watched()
     )
 
@@ -167,6 +175,9 @@ def _made(model: nn.Module, x: Tensor) -> _Route:
     if any(isinstance(m, reference.PerStepBatchNorm2d) for m in model.modules()):
         return _Refusal("per-step batch norms have a step, which a call does not name")
     try:
-        return differentiable(model, x)
+        with contextlib.ExitStack() as stack:
+            for context in RECORDED_UNDER:
+                stack.enter_context(context())
+            return differentiable(model, x)
     except Unsupported as error:
         return _Refusal(str(error))

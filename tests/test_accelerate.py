@@ -207,14 +207,19 @@ def test_memory_is_used_again() -> None:
     assert route._lanes == made == len(route.free)  # type: ignore[union-attr]
 
 
-def test_a_third_derivative_is_refused() -> None:
-    _, model = pair(mlp)
-    x, y, _, _ = data(1)[0]
-    parameters = list(model.parameters())
-    first = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
-    second = torch.autograd.grad(first[0].square().sum(), parameters, create_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        next(g for g in second if g is not None).square().sum().backward()
+@pytest.mark.parametrize("name", ["conv", "gelu", "own parameters"])
+def test_a_third_derivative_is_pytorchs_own(name: str) -> None:
+    results = []
+    for model in pair(MODELS[name]):
+        x, y, _, _ = data(1)[0]
+        parameters = list(model.parameters())
+        loss = F.cross_entropy(model(x), y)
+        for _ in range(3):
+            grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            loss = torch.stack([g.sin().sum() for g in grads if g is not None]).sum()
+        results.append((loss.detach(), [b.clone() for b in model.buffers()]))
+    assert served(model)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-11)
 
 
 def test_a_parameter_changed_in_place_before_the_backward_pass_is_an_error() -> None:
@@ -393,6 +398,7 @@ def test_a_learner_and_learn2learn_take_it_as_the_model_it_is() -> None:
         batch = mf.EpisodeBatch(*(t[None] for t in (x, y, target_x, target_y)))
         metrics = own.meta_gradient(batch)
         found.append(([p.grad for p in maml.parameters()], metrics.loss))
+        assert served(learner.module), mf.acceleration(learner.module)  # clones always are
     torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from mamlpp_fast import ops
+from mamlpp_fast.accelerated import RECORDED_UNDER
+from mamlpp_fast.engine.fused.differentiable import plainly
 
 __all__ = [
     "FusedBatchNorm1d",
@@ -155,9 +157,13 @@ def _hooked(module: nn.Module) -> bool:
 
 @contextmanager
 def plain_batch_norm() -> Iterator[None]:
-    """Within it, cloned batch norms run PyTorch's own operations (for a third derivative, say)."""
+    """Within it, cloned modules run PyTorch's own operations (for a third derivative, say)."""
     before, _Fused.plain = _Fused.plain, True
     try:
-        yield
+        with plainly():
+            yield
     finally:
         _Fused.plain = before
+
+
+RECORDED_UNDER.append(plain_batch_norm)

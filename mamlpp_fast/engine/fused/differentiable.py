@@ -8,14 +8,15 @@ come back to it; memory is used again, so that the calls of an iteration find th
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
@@ -26,7 +27,7 @@ from mamlpp_fast.engine.fused.steps import Generic, Gradients, Pass
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.verify import check_call
 
-__all__ = ["DifferentiableNetwork", "differentiable"]
+__all__ = ["DifferentiableNetwork", "differentiable", "paused", "plainly"]
 
 
 def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
@@ -190,7 +191,7 @@ class DifferentiableNetwork:
         tensors = _Held(model)
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         buffers = {name: tensors.buffer(name) for name in self.buffers}
-        result, *statistics = _Forward.apply(self, x, buffers, *given)  # type: ignore[no-untyped-call]
+        result, *statistics = _Forward.apply(self, model, x, buffers, *given)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self._follow(tensors, statistics)
         made: Tensor = result
@@ -264,11 +265,17 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, net: DifferentiableNetwork, x: Tensor, buffers: Mapping[str, Tensor], *parameters: Tensor
+        ctx: Any,
+        net: DifferentiableNetwork,
+        model: nn.Module,
+        x: Tensor,
+        buffers: Mapping[str, Tensor],
+        *parameters: Tensor,
     ) -> Any:
         lease = _Lease(net)
         net.load(lease.place, x, buffers, parameters[: len(net.names)])
-        ctx.net, ctx.lease, ctx.buffers = net, lease, {n: b.clone() for n, b in buffers.items()}
+        ctx.net, ctx.lease, ctx.model = net, lease, model
+        ctx.buffers = {n: b.clone() for n, b in buffers.items()}
         ctx.save_for_backward(x, *parameters)
         statistics = [t.clone() for pair in lease.place.statistics.values() for t in pair]
         ctx.mark_non_differentiable(*statistics)
@@ -276,8 +283,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, *_: Any) -> Any:
-        given = ctx.net, ctx.lease, ctx.buffers, gy, *ctx.saved_tensors
-        return None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
+        given = ctx.net, ctx.model, ctx.lease, ctx.buffers, gy, *ctx.saved_tensors
+        return None, None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
 
 
 class _Backward(torch.autograd.Function):
@@ -287,6 +294,7 @@ class _Backward(torch.autograd.Function):
     def forward(
         ctx: Any,
         net: DifferentiableNetwork,
+        model: nn.Module,
         lease: _Lease,
         buffers: Mapping[str, Tensor],
         gy: Tensor,
@@ -300,14 +308,62 @@ class _Backward(torch.autograd.Function):
         place.gy.copy_(gy)
         place.backward()
         place.passes += 1
-        ctx.net, ctx.lease = net, lease
-        ctx.save_for_backward(*parameters)
+        ctx.net, ctx.model, ctx.lease, ctx.buffers = net, model, lease, buffers
+        ctx.save_for_backward(gy, x, *parameters)
         return tuple(net.taken(place.gradients, parameters))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        net, place, parameters = ctx.net, ctx.lease.place, ctx.saved_tensors
-        torch._foreach_copy_(place.directions, net.arranged(cotangents))
-        place.double()
-        return None, None, None, place.moved.clone(), None, *net.taken(place.seconds, parameters)
+        gy, x, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = _to_any_order(ctx.net, ctx.model, ctx.buffers, gy, x, parameters, cotangents)
+        else:
+            net, place = ctx.net, ctx.lease.place
+            torch._foreach_copy_(place.directions, net.arranged(cotangents))
+            place.double()
+            found = [place.moved.clone(), *net.taken(place.seconds, parameters)]
+        return None, None, None, None, found[0], None, *found[1:]
+
+
+def _to_any_order(
+    net: DifferentiableNetwork,
+    model: nn.Module,
+    buffers: Mapping[str, Tensor],
+    gy: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor]:
+    """The derivative of the backward pass by PyTorch's own operations: somebody asks for one that has derivatives."""
+    # Names of their own, since the gradient may depend on the parameters by ways that lie outside of the call.
+    gy, *parameters = (
+        t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (gy, *parameters)
+    )
+    held = dict(zip((*net.names, *net.inert), parameters, strict=True))
+    # Copies, for running statistics have followed the call already.
+    held |= {name: b.detach().clone() for name, b in model.named_buffers()} | dict(buffers)
+    with plainly(), reference.swapped(model, held):
+        y = model(x)
+    grads = torch.autograd.grad(y, parameters, gy, create_graph=True)
+    along = torch.stack([(g * v).sum() for g, v in zip(grads, cotangents, strict=True)]).sum()
+    wanted = (gy, *parameters)
+    second = torch.autograd.grad(along, wanted, create_graph=True, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(second, wanted, strict=True)]
+
+
+_paused = threading.local()
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Within it the calling thread's models run as PyTorch runs them."""
+    before, _paused.now = paused(), True
+    try:
+        yield
+    finally:
+        _paused.now = before
+
+
+def paused() -> bool:
+    """Whether the calling thread is within :func:`plainly`."""
+    return getattr(_paused, "now", False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
 from mamlpp_fast.compat.learn2learn.utils import clone_module
 
@@ -66,7 +67,7 @@ class GBML(nn.Module):
     ) -> GBML:
         """A learner on differentiable copies of module and transforms; what is not given is as this learner has it."""
         return GBML(
-            module=clone_module(self.module),
+            module=accelerate(clone_module(self.module)),
             transform=self.transform,
             lr=self.lr,
             adapt_transform=self.adapt_transform if adapt_transform is None else adapt_transform,

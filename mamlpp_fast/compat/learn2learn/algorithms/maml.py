@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn._gradients import inner_gradients
 from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from mamlpp_fast.compat.learn2learn.utils import clone_module, update_module, warn_of_lengths
@@ -102,4 +103,4 @@ class MAML(BaseLearner):
             "allow_unused": self.allow_unused if allow_unused is None else allow_unused,
             "allow_nograd": self.allow_nograd if allow_nograd is None else allow_nograd,
         }
-        return MAML(clone_module(self.module), lr=self.lr, **options)
+        return MAML(accelerate(clone_module(self.module)), lr=self.lr, **options)

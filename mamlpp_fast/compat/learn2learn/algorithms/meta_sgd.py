@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from mamlpp_fast.compat.learn2learn.utils import clone_module, clone_parameters
 
@@ -81,7 +82,9 @@ class MetaSGD(BaseLearner):
     def clone(self) -> MetaSGD:
         """A learner on differentiable copies of the module and the rates."""
         return MetaSGD(
-            clone_module(self.module), lrs=clone_parameters(self.lrs), first_order=self.first_order
+            accelerate(clone_module(self.module)),
+            lrs=clone_parameters(self.lrs),
+            first_order=self.first_order,
         )
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
