@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -81,9 +78,6 @@ class _Refusal:
     def __str__(self) -> str:
         return f"plain PyTorch: {self.why}"
 
-
-RECORDED_UNDER: list[Callable[[], AbstractContextManager[Any]]] = []
-"""Of modules that compute by operations of ours what PyTorch's modules do: within these they go PyTorch's way."""
 
 _Route = DifferentiableNetwork | _Refusal
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
@@ -175,9 +169,6 @@ def _made(model: nn.Module, x: Tensor) -> _Route:
     if any(isinstance(m, reference.PerStepBatchNorm2d) for m in model.modules()):
         return _Refusal("per-step batch norms have a step, which a call does not name")
     try:
-        with contextlib.ExitStack() as stack:
-            for context in RECORDED_UNDER:
-                stack.enter_context(context())
-            return differentiable(model, x)
+        return differentiable(model, x)
     except Unsupported as error:
         return _Refusal(str(error))

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mamlpp_fast import reference
+from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
@@ -27,7 +28,11 @@ from mamlpp_fast.engine.fused.steps import Generic, Gradients, Pass
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.verify import check_call
 
-__all__ = ["DifferentiableNetwork", "differentiable", "paused", "plainly"]
+__all__ = ["RECORDED_UNDER", "DifferentiableNetwork", "differentiable", "paused", "plainly"]
+
+
+RECORDED_UNDER: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
+"""Of modules that compute by operations of ours what PyTorch's do: within these they go PyTorch's way."""
 
 
 def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
@@ -36,7 +41,18 @@ def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
     Raises:
         Unsupported: names what the model does that is no fixed list of operations, or where the check parts from it.
     """
+    with contextlib.ExitStack() as stack:
+        for context in RECORDED_UNDER:
+            stack.enter_context(context())
+        return _differentiable(model, x)
+
+
+def _differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
     parameters = dict(model.named_parameters())
+    try:
+        template = copy_of(model)
+    except ValueError as error:
+        raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
     network = lower(record(model, x, torch.cat([x, x[:1]])), model, frozenset(parameters))
     for fusion in (drop_inert_biases, fuse_norms, fuse_first_layer):
         network = fusion(network)
@@ -49,9 +65,9 @@ def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
     if not model.training and any(norm.statistics is not None for norm in network.norms.values()):
         raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
     few = x[: max(4, min(len(x), 2**13 // max(x[0].numel(), 1)))]
-    check_call(DifferentiableNetwork(network, model, len(few), x.device, torch.float64), model, few)
+    check_call(DifferentiableNetwork(network, template, len(few), x.device, torch.float64), template, few)
     dtype = next(iter(parameters.values())).dtype
-    return DifferentiableNetwork(network, model, len(x), x.device, dtype)
+    return DifferentiableNetwork(network, template, len(x), x.device, dtype)
 
 
 class _Place:
@@ -94,7 +110,7 @@ class DifferentiableNetwork:
 
     Args:
         network: lowered with all parameters as slots.
-        model: that it was lowered from.
+        model: that it was lowered from; kept.
         images: examples a call.
 
     Attributes:
@@ -106,13 +122,15 @@ class DifferentiableNetwork:
         self, network: Network, model: nn.Module, images: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.network = network
+        # Not the model that calls: it may hold tensors with a graph, which would hold it.
+        self.template = model
         self.slots = network.slots()
         self.names = tuple(name for name, _ in model.named_parameters() if name in self.slots)
         self.inert = tuple(n.bias for n in network.norms.values() if n.bias is not None)
         self.device = device
         self.free: list[_Place] = []
         self._lanes = 0
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         em = Emitter(device, dtype)
 
         def own(name: str, *shape: int, dtype: torch.dtype = dtype) -> Ref:
@@ -181,7 +199,7 @@ class DifferentiableNetwork:
         try:
             return self.free.pop()
         except IndexError:
-            with self._lock:
+            with self.lock:
                 place = _Place(self, self._lanes)
                 self._lanes += 1
             return place
@@ -191,7 +209,7 @@ class DifferentiableNetwork:
         tensors = _Held(model)
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         buffers = {name: tensors.buffer(name) for name in self.buffers}
-        result, *statistics = _Forward.apply(self, model, x, buffers, *given)  # type: ignore[no-untyped-call]
+        result, *statistics = _Forward.apply(self, x, buffers, *given)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self._follow(tensors, statistics)
         made: Tensor = result
@@ -267,14 +285,13 @@ class _Forward(torch.autograd.Function):
     def forward(
         ctx: Any,
         net: DifferentiableNetwork,
-        model: nn.Module,
         x: Tensor,
         buffers: Mapping[str, Tensor],
         *parameters: Tensor,
     ) -> Any:
         lease = _Lease(net)
         net.load(lease.place, x, buffers, parameters[: len(net.names)])
-        ctx.net, ctx.lease, ctx.model = net, lease, model
+        ctx.net, ctx.lease = net, lease
         ctx.buffers = {n: b.clone() for n, b in buffers.items()}
         ctx.save_for_backward(x, *parameters)
         statistics = [t.clone() for pair in lease.place.statistics.values() for t in pair]
@@ -283,8 +300,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor, *_: Any) -> Any:
-        given = ctx.net, ctx.model, ctx.lease, ctx.buffers, gy, *ctx.saved_tensors
-        return None, None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
+        given = ctx.net, ctx.lease, ctx.buffers, gy, *ctx.saved_tensors
+        return None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
 
 
 class _Backward(torch.autograd.Function):
@@ -294,7 +311,6 @@ class _Backward(torch.autograd.Function):
     def forward(
         ctx: Any,
         net: DifferentiableNetwork,
-        model: nn.Module,
         lease: _Lease,
         buffers: Mapping[str, Tensor],
         gy: Tensor,
@@ -308,7 +324,7 @@ class _Backward(torch.autograd.Function):
         place.gy.copy_(gy)
         place.backward()
         place.passes += 1
-        ctx.net, ctx.model, ctx.lease, ctx.buffers = net, model, lease, buffers
+        ctx.net, ctx.lease, ctx.buffers = net, lease, buffers
         ctx.save_for_backward(gy, x, *parameters)
         return tuple(net.taken(place.gradients, parameters))
 
@@ -316,18 +332,17 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         gy, x, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _to_any_order(ctx.net, ctx.model, ctx.buffers, gy, x, parameters, cotangents)
+            found = _to_any_order(ctx.net, ctx.buffers, gy, x, parameters, cotangents)
         else:
             net, place = ctx.net, ctx.lease.place
             torch._foreach_copy_(place.directions, net.arranged(cotangents))
             place.double()
             found = [place.moved.clone(), *net.taken(place.seconds, parameters)]
-        return None, None, None, None, found[0], None, *found[1:]
+        return None, None, None, found[0], None, *found[1:]
 
 
 def _to_any_order(
     net: DifferentiableNetwork,
-    model: nn.Module,
     buffers: Mapping[str, Tensor],
     gy: Tensor,
     x: Tensor,
@@ -340,10 +355,12 @@ def _to_any_order(
         t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (gy, *parameters)
     )
     held = dict(zip((*net.names, *net.inert), parameters, strict=True))
-    # Copies, for running statistics have followed the call already.
-    held |= {name: b.detach().clone() for name, b in model.named_buffers()} | dict(buffers)
-    with plainly(), reference.swapped(model, held):
-        y = model(x)
+    with contextlib.ExitStack() as stack:
+        for context in (plainly, *RECORDED_UNDER):
+            stack.enter_context(context())
+        stack.enter_context(net.lock)  # one template for all threads
+        stack.enter_context(reference.swapped(net.template, held | dict(buffers)))
+        y = net.template(x)
     grads = torch.autograd.grad(y, parameters, gy, create_graph=True)
     along = torch.stack([(g * v).sum() for g, v in zip(grads, cotangents, strict=True)]).sum()
     wanted = (gy, *parameters)
