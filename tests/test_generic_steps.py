@@ -51,9 +51,7 @@ class Attention(nn.Module):
 
 
 def _rnn(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    return Calls(
-        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(4, 5, **options), head=nn.Linear(5, WAYS)
-    )
+    return Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(4, 5, **options), head=nn.Linear(5, WAYS))
 
 
 def _tied() -> nn.Module:
@@ -75,6 +73,8 @@ def _unet(m: Any, x: Tensor) -> Tensor:
 def _in_place(m: Any, x: Tensor) -> Tensor:
     h = m.first(x)
     h.mul_(2).sin_()
+    h = torch.ones_like(h).zero_() + torch.zeros_like(h).copy_(h)
+    F.relu(input=h, inplace=True)
     h[:, :2] = h[:, 2:4].exp()
     h += 1
     return m.last(h)
@@ -175,7 +175,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         IMAGES,
     ),
     "transposed": (
-        lambda: flat(nn.ConvTranspose2d(2, 3, 2, 2), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1), features=3, size=6),
+        lambda: flat(
+            nn.ConvTranspose2d(2, 3, 2, 2), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1), features=3, size=6
+        ),
         IMAGES,
     ),
     "groupnorm": (
@@ -184,7 +186,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "instancenorm": (
         lambda: flat(
-            nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ELU(), nn.AvgPool2d(2), features=4, size=2
+            nn.Conv2d(2, 4, 3),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.ELU(),
+            nn.AvgPool2d(2),
+            features=4,
+            size=2,
         ),
         IMAGES,
     ),
@@ -235,7 +242,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "scatter": (
         lambda: Calls(
             lambda m, x: m.b(
-                torch.zeros(len(x), 8, dtype=x.dtype).index_add(1, torch.tensor([0, 3, 3, 7, 1, 5]), m.a(x)).exp()
+                torch.zeros(len(x), 8, dtype=x.dtype)
+                .index_add(1, torch.tensor([0, 3, 3, 7, 1, 5]), m.a(x))
+                .exp()
             ),
             a=nn.Linear(4, 6),
             b=nn.Linear(8, WAYS),
@@ -293,7 +302,9 @@ def compare(learner: mf.MAMLPlusPlus, book: Textbook, batch: Batch) -> None:
     own = dict(learner.model.named_parameters())
     for name, p in book.model.named_parameters():
         grad = own[name].grad if own[name].grad is not None else torch.zeros_like(p)
-        assert_close(grad, p.grad, rtol=1e-9, atol=1e-9 * scale, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            grad, p.grad, rtol=1e-9, atol=1e-9 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
     if learner.rates.rates.requires_grad:
         rates = learner.rates.as_dict(learner.rates.rates.grad)
         for name, rate in book.rates.items():
@@ -383,6 +394,12 @@ def test_no_memory_is_read_before_it_is_written(poisoned_memory: None) -> None:
     compare(learner, book, batch)
     engine.workspace.memory.view(torch.uint8).fill_(255)  # float64 of these bits are NaN
     compare(learner, book, batch)
+
+
+def test_results_that_nobody_reads_are_not_computed() -> None:
+    learner, _, batch = pair("lstm")
+    learner.meta_gradient(mf.EpisodeBatch(*batch, by_class=False))
+    assert generic(learner) == ["lstm", "__getitem__"]
 
 
 def test_explain_names_generic_steps() -> None:

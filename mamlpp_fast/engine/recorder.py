@@ -18,7 +18,17 @@ from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, first_line
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
-__all__ = ["TAKE_SIZES", "Buffer", "Constant", "Operation", "Parameter", "Recorder", "Value", "Watch", "draws"]
+__all__ = [
+    "TAKE_SIZES",
+    "Buffer",
+    "Constant",
+    "Operation",
+    "Parameter",
+    "Recorder",
+    "Value",
+    "Watch",
+    "draws",
+]
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,9 @@ def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def _by_numbers(func: Any, args: Sequence[Any]) -> bool:
     """Whether a call picks elements by their numbers, so that its result has the size that the numbers have."""
     masks = (torch.bool, torch.uint8)
-    return func is torch.ops.aten.index.Tensor and not any(t is not None and t.dtype in masks for t in args[1])
+    return func is torch.ops.aten.index.Tensor and not any(
+        t is not None and t.dtype in masks for t in args[1]
+    )
 
 
 def _named(func: Any, args: Sequence[Any]) -> dict[str, Any]:
@@ -361,7 +373,9 @@ class Recorder(TorchFunctionMode):
             target = args[0]  # ``x[0] = 1`` leaves its result in x
         if target is None:
             # Of a tensor that is returned twice, or is an argument, there is nothing new.
-            new = [t for i, t in enumerate(made) if self._known(t) is None and all(t is not o for o in made[:i])]
+            new = [
+                t for i, t in enumerate(made) if self._known(t) is None and all(t is not o for o in made[:i])
+            ]
             constant = in_graph and not any(t.requires_grad for t in new)
             outputs = tuple(self._new(t, references) for t in new)
             if len(new) != len(made):

@@ -118,7 +118,7 @@ class Lowering:
         if output in self.grids:
             output = self.settled(last, self.native(last, self.recording.output))
         return Network(
-            tuple(self.steps),
+            self._read(output),
             self.shapes,
             output,
             self.norms,
@@ -126,13 +126,18 @@ class Lowering:
             self.recording.dtypes[0],
         )
 
+    def _read(self, output: int) -> tuple[Step, ...]:
+        """The steps, without those whose output nobody reads and that have no effect beside it."""
+        read, kept = {output}, list[Step]()
+        for step in reversed(self.steps):
+            if step.output in read or not isinstance(step, (Generic, Relayout)):
+                read.update(step.inputs)
+                kept.append(step)
+        return tuple(reversed(kept))
+
     def _lower(self, op: Operation, other: Operation) -> None:
         fn = _RULES.get(op.function)
         call = Call(op, self)
-        if not any(isinstance(r, Value) for r in op.inputs()) and not any(
-            isinstance(r, (Parameter, Buffer)) for r in op.inputs()
-        ):
-            raise call.refusal(f"{op.name}: computes with no tensor that is known")
         refusal: Unsupported | None = None
         if fn is not None and self._regular(op, other):
             before = {name: _copied(value) for name, value in vars(self).items()}
@@ -164,6 +169,8 @@ class Lowering:
     def _generic(self, call: Call, op: Operation, other: Operation) -> None:
         if not op.outputs:
             raise call.refusal(f"{op.name} has no fused rules")
+        if any(dtype.is_complex for _, dtype in op.tensors):
+            raise call.refusal(f"{op.name} computes in complex numbers")
         values = dict.fromkeys(r.index for r in op.inputs() if isinstance(r, Value))
         natives = {i: self.native(call, i) for i in values}
         smooth = {i: self.recording.dtypes[i].is_floating_point for i in values}

@@ -11,11 +11,12 @@ found again by the backward rules, and what no result needs is never emitted.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -116,19 +117,20 @@ class Node:
         """Whether its results lie in the memory of its first argument."""
         return self.op in _SAME or alias_of(self.op)
 
-    def terms(self) -> Iterator[Term]:
+    @functools.cached_property
+    def terms(self) -> tuple[Term, ...]:
         """What it reads; nothing where it reads sizes alone."""
-        if self.fill is None:
-            for leaf in tree_leaves((self.args, self.kwargs), is_leaf=_is_term):
-                if isinstance(leaf, Term):
-                    yield leaf
+        if self.fill is not None:
+            return ()
+        leaves = tree_leaves((self.args, self.kwargs), is_leaf=_is_term)
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Term))
 
 
 class Term(NamedTuple):
-    """A leaf by its name, or the result ``index`` of a node."""
+    """A leaf by its name, or a result of a node by its number."""
 
     source: str | Node
-    index: int = 0
+    result: int = 0
 
     @property
     def zero(self) -> bool:
@@ -139,6 +141,7 @@ def _is_term(value: Any) -> bool:
     return isinstance(value, Term)
 
 
+@functools.cache
 def alias_of(op: OpOverload) -> bool:
     """Whether an operator that changes nothing returns views of its first argument."""
     returns = op._schema.returns
@@ -225,7 +228,9 @@ class _Tracer(TorchDispatchMode):
             return None
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         changed = [
-            given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+            given[a.name]
+            for a in func._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write
         ]
         if len(changed) != 1 or changed[0] is not args[0]:
             raise Untraceable(f"{_name(func)} writes to memory that is given")
@@ -329,8 +334,7 @@ class Traced:
         def function(*xs: Tensor) -> Tensor:
             return self.function({**given, **dict(zip(self.smooth, xs, strict=True))})
 
-        found: tuple[Tensor, Any] = vjp(function, *(given[name] for name in self.smooth))
-        return found
+        return _vjp(function, *(given[name] for name in self.smooth))
 
     def _along(
         self,
@@ -343,7 +347,9 @@ class Traced:
         """The derivative of ``function`` along the leaves ``"t NAME"`` of the names in ``moving``."""
         leaves = {**self.leaves, **beside, **{f"t {n}": d for n, d in directions.items()}}
 
-        def moved(given: _Given) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        def moved(
+            given: _Given,
+        ) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...], tuple[Tensor, ...]]:
             primals, tangents = (tuple(given[before + n] for n in moving) for before in ("", "t "))
             return (
                 lambda *xs: function({**given, **dict(zip(moving, xs, strict=True))}),
@@ -359,8 +365,8 @@ class Traced:
         def twice(given: _Given) -> tuple[Tensor, ...]:
             # Jᵀw is linear in w, so that its transpose is J, whatever w is.
             fn, primals, tangents = moved(given)
-            results, pull = vjp(fn, *primals)
-            _, push = vjp(pull, tuple(torch.zeros_like(r) for r in results))
+            results, pull = _vjp(fn, *primals)
+            _, push = _vjp(pull, tuple(torch.zeros_like(r) for r in results))
             derivatives: tuple[Tensor, ...] = push(tangents)[0]
             return derivatives
 
@@ -383,9 +389,7 @@ class Traced:
             self._found[key] = self._trace(fn, leaves)
         return self._found[key]
 
-    def _trace(
-        self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]
-    ) -> list[Term]:
+    def _trace(self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]) -> list[Term]:
         """The results of ``fn`` as terms; task by task where ``vmap`` cannot."""
         first: Exception | None = None
         for mapped in (True, False) if self.tasks > 1 else (False,):
@@ -430,10 +434,16 @@ class Traced:
             return [tracer.term(t) for t in results]
 
 
+def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    return cast(tuple[Any, Callable[..., Any]], vjp(function, *primals))
+
+
 def _example(form: Form, device: torch.device) -> Tensor:
     """A tensor of this form whose values do no harm: a half, or the number 0 of a token."""
     span = 1 + sum((n - 1) * s for n, s in zip(form.shape, form.strides, strict=True))
-    memory = torch.full((max(span, 1),), 0.5 if form.dtype.is_floating_point else 0, dtype=form.dtype, device=device)
+    memory = torch.full(
+        (max(span, 1),), 0.5 if form.dtype.is_floating_point else 0, dtype=form.dtype, device=device
+    )
     return memory.as_strided(form.shape, form.strides)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,5 +69,3 @@ class Relayout(Plain):
         g = g.view(lambda t: t.permute(0, 1, *(i + 2 for i in back)))
         g = viewed(em, g, lambda t: t.view(shape), name)
         out.add(self.inputs[0], g if self.settle else settled(em, g, name))
-
-
