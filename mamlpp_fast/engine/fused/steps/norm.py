@@ -20,29 +20,40 @@ ops = torch.ops.mamlpp_fast
 class NormActPool(Step):
     """Batch norm over a task's images, leaky ReLU (slope 1: none), max-pooling 2x2 where ``pool``: one call a rule.
 
-    With ``per_image`` it is a layer norm: every image has statistics of its own, over all its elements. Without
-    ``affine`` the weight is 1 and the bias 0.
+    Without ``affine`` the weight is 1 and the bias 0.
+
+    Attributes:
+        per_image: 0 for a batch norm. Else so many statistics an image, each over a part of its elements, one after the
+            other: 1 is a layer norm of the whole image, and groups or the vectors of a sequence are parts likewise.
+        instance: statistics of every channel of an image.
     """
 
     affine: Rows | None
     eps: float
     slope: float
     pool: bool
-    per_image: bool = False
+    per_image: int = 0
     norm: str = ""
+    instance: bool = False
 
     @property
     def rows(self) -> Rows | None:
         return self.affine
 
     def _view(self, ps: Pass, x: Ref) -> Ref:
-        """[T, N, H, W, C], or the images of all tasks as tasks of one channel."""
+        """[T, N, H, W, C], the images of all tasks as tasks, or their parts as tasks of one channel."""
+        if self.instance:
+            return x.reshape(ps.tasks * ps.images, 1, *x.shape[2:])
         if not self.per_image:
             return x
-        return x.reshape(ps.tasks * ps.images, 1, math.prod(x.shape[2:]), 1, 1)
+        parts = ps.tasks * ps.images * self.per_image
+        return x.reshape(parts, 1, math.prod(x.shape[2:]) // self.per_image, 1, 1)
 
     def _stats_shape(self, ps: Pass) -> tuple[int, int]:
-        return (ps.tasks * ps.images, 1) if self.per_image else (ps.tasks, self.shape[-1])
+        if self.instance:
+            return ps.tasks * ps.images, self.shape[-1]
+        parts = ps.tasks * ps.images * self.per_image
+        return (parts, 1) if self.per_image else (ps.tasks, self.shape[-1])
 
     def _weights(self, em: Emitter, ps: Pass) -> tuple[Ref, Ref]:
         if self.affine is not None:
