@@ -158,7 +158,7 @@ class Lowering:
             for table in (self._values, self._natives):
                 if (value := table.get(op.output)) is not None:
                     grid = self.grids.get(value)
-                    table[op.output] = self.add(Detach, call, (value,), self.shapes[value], grid=grid)
+                    table[op.output] = self._add(Detach, call, (value,), self.shapes[value], grid=grid)
 
     def _regular(self, op: Operation, other: Operation) -> bool:
         """Whether an operation is the same for each number of examples, which are the first axis of what it reads."""
@@ -186,7 +186,7 @@ class Lowering:
         for i, (index, (shape, dtype)) in enumerate(zip(op.outputs, op.tensors, strict=True)):
             shown = self.recording.shapes.get(index, shape)
             constant = op.constant or not dtype.is_floating_point
-            self._natives[index] = self.add(
+            self._natives[index] = self._add(
                 Generic,
                 call,
                 tuple(natives.values()),
@@ -214,18 +214,10 @@ class Lowering:
             self._values[argument.index] = self.settled(call, native)
         return self._values[argument.index]
 
-    def is_special(self, argument: Value) -> bool:
-        """Whether an activation is there in the kernels' layout."""
-        return argument.index in self._values
-
-    def plain(self, call: Call, argument: Value) -> int:
-        """The value that an argument is, in the model's own layout, side by side in memory."""
-        return self.settled(call, self.native(call, argument.index))
-
     def settled(self, call: Call, native: int) -> int:
-        """A value whose elements lie side by side in memory."""
+        """Features that lie side by side in memory."""
         shape = self.shapes[native]
-        return self.add(Relayout, call, (native,), shape, shape, tuple(range(len(shape))), (True, False))
+        return self._add(Relayout, call, (native,), shape, shape, tuple(range(len(shape))), (True, False))
 
     def images(self, call: Call, argument: Any, axes: tuple[int, ...] = (3,)) -> tuple[int, tuple[int, ...]]:
         """The value that an argument is, and its shape [H, W, C].
@@ -245,7 +237,7 @@ class Lowering:
             height = sides[0] if sides else 1
             width = math.prod(sides[1:])
             split = (channels, height, width)
-            value = self.add(
+            value = self._add(
                 Relayout, call, (native,), (height, width, channels), split, (1, 2, 0), (True, False)
             )
             if len(shape) != 1:
@@ -267,7 +259,7 @@ class Lowering:
         stored = self.shapes[value]
         grid = self.grids.get(value) or (stored if len(stored) == 3 else None)
         split, order = (stored, tuple(range(len(stored)))) if grid is None else (grid, (2, 0, 1))
-        return self.add(Relayout, call, (value,), shape, split, order, (False, True))
+        return self._add(Relayout, call, (value,), shape, split, order, (False, True))
 
     def parameter(self, call: Call, argument: Any) -> str:
         """The name of the parameter that an argument is, which no other call has."""
@@ -290,14 +282,14 @@ class Lowering:
         *arguments: Any,
         grid: tuple[int, ...] | None = None,
     ) -> int:
-        """Adds a step; the operation's value, in the kernels' layout, is what the last one leaves."""
+        """Adds a step; the operation's value is what the last one leaves."""
         if any(size < 1 for size in shape):
             raise call.refusal(f"{call.op.name}: the image is too small, its output would be {shape}")
-        output = self.add(kind, call, inputs, shape, *arguments, grid=grid)
+        output = self._add(kind, call, inputs, shape, *arguments, grid=grid)
         self.alias(call, output)
         return output
 
-    def add(
+    def _add(
         self,
         kind: Callable[..., Step],
         call: Call,
@@ -313,13 +305,6 @@ class Lowering:
         if grid is not None:
             self.grids[output] = grid
         return output
-
-    def leave_plain(self, call: Call, value: int) -> None:
-        """Makes ``value``, in the model's own layout, what the operation leaves; kernels read its gradient."""
-        assert call.op.output is not None
-        shape = self.shapes[value]
-        order = tuple(range(len(shape)))
-        self._natives[call.op.output] = self.add(Relayout, call, (value,), shape, shape, order, (False, True))
 
     def alias(self, call: Call, value: int) -> None:
         """Makes ``value`` what the operation leaves."""

@@ -24,7 +24,6 @@ from mamlpp_fast.engine.fused.steps import (
     Linear,
     MaxPool,
     NormActPool,
-    Relayout,
     Rows,
     ScaleShift,
     Slot,
@@ -196,7 +195,7 @@ def _norm(
     if by_batch:
         low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
         x = low.step(
-            NormActPool, call, (x,), shape, None if adapts else affine, eps, 1.0, False, 0, call.name
+            NormActPool, call, (x,), shape, None if adapts else affine, eps, 1.0, False, False, call.name
         )
     else:
         assert statistics is not None
@@ -219,29 +218,19 @@ def _layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> None:
-    recorded, normalized = _recorded(low, call, input), tuple(normalized_shape)
+    x = low.value(call, input)
+    shape = low.shapes[x]
+    # Of images, stored [H, W, C], or of features.
+    split, order = ((shape[2], *shape[:2]), (1, 2, 0)) if len(shape) == 3 else (shape, (0,))
+    if x in low.grids:
+        raise call.refusal("layer norm: expected images or features, got flattened images")
+    if tuple(normalized_shape) != split:
+        raise call.refusal(f"layer norm: expected normalized_shape {split}, got {tuple(normalized_shape)}")
     names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
-    images = normalized == recorded and len(recorded) == 3 and low.is_special(input)  # stored [H, W, C]
-    order = (1, 2, 0) if images else tuple(range(len(normalized)))
-    stored = tuple(normalized[i] for i in order)
-    shape: tuple[int, ...]
-    if images:
-        x, shape = low.images(call, input)
-    else:
-        x, shape = low.plain(call, input), recorded
-    lead = len(shape) - len(stored)
-    if shape[lead:] != stored:
-        raise call.refusal(
-            f"layer norm: expected normalized_shape at the end of {recorded}, got {normalized}"
-        )
-    x = low.add(NormActPool, call, (x,), shape, None, eps, 1.0, False, math.prod(shape[:lead]))
-    if any(n is not None for n in names):
-        slots = [None if n is None else Slot(n, stored, normalized, order) for n in names]
-        x = low.add(ScaleShift, call, (x,), shape, *slots)
-    if images:
-        low.alias(call, x)
-    else:
-        low.leave_plain(call, x)
+    slots = [None if n is None else Slot(n, shape, split, order) for n in names]
+    x = low.step(NormActPool, call, (x,), shape, None, eps, 1.0, False, True)
+    if any(s is not None for s in slots):
+        low.step(ScaleShift, call, (x,), shape, *slots)
 
 
 @rule(F.group_norm, torch.group_norm)
@@ -257,21 +246,11 @@ def _group_norm(
 ) -> None:
     names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
     x, shape = low.images(call, input, axes=(2, 3, 4))
-    height, width, channels = shape
-    if num_groups == channels:
-        x = low.add(NormActPool, call, (x,), shape, None, eps, 1.0, False, 0, "", True)
-    elif num_groups == 1:
-        x = low.add(NormActPool, call, (x,), shape, None, eps, 1.0, False, 1)
-    else:
-        # Groups apart, so that the elements of each lie one after the other; and back.
-        split = height, width, num_groups, channels // num_groups
-        apart = tuple(split[i] for i in (2, 0, 1, 3))
-        x = low.add(Relayout, call, (x,), apart, split, (2, 0, 1, 3), (True, True))
-        x = low.add(NormActPool, call, (x,), apart, None, eps, 1.0, False, num_groups)
-        x = low.add(Relayout, call, (x,), shape, apart, (1, 2, 0, 3), (True, True))
+    if num_groups != shape[2]:
+        raise call.refusal("group norm: expected a group for each channel")
+    x = low.step(NormActPool, call, (x,), shape, None, eps, 1.0, False, False, "", True)
     if any(n is not None for n in names):
-        x = low.add(ScaleShift, call, (x,), shape, *(None if n is None else low.vector(n) for n in names))
-    low.alias(call, x)
+        low.step(ScaleShift, call, (x,), shape, *(None if n is None else low.vector(n) for n in names))
 
 
 @rule(F.instance_norm)

@@ -23,16 +23,15 @@ class NormActPool(Step):
     Without ``affine`` the weight is 1 and the bias 0.
 
     Attributes:
-        per_image: 0 for a batch norm. Else so many statistics an image, each over a part of its elements, one after the
-            other: 1 is a layer norm of the whole image, and groups or the vectors of a sequence are parts likewise.
-        instance: statistics of every channel of an image.
+        per_image: every image has statistics of its own, over all its elements: a layer norm.
+        instance: every channel of an image has.
     """
 
     affine: Rows | None
     eps: float
     slope: float
     pool: bool
-    per_image: int = 0
+    per_image: bool = False
     norm: str = ""
     instance: bool = False
 
@@ -41,19 +40,17 @@ class NormActPool(Step):
         return self.affine
 
     def _view(self, ps: Pass, x: Ref) -> Ref:
-        """[T, N, H, W, C], the images of all tasks as tasks, or their parts as tasks of one channel."""
+        """[T, N, H, W, C], or the images of all tasks as tasks, of one channel where they have one statistic."""
         if self.instance:
             return x.reshape(ps.tasks * ps.images, 1, *x.shape[2:])
         if not self.per_image:
             return x
-        parts = ps.tasks * ps.images * self.per_image
-        return x.reshape(parts, 1, math.prod(x.shape[2:]) // self.per_image, 1, 1)
+        return x.reshape(ps.tasks * ps.images, 1, math.prod(x.shape[2:]), 1, 1)
 
     def _stats_shape(self, ps: Pass) -> tuple[int, int]:
         if self.instance:
             return ps.tasks * ps.images, self.shape[-1]
-        parts = ps.tasks * ps.images * self.per_image
-        return (parts, 1) if self.per_image else (ps.tasks, self.shape[-1])
+        return (ps.tasks * ps.images, 1) if self.per_image else (ps.tasks, self.shape[-1])
 
     def _weights(self, em: Emitter, ps: Pass) -> tuple[Ref, Ref]:
         if self.affine is not None:
