@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.fused.composites import DENSE
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
 from mamlpp_fast.engine.fused.steps.generic import Recorded
@@ -173,6 +174,9 @@ class Lowering:
             raise call.refusal(f"{op.name} computes in complex numbers")
         values = dict.fromkeys(r.index for r in op.inputs() if isinstance(r, Value))
         natives = {i: self.native(call, i) for i in values}
+        dense = op.function in DENSE and self._regular(op, other)
+        if dense:
+            natives = {i: self._plain(call, value, (True, False)) for i, value in natives.items()}
         smooth = {i: self.recording.dtypes[i].is_floating_point for i in values}
         names = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and not r.detached)
         fixed = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and r.detached)
@@ -186,7 +190,7 @@ class Lowering:
         for i, (index, (shape, dtype)) in enumerate(zip(op.outputs, op.tensors, strict=True)):
             shown = self.recording.shapes.get(index, shape)
             constant = op.constant or not dtype.is_floating_point
-            self._natives[index] = self._add(
+            result = self._add(
                 Generic,
                 call,
                 tuple(natives.values()),
@@ -199,6 +203,7 @@ class Lowering:
                 buffers,
                 constant,
             )
+            self._natives[index] = self._plain(call, result, (False, True)) if dense else result
 
     # For the rules
 
@@ -216,8 +221,12 @@ class Lowering:
 
     def settled(self, call: Call, native: int) -> int:
         """Features that lie side by side in memory."""
-        shape = self.shapes[native]
-        return self._add(Relayout, call, (native,), shape, shape, tuple(range(len(shape))), (True, False))
+        return self._plain(call, native, (True, False))
+
+    def _plain(self, call: Call, value: int, settle: tuple[bool, bool]) -> int:
+        """The same value, side by side in memory itself, or in its gradient."""
+        shape = self.shapes[value]
+        return self._add(Relayout, call, (value,), shape, shape, tuple(range(len(shape))), settle)
 
     def images(self, call: Call, argument: Any, axes: tuple[int, ...] = (3,)) -> tuple[int, tuple[int, ...]]:
         """The value that an argument is, and its shape [H, W, C].

@@ -288,7 +288,9 @@ def _output(call: Call) -> int:
 
 
 def _activation(low: Lowering, call: Call, input: Any, slope: float) -> None:
-    x = low.value(call, input)
+    # Images of a generic step go over to the kernels here: pools and convolutions follow as a rule.
+    images = isinstance(input, Value) and len(low.recording.shapes[input.index]) == 3
+    x = low.images(call, input)[0] if images else low.value(call, input)
     low.step(Activation, call, (x,), low.shapes[x], slope, grid=low.grids.get(x))
 
 
