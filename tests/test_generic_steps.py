@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import mamlpp_fast as mf
 from mamlpp_fast.engine.fused import FusedEngine
+from mamlpp_fast.engine.fused.tracing import Traced
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 TASKS, SUPPORT, TARGETS, WAYS = 3, 6, 4, 3
@@ -399,6 +400,19 @@ def test_results_that_nobody_reads_are_not_computed() -> None:
     learner, _, batch = pair("lstm")
     learner.meta_gradient(mf.EpisodeBatch(*batch, by_class=False))
     assert generic(learner) == ["lstm", "__getitem__"]
+
+
+def test_a_rule_that_is_wrong_is_caught_by_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Traced.second
+
+    def scaled(self: Traced, directions: Any, gy: Any, gy_dot: Any) -> Any:
+        self.function, whole = (lambda given: whole(given) * 1.0001), self.function
+        return second(self, directions, gy, gy_dot)
+
+    monkeypatch.setattr(Traced, "second", scaled)
+    learner, _, batch = pair("gelu")
+    with pytest.raises(ValueError, match=r"meta-gradient that is .* off the reference loop's"):
+        learner.meta_gradient(mf.EpisodeBatch(*batch, by_class=False))
 
 
 def test_explain_names_generic_steps() -> None:

@@ -12,9 +12,7 @@ found again by the backward rules, and what no result needs is never emitted.
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -22,12 +20,13 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.func import jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.fused.program import Ref
 from mamlpp_fast.engine.recorder import draws
+from mamlpp_fast.reference import math_attention
 
 __all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable"]
 
@@ -425,7 +424,8 @@ class Traced:
             axes = tuple(None if leaf.shared else 0 for leaf in leaves.values())
             run = vmap(one, in_dims=axes) if mapped else each
         tracer = _Tracer(self._table)
-        with _quiet():
+        # Where vmap has no rule it warns, and goes task by task through operators that are seen all the same.
+        with quiet(), math_attention(), torch.no_grad():
             given = [_example(leaf.form, self.device) for leaf in leaves.values()]
             for name, t in zip(names, given, strict=True):
                 tracer.know(t, Term(name))
@@ -445,17 +445,3 @@ def _example(form: Form, device: torch.device) -> Tensor:
         (max(span, 1),), 0.5 if form.dtype.is_floating_point else 0, dtype=form.dtype, device=device
     )
     return memory.as_strided(form.shape, form.strides)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The state that operations are traced in: attention by operators that have derivatives, vmap without loops."""
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        # A batching rule that is missing is a loop over tasks inside one operator, which is not written down.
-        warnings.filterwarnings("error", message=".*batching rule.*")
-        # Said by torch of its own decompositions, which the first derivative in forward mode loads.
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.no_grad())
-        yield
