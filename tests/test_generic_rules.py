@@ -134,6 +134,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Form], list[Form]]] = {
     ),
     "cumulative": (lambda x: torch.cumsum(x, 1).logsumexp(1), [(N, 4)], []),
     "no-forward-formula": (lambda x, w, b: F.group_norm(x, 2, w, b), [(N, 4, 3)], [(4,), (4,)]),
+    "solve": (lambda x, w: torch.linalg.solve(w, x.T), [(N, 4)], [(4, 4)]),
     "norm": (lambda x: torch.linalg.vector_norm(x, dim=1), [(N, 4)], []),
     "examples-mixed": (lambda x: torch.tanh(x @ x.T) @ x, [(N, 3)], []),
     "zero-derivative": (lambda x: torch.sign(x) + x.round(), [(N, 3)], []),

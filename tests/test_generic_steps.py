@@ -51,6 +51,20 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Positions(nn.Module):
+    """Fixed and learned codes of positions, by buffers of numbers and of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.head = nn.Embedding(9, 4), nn.Linear(4, WAYS)
+        self.register_buffer("waves", torch.randn(9, 4))
+        self.register_buffer("numbers", torch.arange(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.waves[: x.size(1)] + self.codes(self.numbers[: x.size(1)])  # type: ignore[index]
+        return self.head(torch.tanh(x).mean(1))
+
+
 def _rnn(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
     return Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(4, 5, **options), head=nn.Linear(5, WAYS))
 
@@ -236,6 +250,34 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
             lambda m, x: m.b(torch.tanh(m.a(x) * torch.arange(6.0) + torch.full((len(x), 1), 0.5))),
             a=nn.Linear(4, 6),
             b=nn.Linear(6, WAYS),
+        ),
+        FEATURES,
+    ),
+    "positions": (Positions, SEQUENCE),
+    "several-results": (
+        lambda: Calls(
+            lambda m, x: m.h(
+                m.a(x).max(1)[0] + m.b(x).topk(2, 1).values.sum(1) + torch.stack(x.unbind(1)).mean(0)
+            ),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 4),
+            h=nn.Linear(4, WAYS),
+        ),
+        SEQUENCE,
+    ),
+    "chosen": (
+        lambda: Calls(
+            lambda m, x: m.h(torch.where((a := m.a(x)) > 0, a.exp(), x).masked_fill(x > 1, 0.0)),
+            a=nn.Linear(4, 4),
+            h=nn.Linear(4, WAYS),
+        ),
+        FEATURES,
+    ),
+    "solved": (
+        lambda: Calls(
+            lambda m, x: m.h(torch.linalg.solve(torch.eye(4, dtype=x.dtype) * 3 + m.w, x.T).T),
+            w=nn.Parameter(torch.randn(4, 4) / 2),
+            h=nn.Linear(4, WAYS),
         ),
         FEATURES,
     ),

@@ -425,7 +425,8 @@ class Traced:
             run = vmap(one, in_dims=axes) if mapped else each
         tracer = _Tracer(self._table)
         # Where vmap has no rule it warns, and goes task by task through operators that are seen all the same.
-        with quiet(), math_attention(), torch.no_grad():
+        # With gradients: without, some formulas (of `linalg.solve`) are such as have no right derivative.
+        with quiet(), math_attention(), torch.enable_grad():
             given = [_example(leaf.form, self.device) for leaf in leaves.values()]
             for name, t in zip(names, given, strict=True):
                 tracer.know(t, Term(name))
@@ -439,9 +440,10 @@ def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...
 
 
 def _example(form: Form, device: torch.device) -> Tensor:
-    """A tensor of this form whose values do no harm: a half, or the number 0 of a token."""
-    span = 1 + sum((n - 1) * s for n, s in zip(form.shape, form.strides, strict=True))
-    memory = torch.full(
-        (max(span, 1),), 0.5 if form.dtype.is_floating_point else 0, dtype=form.dtype, device=device
-    )
+    """A tensor of this form whose values do no harm: between 0.25 and 0.75, or the number 0 of a token."""
+    span = max(1, 1 + sum((n - 1) * s for n, s in zip(form.shape, form.strides, strict=True)))
+    memory = torch.zeros(span, dtype=form.dtype, device=device)
+    if form.dtype.is_floating_point:
+        # Of golden ratios: no two alike, no matrix of them singular.
+        memory += (torch.arange(span, dtype=torch.float64, device=device) * 0.618034).frac_() / 2 + 0.25
     return memory.as_strided(form.shape, form.strides)
