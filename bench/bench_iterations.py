@@ -1,4 +1,4 @@
-"""Whole meta-iterations under pytest-benchmark: `pytest bench/bench_iterations.py --benchmark-enable`.
+"""Whole meta-iterations under pytest-benchmark: `pytest -n 0 bench/bench_iterations.py --benchmark-enable`.
 
 `python -m bench.iterations` takes the times that are kept: there engines take turns.
 """

@@ -1,4 +1,4 @@
-"""The same cases under pytest-benchmark: `pytest bench/bench_kernels.py --benchmark-enable`."""
+"""The same cases under pytest-benchmark: `pytest -n 0 bench/bench_kernels.py --benchmark-enable`."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, kept, plots, tables
+from bench import load as under_load
 from bench.compare import compare, measurements, name_of, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,7 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "peers": ("peers", tables.peers),
     "peer-headline": ("peers", tables.peer_headline),
     "scaling": ("scaling", tables.scaling),
+    "load": ("load", under_load.describe),
     "drop-in": ("drop_in", tables.drop_in),
     "drop-in-learn2learn": ("drop_in_learn2learn", tables.drop_in_scripts),
     "drop-in-higher": ("drop_in_higher", tables.drop_in_scripts),

@@ -2,8 +2,8 @@
 
 T tasks; C channels of the result; K values of a patch, padded to KP with at least one to spare, whose place holds 1, so
 that a product with patches brings the plain sum along; W, CI: row length and channels of a padded image, of PIXELS
-pixels; KW: width of the kernel; M patches or windows of a task, in S pieces of `piece`. What happens once a channel is
-float64 throughout.
+pixels; KW: width of the kernel; M patches or windows of a task, in S pieces of `piece`. MOVES says that γ or β has a
+tangent. What happens once a channel is float64 throughout.
 """
 
 import triton
@@ -194,8 +194,8 @@ def forward_fold(moments_ptr, w_ptr, gamma_ptr, beta_ptr, folded_ptr, shift_ptr,
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def tangent_fold(v_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, folded_ptr, shift_ptr, t_ptr, C, K, row_stride,
-                 KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def tangent_fold(v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, beta_dot_ptr, rstd_ptr, folded_ptr, shift_ptr,
+                 t_ptr, C, K, row_stride, MOVES: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     w = _matrix(w_ptr, t, c, C, K, KP)
@@ -205,7 +205,11 @@ def tangent_fold(v_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, folded_ptr, shi
     tl.store(t_ptr + t * C + c, along, mask=c < C)
     scale = _row(gamma_ptr + t * row_stride, c, C) * rstd
     matrix = (v - (along * rstd)[None, :] * w) * scale[None, :]
-    _fold(folded_ptr, shift_ptr, matrix, tl.zeros_like(scale), moments_ptr, t, c, C, K, KP)
+    level = tl.zeros_like(scale)
+    if MOVES:
+        matrix += (_row(gamma_dot_ptr + t * C, c, C) * rstd)[None, :] * w
+        level += _row(beta_dot_ptr + t * C, c, C)
+    _fold(folded_ptr, shift_ptr, matrix, level, moments_ptr, t, c, C, K, KP)
 
 
 @triton.jit
@@ -336,9 +340,9 @@ def backward_finish(part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, s
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def backward_tangent_finish(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, sums_ptr, t_ptr, gw_ptr,
-                            ggamma_ptr, gbeta_ptr, C, K, M, T, S, row_stride, KP: tl.constexpr,
-                            BC: tl.constexpr):  # fmt: skip
+def backward_tangent_finish(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr,
+                            gw_ptr, ggamma_ptr, gbeta_ptr, C, K, M, T, S, row_stride, MOVES: tl.constexpr,
+                            KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """M: patches of a task, all that the statistics are taken over."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
@@ -351,12 +355,19 @@ def backward_tangent_finish(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, rstd
     m = M.to(tl.float64)
     q = rstd * tl.sum(w * b, axis=0) / m
     q_dot = rstd * tl.sum(w * b_dot + v * b, axis=0) / m - rstd * along * q
-    # One product: the covariance is linear.
-    dense = _covariance_times(
-        moments_ptr, (2.0 * rstd * q * along - q_dot)[None, :] * w - q[None, :] * v, t, K, KP
-    )
-    product = b_dot - (rstd * along)[None, :] * b + (rstd * m)[None, :] * dense
     scale = _row(gamma_ptr + t * row_stride, c, C) * rstd
-    _set_matrix(gw_ptr, scale[None, :] * product, t, c, C, K, KP)
+    # One product: the covariance is linear.
+    if MOVES:
+        scale_dot = _row(gamma_dot_ptr + t * C, c, C) * rstd
+        of_w = scale * (2.0 * rstd * q * along - q_dot) - scale_dot * q
+        dense = _covariance_times(moments_ptr, of_w[None, :] * w - (scale * q)[None, :] * v, t, K, KP)
+        product = scale[None, :] * b_dot + (scale_dot - scale * rstd * along)[None, :] * b
+        product += (rstd * m)[None, :] * dense
+    else:
+        dense = _covariance_times(
+            moments_ptr, (2.0 * rstd * q * along - q_dot)[None, :] * w - q[None, :] * v, t, K, KP
+        )
+        product = scale[None, :] * (b_dot - (rstd * along)[None, :] * b + (rstd * m)[None, :] * dense)
+    _set_matrix(gw_ptr, product, t, c, C, K, KP)
     tl.store(ggamma_ptr + t * C + c, q_dot * m, mask=c < C)
     tl.store(gbeta_ptr + t * C + c, plain, mask=c < C)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,22 @@ def aligned(tensors: Iterable[Tensor]) -> list[Tensor]:
     Kernels are compiled for aligned pointers only.
     """
     return [t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
+
+
+def directions(rows: Sequence[Tensor | None], like: Tensor) -> tuple[bool, list[Tensor]]:
+    """Tangents of γ and β, [C], [T, C] or None, as kernels take them.
+
+    Returns:
+        Whether one of them moves, and each of the shape [T, C] and type of `like`, aligned, zero for one that does not
+        move. Where none does they are `like` itself, which no kernel then reads.
+    """
+    if all(row is None for row in rows):
+        return False, [like] * len(rows)
+    wide = (
+        torch.zeros_like(like) if row is None else row.to(like.dtype).expand(like.shape).contiguous()
+        for row in rows
+    )
+    return True, aligned(wide)
 
 
 def split(rows: int, programs: int, block: int, *, target: int = 512, limit: int = 32) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Device code of ``norm_act_pool``: four orders, each a reduction (`*_sums`) and an elementwise pass (`*_apply`).
 
 C channels; T tasks; M dense rows (image, pixel) of a task, Mo rows of the result; S pieces of `piece` dense rows and of
-`stretch` rows of the result. CA says that C is a multiple of 16; BM, BC are the rows and channels of a tile.
+`stretch` rows of the result. CA says that C is a multiple of 16, MOVES that γ or β has a tangent; BM, BC are the rows
+and channels of a tile.
 """
 
 import triton
@@ -10,7 +11,10 @@ import triton.language as tl
 from ._batch_norm_passes import combine, gate, keep, moments, origin, row, tile, total
 
 _SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "row_stride"]
-_ROWS = ["mean_ptr", "rstd_ptr", "gamma_ptr", "beta_ptr", "ggamma_ptr", "gbeta_ptr", "r_ptr", "t_ptr"]
+_ROWS = [
+    f"{n}_ptr"
+    for n in ("mean", "rstd", "gamma", "beta", "ggamma", "gbeta", "r", "t", "gamma_dot", "beta_dot")
+]
 
 
 @triton.jit
@@ -212,10 +216,10 @@ def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, 
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
-def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, uy_ptr, r_ptr, t_ptr,
-                   slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr,
-                   POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                   BS: tl.constexpr):  # fmt: skip
+def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, gamma_dot_ptr, beta_dot_ptr,
+                   part_ptr, uy_ptr, r_ptr, t_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride,
+                   CA: tl.constexpr, POOL: tl.constexpr, MOVES: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                   BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     s = tl.program_id(2)
@@ -224,6 +228,9 @@ def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_p
     if s == 0:
         tl.store(r_ptr + t * C + c, along, mask=c < C)
         tl.store(t_ptr + t * C + c, across, mask=c < C)
+    if MOVES:
+        gamma_dot = row(gamma_dot_ptr + t * C, c, C, ACC)
+        beta_dot = row(beta_dot_ptr + t * C, c, C, ACC)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
     gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
@@ -238,8 +245,10 @@ def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_p
         u = tl.load(u_ptr + dense + source, mask=valid, other=0.0).to(ACC)
         normal = (z - mean[None, :]) * rstd[None, :]
         slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
-        uy = (gamma * rstd)[None, :] * (u - along[None, :] - normal * across[None, :]) * slopes
-        tl.store(uy_ptr + pooled + out, uy, mask=valid)
+        before = (gamma * rstd)[None, :] * (u - along[None, :] - normal * across[None, :])
+        if MOVES:
+            before += gamma_dot[None, :] * normal + beta_dot[None, :]
+        tl.store(uy_ptr + pooled + out, before * slopes, mask=valid)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
@@ -285,9 +294,10 @@ def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr,
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
 def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
-                            r_ptr, t_ptr, part_ptr, gz_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64, C, H, W, M, Mo,
-                            T, S, piece, row_stride, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
-                            BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+                            gamma_dot_ptr, r_ptr, t_ptr, part_ptr, gz_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64,
+                            C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr, POOL: tl.constexpr,
+                            MOVES: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+                            BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     s = tl.program_id(2)
@@ -312,6 +322,10 @@ def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr
     of_u = scale * rstd * q
     constant = scale * (rstd * (q * along + across * p) - p_dot)
     shrink = rstd * across
+    if MOVES:
+        scale_dot = row(gamma_dot_ptr + t * C, c, C, ACC) * rstd
+        of_normal -= scale_dot * q
+        constant -= scale_dot * p
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
     dense = t.to(tl.int64) * M * C
@@ -325,5 +339,7 @@ def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr
         g = _spread(gy_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM)
         d = _spread(gy_dot_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM)
         gradients = scale[None, :] * slopes * (d - shrink[None, :] * g)
+        if MOVES:
+            gradients += scale_dot[None, :] * slopes * g
         gz = gradients + of_normal[None, :] * normal - of_u[None, :] * u + constant[None, :]
         tl.store(gz_ptr + dense + offsets, gz, mask=valid)

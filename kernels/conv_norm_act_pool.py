@@ -5,6 +5,7 @@ into the weights, then pass over the windows; both backward orders sum over the 
 by channel. Two launches each, no atomics.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import _conv_norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, directions, launch_options, split
 
 _TYPES = (torch.float64, torch.float32)
 _PATCHES = (16, 32)
@@ -164,7 +165,7 @@ def forward(
 
 def tangent(
     v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
-    slope: float, uy: Tensor, t: Tensor,
+    slope: float, uy: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_tangent``."""
     _check_slope(slope)
@@ -172,7 +173,11 @@ def tangent(
     stride, rows = call.affine(gamma)
     folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
     grid = (call.blocks(kernels.tangent_fold), call.tasks)
-    call(kernels.tangent_fold, grid, v, moments, w, *rows, rstd, folded, shift, t, row_stride=stride)
+    moves, dots = directions((gamma_dot, beta_dot), rstd)
+    call(
+        kernels.tangent_fold, grid, v, moments, w, *rows, *dots, rstd, folded, shift, t,
+        row_stride=stride, MOVES=moves,
+    )  # fmt: skip
     _over_windows(call, kernels.tangent_windows, padded, folded, shift, y, index, uy, slope=slope)
 
 
@@ -217,6 +222,7 @@ def backward(
 def backward_tangent(
     gy_dot: Tensor, v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor,
     rstd: Tensor, slope: float, sums: Tensor, t: Tensor, gw_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor,
+    gamma_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_backward_tangent``."""
     _check_slope(slope)
@@ -224,9 +230,10 @@ def backward_tangent(
     stride, rows = call.affine(gamma)
     part, pieces = _sums(call, padded, gy_dot, y, index, slope)
     grid = (call.blocks(kernels.backward_tangent_finish), call.tasks)
+    moves, dots = directions((gamma_dot,), rstd)
     call(
-        kernels.backward_tangent_finish, grid, part, v, moments, w, *rows, rstd, sums, t, gw_dot, ggamma_dot,
-        gbeta_dot, M=call.images * call.out[0] * call.out[1], S=pieces, row_stride=stride,
+        kernels.backward_tangent_finish, grid, part, v, moments, w, *rows, *dots, rstd, sums, t, gw_dot, ggamma_dot,
+        gbeta_dot, M=call.images * call.out[0] * call.out[1], S=pieces, row_stride=stride, MOVES=moves,
     )  # fmt: skip
 
 
@@ -236,12 +243,16 @@ def _check_slope(slope: float) -> None:
 
 
 def launch_configurations() -> Iterator[Configuration]:
-    """Everything a call can launch: two types, two sizes of patches."""
+    """Everything a call can launch: two types, two sizes of patches, γ and β fixed or not."""
     doubles = {"part_ptr", "centre_ptr", "moments_ptr"}
     for dtype in _TYPES:
         for values in _PATCHES:
-            for kernel in _KERNELS:
+            for kernel, moves in itertools.product(_KERNELS, (False, True)):
                 constants = _constants(kernel, dtype, values)
+                if "MOVES" in kernel.arg_names:
+                    constants["MOVES"] = moves
+                elif moves:
+                    continue
                 if values != _PATCHES[0] and not {"KP"} & constants.keys():
                     continue
                 if dtype == torch.float32 and kernel is kernels.moments:
@@ -267,5 +278,5 @@ def launch_configurations() -> Iterator[Configuration]:
                 pointers = tuple(n for n in types if n.endswith("_ptr"))
                 # Products of what happens once a channel are float64 ones.
                 wide = "" if kernel in _FLOAT32 or kind == "fp64" else "fp64 of "
-                text = f"{kernel.__name__} {values} values {wide}{kind}"
+                text = f"{kernel.__name__}{' moving' * moves} {values} values {wide}{kind}"
                 yield Configuration(text, kernel, types, constants, *_options(kernel), aligned=pointers)

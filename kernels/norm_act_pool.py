@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, directions, launch_options, split
 
 _PIECES = 32
 _WARPS = 4
@@ -132,12 +132,16 @@ def tangent(
     uy: Tensor,
     r: Tensor,
     t: Tensor,
+    gamma_dot: Tensor | None = None,
+    beta_dot: Tensor | None = None,
 ) -> None:
     """``norm_act_pool_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     parts = launch.parts(mean, 2)
     launch(kernels.tangent_sums, u, z, mean, rstd, parts)
-    launch(kernels.tangent_apply, u, z, index, mean, rstd, launch.gamma, launch.beta, parts, uy, r, t)
+    moves, rows = directions((gamma_dot, beta_dot), mean)
+    saved = (u, z, index, mean, rstd, launch.gamma, launch.beta)
+    launch(kernels.tangent_apply, *saved, *rows, parts, uy, r, t, MOVES=moves)
 
 
 def backward_tangent(
@@ -157,13 +161,16 @@ def backward_tangent(
     gz_dot: Tensor,
     ggamma_dot: Tensor,
     gbeta_dot: Tensor,
+    gamma_dot: Tensor | None = None,
 ) -> None:
     """``norm_act_pool_backward_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     saved = (gy_dot, gy, u, z, index, mean, rstd, launch.gamma, launch.beta)
     parts = launch.parts(mean, 5)
     launch(kernels.backward_tangent_sums, *saved, parts)
-    launch(kernels.backward_tangent_apply, *saved, r, t, parts, gz_dot, ggamma_dot, gbeta_dot)
+    moves, rows = directions((gamma_dot,), mean)
+    results = (gz_dot, ggamma_dot, gbeta_dot)
+    launch(kernels.backward_tangent_apply, *saved, *rows, r, t, parts, *results, MOVES=moves)
 
 
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -194,12 +201,14 @@ def _constants(dtype: torch.dtype, channels: int, pool: bool) -> dict[str, Any]:
 
 
 def launch_configurations() -> Iterator[Configuration]:
-    """Everything a call can launch: three types, channels in multiples of 16 or not, with and without the pool."""
-    for dtype, channels, pool in itertools.product(_TYPES, (64, 5), (True, False)):
+    """Everything a call can launch: types, channels in multiples of 16 or not, pool or not, γ and β fixed or not."""
+    for dtype, channels, pool, moves in itertools.product(_TYPES, (64, 5), (True, False), (True, False)):
         if dtype == torch.float64 and channels == 64:
             continue
-        given = _constants(dtype, channels, pool)
+        given = {**_constants(dtype, channels, pool), "MOVES": moves}
         for kernel in _KERNELS:
+            if moves and "MOVES" not in kernel.arg_names:
+                continue
             constants = {n: given[n] for n in kernel.arg_names if n in given}
             if not pool and "POOL" not in constants:
                 continue
@@ -214,7 +223,8 @@ def launch_configurations() -> Iterator[Configuration]:
             }
             pointers = tuple(n for n in types if n in _ALIGNED)
             label = (
-                f"{kernel.__name__} {'pool' if pool else 'no pool'} C%16={'0' if channels == 64 else 'any'}"
+                f"{kernel.__name__}{' moving' * moves} {'pool' if pool else 'no pool'} "
+                f"C%16={'0' if channels == 64 else 'any'}"
             )
             yield Configuration(
                 f"{label} {TYPE_NAMES[dtype]}",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Both are read when the package, or Triton, is imported: by any test module, so before all of them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -30,11 +31,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:
-    if session.config.option.collectonly or not any(i.path.name == _SANITIZERS for i in session.items):
+    if not hasattr(session.config, "workerinput"):
+        _build_beside(session.config, [item.nodeid for item in session.items])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """With pytest-xdist the process that hands out the tests, which ends last, looks after the build."""
+    _build_beside(node.config, ids)
+
+
+def _build_beside(config: pytest.Config, ids: list[str]) -> None:
+    """Starts the build for the tests under sanitizers, once, where they are among those to run."""
+    if config.option.collectonly or _build in config.stash or not any(_SANITIZERS in name for name in ids):
         return
     # A process, not a thread: tests count threads, and fork.
     script = Path(__file__).with_name("sanitized.py")
-    session.config.stash[_build] = subprocess.Popen(
+    config.stash[_build] = subprocess.Popen(
         [sys.executable, str(script)],
         env=os.environ | {"PYTHONPATH": str(script.parents[1])},
         stdout=subprocess.DEVNULL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -100,3 +101,9 @@ def lowered(model: nn.Module, example: tuple[int, ...], adapted: tuple[str, ...]
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     x, other = (torch.randn(n, *example, generator=generator, dtype=dtype) for n in (3, 4))
     return fuse(lower(record(model.train(), x, other), model, frozenset(adapted)), SquaredError())
+
+
+def spare_the_interpreter(backend: str, needless: bool) -> None:
+    """Skips what another case covers where it is Triton's interpreter, which takes 0.1 s a launch."""
+    if backend == "triton" and needless:
+        pytest.skip("covered by another case; too long for the interpreter")

@@ -93,10 +93,15 @@ def test_bias_stays_where_no_batch_norm_follows() -> None:
     assert kinds(model)[:3] == ["Conv", "Bias", "Activation"]
 
 
-def test_adapting_norms_are_normalised_and_scaled_apart() -> None:
-    model = small_conv4(per_step_affine=False)
-    names = tuple(n for n, _ in model.named_parameters())
-    assert kinds(model, adapted=names)[:5] == ["Conv", "NormActPool", "ScaleShift", "Activation", "MaxPool"]
+def test_adapting_norms_fuse_like_fixed_ones() -> None:
+    for model in (small_conv4(per_step_affine=False), mf.ResNet12(1, 5, per_step_affine=False)):
+        image = (1, 12, 12) if isinstance(model, mf.Conv4) else (1, 16, 16)
+        names = tuple(n for n, _ in model.named_parameters())
+        assert kinds(model, image, names) == kinds(model, image)
+        bias = tuple(n for n in names if n.endswith("norm.bias"))
+        assert kinds(model, image, bias) == kinds(model, image)
+        adapting = {n for step in lowered(model, image, names).steps for n in step.params()}
+        assert adapting >= set(bias)
 
 
 class _Branching(nn.Module):

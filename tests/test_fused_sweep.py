@@ -114,6 +114,20 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shared-affine": ({"per_step_affine": False}, {}),
     "shared-statistics": ({"per_step_affine": False, "per_step_stats": False}, {}),
     "adapting-norms": ({"per_step_affine": False}, {"adapt_norm": True}),
+    "adapting-norms-recompute": ({"per_step_affine": False}, {"adapt_norm": True, "memory": "recompute"}),
+    "adapting-norms-strided": ({"per_step_affine": False, "max_pool": False}, {"adapt_norm": True}),
+    "adapting-norms-odd-size": ({"per_step_affine": False, "image_size": 13}, {"adapt_norm": True}),
+    "adapting-norms-element-rates": ({"per_step_affine": False}, {"adapt_norm": True, "rates": "element"}),
+    "only-first-norm": ({"per_step_affine": False}, {"adapt": ("blocks.0.norm",), "adapt_norm": True}),
+    "only-second-norm": ({"per_step_affine": False}, {"adapt": ("blocks.1.norm",), "adapt_norm": True}),
+    "only-norm-biases": (
+        {"per_step_affine": False},
+        {"adapt": ("blocks.0.norm.bias", "blocks.1.norm.bias"), "adapt_norm": True},
+    ),
+    "only-norm-weights": (
+        {"per_step_affine": False},
+        {"adapt": ("blocks.0.norm.weight", "blocks.1.norm.weight"), "adapt_norm": True},
+    ),
     "odd-size": ({"image_size": 13}, {}),
     "element-rates": ({}, {"rates": "element"}),
     "fixed-rates": ({}, {"learnable": False}),
@@ -143,6 +157,25 @@ def test_frozen_parameters_get_no_gradient() -> None:
     pair = engines(model, 3)
     compare(pair, random_batch(), step_weights(3))
     assert pair[1].model.get_parameter("blocks.0.norm.weight").grad is None
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_frozen_half_of_an_adapting_norm_gets_no_gradient(frozen: str) -> None:
+    model = small_conv4(per_step_affine=False)
+    for i in (0, 1):
+        model.get_parameter(f"blocks.{i}.norm.{frozen}").requires_grad_(False)
+    pair = engines(model, 3, adapt_norm=True)
+    compare(pair, random_batch(), step_weights(3))
+    assert pair[1].model.get_parameter(f"blocks.0.norm.{frozen}").grad is None
+
+
+def test_adapting_norms_of_weight_zero() -> None:
+    model = small_conv4(per_step_affine=False)
+    with torch.no_grad():
+        for i in (0, 1):
+            model.get_parameter(f"blocks.{i}.norm.weight")[1] = 0
+            model.get_parameter(f"blocks.{i}.norm.bias")[1] = 0.3
+    compare(engines(model, 3, adapt_norm=True), random_batch(), step_weights(3))
 
 
 def test_squared_error() -> None:
@@ -236,14 +269,19 @@ def test_resnet12() -> None:
     compare(pair, random_batch(channels=3, size=17), step_weights(2))
 
 
-def random_network(rng: random.Random, steps: int, ways: int) -> tuple[nn.Module, int, int]:
+def random_network(
+    rng: random.Random,
+    steps: int,
+    ways: int,
+    norms: tuple[str, ...] = ("per-step", "leaky", "shared", "plain"),
+) -> tuple[nn.Module, int, int]:
     """A network from the supported modules, its input channels and image size."""
     channels = first = rng.choice([1, 2, 3])
     size = image = rng.choice([9, 11, 12, 14])
     stages: list[nn.Module] = []
 
     def norm(width: int) -> nn.Module:
-        kind = rng.choice(["per-step", "leaky", "shared", "plain"])
+        kind = rng.choice(norms)
         if kind == "plain":
             return nn.BatchNorm2d(width, momentum=0.3)
         return mf.PerStepBatchNorm2d(
@@ -294,6 +332,17 @@ def test_random_networks(seed: int) -> None:
     weights = step_weights(steps) if rng.random() < 0.6 else None
     # Biases in front of batch norm are exactly zero here and rounding noise in the reference.
     compare(engines(model, steps, **options), batch, weights, rng.random() < 0.8, floor=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks_with_adapting_norms(seed: int) -> None:
+    rng = random.Random(1000 + seed)
+    steps, ways = rng.randint(1, 4), rng.choice([2, 3])
+    network, channels, size = random_network(rng, steps, ways, norms=("shared", "plain"))
+    batch = random_batch(tasks=3, ways=ways, channels=channels, size=size, seed=seed)
+    options = {"rates": rng.choice(["tensor", "element"]), "memory": rng.choice(["keep", "recompute"])}
+    pair = engines(jittered(network), steps, adapt_norm=True, **options)
+    compare(pair, batch, step_weights(steps), rng.random() < 0.8, floor=1e-3)
 
 
 def test_ten_adam_steps_stay_together() -> None:
@@ -376,3 +425,26 @@ def test_bfloat16_rounds_operands_and_nothing_else() -> None:
     assert grad is not None and grad.dtype == torch.float32
     difference = float((rounded.loss - exact.loss).abs())
     assert 0 < difference < 0.05 * float(exact.loss)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_adapting_norms_in_low_precision(precision: str) -> None:
+    """Too wide to be computed in float64; strided, so that no near-tie of a pool tips."""
+    model, batch = small_conv4(per_step_affine=False, max_pool=False, filters=12), random_batch()
+    exact, _ = engines(model, 3, adapt_norm=True)
+    plain, ours = engines(model.float(), 3, adapt_norm=True, precision=precision)
+    low = mf.EpisodeBatch(batch.support_x.float(), batch.support_y, batch.target_x.float(), batch.target_y)
+    found = []
+    for engine, given in ((exact, batch), (plain, low), (ours, low)):
+        with torch.no_grad():
+            engine.rates.rates.copy_(exact.rates.rates)
+        engine.meta_gradient(given, step_weights(3).to(given.support_x.dtype), True)
+        parameters = dict(engine.model.named_parameters())
+        found.append({n: p.grad.double() for n, p in parameters.items() if not n.endswith("conv.bias")})
+    if precision == "bfloat16":
+        whole = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in found]
+        assert 1e-4 < float((whole[2] - whole[0]).norm() / whole[0].norm()) < 0.1
+        return
+    for name, expected in found[0].items():
+        errors = [float((other[name] - expected).norm() / expected.norm()) for other in found[1:]]
+        assert errors[1] <= 4 * errors[0] + 1e-6, (name, errors)

@@ -16,7 +16,10 @@ import mamlpp_fast as mf
 from mamlpp_fast.testing import use_backend
 
 
-def test_a_meta_gradient_on_triton_kernels_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settings", [{}, {"bnwb": False, "adapt_norm": True}], ids=["fixed", "adapting"])
+def test_a_meta_gradient_on_triton_kernels_is_the_references(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool]
+) -> None:
     launches: Counter[str] = Counter()
 
     def count(module: str, kind: type[Any]) -> None:
@@ -30,7 +33,7 @@ def test_a_meta_gradient_on_triton_kernels_is_the_references(monkeypatch: pytest
 
     count("norm_act_pool", norm_act_pool._Launch)
     count("linear_cross_entropy", linear_cross_entropy._Call)
-    config = mf.MAMLConfig(steps=2)
+    config = mf.MAMLConfig(steps=2, **settings)  # type: ignore[arg-type]
     batch = random_batch(tasks=1, ways=3, shots=1, targets=1, size=8)
     results = {}
     for engine in ("reference", "fused"):

@@ -225,10 +225,18 @@ def test_which_first_layers_are_fused(options: dict[str, Any], channels: int, fi
     assert ("FirstLayer" in kinds(network)) == fits
 
 
-def test_norms_that_adapt_or_are_of_each_image_stay_apart() -> None:
-    model = Net(_whole)
-    network = unfused(model, adapted=tuple(n for n, _ in model.named_parameters()))
-    assert fuse_norms(network) == network
+@pytest.mark.parametrize("adapted", [("norm.weight", "norm.bias"), ("norm.bias",)], ids=["both", "bias"])
+@pytest.mark.parametrize("name", CASES)
+def test_norms_that_adapt_fuse_like_others(name: str, adapted: tuple[str, ...]) -> None:
+    networks = [unfused(Net(CASES[name][0]), adapted=names) for names in ((), adapted)]
+    for one in (drop_inert_biases, fuse_norms, fuse_first_layer):
+        networks = [one(network) for network in networks]
+        assert kinds(networks[0]) == kinds(networks[1])
+    assert [len(network.rows()) for network in networks] == [1, 0]
+    assert {"norm.weight", "norm.bias"} <= networks[1].slots().keys()
+
+
+def test_norms_of_each_image_stay_apart() -> None:
     layers = nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.LayerNorm([4, 10, 10]),
@@ -322,6 +330,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "norm-read-twice": lambda: jittered(Net(_norm_read_twice)),
     "norm-detached": lambda: jittered(Net(_norm_detached)),
     "pool-first": lambda: jittered(Net(_pool_first)),
+    "adapting-conv4": lambda: small_conv4(2, per_step_affine=False),
+    **{
+        f"adapting{fn.__name__.replace('_', '-')}": lambda fn=fn: jittered(Net(fn))  # type: ignore[misc]
+        for fn in (_whole, _negative_slope, _norm_read_twice, _conv_detached, _norm_detached, _pool_first)
+    },
 }
 
 
@@ -330,7 +343,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def test_no_pass_changes_the_meta_gradient(name: str, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mamlpp_fast.engine.fused.engine.fuse", PASSES[passes])
     # Biases in front of batch norm: exactly zero where they are left out, rounding where not.
-    pair = engines(MODELS[name](), 2, verify=False)
+    pair = engines(MODELS[name](), 2, adapt_norm=name.startswith("adapting"), verify=False)
     compare(pair, random_batch(), step_weights(2), floor=1e-3)
     expected, ours = (engine.evaluate(random_batch(seed=1), steps=3, stats="running") for engine in pair)
     assert_same(ours, expected, "evaluation")

@@ -80,8 +80,10 @@ def _norm_act_pool() -> None:
         row, saved = mean[0], (z, index, mean, mean, mean[0], mean[0], 0.01)
         norm_act_pool.forward(z, row, row, 1e-5, 0.01, pool, small, index, mean, mean)
         norm_act_pool.backward(small, *saved, pool, z, mean, mean)
-        norm_act_pool.tangent(z, *saved, pool, small, mean, mean)
-        norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean)
+        for moving in ((), (mean, None), (None, row)):
+            norm_act_pool.tangent(z, *saved, pool, small, mean, mean, *moving)
+        for moved in ((), (mean,)):
+            norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean, *moved)
 
 
 def _conv_norm_act_pool() -> None:
@@ -95,8 +97,10 @@ def _conv_norm_act_pool() -> None:
         conv_norm_act_pool.moments(x, 3, 3, 1, padded, moments)
         conv_norm_act_pool.forward(padded, moments, w, row, row, 1e-5, 0.01, y, index, rows, rows)
         conv_norm_act_pool.backward(y, *saved, w, sums, rows, rows)
-        conv_norm_act_pool.tangent(w, *saved, y, rows)
-        conv_norm_act_pool.backward_tangent(y, w, *saved, sums, rows, w, rows, rows)
+        for moving in ((), (rows, None), (None, row)):
+            conv_norm_act_pool.tangent(w, *saved, y, rows, *moving)
+        for moved in ((), (rows,)):
+            conv_norm_act_pool.backward_tangent(y, w, *saved, sums, rows, w, rows, rows, *moved)
 
 
 def _linear_cross_entropy() -> None:

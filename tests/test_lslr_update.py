@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import kept_threads
+from helpers import kept_threads, spare_the_interpreter
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -64,6 +64,8 @@ def backend(request: pytest.FixtureRequest) -> object:
 @pytest.mark.parametrize("tasks", [None, 1, 3], ids=["flat", "one-task", "three-tasks"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_value_and_gradients(backend: str, sizes: list[int], tasks: int | None, form: str) -> None:
+    # One task is what a flat vector is to Triton's kernels; without segments only the number of elements counts.
+    spare_the_interpreter(backend, tasks == 1 or (form != "tensor" and sizes != SIZES["conv"]))
     args = arguments(sizes, tasks, form)
     weights = torch.randn_like(args[0])
     ours, expected = lslr_update(*args), plain(*args)
@@ -75,8 +77,9 @@ def test_value_and_gradients(backend: str, sizes: list[int], tasks: int | None, 
 @pytest.mark.parametrize("form", ["tensor", "element"])
 def test_gradcheck_and_gradgradcheck(backend: str, form: str) -> None:
     args = arguments([4, 1, 3], 2, form)
-    assert gradcheck(lslr_update, args)
-    assert gradgradcheck(lslr_update, args)
+    fast = backend == "triton"  # random directions instead of every element
+    assert gradcheck(lslr_update, args, fast_mode=fast)
+    assert gradgradcheck(lslr_update, args, fast_mode=fast)
 
 
 @pytest.mark.parametrize("form", ["tensor", "element"])
@@ -113,7 +116,7 @@ def test_sliced_and_expanded_inputs(backend: str) -> None:
 def test_parameters_shared_by_the_tasks(backend: str) -> None:
     theta, _, rates, offsets, step = arguments([5, 2], None, "tensor")
     grad = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lslr_update, (theta, grad, rates, offsets, step))
+    assert gradcheck(lslr_update, (theta, grad, rates, offsets, step), fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

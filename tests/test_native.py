@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,12 @@ def test_failed_build_gives_one_reason_and_is_not_repeated(
     broken = tmp_path / "broken"
     shutil.copytree(package, broken)
     (broken / "csrc/cpu/isa.cpp").write_text("#error deliberately broken\n")
+    # The rest is compiled to no purpose, torch's headers first.
+    (broken / "csrc/cpu/threads.cpp").write_text("")
+    recipe = (broken / "CMakeLists.txt").read_text()
+    alone, left_out = re.subn(r"target_precompile_headers\([^)]*\)", "", recipe)
+    assert left_out == 1
+    (broken / "CMakeLists.txt").write_text(alone)
     native = fresh(broken)
     assert not native.load()
     assert "#error deliberately broken" in native.status().reason

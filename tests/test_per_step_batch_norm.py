@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batch_norm_helpers import LAYOUTS, compare, derivatives, random, witness
+from helpers import spare_the_interpreter
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -26,12 +27,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def _spare_the_interpreter(backend: str, needless: bool) -> None:
-    """Triton's interpreter takes 0.1 s a launch: skips what another of its cases covers."""
-    if backend == "triton" and needless:
-        pytest.skip("covered by another case; too long for the interpreter")
-
-
 SMALL = [
     pytest.param((5, 2), (2,), None, None, id="rows"),
     pytest.param((3, 2, 2, 3), (4, 2), 1, None, id="images-step"),
@@ -45,7 +40,7 @@ SMALL = [
 def test_first_and_second_derivatives_agree_with_finite_differences(
     backend: str, shape: tuple[int, ...], affine: tuple[int, ...], step: int | None, slope: float | None
 ) -> None:
-    _spare_the_interpreter(backend, step == 1 or slope == 0.0)
+    spare_the_interpreter(backend, step == 1 or slope == 0.0)
     inputs = tuple(t.requires_grad_() for t in random(shape, affine))
 
     def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,7 +81,7 @@ def test_every_order_agrees_with_pytorch(
     if len(shape) == 2 and layout in ("channels-last", "transposed"):
         pytest.skip("a layout of images")
     chosen = (layout, slope) in (("contiguous", 0.01), ("channels-last", None))
-    _spare_the_interpreter(backend, math.prod(shape) > 1000 or not chosen)
+    spare_the_interpreter(backend, math.prod(shape) > 1000 or not chosen)
     x, weight, bias = random(shape, affine)
     gy, u = torch.randn(2, *shape, dtype=torch.float64)
     a, b = torch.randn(2, *affine, dtype=torch.float64)
@@ -100,7 +95,7 @@ def test_every_order_agrees_with_pytorch(
 
 @pytest.mark.parametrize("used", ["u", "a", "b", "ua", "ub", "ab"])
 def test_cotangents_may_be_missing(backend: str, used: str) -> None:
-    _spare_the_interpreter(backend, used not in ("u", "ab"))
+    spare_the_interpreter(backend, used not in ("u", "ab"))
     x, weight, bias = random((3, 4, 3, 3), (4,))
     gy, u = torch.randn(2, 3, 4, 3, 3, dtype=torch.float64)
     a, b = torch.randn(2, 4, dtype=torch.float64)
@@ -114,7 +109,7 @@ def test_cotangents_may_be_missing(backend: str, used: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cotangents_may_have_another_layout(backend: str, layout: str) -> None:
-    _spare_the_interpreter(backend, layout == "sliced")
+    spare_the_interpreter(backend, layout == "sliced")
     x, weight, bias = random((2, 3, 5, 4, 3), (5,))
     gy, u = torch.randn(2, *x.shape, dtype=torch.float64)
     ones = torch.ones(5, dtype=torch.float64)
@@ -165,7 +160,7 @@ def test_low_precision_is_at_most_twice_as_far_off_as_pytorch(
 ) -> None:
     if mean and dtype != torch.float32:
         pytest.skip("a spread of 1 around 1000 is below this type's resolution")
-    _spare_the_interpreter(backend, layout == "channels-last")
+    spare_the_interpreter(backend, layout == "channels-last")
     shape = (3, 5, 9, 9)
     x, weight, bias = random(shape, (5,), dtype)
     x = LAYOUTS[layout](x + mean)
@@ -193,7 +188,7 @@ def test_low_precision_is_at_most_twice_as_far_off_as_pytorch(
 def test_types_of_images_and_parameters_may_differ(
     backend: str, dtype: torch.dtype, parameters: torch.dtype
 ) -> None:
-    _spare_the_interpreter(backend, parameters != torch.float32)
+    spare_the_interpreter(backend, parameters != torch.float32)
     x, weight, bias = random((3, 4, 3, 3), (2, 4))
     x, weight, bias = x.to(dtype), weight.to(parameters), bias.to(parameters)
     gy, u = torch.randn(2, *x.shape).to(dtype)

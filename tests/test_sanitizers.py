@@ -44,7 +44,7 @@ LEFT_OUT = "gradcheck or opcheck or finite_differences or derivatives or omniglo
 @pytest.mark.parametrize("level", ["portable", "highest"])
 def test_operations_touch_no_memory_but_their_own(sanitized: Path, level: str) -> None:
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in OPERATIONS]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", *tests]
     command += ["-k", f"native and not ({LEFT_OUT})"]
     more = {"MAMLPP_FAST_ISA": "portable"} if level == "portable" else {}
     done = subprocess.run(

@@ -16,23 +16,7 @@ from torch.testing import assert_close
 import mamlpp_fast as mf
 import mamlpp_fast.compat.higher as higher
 import mamlpp_fast.compat.learn2learn as l2l
-from mamlpp_fast.adaptation import inner_steps
-
-STEPS, RATE, CLASSES = 2, 0.3, 4
-Task = tuple[Tensor, Tensor, Tensor, Tensor]
-Loss = Callable[[Task], Tensor]
-
-
-def task(seed: int) -> Task:
-    """Support x [5, 6] and labels, target x [7, 6] and labels."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def side(n: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
-        return x, torch.randint(CLASSES, (n,), generator=generator)
-
-    return *side(5), *side(7)
-
+from tests.inner_loops import CLASSES, RATE, STEPS, Loss, Task, adapted, learned, task, textbook
 
 # Models --------------------------------------------------------------------------------------------------------------
 
@@ -149,46 +133,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 # Inner loops ---------------------------------------------------------------------------------------------------------
 
 
-def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None) -> Loss:
-    """The target loss after the steps, with the model's own buffers or copies of the given ones."""
-
-    def loss(data: Task) -> Tensor:
-        fast: dict[str, Tensor] = dict(model.named_parameters())
-        copies = {} if buffers is None else {name: b.clone() for name, b in model.named_buffers()}
-        for _ in range(STEPS):
-            support = F.cross_entropy(mf.functional_call(model, fast | copies, (data[0],)), data[1])
-            grads = torch.autograd.grad(support, list(fast.values()), create_graph=True, allow_unused=True)
-            fast = {
-                n: p if g is None else p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)
-            }
-        return F.cross_entropy(mf.functional_call(model, fast | copies, (data[2],)), data[3])
-
-    return loss
-
-
 def textbook_with_copied_buffers(model: nn.Module) -> Loss:
     return textbook(model, dict(model.named_buffers()))
-
-
-def adapted(model: nn.Module, aliases: bool = False) -> Loss:
-    named = model.named_parameters(remove_duplicate=not aliases)
-    rates = mf.LSLR(named, STEPS, RATE, learnable=False)
-
-    def loss(data: Task) -> Tensor:
-        fast = mf.adapt(model, data[0], data[1], rates)
-        return F.cross_entropy(mf.functional_call(model, fast, (data[2],)), data[3])
-
-    return loss
-
-
-def learned(learner: nn.Module) -> Loss:
-    def loss(data: Task) -> Tensor:
-        clone = learner.clone()
-        for _ in range(STEPS):
-            clone.adapt(F.cross_entropy(clone(data[0]), data[1]))
-        return F.cross_entropy(clone(data[2]), data[3])
-
-    return loss
 
 
 def updated(model: nn.Module) -> Loss:
@@ -347,84 +293,6 @@ def test_a_shared_parameter_has_one_rate() -> None:
         model, data[0], data[1], mf.LSLR([("encoder.weight", model.encoder.weight)], STEPS, RATE)
     )
     assert_close(fast["decoder.weight"], first["encoder.weight"])
-
-
-# Attention -----------------------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """Attention of two heads over six tokens [n, 6]: by PyTorch's module or function, or written out."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.embed = nn.Linear(1, 4)
-        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.out = nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x[..., None])
-        if self.how == "module":
-            mixed, _ = self.attend(tokens, tokens, tokens, need_weights=False)
-        else:
-            joint = F.linear(tokens, self.attend.in_proj_weight, self.attend.in_proj_bias)
-            q, k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in joint.chunk(3, -1))
-            if self.how == "function":
-                heads = F.scaled_dot_product_attention(q, k, v)
-            else:
-                heads = (q @ k.mT / 2**0.5).softmax(-1) @ v
-            mixed = self.attend.out_proj(heads.transpose(1, 2).flatten(-2))
-        return self.out(mixed.mean(1))
-
-
-def attention(how: str) -> Attention:
-    torch.manual_seed(0)
-    return Attention(how).double()
-
-
-def _switches() -> list[bool]:
-    on = torch.backends.cuda
-    return [
-        on.math_sdp_enabled(),
-        on.flash_sdp_enabled(),
-        on.mem_efficient_sdp_enabled(),
-        on.cudnn_sdp_enabled(),
-    ]
-
-
-@pytest.mark.parametrize("how", ["module", "function"])
-@pytest.mark.parametrize("engine", ["reference", "autograd", "auto", None])
-def test_attention_has_second_derivatives(how: str, engine: str | None) -> None:
-    model, witness, data = attention(how), attention("written out"), task(0)
-    expected = textbook(witness)(data)
-    expected.backward()
-    if engine is None:
-        loss = adapted(model)(data)
-        loss.backward()
-    else:
-        config = mf.MAMLConfig.maml(steps=STEPS, inner_lr=RATE)
-        learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
-        loss = learner.meta_gradient(mf.EpisodeBatch(*(part[None] for part in data))).loss
-    assert_close(loss, expected.detach() if engine else expected)
-    assert_close([p.grad for p in model.parameters()], [p.grad for p in witness.parameters()])
-
-
-def test_the_choice_of_attention_is_the_callers_between_steps_and_after_errors() -> None:
-    model, data, before = attention("function"), task(0), _switches()
-    during: list[list[bool]] = []
-    model.out.register_forward_hook(lambda module, x, y: during.append(_switches()))
-    for first_order, expected in ((False, [True, False, False, False]), (True, before)):
-        for _ in inner_steps(model, data[0], data[1], RATE, steps=STEPS, first_order=first_order):
-            assert _switches() == before
-        assert during == [expected] * STEPS
-        during.clear()
-
-    def fails(prediction: Tensor, target: Tensor) -> Tensor:
-        raise ArithmeticError
-
-    with pytest.raises(ArithmeticError):
-        mf.adapt(model, data[0], data[1], RATE, loss_fn=fails)
-    assert _switches() == before
 
 
 # Interfaces ----------------------------------------------------------------------------------------------------------

@@ -155,21 +155,18 @@ def test_bfloat16_operands_are_summed_in_float32(backend: str, name: str) -> Non
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize("name", ["omniglot-14", "omniglot-7", "imagenet-wide"])
-def test_winograd_error_stays_near_torch(name: str) -> None:
-    """Root-mean-square errors: the largest one of a tensor is half luck."""
+def test_winograd_rounds_twice_as_much_as_the_direct_form_at_most(name: str) -> None:
+    """Root-mean-square errors: the largest one of a tensor is half luck.
 
-    def error(result: Tensor, exact: Tensor) -> float:
-        return float((result.double() - exact).norm() / exact.norm())
+    The direct form's are 2.4e-7 to 4.2e-7 (docs/derivations/task_conv2d.md), these 4.7e-7 to 6.1e-7; points 0, ±1, ±2
+    and infinity would give 9e-7. PyTorch's are no yardstick: 1.2e-7 to 4e-7, by machine and product.
+    """
 
-    case = Case(SHAPES[name], torch.float32)
-    ours: list[float] = []
-    theirs: list[float] = []
+    def check(result: Tensor, exact: Tensor) -> None:
+        assert float((result.double() - exact).norm() / exact.norm()) <= 8e-7
+
     with use_backend("native"):
-        case.compare(lambda result, exact: ours.append(error(result, exact)))
-    with use_backend("python"):
-        case.compare(lambda result, exact: theirs.append(error(result, exact)))
-    for own, torch_error in zip(ours, theirs, strict=True):
-        assert own <= 4 * torch_error
+        Case(SHAPES[name], torch.float32).compare(check)
 
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")

@@ -11,12 +11,14 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 namespace mf {
 namespace {
 
 using at::Tensor;
+using OptTensor = std::optional<Tensor>;
 
 constexpr int64_t kRegister = 16;  // channels of the widest register
 
@@ -76,6 +78,13 @@ struct AffineRow {
   const T* data;
   int64_t task_stride, stride;
 };
+
+/// The direction of gamma or beta, where it has one.
+template <typename T>
+std::optional<AffineRow<T>> direction(const Problem& p, const char* name, const OptTensor& t) {
+  if (!t) return std::nullopt;
+  return AffineRow<T>(p, name, *t);
+}
 
 using Row = std::vector<double>;
 
@@ -296,10 +305,11 @@ void backward(const Problem& p, const Tensor& gy, const Tensor& y, const Tensor&
 
 template <typename T>
 void tangent(const Problem& p, const Tensor& v_, const Tensor& y, const Tensor& index, const Tensor& padded,
-             const Tensor& moments, const Tensor& w_, const Tensor& gamma_, const Tensor& rstd_, T slope, Tensor& uy,
-             Tensor& t) {
+             const Tensor& moments, const Tensor& w_, const Tensor& gamma_, const Tensor& rstd_, T slope,
+             const OptTensor& gamma_dot_, const OptTensor& beta_dot_, Tensor& uy, Tensor& t) {
   static const auto pass = MF_DISPATCH(first_layer_tangent<T>);
   const AffineRow<T> gamma(p, "gamma", gamma_);
+  const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_), beta_dot = direction<T>(p, "beta_dot", beta_dot_);
   const Folded<T> folded(p);
   const int64_t co = p.s.co, size = p.s.values() * co;
   each_task(p, [&](int64_t task) {
@@ -315,9 +325,10 @@ void tangent(const Problem& p, const Tensor& v_, const Tensor& y, const Tensor& 
         task, closed,
         [&](int64_t k, int64_t c) {
           const double inverse = rstd[c], wk = w[k * co + c], vk = v[k * co + c];
-          return gamma(task, c) * inverse * (vk - along[c] * inverse * wk);
+          const double folded_dot = gamma(task, c) * inverse * (vk - along[c] * inverse * wk);
+          return gamma_dot ? folded_dot + (*gamma_dot)(task, c) * inverse * wk : folded_dot;
         },
-        [](int64_t) { return 0.0; });
+        [&](int64_t c) { return beta_dot ? (*beta_dot)(task, c) : 0.0; });
   });
   each_image(p, [&](int64_t task, int64_t i) {
     pass(p.s, padded.const_data_ptr<T>() + i * p.image(), folded.weights(task), folded.shift(task),
@@ -329,9 +340,10 @@ void tangent(const Problem& p, const Tensor& v_, const Tensor& y, const Tensor& 
 template <typename T>
 void backward_tangent(const Problem& p, const Tensor& gy_dot, const Tensor& v_, const Tensor& y, const Tensor& index,
                       const Tensor& padded, const Tensor& moments, const Tensor& w_, const Tensor& gamma_,
-                      const Tensor& rstd_, T slope, const Tensor& sums, const Tensor& t_, Tensor& gw_dot,
-                      Tensor& ggamma_dot, Tensor& gbeta_dot) {
+                      const Tensor& rstd_, T slope, const Tensor& sums, const Tensor& t_, const OptTensor& gamma_dot_,
+                      Tensor& gw_dot, Tensor& ggamma_dot, Tensor& gbeta_dot) {
   const AffineRow<T> gamma(p, "gamma", gamma_);
+  const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_);
   const int64_t co = p.s.co, size = p.s.values() * co;
   const double m = p.elements();
   const auto finish = [&](int64_t task, const Closed& closed, const double* b_dot, const double* total) {
@@ -347,7 +359,9 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot, const Tensor& v_, 
       for (int64_t k = 0; k < p.s.values(); ++k) {
         const int64_t i = k * co + c;
         const double dense = (2 * inverse * q * t - q_dot) * cw[i] - q * cv[i];
-        out[i] = static_cast<T>(scale * (b_dot[i] - inverse * t * static_cast<double>(b[i]) + inverse * m * dense));
+        double g = scale * (b_dot[i] - inverse * t * static_cast<double>(b[i]) + inverse * m * dense);
+        if (gamma_dot) g += (*gamma_dot)(task, c) * inverse * (static_cast<double>(b[i]) - inverse * m * q * cw[i]);
+        out[i] = static_cast<T>(g);
       }
       ggamma_dot.mutable_data_ptr<T>()[task * co + c] = static_cast<T>(q_dot * m);
       gbeta_dot.mutable_data_ptr<T>()[task * co + c] = static_cast<T>(total[c]);
@@ -420,20 +434,22 @@ void conv_norm_act_pool_backward(const Tensor& gy, const Tensor& y, const Tensor
 
 void conv_norm_act_pool_tangent(const Tensor& v, const Tensor& y, const Tensor& index, const Tensor& padded,
                                 const Tensor& moments, const Tensor& w, const Tensor& gamma, const Tensor& rstd,
-                                double slope, Tensor& uy, Tensor& t) {
+                                double slope, Tensor& uy, Tensor& t, const OptTensor& gamma_dot,
+                                const OptTensor& beta_dot) {
   const Problem p = check_saved(uy, y, index, padded, moments, w, rstd, slope);
   check_like("v", v, w.sizes(), w.scalar_type());
   check_row(p, "t", t, w);
   typed(padded, [&](auto type) {
     using T = typename decltype(type)::type;
-    tangent<T>(p, v, y, index, padded, moments, w, gamma, rstd, static_cast<T>(slope), uy, t);
+    tangent<T>(p, v, y, index, padded, moments, w, gamma, rstd, static_cast<T>(slope), gamma_dot, beta_dot, uy, t);
   });
 }
 
 void conv_norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& v, const Tensor& y, const Tensor& index,
                                          const Tensor& padded, const Tensor& moments, const Tensor& w,
                                          const Tensor& gamma, const Tensor& rstd, double slope, const Tensor& sums,
-                                         const Tensor& t, Tensor& gw_dot, Tensor& ggamma_dot, Tensor& gbeta_dot) {
+                                         const Tensor& t, Tensor& gw_dot, Tensor& ggamma_dot, Tensor& gbeta_dot,
+                                         const OptTensor& gamma_dot) {
   const Problem p = check_saved(gy_dot, y, index, padded, moments, w, rstd, slope);
   check_like("v", v, w.sizes(), w.scalar_type());
   check_like("sums", sums, {p.tasks, p.s.values(), p.s.co}, w.scalar_type());
@@ -443,8 +459,8 @@ void conv_norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& v, 
     check_row(p, name, row, w);
   typed(padded, [&](auto type) {
     using T = typename decltype(type)::type;
-    backward_tangent<T>(p, gy_dot, v, y, index, padded, moments, w, gamma, rstd, static_cast<T>(slope), sums, t, gw_dot,
-                        ggamma_dot, gbeta_dot);
+    backward_tangent<T>(p, gy_dot, v, y, index, padded, moments, w, gamma, rstd, static_cast<T>(slope), sums, t,
+                        gamma_dot, gw_dot, ggamma_dot, gbeta_dot);
   });
 }
 

@@ -13,12 +13,14 @@
 
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace mf {
 namespace {
 
 using at::Tensor;
+using OptTensor = std::optional<Tensor>;
 
 struct Problem {
   int64_t tasks, images;
@@ -28,6 +30,12 @@ struct Problem {
   double elements() const { return static_cast<double>(images * shape.height * shape.width); }
 };
 
+void check_row(const Problem& p, const char* name, const Tensor& t) {
+  const int64_t channels = p.shape.channels;
+  TORCH_CHECK_VALUE((t.dim() == 1 || (t.dim() == 2 && t.size(0) == p.tasks)) && t.size(-1) == channels, name,
+                    ": expected [", channels, "] or [", p.tasks, ", ", channels, "], got ", t.sizes());
+}
+
 Problem check(const Tensor& z, const Tensor& gamma, const Tensor& beta, bool pool) {
   TORCH_CHECK_VALUE(z.dim() == 5, "z: expected [T, N, H, W, C], got ", z.sizes());
   const int64_t height = z.size(2), width = z.size(3), step = pool ? 2 : 1;
@@ -36,12 +44,8 @@ Problem check(const Tensor& z, const Tensor& gamma, const Tensor& beta, bool poo
                     z.sizes());
   TORCH_CHECK_VALUE(p.shape.rows > 0 && p.shape.columns > 0, "z: expected at least 2x2 pixels to pool, got ",
                     z.sizes());
-  const auto check_row = [&](const char* name, const Tensor& t) {
-    TORCH_CHECK_VALUE((t.dim() == 1 || (t.dim() == 2 && t.size(0) == p.tasks)) && t.size(-1) == z.size(4), name,
-                      ": expected [", z.size(4), "] or [", p.tasks, ", ", z.size(4), "], got ", t.sizes());
-  };
-  check_row("gamma", gamma);
-  check_row("beta", beta);
+  check_row(p, "gamma", gamma);
+  check_row(p, "beta", beta);
   return p;
 }
 
@@ -75,6 +79,14 @@ struct InRows : In<T> {
   const T* row(int64_t task) const { return this->data() + task * stride; }
   int64_t stride;
 };
+
+/// The direction of a parameter, where it has one.
+template <typename T>
+std::optional<InRows<T>> direction(const Problem& p, const char* name, const OptTensor& t) {
+  if (!t) return std::nullopt;
+  check_row(p, name, *t);
+  return InRows<T>(*t);
+}
 
 /// A contiguous result of type T, rounded into the tensor asked for at the end if that differs.
 template <typename T>
@@ -265,10 +277,12 @@ void backward(const Problem& p, const Tensor& gy_, const Saved<T>& saved, Tensor
 }
 
 template <typename T>
-void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, Tensor& uy_, Tensor& r_, Tensor& t_) {
+void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, const OptTensor& gamma_dot_,
+             const OptTensor& beta_dot_, Tensor& uy_, Tensor& r_, Tensor& t_) {
   static const auto sums = MF_DISPATCH(nap_tangent_sums<T>);
   static const auto write = MF_DISPATCH(nap_tangent<T>);
   const In<T> u(u_);
+  const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_), beta_dot = direction<T>(p, "beta_dot", beta_dot_);
   const Out<T> uy(uy_), r(r_), t_out(t_);
   const int64_t channels = p.shape.channels;
   const Scratch<T> scratch(p, 2, 3);
@@ -285,8 +299,11 @@ void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, Tensor& 
         for (int64_t c = 0; c < channels; ++c) {
           const double rstd = saved.rstd.row(t)[c], scale = scratch.row(t, 0)[c];
           const double mean_u = us[c] / p.elements(), mean_ux = uz[c] * rstd / p.elements();
-          scratch.row(t, 1)[c] = static_cast<T>(-scale * rstd * mean_ux);
-          scratch.row(t, 2)[c] = static_cast<T>(-scale * mean_u);
+          double by_z = -scale * rstd * mean_ux, level = -scale * mean_u;
+          if (gamma_dot) by_z += rstd * static_cast<double>(gamma_dot->row(t)[c]);
+          if (beta_dot) level += static_cast<double>(beta_dot->row(t)[c]);
+          scratch.row(t, 1)[c] = static_cast<T>(by_z);
+          scratch.row(t, 2)[c] = static_cast<T>(level);
           r.data()[t * channels + c] = static_cast<T>(mean_u);
           t_out.data()[t * channels + c] = static_cast<T>(mean_ux);
         }
@@ -301,12 +318,13 @@ void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, Tensor& 
 
 template <typename T>
 void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_, const Tensor& u_,
-                      const Saved<T>& saved, const Tensor& r_, const Tensor& t_, Tensor& gz_dot_, Tensor& ggamma_dot_,
-                      Tensor& gbeta_dot_) {
+                      const Saved<T>& saved, const Tensor& r_, const Tensor& t_, const OptTensor& gamma_dot_,
+                      Tensor& gz_dot_, Tensor& ggamma_dot_, Tensor& gbeta_dot_) {
   static const auto sums = MF_DISPATCH(nap_backward_tangent_sums<T>);
   static const auto write = MF_DISPATCH(nap_backward_tangent<T>);
   const In<T> gy_dot(gy_dot_), gy(gy_), u(u_);
   const InRows<T> r_in(r_), t_in(t_);
+  const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_);
   const Out<T> gz_dot(gz_dot_), ggamma_dot(ggamma_dot_), gbeta_dot(gbeta_dot_);
   const int64_t channels = p.shape.channels;
   const double m = p.elements();
@@ -322,17 +340,23 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_
       [&](int64_t task) {
         std::vector<double> total[5];
         for (int64_t i = 0; i < 5; ++i) total[i] = scratch.total(task, i);
-        T *by_h = scratch.row(task, 1), *by_u = scratch.row(task, 2), *by_z = scratch.row(task, 3),
-          *level = scratch.row(task, 4);
         for (int64_t c = 0; c < channels; ++c) {
           const double rstd = saved.rstd.row(task)[c], scale = scratch.row(task, 0)[c];
           const double r = r_in.row(task)[c], t = t_in.row(task)[c];
           const double p_ = total[0][c] / m, q = total[1][c] * rstd / m, w = total[2][c] / m;
           const double p_dot = total[3][c] / m, q_dot = rstd * (total[4][c] / m + w - r * p_ - t * q);
-          by_h[c] = static_cast<T>(-scale * rstd * t);
-          by_u[c] = static_cast<T>(-scale * rstd * q);
-          by_z[c] = static_cast<T>(scale * rstd * (2 * rstd * q * t - q_dot));
-          level[c] = static_cast<T>(scale * (rstd * (q * r + t * p_) - p_dot));
+          double by_h = -scale * rstd * t, by_z = scale * rstd * (2 * rstd * q * t - q_dot);
+          double level = scale * (rstd * (q * r + t * p_) - p_dot);
+          if (gamma_dot) {
+            const double scale_dot = rstd * static_cast<double>(gamma_dot->row(task)[c]);
+            by_h += scale_dot;
+            by_z -= scale_dot * rstd * q;
+            level -= scale_dot * p_;
+          }
+          scratch.row(task, 1)[c] = static_cast<T>(by_h);
+          scratch.row(task, 2)[c] = static_cast<T>(-scale * rstd * q);
+          scratch.row(task, 3)[c] = static_cast<T>(by_z);
+          scratch.row(task, 4)[c] = static_cast<T>(level);
           ggamma_dot.data()[task * channels + c] = static_cast<T>(q_dot * m);
           gbeta_dot.data()[task * channels + c] = static_cast<T>(p_dot * m);
         }
@@ -385,7 +409,7 @@ void norm_act_pool_backward(const Tensor& gy, const Tensor& z, const Tensor& ind
 
 void norm_act_pool_tangent(const Tensor& u, const Tensor& z, const Tensor& index, const Tensor& mean,
                            const Tensor& rstd, const Tensor& gamma, const Tensor& beta, double slope, bool pool,
-                           Tensor& uy, Tensor& r, Tensor& t) {
+                           Tensor& uy, Tensor& r, Tensor& t, const OptTensor& gamma_dot, const OptTensor& beta_dot) {
   const Problem p = check(z, gamma, beta, pool);
   check_shape("u", u, z.sizes());
   check_pooled(p, "uy", uy);
@@ -393,14 +417,14 @@ void norm_act_pool_tangent(const Tensor& u, const Tensor& z, const Tensor& index
   check_shape("t", t, {p.tasks, p.shape.channels});
   typed(z, [&](auto type) {
     const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
-    tangent(p, u, saved, uy, r, t);
+    tangent(p, u, saved, gamma_dot, beta_dot, uy, r, t);
   });
 }
 
 void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, const Tensor& u, const Tensor& z,
                                     const Tensor& index, const Tensor& mean, const Tensor& rstd, const Tensor& gamma,
                                     const Tensor& beta, double slope, const Tensor& r, const Tensor& t, bool pool,
-                                    Tensor& gz_dot, Tensor& ggamma_dot, Tensor& gbeta_dot) {
+                                    Tensor& gz_dot, Tensor& ggamma_dot, Tensor& gbeta_dot, const OptTensor& gamma_dot) {
   const Problem p = check(z, gamma, beta, pool);
   check_pooled(p, "gy_dot", gy_dot);
   check_pooled(p, "gy", gy);
@@ -411,7 +435,7 @@ void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, cons
     check_shape(name, row, {p.tasks, p.shape.channels});
   typed(z, [&](auto type) {
     const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
-    backward_tangent(p, gy_dot, gy, u, saved, r, t, gz_dot, ggamma_dot, gbeta_dot);
+    backward_tangent(p, gy_dot, gy, u, saved, r, t, gamma_dot, gz_dot, ggamma_dot, gbeta_dot);
   });
 }
 

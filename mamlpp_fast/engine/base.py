@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.reference import EvalStats, MetaResult
@@ -17,6 +19,7 @@ __all__ = [
     "EngineName",
     "Precision",
     "Unsupported",
+    "called_modules",
     "dtype_of",
     "first_line",
 ]
@@ -85,3 +88,10 @@ def dtype_of(precision: Precision) -> torch.dtype:
 def first_line(error: Exception) -> str:
     """What an error says, in one line: its first, or its kind where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def called_modules(frames: Iterable[tuple[FrameType, int]]) -> Iterator[nn.Module]:
+    """The modules whose calls are among ``frames``, in that order: of ``traceback.walk_stack`` or ``walk_tb``."""
+    for frame, _ in frames:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            yield frame.f_locals["self"]

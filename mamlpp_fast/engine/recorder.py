@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
-from mamlpp_fast.engine.base import Unsupported, first_line
+from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
 __all__ = [
     "TAKE_SIZES",
     "Buffer",
     "Constant",
+    "Executions",
     "Operation",
     "Parameter",
     "Recorder",
     "Value",
-    "Watch",
     "draws",
 ]
 
@@ -113,7 +114,7 @@ class Operation:
         return [leaf for leaf in leaves if is_reference(leaf)]
 
 
-class Watch(TorchDispatchMode):
+class Executions(TorchDispatchMode):
     """What is executed, since it was last asked."""
 
     def __init__(self) -> None:
@@ -167,7 +168,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.root = type(model).__name__
         self.paths = {id(m): name for name, m in model.named_modules()}
-        self.watch = Watch()
+        self.watch = Executions()
         self.problem: Unsupported | None = None
         self.operations: list[Operation] = []
         self.result: int | None = None
@@ -205,18 +206,15 @@ class Recorder(TorchFunctionMode):
 
     def here(self) -> str:
         """Path of the innermost module that is being called."""
-        frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
-            frame = frame.f_back
-        return "" if frame is None else self.paths.get(id(frame.f_locals["self"]), "")
+        innermost = next(called_modules(traceback.walk_stack(sys._getframe(1))), None)
+        path: str = self.paths.get(id(innermost), "")
+        return path
 
     def raised(self, error: Exception) -> None:
         """Takes in that the forward raised, which another number of examples, or another engine, may not."""
-        where, trace = "", error.__traceback__
-        while trace is not None:
-            if trace.tb_frame.f_code is nn.Module._call_impl.__code__:
-                where = self.paths.get(id(trace.tb_frame.f_locals["self"]), where)
-            trace = trace.tb_next
+        where = ""
+        for module in called_modules(traceback.walk_tb(error.__traceback__)):
+            where = self.paths.get(id(module), where)
         self.complain(where, f"its forward raises, {first_line(error)}")
 
     def finish(self, result: Any) -> None:

@@ -5,6 +5,7 @@ Both run in float64 from the same parameters, so that they agree to rounding or 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mamlpp_fast import reference
-from mamlpp_fast.engine.base import Unsupported, first_line
+from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.lslr import LSLR
@@ -157,25 +158,13 @@ def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
         with reference.swapped(model, exact), plain_batch_norm(model), _Wider():
             yield
     except Exception as error:
-        if not _raised_by(model, error):
+        if not any(m is model for m in called_modules(traceback.walk_tb(error.__traceback__))):
             raise  # by the loss: labels that do not fit
         why = f"its forward raises in float64, which the check of the first batch is in, {first_line(error)}"
         raise Unsupported(type(model).__name__, why) from error
     finally:
         for norm, step in zip(norms, before, strict=True):
             norm.step = step
-
-
-def _raised_by(model: nn.Module, error: Exception) -> bool:
-    trace = error.__traceback__
-    while trace is not None:
-        if (
-            trace.tb_frame.f_code is nn.Module._call_impl.__code__
-            and trace.tb_frame.f_locals["self"] is model
-        ):
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def _exact(t: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ It is linear in the few pixels of a patch, so its statistics follow from the mea
 do not change while the weights adapt, and so do the dense sums of every backward rule. What is left are passes over
 the pooled grid that recompute the four products of a window. Exact algebra: ``docs/derivations/conv_norm_act_pool.md``.
 
-The orders are those of ``norm_act_pool``, but that the weights move instead of z; every op writes into its last
-arguments and returns nothing. The slope is not negative, the stride 1. With K = kh·kw·Ci values of a patch:
+The orders are those of ``norm_act_pool``, but that the weights move instead of z; every op writes into the tensors that
+its schema marks and returns nothing. The slope is not negative, the stride 1. With K = kh·kw·Ci values of a patch:
     padded: images [T, N, H + 2p, W + 2p, Ci] minus their mean, border included, that of ``patch_moments``.
     moments: float64 [T, K + 2, K]: mean of the patches, mean of the centred ones, their covariance.
     w: weights [T, kh, kw, Ci, C]; v: their tangent.
-    gamma, beta: affine parameters, [C] or [T, C].
+    gamma, beta: affine parameters, [C] or [T, C]; gamma_dot, beta_dot: their tangents, likewise, or None where they
+        do not move.
     y: result [T, N, Ho, Wo, C]; index: uint8, position 2·row + column of the maximum in its window.
     mean, rstd: statistics of the convolution's output [T, C], rstd = 1/√(var + ε).
 """
@@ -86,7 +87,11 @@ class _Weights:
         self.w = w.flatten(1, 3).to(wide)
         self.true_mean, self.centred_mean, self.covariance = moments[:, :1], moments[:, 1:2], moments[:, 2:]
         self.cw = self.covariance @ self.w
-        self.gamma = gamma.to(wide).expand(w.shape[0], w.shape[4])[:, None]
+        self.gamma = self.row(gamma)
+
+    def row(self, row: Tensor) -> Tensor:
+        """[C] or [T, C] as [T, 1, C]."""
+        return row.to(self.w.dtype).expand(self.w.shape[0], self.w.shape[2])[:, None]
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         total: Tensor = (a * b).sum(1, keepdim=True)
@@ -163,7 +168,7 @@ def _backward(
 
 def _tangent(
     v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
-    slope: float, uy: Tensor, t: Tensor,
+    slope: float, uy: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     _check(padded, moments, w, y=y, index=index, uy=uy)
     _check_slope(slope)
@@ -172,9 +177,13 @@ def _tangent(
     along = inverse * k.dot(direction, k.cw)
     t.copy_(along[:, 0])
     folded = k.gamma * inverse * (direction - along * inverse * k.w)
+    if gamma_dot is not None:
+        folded += k.row(gamma_dot) * inverse * k.w
     four = _windows(_patches(padded, *w.shape[1:3]))
     dense = torch.einsum("tnhwpk,tkc->tnhwpc", four, folded.to(padded.dtype))
     dense -= (k.centred_mean @ folded).to(padded.dtype)[:, None, None, None]
+    if beta_dot is not None:
+        dense += k.row(beta_dot).to(padded.dtype)[:, None, None, None]
     picked = dense.gather(4, index[:, :, :, :, None].long())[:, :, :, :, 0]
     uy.copy_(picked * _gate(y, slope))
 
@@ -182,6 +191,7 @@ def _tangent(
 def _backward_tangent(
     gy_dot: Tensor, v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor,
     rstd: Tensor, slope: float, sums: Tensor, t: Tensor, gw_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor,
+    gamma_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     _check(padded, moments, w, gy_dot=gy_dot, y=y, index=index)
     _check_slope(slope)
@@ -193,12 +203,15 @@ def _backward_tangent(
     q_dot = inverse * (k.dot(k.w, b_dot) + k.dot(direction, b)) / k.elements - inverse * along_u * q
     dense = (2 * inverse * q * along_u - q_dot) * k.cw - q * (k.covariance @ direction)
     product = b_dot - inverse * along_u * b + inverse * k.elements * dense
-    gw_dot.copy_((k.gamma * inverse * product).view_as(gw_dot))
+    found = k.gamma * inverse * product
+    if gamma_dot is not None:
+        found += k.row(gamma_dot) * inverse * (b - inverse * k.elements * q * k.cw)
+    gw_dot.copy_(found.view_as(gw_dot))
     ggamma_dot.copy_(q_dot[:, 0] * k.elements)
     gbeta_dot.copy_(total[:, 0])
 
 
-def _fake(*args: Tensor | float) -> None:
+def _fake(*args: Tensor | float | None) -> None:
     return None
 
 
@@ -232,14 +245,15 @@ _conv_norm_act_pool_backward = define(
     triton=_triton("backward"),
 )
 _conv_norm_act_pool_tangent = define(
-    f"conv_norm_act_pool_tangent(Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t) -> ()",
+    f"conv_norm_act_pool_tangent(Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t, "
+    "Tensor? gamma_dot=None, Tensor? beta_dot=None) -> ()",
     fallback=_tangent,
     fake=_fake,
     triton=_triton("tangent"),
 )
 _conv_norm_act_pool_backward_tangent = define(
     f"conv_norm_act_pool_backward_tangent(Tensor gy_dot, Tensor v, {_SAVED}, Tensor sums, Tensor t, "
-    "Tensor(a!) gw_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot) -> ()",
+    "Tensor(a!) gw_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
     triton=_triton("backward_tangent"),
@@ -302,9 +316,9 @@ def conv_norm_act_pool_backward(
 
 def conv_norm_act_pool_tangent(
     v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
-    uy: Tensor, t: Tensor, *, slope: float,
+    uy: Tensor, t: Tensor, *, slope: float, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Tangent of `conv_norm_act_pool` along a tangent v of w; γ and β do not move.
+    """Tangent of `conv_norm_act_pool` along a tangent v of w, and of γ and β where given.
 
     Args:
         uy: tangent of the result [T, N, Ho, Wo, C], overwritten.
@@ -314,15 +328,18 @@ def conv_norm_act_pool_tangent(
         `uy`.
     """
     _check(padded, moments, w, y=y, index=index, uy=uy)
-    _conv_norm_act_pool_tangent(v, y, index, padded, moments, w, gamma, rstd, slope, uy, t)
+    _conv_norm_act_pool_tangent(
+        v, y, index, padded, moments, w, gamma, rstd, slope, uy, t, gamma_dot, beta_dot
+    )
     return uy
 
 
 def conv_norm_act_pool_backward_tangent(
     gy_dot: Tensor, v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor,
     rstd: Tensor, sums: Tensor, t: Tensor, gw_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor, *, slope: float,
+    gamma_dot: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Tangent of `conv_norm_act_pool_backward` along tangents v of w and gy_dot of gy; γ and β do not move.
+    """Tangent of `conv_norm_act_pool_backward` along tangents v of w and gy_dot of gy, and of γ where given.
 
     Args:
         gy_dot: tangent of the result's gradient [T, N, Ho, Wo, C].
@@ -335,6 +352,7 @@ def conv_norm_act_pool_backward_tangent(
     """
     _check(padded, moments, w, gy_dot=gy_dot, y=y, index=index)
     _conv_norm_act_pool_backward_tangent(
-        gy_dot, v, y, index, padded, moments, w, gamma, rstd, slope, sums, t, gw_dot, ggamma_dot, gbeta_dot
+        *(gy_dot, v, y, index, padded, moments, w, gamma, rstd, slope, sums, t),
+        *(gw_dot, ggamma_dot, gbeta_dot, gamma_dot),
     )
     return gw_dot

@@ -2,12 +2,14 @@
 
 Activations are channels-last, ``[T, N, H, W, C]``; every (task, channel) is normalised over its m = N·H·W
 elements with the statistics of this very batch. Four orders: forward, backward, the tangent of the forward (along
-a tangent u of z, γ and β fixed) and the tangent of the backward; a Hessian-vector product is the last two in turn.
-Every op writes into its last arguments and returns nothing. Formulas: ``docs/derivations/norm_act_pool.md``.
+a tangent u of z, and of γ and β where they move) and the tangent of the backward; a Hessian-vector product is the last
+two in turn. Every op writes into the tensors that its schema marks and returns nothing. Formulas:
+``docs/derivations/norm_act_pool.md``.
 
 Common arguments:
     z: input [T, N, H, W, C], contiguous.
-    gamma, beta: affine parameters, [C] or [T, C].
+    gamma, beta: affine parameters, [C] or [T, C]; gamma_dot, beta_dot: their tangents, likewise, or None where they
+        do not move.
     slope: of the leaky ReLU; 1 leaves it out, 0 is the ReLU.
     pool: whether a 2x2 max-pool of stride 2 follows. An odd last row or column is in no window, yet counts in
         the statistics. Shapes [T, N, Ho, Wo, C] below mean H // 2 and W // 2 with it, H and W without.
@@ -37,7 +39,15 @@ def output_shape(shape: torch.Size | tuple[int, ...], pool: bool) -> tuple[int, 
     return tasks, images, height // step, width // step, channels
 
 
-def _check(z: Tensor, gamma: Tensor, beta: Tensor, pool: bool, **small: Tensor) -> None:
+def _check(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    pool: bool,
+    gamma_dot: Tensor | None = None,
+    beta_dot: Tensor | None = None,
+    **small: Tensor,
+) -> None:
     """Raises unless the tensors belong together; `small` are those of the result's shape."""
     if z.dim() != 5:
         raise ValueError(f"z: expected [T, N, H, W, C], got {tuple(z.shape)}")
@@ -46,8 +56,9 @@ def _check(z: Tensor, gamma: Tensor, beta: Tensor, pool: bool, **small: Tensor) 
         raise ValueError(
             f"z: expected more than one element per task and channel to normalise, got {tuple(z.shape)}"
         )
-    for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if tuple(parameter.shape) not in ((channels,), (tasks, channels)):
+    rows = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
+    for name, parameter in rows.items():
+        if parameter is not None and tuple(parameter.shape) not in ((channels,), (tasks, channels)):
             raise ValueError(
                 f"{name}: expected [{channels}] or [{tasks}, {channels}], got {tuple(parameter.shape)}"
             )
@@ -167,14 +178,20 @@ def _tangent(
     uy: Tensor,
     r: Tensor,
     t: Tensor,
+    gamma_dot: Tensor | None = None,
+    beta_dot: Tensor | None = None,
 ) -> None:
-    _check(z, gamma, beta, pool, uy=uy, **({"index": index} if pool else {}))
+    _check(z, gamma, beta, pool, gamma_dot, beta_dot, uy=uy, **({"index": index} if pool else {}))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)
     r.copy_(_mean(wide))
     t.copy_(_mean(wide * normal))
     scale = _spread(gamma.to(dtype) * rstd, dtype)
     dense = scale * (wide - _spread(r, dtype) - normal * _spread(t, dtype))
+    if gamma_dot is not None:
+        dense += _spread(gamma_dot, dtype) * normal
+    if beta_dot is not None:
+        dense += _spread(beta_dot, dtype)
     uy.copy_(_pick(dense * _gate(normal, gamma, beta, slope), index, pool))
 
 
@@ -195,8 +212,9 @@ def _backward_tangent(
     gz_dot: Tensor,
     ggamma_dot: Tensor,
     gbeta_dot: Tensor,
+    gamma_dot: Tensor | None = None,
 ) -> None:
-    _check(z, gamma, beta, pool, gy_dot=gy_dot, gy=gy, **({"index": index} if pool else {}))
+    _check(z, gamma, beta, pool, gamma_dot, gy_dot=gy_dot, gy=gy, **({"index": index} if pool else {}))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)
     gate = _gate(normal, gamma, beta, slope)
@@ -211,13 +229,17 @@ def _backward_tangent(
     along_u = _spread(scale * rstd * q, dtype) * wide
     constant = _spread(scale * (rstd * (q * r + t * p) - p_dot), dtype)
     gradients = _spread(scale, dtype) * (g_dot - _spread(rstd * t, dtype) * g)
-    gz_dot.copy_(gradients + along_normal - along_u + constant)
+    dot = gradients + along_normal - along_u + constant
+    if gamma_dot is not None:
+        scale_dot = _spread(gamma_dot.to(dtype) * rstd, dtype)
+        dot += scale_dot * (g - _spread(p, dtype) - normal * _spread(q, dtype))
+    gz_dot.copy_(dot)
     elements = z.shape[1] * z.shape[2] * z.shape[3]
     ggamma_dot.copy_(q_dot * elements)
     gbeta_dot.copy_(p_dot * elements)
 
 
-def _fake(*args: Tensor | float) -> None:
+def _fake(*args: Tensor | float | None) -> None:
     return None
 
 
@@ -245,14 +267,15 @@ _norm_act_pool_backward = define(
     triton=_triton("backward"),
 )
 _norm_act_pool_tangent = define(
-    f"norm_act_pool_tangent(Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t) -> ()",
+    f"norm_act_pool_tangent(Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t, "
+    "Tensor? gamma_dot=None, Tensor? beta_dot=None) -> ()",
     fallback=_tangent,
     fake=_fake,
     triton=_triton("tangent"),
 )
 _norm_act_pool_backward_tangent = define(
     f"norm_act_pool_backward_tangent(Tensor gy_dot, Tensor gy, Tensor u, {_SAVED}, Tensor r, Tensor t, "
-    "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot) -> ()",
+    "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
     triton=_triton("backward_tangent"),
@@ -332,8 +355,10 @@ def norm_act_pool_tangent(
     *,
     slope: float,
     pool: bool,
+    gamma_dot: Tensor | None = None,
+    beta_dot: Tensor | None = None,
 ) -> Tensor:
-    """Tangent of `norm_act_pool` along a tangent u [T, N, H, W, C] of z; γ and β do not move.
+    """Tangent of `norm_act_pool` along a tangent u [T, N, H, W, C] of z, and of γ and β where given.
 
     Args:
         uy: tangent of the result [T, N, Ho, Wo, C], overwritten.
@@ -342,8 +367,8 @@ def norm_act_pool_tangent(
     Returns:
         `uy`.
     """
-    _check(z, gamma, beta, pool, uy=uy, **({"index": index} if pool else {}))
-    _norm_act_pool_tangent(u, z, index, mean, rstd, gamma, beta, slope, pool, uy, r, t)
+    _check(z, gamma, beta, pool, gamma_dot, beta_dot, uy=uy, **({"index": index} if pool else {}))
+    _norm_act_pool_tangent(u, z, index, mean, rstd, gamma, beta, slope, pool, uy, r, t, gamma_dot, beta_dot)
     return uy
 
 
@@ -365,8 +390,11 @@ def norm_act_pool_backward_tangent(
     *,
     slope: float,
     pool: bool,
+    gamma_dot: Tensor | None = None,
 ) -> Tensor:
-    """Tangent of `norm_act_pool_backward` along tangents u of z and gy_dot of gy; γ and β do not move.
+    """Tangent of `norm_act_pool_backward` along tangents u of z and gy_dot of gy, and of γ where given.
+
+    A tangent of β changes nothing here: the gate and the positions of the maxima are piecewise constant.
 
     Args:
         gy_dot, gy: tangent of the result's gradient, and that gradient, [T, N, Ho, Wo, C].
@@ -377,8 +405,9 @@ def norm_act_pool_backward_tangent(
     Returns:
         `gz_dot`.
     """
-    _check(z, gamma, beta, pool, gy_dot=gy_dot, gy=gy, **({"index": index} if pool else {}))
+    _check(z, gamma, beta, pool, gamma_dot, gy_dot=gy_dot, gy=gy, **({"index": index} if pool else {}))
     _norm_act_pool_backward_tangent(
-        gy_dot, gy, u, z, index, mean, rstd, gamma, beta, slope, r, t, pool, gz_dot, ggamma_dot, gbeta_dot
+        *(gy_dot, gy, u, z, index, mean, rstd, gamma, beta, slope, r, t, pool),
+        *(gz_dot, ggamma_dot, gbeta_dot, gamma_dot),
     )
     return gz_dot

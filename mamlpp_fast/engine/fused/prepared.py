@@ -115,7 +115,7 @@ class Prepared:
         if self.threads == 0:
             work(0, NEVER)
         else:
-            lanes.run(work, count)
+            lanes.run(work, count, threads)
 
     def _group(self, batch: EpisodeBatch, group: int, lane: int, threads: int, halt: Halt) -> None:
         start = group * self.form.tasks

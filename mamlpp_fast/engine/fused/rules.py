@@ -26,6 +26,7 @@ from mamlpp_fast.engine.fused.steps import (
     NormActPool,
     Rows,
     ScaleShift,
+    Scaling,
     Slot,
 )
 from mamlpp_fast.engine.recorder import Buffer, Parameter, Value
@@ -171,7 +172,7 @@ def _norm(
     if (weight is None) != (bias is None):
         raise call.refusal("batch norm: expected weight and bias, or neither")
     names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
-    adapts = any(n in low.adapted for n in names)
+    adapting = [low.vector(n) for n in names if n is not None] if low.adapted.intersection(names) else []
     affine = Rows(call.name, names[0], names[1], rows, rows > 1, shape[2])
     statistics = None
     if running_mean is not None:
@@ -194,16 +195,14 @@ def _norm(
         )
     if by_batch:
         low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
-        x = low.step(
-            NormActPool, call, (x,), shape, None if adapts else affine, eps, 1.0, False, False, call.name
-        )
+        own = Scaling(*adapting) if adapting else affine
+        x = low.step(NormActPool, call, (x,), shape, own, eps, 1.0, False, False, call.name)
     else:
         assert statistics is not None
         low.frozen[call.name] = statistics
-        x = low.step(FrozenNorm, call, (x,), shape, affine, not adapts, eps)
-    if adapts:
-        vectors = (None if n is None else low.vector(n) for n in names)
-        x = low.step(ScaleShift, call, (x,), shape, *vectors)
+        x = low.step(FrozenNorm, call, (x,), shape, affine, not adapting, eps)
+        if adapting:
+            x = low.step(ScaleShift, call, (x,), shape, *adapting)
     if len(call.shape) == 1:  # features, not images of one pixel
         low.step(Flatten, call, (x,), call.shape)
 

@@ -1,6 +1,6 @@
 """The steps a lowered network is made of, each with its rules."""
 
-from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Slot, Step
+from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Scaling, Slot, Step
 from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
 from mamlpp_fast.engine.fused.steps.generic import Generic
 from mamlpp_fast.engine.fused.steps.head import Head
@@ -33,6 +33,7 @@ __all__ = [
     "Relayout",
     "Rows",
     "ScaleShift",
+    "Scaling",
     "Slot",
     "SquaredError",
     "Step",

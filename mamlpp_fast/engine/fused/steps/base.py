@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 
-__all__ = ["LOSS", "Goal", "Pass", "Rows", "Slot", "Step", "aten"]
+__all__ = ["LOSS", "Affine", "Goal", "Pass", "Rows", "Scaling", "Slot", "Step", "aten"]
 
 aten = torch.ops.aten
 LOSS = "loss"
@@ -53,6 +53,14 @@ class Rows:
     rows: int
     per_step: bool
     channels: int
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A batch norm's weight and bias where the inner loop adapts one of them or both: every task has its own."""
+
+    weight: Slot
+    bias: Slot
 
 
 @dataclass(frozen=True)
@@ -197,3 +205,47 @@ class Step:
 
     def new_output(self, em: Emitter, ps: Pass, prefix: str = "") -> Ref:
         return em.new(f"{prefix}{self.name}", (ps.tasks, ps.images, *self.shape))
+
+
+class Affine(Step):
+    """What steps share that scale and shift normalised channels.
+
+    Attributes:
+        affine: weight and bias, of all tasks or each task's own; None for 1 and 0.
+    """
+
+    affine: Rows | Scaling | None
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return (self.affine.weight, self.affine.bias) if isinstance(self.affine, Scaling) else ()
+
+    @property
+    def rows(self) -> Rows | None:
+        return self.affine if isinstance(self.affine, Rows) else None
+
+    def weight_and_bias(self, em: Emitter, ps: Pass, channels: int) -> tuple[Ref, Ref]:
+        """[C] or [T, C] each."""
+        if isinstance(self.affine, Scaling):
+            return ps.weights[self.affine.weight.name], ps.weights[self.affine.bias.name]
+        if self.affine is not None:
+            return ps.rows[self.affine.name]
+        return em.constant_vector(1.0, channels), em.constant_vector(0.0, channels)
+
+    def their_directions(self, ps: Pass) -> tuple[Ref | None, ...]:
+        """Of weight and bias [T, C], None for one that does not adapt; nothing where neither can."""
+        if not isinstance(self.affine, Scaling):
+            return ()
+        return ps.directions.get(self.affine.weight.name), ps.directions.get(self.affine.bias.name)
+
+    def their_gradients(
+        self, em: Emitter, ps: Pass, out: Gradients, shape: tuple[int, ...]
+    ) -> tuple[Ref, Ref]:
+        """Where the gradients [T, C] of weight and bias go, which a rule then fills."""
+        if not isinstance(self.affine, Scaling):
+            return out.of_rows(em, self.affine, shape)
+        weight, bias = (out.of(em, slot, ps.tasks) for slot in (self.affine.weight, self.affine.bias))
+        for slot, place in ((self.affine.weight, weight), (self.affine.bias, bias)):
+            if slot.name in out.wanted_params:
+                out.params[slot.name] = place
+        return weight, bias

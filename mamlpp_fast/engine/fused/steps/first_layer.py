@@ -9,7 +9,7 @@ import torch
 
 import mamlpp_fast.ops.conv_norm_act_pool  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Slot, Step
+from mamlpp_fast.engine.fused.steps.base import Affine, Gradients, Pass, Rows, Scaling, Slot, aten
 
 __all__ = ["FirstLayer"]
 
@@ -17,7 +17,7 @@ ops = torch.ops.mamlpp_fast
 
 
 @dataclass
-class FirstLayer(Step):
+class FirstLayer(Affine):
     """Takes the place of a ``Conv`` on the images (stride 1, few channels) and the pooled ``NormActPool`` behind it.
 
     The images and the moments of their patches do not change within an iteration: they are prepared by the first pass
@@ -26,7 +26,7 @@ class FirstLayer(Step):
 
     weight: Slot
     padding: int
-    affine: Rows
+    affine: Rows | Scaling
     eps: float
     slope: float
     norm: str
@@ -37,11 +37,7 @@ class FirstLayer(Step):
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (self.weight,)
-
-    @property
-    def rows(self) -> Rows | None:
-        return self.affine
+        return (self.weight, *super().slots)
 
     def _flops(self, ps: Pass) -> int:
         return 2 * ps.tasks * ps.images * 4 * math.prod(self.shape) * math.prod(self.weight.shape[:3])
@@ -64,7 +60,7 @@ class FirstLayer(Step):
         else:
             mean, rstd = em.new(f"{self.name} mean", shape), em.new(f"{self.name} 1/std", shape)
         index = em.new(f"{self.name} positions", out.shape, torch.uint8)
-        w, (gamma, beta) = ps.weights[self.weight.name], ps.rows[self.affine.name]
+        w, (gamma, beta) = ps.weights[self.weight.name], self.weight_and_bias(em, ps, shape[1])
         em.call(
             ops.conv_norm_act_pool.default,
             *(*prepared, w, gamma, beta, self.eps, self.slope, out, index, mean, rstd),
@@ -75,18 +71,23 @@ class FirstLayer(Step):
 
     def tangent(self, em: Emitter, ps: Pass) -> None:
         out, t = self.new_output(em, ps, "tangent of "), em.new(f"{self.name} t", (ps.tasks, self.shape[-1]))
-        v = ps.directions[self.weight.name]
+        v, moved = ps.directions.get(self.weight.name), self.their_directions(ps)
+        if v is None:  # weight and bias of the norm alone adapt
+            v = em.like(f"no direction of {self.weight.name}", ps.weights[self.weight.name])
+            em.call(aten.zero_.default, v)
         em.call(
-            ops.conv_norm_act_pool_tangent.default, v, *ps.saved[self.name], out, t, flops=self._flops(ps)
+            ops.conv_norm_act_pool_tangent.default,
+            *(v, *ps.saved[self.name], out, t, *moved),
+            flops=self._flops(ps),
         )
         ps.tangents[self.output] = out
-        ps.saved[self.name, "tangent"] = (v, t)
+        ps.saved[self.name, "tangent"] = (v, t, moved[:1])
 
     def _outputs(self, em: Emitter, ps: Pass, out: Gradients) -> tuple[Ref, Ref, Ref]:
         gw = out.of(em, self.weight, ps.tasks)
         if self.weight.name in out.wanted_params:
             out.params[self.weight.name] = gw
-        return gw, *out.of_rows(em, self.affine, (ps.tasks, self.shape[-1]))
+        return gw, *self.their_gradients(em, ps, out, (ps.tasks, self.shape[-1]))
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         sums = em.new(f"{self.name} sums", (ps.tasks, math.prod(self.weight.shape[:3]), self.shape[-1]))
@@ -102,9 +103,10 @@ class FirstLayer(Step):
         if (self.name, "tangent") not in ps.saved:
             self.backward(em, ps, gy_dot, out)
             return
-        v, t = ps.saved[self.name, "tangent"]
+        v, t, moved = ps.saved[self.name, "tangent"]
         em.call(
             ops.conv_norm_act_pool_backward_tangent.default,
-            *(gy_dot, v, *ps.saved[self.name], ps.saved[self.name, "sums"], t, *self._outputs(em, ps, out)),
+            *(gy_dot, v, *ps.saved[self.name], ps.saved[self.name, "sums"], t),
+            *(*self._outputs(em, ps, out), *moved),
             flops=self._flops(ps),
         )

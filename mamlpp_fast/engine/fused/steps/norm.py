@@ -9,7 +9,7 @@ import torch
 
 import mamlpp_fast.ops.norm_act_pool  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Rows, Step, aten
+from mamlpp_fast.engine.fused.steps.base import Affine, Gradients, Pass, Rows, Scaling, Step, aten
 
 __all__ = ["FrozenNorm", "NormActPool"]
 
@@ -17,27 +17,21 @@ ops = torch.ops.mamlpp_fast
 
 
 @dataclass
-class NormActPool(Step):
+class NormActPool(Affine):
     """Batch norm over a task's images, leaky ReLU (slope 1: none), max-pooling 2x2 where ``pool``: one call a rule.
 
-    Without ``affine`` the weight is 1 and the bias 0.
-
     Attributes:
-        per_image: every image has statistics of its own, over all its elements: a layer norm.
-        instance: every channel of an image has.
+        per_image: every image has statistics of its own, over all its elements: a layer norm, without ``affine``.
+        instance: every channel of an image has, likewise.
     """
 
-    affine: Rows | None
+    affine: Rows | Scaling | None
     eps: float
     slope: float
     pool: bool
     per_image: bool = False
     norm: str = ""
     instance: bool = False
-
-    @property
-    def rows(self) -> Rows | None:
-        return self.affine
 
     def _view(self, ps: Pass, x: Ref) -> Ref:
         """[T, N, H, W, C], or the images of all tasks as tasks, of one channel where they have one statistic."""
@@ -52,12 +46,6 @@ class NormActPool(Step):
             return ps.tasks * ps.images, self.shape[-1]
         return (ps.tasks * ps.images, 1) if self.per_image else (ps.tasks, self.shape[-1])
 
-    def _weights(self, em: Emitter, ps: Pass) -> tuple[Ref, Ref]:
-        if self.affine is not None:
-            return ps.rows[self.affine.name]
-        channels = self._stats_shape(ps)[1]
-        return em.constant_vector(1.0, channels), em.constant_vector(0.0, channels)
-
     def forward(self, em: Emitter, ps: Pass) -> None:
         out, shape = self.new_output(em, ps), self._stats_shape(ps)
         if self.norm in ps.stats:
@@ -66,7 +54,7 @@ class NormActPool(Step):
             mean, rstd = em.new(f"{self.name} mean", shape), em.new(f"{self.name} 1/std", shape)
         index = em.new(f"{self.name} positions", out.shape if self.pool else (0,), torch.uint8)
         z = self._view(ps, ps.values[self.inputs[0]])
-        gamma, beta = self._weights(em, ps)
+        gamma, beta = self.weight_and_bias(em, ps, shape[1])
         y = self._view(ps, out)
         em.call(
             ops.norm_act_pool.default, z, gamma, beta, self.eps, self.slope, self.pool, y, index, mean, rstd
@@ -77,19 +65,23 @@ class NormActPool(Step):
     def tangent(self, em: Emitter, ps: Pass) -> None:
         out, shape = self.new_output(em, ps, "tangent of "), self._stats_shape(ps)
         r, t = em.new(f"{self.name} r", shape), em.new(f"{self.name} t", shape)
-        u = self._view(ps, ps.tangents[self.inputs[0]])
+        u, moved = ps.tangents.get(self.inputs[0]), self.their_directions(ps)
+        if u is None:  # weight and bias alone adapt
+            u = em.like(f"no tangent of input of {self.name}", ps.values[self.inputs[0]])
+            em.call(aten.zero_.default, u)
+        u = self._view(ps, u)
         em.call(
             ops.norm_act_pool_tangent.default,
             *(u, *ps.saved[self.name], self.slope, self.pool),
-            *(self._view(ps, out), r, t),
+            *(self._view(ps, out), r, t, *moved),
         )
         ps.tangents[self.output] = out
-        ps.saved[self.name, "tangent"] = (u, r, t)
+        ps.saved[self.name, "tangent"] = (u, r, t, moved[:1])
 
     def _outputs(self, em: Emitter, ps: Pass, out: Gradients) -> tuple[Ref, Ref, Ref]:
         gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
         out.add(self.inputs[0], gx)
-        return (self._view(ps, gx), *out.of_rows(em, self.affine, self._stats_shape(ps)))
+        return (self._view(ps, gx), *self.their_gradients(em, ps, out, self._stats_shape(ps)))
 
     def _wanted(self, out: Gradients) -> bool:
         return self.inputs[0] in out.wanted_values or bool(self.params() & out.wanted_params)
@@ -103,14 +95,14 @@ class NormActPool(Step):
             )
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        if gy is None or self.inputs[0] not in ps.tangents:
+        if gy is None or (self.name, "tangent") not in ps.saved:
             self.backward(em, ps, gy_dot, out)
             return
-        u, r, t = ps.saved[self.name, "tangent"]
+        u, r, t, moved = ps.saved[self.name, "tangent"]
         em.call(
             ops.norm_act_pool_backward_tangent.default,
             *(self._view(ps, gy_dot), self._view(ps, gy), u, *ps.saved[self.name], self.slope),
-            *(r, t, self.pool, *self._outputs(em, ps, out)),
+            *(r, t, self.pool, *self._outputs(em, ps, out), *moved),
         )
 
 

@@ -93,7 +93,7 @@ class MaxPool(Step):
 class ScaleShift(Step):
     """``x * scale + shift`` with parameters per channel [C] or per element [H, W, C], each task's own.
 
-    The affine part of a batch norm whose weights adapt, and of a layer norm.
+    The affine part of a layer norm, and, where its weights adapt, of a norm by running statistics.
     """
 
     scale: Slot | None

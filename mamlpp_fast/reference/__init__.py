@@ -1,0 +1,48 @@
+"""MAML++ in plain PyTorch: the specification that every faster path is held against.
+
+"How to train your MAML", Antoniou, Edwards, Storkey, ICLR 2019 (arXiv:1810.09502). One task at a time, nested
+autograd, any ``nn.Module``. Section and equation numbers are the paper's. Nothing of the package outside this folder is
+imported in it, so that it is an independent witness.
+
+Read in order: ``schedules.py`` (multi-step loss, derivative order, meta learning rate), ``norms.py`` (the per-step
+batch norm), ``calling.py`` (a model with other tensors), ``adapting.py`` (which parameters adapt), ``inner.py`` (the
+inner loop), ``meta.py`` (the meta-gradient, evaluation).
+"""
+
+from mamlpp_fast.reference.adapting import adapted_names
+from mamlpp_fast.reference.calling import functional_call, swapped
+from mamlpp_fast.reference.inner import LossFn, check_recomputation, inner_loop, math_attention
+from mamlpp_fast.reference.meta import MetaResult, Task, evaluate_task, meta_gradient, task_loss
+from mamlpp_fast.reference.norms import (
+    NORMS,
+    EvalStats,
+    PerStepBatchNorm2d,
+    per_step_norm,
+    set_eval_stats,
+    set_step,
+)
+from mamlpp_fast.reference.schedules import cosine_annealing, is_second_order, msl_weights
+
+__all__ = [
+    "NORMS",
+    "EvalStats",
+    "LossFn",
+    "MetaResult",
+    "PerStepBatchNorm2d",
+    "Task",
+    "adapted_names",
+    "check_recomputation",
+    "cosine_annealing",
+    "evaluate_task",
+    "functional_call",
+    "inner_loop",
+    "is_second_order",
+    "math_attention",
+    "meta_gradient",
+    "msl_weights",
+    "per_step_norm",
+    "set_eval_stats",
+    "set_step",
+    "swapped",
+    "task_loss",
+]

@@ -1,0 +1,74 @@
+"""Calling a model with other tensors in place of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["functional_call", "swapped"]
+
+
+def functional_call(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Calls ``model`` with ``tensors`` in place of its parameters and buffers of those names, and leaves it as it was.
+
+    Like ``torch.func.functional_call``, but right for a submodule that is held under two names: torch 2.11 to 2.14 swap
+    it twice and leave the given tensors in the model (pytorch issue 164759). A tensor is replaced wherever the model
+    holds it, so one name of a tied weight is enough.
+
+    Args:
+        model: any module; not to be called by another thread meanwhile.
+        tensors: by the names of ``model.named_parameters()`` or ``named_buffers()``, every alias of a name included.
+        args: positional arguments, or the only one.
+        kwargs: keyword arguments.
+
+    Raises:
+        KeyError: for a name that ``model`` lacks.
+        ValueError: for two different values of one tied tensor.
+    """
+    with swapped(model, tensors):
+        return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it ``model`` holds ``tensors`` in place of its own; see :func:`functional_call`."""
+    new: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        held = _held(model, name)
+        if new.setdefault(id(held), tensor) is not tensor:
+            raise ValueError(f"tensors: expected one value for a tied tensor, got another for {name!r}")
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for leaf, old in table.items():
+                    if id(old) in new:
+                        replaced.append((table, leaf, old))
+                        table[leaf] = new[id(old)]
+        yield
+    finally:
+        for table, leaf, old in replaced:
+            table[leaf] = old
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    tables = () if module is None else (module._parameters, module._buffers)
+    held = next((table[leaf] for table in tables if leaf in table), None)
+    if held is None:
+        raise KeyError(f"tensors: expected names of parameters or buffers of the model, got {name!r}")
+    return held

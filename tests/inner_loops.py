@@ -1,0 +1,64 @@
+"""A small task, and inner loops that several test files compare: a textbook's, ``mf.adapt``'s, learn2learn's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+
+STEPS, RATE, CLASSES = 2, 0.3, 4
+Task = tuple[Tensor, Tensor, Tensor, Tensor]
+Loss = Callable[[Task], Tensor]
+
+
+def task(seed: int) -> Task:
+    """Support x [5, 6] and labels, target x [7, 6] and labels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def side(n: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+        return x, torch.randint(CLASSES, (n,), generator=generator)
+
+    return *side(5), *side(7)
+
+
+def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None) -> Loss:
+    """The target loss after the steps, with the model's own buffers or copies of the given ones."""
+
+    def loss(data: Task) -> Tensor:
+        fast: dict[str, Tensor] = dict(model.named_parameters())
+        copies = {} if buffers is None else {name: b.clone() for name, b in model.named_buffers()}
+        for _ in range(STEPS):
+            support = F.cross_entropy(mf.functional_call(model, fast | copies, (data[0],)), data[1])
+            grads = torch.autograd.grad(support, list(fast.values()), create_graph=True, allow_unused=True)
+            fast = {
+                n: p if g is None else p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)
+            }
+        return F.cross_entropy(mf.functional_call(model, fast | copies, (data[2],)), data[3])
+
+    return loss
+
+
+def adapted(model: nn.Module, aliases: bool = False) -> Loss:
+    named = model.named_parameters(remove_duplicate=not aliases)
+    rates = mf.LSLR(named, STEPS, RATE, learnable=False)
+
+    def loss(data: Task) -> Tensor:
+        fast = mf.adapt(model, data[0], data[1], rates)
+        return F.cross_entropy(mf.functional_call(model, fast, (data[2],)), data[3])
+
+    return loss
+
+
+def learned(learner: nn.Module) -> Loss:
+    def loss(data: Task) -> Tensor:
+        clone = learner.clone()
+        for _ in range(STEPS):
+            clone.adapt(F.cross_entropy(clone(data[0]), data[1]))
+        return F.cross_entropy(clone(data[2]), data[3])
+
+    return loss
