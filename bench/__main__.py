@@ -80,6 +80,11 @@ PARTS = {
         "-m bench.iterations --workloads omniglot-5w1s-final --engines reference,fused --seconds 1 "
         "--json {out}/iterations.json",
     ),
+    "networks": Part(
+        "-m bench.networks --json {out}/networks.json",
+        8,
+        "-m bench.networks --seconds 0.2 --json {out}/networks.json",
+    ),
     "load": Part("-m bench.load --json {out}/load.json", 6, None),
     "scaling": Part(
         "-m bench.iterations --scaling --seconds 8 --passes 3 --json {out}/scaling.json", 3, None

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.record import record
@@ -78,16 +78,20 @@ def by_recording(model: nn.Module, x: Tensor) -> Captured:
             if isinstance(leaf, Parameter):
                 return params[leaf.name].detach() if leaf.detached else params[leaf.name]
             if isinstance(leaf, Constant):
-                raise Unsupported("constant", "a tensor that is an attribute")
+                return leaf.tensor
             return constants[leaf.name].clone() if isinstance(leaf, Buffer) else leaf
 
-        for op in recording.operations:
+        recorded = dict(zip(recording.examples, (recording.operations, recording.others), strict=True))
+        if len(inputs) not in recorded:
+            raise Unsupported("recording", f"not made with {len(inputs)} examples")
+        for op in recorded[len(inputs)]:
             args, kwargs = tree_map(given, (op.args, op.kwargs))
             result = op.function(*args, **kwargs)
-            if op.output is None:
-                raise Unsupported(op.where, f"{op.name} makes several tensors")
-            value = args[0] if result is None else result
-            values[op.output] = value.detach() if op.constant else value
+            made = [t for t in tree_leaves(args[0] if result is None else result) if isinstance(t, Tensor)]
+            if len(made) != len(op.outputs):
+                raise Unsupported(op.where, f"{op.name} returns a tensor that it was given")
+            for index, value in zip(op.outputs, made, strict=True):
+                values[index] = value.detach() if op.constant else value
         return values[recording.output]
 
     return run

@@ -147,7 +147,9 @@ def curves(*, inputs: int = 1, outputs: int = 1, support: int = 10, tasks: int =
     return make
 
 
-def classes(*shape: int, ways: int = 5, shots: int = 1, targets: int = 5, tasks: int = 4, ids: int = 0) -> Any:
+def classes(
+    *shape: int, ways: int = 5, shots: int = 1, targets: int = 5, tasks: int = 4, ids: int = 0
+) -> Any:
     """Classification: inputs of this shape, token ids below ``ids``."""
 
     def make() -> Batch:
@@ -187,9 +189,7 @@ def _transformer() -> nn.Module:
 
 IMAGES = classes(3, 28, 28)
 CASES = {
-    "Conv4": Case(
-        conv(lambda: nn.BatchNorm2d(64), colours=1, filters=64, depth=4), classes(1, 28, 28)
-    ),
+    "Conv4": Case(conv(lambda: nn.BatchNorm2d(64), colours=1, filters=64, depth=4), classes(1, 28, 28)),
     "MLP relu": Case(mlp(nn.ReLU), curves(), "mse"),
     "MLP tanh": Case(mlp(nn.Tanh), curves(), "mse"),
     "MLP sigmoid": Case(mlp(nn.Sigmoid), curves(), "mse"),
@@ -231,7 +231,10 @@ CASES = {
     "GELU conv": Case(conv(lambda: nn.BatchNorm2d(32), act=nn.GELU), IMAGES),
     "ConvTranspose": Case(
         lambda: nn.Sequential(
-            nn.ConvTranspose2d(16, 16, 2, 2), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, 2), nn.Flatten(),
+            nn.ConvTranspose2d(16, 16, 2, 2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(16, 8, 2, 2),
+            nn.Flatten(),
             nn.Linear(8 * 28 * 28, 5),
         ),
         classes(16, 7, 7),
@@ -252,9 +255,11 @@ CASES = {
 Results = list[Tensor]
 
 
-def textbook(model: nn.Module, batch: Batch, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Results]:
+def textbook(
+    model: nn.Module, batch: Batch, loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], Results]:
     """MAML as it stands in many a repository: task after task, ``create_graph``, norms at the batch's statistics."""
-    own = {n: p for n, p in model.named_parameters()}
+    own = dict(model.named_parameters())
     names = [n for n, p in own.items() if not _of_norm(model, n)]
     rates = torch.full((len(names),), RATE, dtype=next(model.parameters()).dtype, requires_grad=True)
 
@@ -276,7 +281,13 @@ def textbook(model: nn.Module, batch: Batch, loss_fn: Callable[[Tensor, Tensor],
             losses.append(loss_fn(functional_call(model, own | fast, (target_x,)), target_y))
         total = torch.stack(losses).mean()
         grads = torch.autograd.grad(total, [*own.values(), rates], allow_unused=True)
-        return [total.detach(), *(torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*own.values(), rates], strict=True))]
+        return [
+            total.detach(),
+            *(
+                torch.zeros_like(p) if g is None else g
+                for g, p in zip(grads, [*own.values(), rates], strict=True)
+            ),
+        ]
 
     return step
 

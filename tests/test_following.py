@@ -213,14 +213,14 @@ def test_auto_chooses_anew() -> None:
     learner = new("auto")
     learner.meta_step(batch())
     assert learner.engine.name == "fused"
-    learner.model.act = nn.Softsign()
+    learner.model.act = nn.RReLU()  # draws
     learner.meta_step(batch())
     assert learner.engine.name == "autograd" and "act" in learner.engine_reason
     learner.model.act = nn.ReLU()
     learner.meta_step(batch())
     assert learner.engine.name == "fused"
     strict = new("fused")
-    strict.model.act = nn.Softsign()
+    strict.model.act = nn.RReLU()
     for _ in range(2):
         with pytest.raises(ValueError, match="engine: expected a model"):
             strict.meta_step(batch())

@@ -106,6 +106,8 @@ def test_shapes_that_do_not_fit_are_named(model: nn.Module, message: str) -> Non
         (nn.Sequential(nn.Flatten(2)), ["flatten"]),
         (nn.Sequential(nn.Unflatten(2, (2, 3))), ["unflatten"]),
         (nn.Sequential(nn.LayerNorm(6)), ["layer_norm"]),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4)), ["group_norm"]),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(4, 4), nn.InstanceNorm2d(4)), []),
         (nn.Sequential(nn.Linear(6, 3)), ["linear"]),
         (Calls(lambda m, x: m.conv(x) + m.scale), ["add"]),
         (Calls(lambda m, x: m.conv(x) + 1), ["add"]),

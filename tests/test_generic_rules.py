@@ -33,7 +33,12 @@ def step_of(function: Callable[..., Tensor], forms: list[Form], weights: list[Fo
 
 
 def rules(
-    step: Generic, tasks: int, values: Mapping[Any, Tensor], moving: Mapping[Any, Tensor], gy: Tensor, gy_dot: Tensor
+    step: Generic,
+    tasks: int,
+    values: Mapping[Any, Tensor],
+    moving: Mapping[Any, Tensor],
+    gy: Tensor,
+    gy_dot: Tensor,
 ) -> dict[str, Tensor]:
     """What the rules leave: values and tangents by name, gradients and theirs by input or parameter."""
     em = Emitter(torch.device("cpu"), torch.float64)
@@ -74,7 +79,11 @@ def rules(
 
 
 def autograd(
-    function: Callable[..., Tensor], values: Mapping[Any, Tensor], moving: Mapping[Any, Tensor], gy: Tensor, gy_dot: Tensor
+    function: Callable[..., Tensor],
+    values: Mapping[Any, Tensor],
+    moving: Mapping[Any, Tensor],
+    gy: Tensor,
+    gy_dot: Tensor,
 ) -> dict[str, Tensor]:
     """The same of one task, by nested autograd."""
     names = list(values)
@@ -118,9 +127,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Form], list[Form]]] = {
     "permuted": (lambda x: x.transpose(1, 2).reshape(N, -1) * 2, [(N, 3, 5)], []),
     "cat": (lambda x, y: torch.cat([x, y, x], 1), [(N, 2), (N, 3)], []),
     "index": (lambda x: x[:, torch.arange(5) // 2], [(N, 3)], []),
-    "assigned": (lambda x, y: COMPOSITES[Tensor.__setitem__](x, (slice(None), slice(1, 3)), y), [(N, 4), (N, 2)], []),
+    "assigned": (
+        lambda x, y: COMPOSITES[Tensor.__setitem__](x, (slice(None), slice(1, 3)), y),
+        [(N, 4), (N, 2)],
+        [],
+    ),
     "cumulative": (lambda x: torch.cumsum(x, 1).logsumexp(1), [(N, 4)], []),
     "no-forward-formula": (lambda x, w, b: F.group_norm(x, 2, w, b), [(N, 4, 3)], [(4,), (4,)]),
+    "solve": (lambda x, w: torch.linalg.solve(w, x.T), [(N, 4)], [(4, 4)]),
     "norm": (lambda x: torch.linalg.vector_norm(x, dim=1), [(N, 4)], []),
     "examples-mixed": (lambda x: torch.tanh(x @ x.T) @ x, [(N, 3)], []),
     "zero-derivative": (lambda x: torch.sign(x) + x.round(), [(N, 3)], []),
@@ -140,7 +154,11 @@ def test_inputs_without_a_direction(still: int | str) -> None:
 
 
 def _check(
-    function: Callable[..., Tensor], forms: list[Form], weights: list[Form], tasks: int, moves: Callable[[Any], bool]
+    function: Callable[..., Tensor],
+    forms: list[Form],
+    weights: list[Form],
+    tasks: int,
+    moves: Callable[[Any], bool],
 ) -> None:
     shapes: dict[Any, Form] = dict(enumerate(forms)) | {f"w{i}": form for i, form in enumerate(weights)}
     values, directions = (
@@ -154,4 +172,6 @@ def _check(
         own = ({n: v[t] for n, v in given.items()} for given in (values, directions))
         for name, expected in autograd(function, *own, gy[t], gy_dot[t]).items():
             result = found[name][t] if name in found else torch.zeros_like(expected)
-            assert_close(result, expected, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+            assert_close(
+                result, expected, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import mamlpp_fast as mf
 from mamlpp_fast.engine.fused import FusedEngine
+from mamlpp_fast.engine.fused.tracing import Traced
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 TASKS, SUPPORT, TARGETS, WAYS = 3, 6, 4, 3
@@ -50,10 +51,22 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Positions(nn.Module):
+    """Fixed and learned codes of positions, by buffers of numbers and of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.head = nn.Embedding(9, 4), nn.Linear(4, WAYS)
+        self.register_buffer("waves", torch.randn(9, 4))
+        self.register_buffer("numbers", torch.arange(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.waves[: x.size(1)] + self.codes(self.numbers[: x.size(1)])  # type: ignore[index]
+        return self.head(torch.tanh(x).mean(1))
+
+
 def _rnn(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    return Calls(
-        lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(4, 5, **options), head=nn.Linear(5, WAYS)
-    )
+    return Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(4, 5, **options), head=nn.Linear(5, WAYS))
 
 
 def _tied() -> nn.Module:
@@ -75,9 +88,10 @@ def _unet(m: Any, x: Tensor) -> Tensor:
 def _in_place(m: Any, x: Tensor) -> Tensor:
     h = m.first(x)
     h.mul_(2).sin_()
+    h = torch.ones_like(h).zero_() + torch.zeros_like(h).copy_(h)
     h[:, :2] = h[:, 2:4].exp()
     h += 1
-    return m.last(h)
+    return m.last(F.elu(input=h, inplace=True))
 
 
 def flat(*inner: nn.Module, features: int, size: int) -> nn.Module:
@@ -175,7 +189,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         IMAGES,
     ),
     "transposed": (
-        lambda: flat(nn.ConvTranspose2d(2, 3, 2, 2), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1), features=3, size=6),
+        lambda: flat(
+            nn.ConvTranspose2d(2, 3, 2, 2), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1), features=3, size=6
+        ),
         IMAGES,
     ),
     "groupnorm": (
@@ -184,7 +200,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "instancenorm": (
         lambda: flat(
-            nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ELU(), nn.AvgPool2d(2), features=4, size=2
+            nn.Conv2d(2, 4, 3),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.ELU(),
+            nn.AvgPool2d(2),
+            features=4,
+            size=2,
         ),
         IMAGES,
     ),
@@ -232,10 +253,40 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         FEATURES,
     ),
+    "positions": (Positions, SEQUENCE),
+    "several-results": (
+        lambda: Calls(
+            lambda m, x: m.h(
+                m.a(x).max(1)[0] + m.b(x).topk(2, 1).values.sum(1) + torch.stack(x.unbind(1)).mean(0)
+            ),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 4),
+            h=nn.Linear(4, WAYS),
+        ),
+        SEQUENCE,
+    ),
+    "chosen": (
+        lambda: Calls(
+            lambda m, x: m.h(torch.where((a := m.a(x)) > 0, a.exp(), x).masked_fill(x > 1, 0.0)),
+            a=nn.Linear(4, 4),
+            h=nn.Linear(4, WAYS),
+        ),
+        FEATURES,
+    ),
+    "solved": (
+        lambda: Calls(
+            lambda m, x: m.h(torch.linalg.solve(torch.eye(4, dtype=x.dtype) * 3 + m.w, x.T).T),
+            w=nn.Parameter(torch.randn(4, 4) / 2),
+            h=nn.Linear(4, WAYS),
+        ),
+        FEATURES,
+    ),
     "scatter": (
         lambda: Calls(
             lambda m, x: m.b(
-                torch.zeros(len(x), 8, dtype=x.dtype).index_add(1, torch.tensor([0, 3, 3, 7, 1, 5]), m.a(x)).exp()
+                torch.zeros(len(x), 8, dtype=x.dtype)
+                .index_add(1, torch.tensor([0, 3, 3, 7, 1, 5]), m.a(x))
+                .exp()
             ),
             a=nn.Linear(4, 6),
             b=nn.Linear(8, WAYS),
@@ -293,7 +344,9 @@ def compare(learner: mf.MAMLPlusPlus, book: Textbook, batch: Batch) -> None:
     own = dict(learner.model.named_parameters())
     for name, p in book.model.named_parameters():
         grad = own[name].grad if own[name].grad is not None else torch.zeros_like(p)
-        assert_close(grad, p.grad, rtol=1e-9, atol=1e-9 * scale, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            grad, p.grad, rtol=1e-9, atol=1e-9 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
     if learner.rates.rates.requires_grad:
         rates = learner.rates.as_dict(learner.rates.rates.grad)
         for name, rate in book.rates.items():
@@ -383,6 +436,25 @@ def test_no_memory_is_read_before_it_is_written(poisoned_memory: None) -> None:
     compare(learner, book, batch)
     engine.workspace.memory.view(torch.uint8).fill_(255)  # float64 of these bits are NaN
     compare(learner, book, batch)
+
+
+def test_results_that_nobody_reads_are_not_computed() -> None:
+    learner, _, batch = pair("lstm")
+    learner.meta_gradient(mf.EpisodeBatch(*batch, by_class=False))
+    assert generic(learner) == ["lstm", "__getitem__"]
+
+
+def test_a_rule_that_is_wrong_is_caught_by_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Traced.second
+
+    def scaled(self: Traced, directions: Any, gy: Any, gy_dot: Any) -> Any:
+        self.function, whole = (lambda given: whole(given) * 1.0001), self.function
+        return second(self, directions, gy, gy_dot)
+
+    monkeypatch.setattr(Traced, "second", scaled)
+    learner, _, batch = pair("gelu")
+    with pytest.raises(ValueError, match=r"meta-gradient that is .* off the reference loop's"):
+        learner.meta_gradient(mf.EpisodeBatch(*batch, by_class=False))
 
 
 def test_explain_names_generic_steps() -> None:

@@ -350,7 +350,11 @@ def test_a_list_of_calls_stops_where_it_is_halted_and_refuses_a_call_of_the_wron
 
 def test_a_list_copies_what_an_operator_without_outputs_makes() -> None:
     x = torch.tensor([3.0, 1.0, 2.0])
-    values, places, none = torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.uint8)
+    values, places, none = (
+        torch.zeros(3),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.uint8),
+    )
     calls = torch.classes.mamlpp_fast.Calls()
     calls.add("aten::sort", "", [x, 0, False], [values, places])
     calls.add("aten::index_put", "", [x, [places[:1]], torch.tensor([9.0]), False], [x])

@@ -57,7 +57,9 @@ def test_any_module_trains_and_auto_says_what_kept_it_from_the_fused_engine() ->
     assert learner.engine.name == "autograd"
     assert learner.engine_reason == "not fused: 2: __bool__ asks for values, which decide what is executed"
     assert learner.explain().startswith("engine autograd: not fused")
-    with pytest.raises(ValueError, match=r"engine: expected a model .*the fused engine can take.*2: __bool__"):
+    with pytest.raises(
+        ValueError, match=r"engine: expected a model .*the fused engine can take.*2: __bool__"
+    ):
         mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine="fused").meta_step(random_batch())
 
 

@@ -154,7 +154,9 @@ def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def _by_numbers(func: Any, args: Sequence[Any]) -> bool:
     """Whether a call picks elements by their numbers, so that its result has the size that the numbers have."""
     masks = (torch.bool, torch.uint8)
-    return func is torch.ops.aten.index.Tensor and not any(t is not None and t.dtype in masks for t in args[1])
+    return func is torch.ops.aten.index.Tensor and not any(
+        t is not None and t.dtype in masks for t in args[1]
+    )
 
 
 def _named(func: Any, args: Sequence[Any]) -> dict[str, Any]:
@@ -369,7 +371,9 @@ class Recorder(TorchFunctionMode):
             target = args[0]  # ``x[0] = 1`` leaves its result in x
         if target is None:
             # Of a tensor that is returned twice, or is an argument, there is nothing new.
-            new = [t for i, t in enumerate(made) if self._known(t) is None and all(t is not o for o in made[:i])]
+            new = [
+                t for i, t in enumerate(made) if self._known(t) is None and all(t is not o for o in made[:i])
+            ]
             constant = in_graph and not any(t.requires_grad for t in new)
             outputs = tuple(self._new(t, references) for t in new)
             if len(new) != len(made):

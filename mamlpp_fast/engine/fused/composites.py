@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["COMPOSITES"]
+__all__ = ["COMPOSITES", "DENSE"]
 
 
 def _normalised(x: Tensor, axes: list[int], eps: float) -> Tensor:
@@ -83,7 +83,7 @@ def _recurrent(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable
         xs = input.transpose(0, 1) if batch_first else input
         each = len(params) // (num_layers * (1 + bidirectional))
         last: list[tuple[Tensor, ...]] = []
-        for layer in range(num_layers):
+        for _layer in range(num_layers):
             directions = []
             for direction in range(1 + bidirectional):
                 number = len(last)
@@ -107,7 +107,8 @@ def _unrolled(
     has_biases: bool,
     backwards: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    w_x, w_h, b_x, b_h = params[:4] if has_biases else (*params[:2], None, None)
+    w_x, w_h = params[:2]
+    b_x, b_h = params[2:4] if has_biases else (None, None)
     project = params[-1] if len(params) in (3, 5) else None
     products = F.linear(xs, w_x, b_x)  # of all time steps at once
     outputs = []
@@ -192,6 +193,14 @@ def _assigned(input: Tensor, key: Any, value: Any) -> Tensor:
     return input.reshape(-1).index_put((places.reshape(-1),), value).view(input.shape)
 
 
+def _filled(input: Tensor, value: Any) -> Tensor:
+    return (
+        value.to(input.dtype).expand(input.shape)
+        if isinstance(value, Tensor)
+        else torch.full_like(input, value)
+    )
+
+
 COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -204,8 +213,14 @@ COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     torch.rnn_relu: _recurrent(_relu_cell, 1),
     F.scaled_dot_product_attention: _attention,
     Tensor.__setitem__: _assigned,
+    Tensor.copy_: lambda input, src, non_blocking=False: _filled(input, src),
+    Tensor.fill_: _filled,
+    Tensor.zero_: torch.zeros_like,
     F.adaptive_avg_pool1d: _adaptive_mean(1),
     torch.adaptive_avg_pool1d: _adaptive_mean(1),
     F.adaptive_avg_pool2d: _adaptive_mean(2),
     F.adaptive_avg_pool3d: _adaptive_mean(3),
 }
+
+# Faster where their operands and gradients lie contiguous, by more than the copies take.
+DENSE = frozenset({F.group_norm, torch.group_norm})

@@ -72,13 +72,13 @@ class Expressions:
             if node in needed or node in self._made:
                 continue
             needed.add(node)
-            ahead += [t.source for t in node.terms() if isinstance(t.source, Node)]
+            ahead += [t.source for t in node.terms if isinstance(t.source, Node)]
         return sorted(needed, key=lambda node: node.index)
 
     def _ref(self, term: Term) -> Ref:
         if isinstance(term.source, str):
             return self._given[term.source]
-        ref = self._made[term.source][term.index]
+        ref = self._made[term.source][term.result]
         assert ref is not None
         return ref
 
@@ -88,7 +88,7 @@ class Expressions:
         """Has the node behind views of its result, of all its elements, leave it where the views are to lie."""
         while isinstance(term.source, Node) and term.source.is_view:
             back = _back(term.source)
-            source = next(term.source.terms(), None)
+            source = next(iter(term.source.terms), None)
             if back is None or source is None:
                 return
             try:
@@ -102,7 +102,7 @@ class Expressions:
     def _sent(self, term: Term, into: Mapping[Term, Ref]) -> bool:
         """Whether the node behind a term's views had a place, which is so its own."""
         while term not in into and isinstance(term.source, Node) and term.source.is_view:
-            source = next(term.source.terms(), None)
+            source = next(iter(term.source.terms), None)
             if source is None:
                 return False
             term = source
@@ -116,23 +116,25 @@ class Expressions:
         args, kwargs = self._arguments(node)
         if node.is_view:
             return self._views(node, args, kwargs)
-        outs = tuple(
+        outs: list[Ref | None] = [
             None if f is None else into.get(Term(node, i)) or self._new(node, f)
             for i, f in enumerate(node.forms)
-        )
+        ]
         if node.op in _COPIES or node.op is aten.copy.default:
-            source = args[1] if node.op is aten.copy.default else args[0]
-            if node.op is aten.clone.default and Term(node) not in into and source.stride() == outs[0].stride():
+            source, form = args[1] if node.op is aten.copy.default else args[0], node.forms[0]
+            kept = node.op is aten.clone.default and form is not None and source.stride() == form.strides
+            if kept and Term(node) not in into:
                 return (source,)  # nothing is changed in place, so that a copy is the same
             self._em.call(aten.copy_.default, outs[0], source)
-            return outs
+            return tuple(outs)
         target = _out_overload(node.op)
         if target is None or any(o is None for o in outs):
-            self._em.call(Copied(node.op), *args, list(outs), **kwargs)
+            self._em.call(Copied(node.op), *args, outs, **kwargs)
         else:
             op, names = target
-            self._em.call(op, *args, **kwargs, **dict(zip(names, outs, strict=True)))
-        return outs
+            places: dict[str, Any] = dict(zip(names, outs, strict=True))
+            self._em.call(op, *args, **kwargs, **places)
+        return tuple(outs)
 
     def _arguments(self, node: Node) -> tuple[list[Any], dict[str, Any]]:
         """By the schema: what stands for a tensor is one, what stands for a real number likewise."""
@@ -203,7 +205,7 @@ def _name(op: OpOverload) -> str:
 def _back(node: Node) -> Callable[[Tensor], Tensor] | None:
     """The inverse of a view that has all elements of its argument; None for others."""
     op, args = node.op, node.args
-    source = next(node.terms())
+    source = node.terms[0]
     if op is aten.t.default:
         return lambda t: t.t()
     if op is aten.transpose.int:
@@ -215,12 +217,12 @@ def _back(node: Node) -> Callable[[Tensor], Tensor] | None:
     whole = {aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.alias.default}
     whole |= {aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.detach.default}
     if op in whole and isinstance(source.source, Node):
-        form = source.source.forms[source.index]
+        form = source.source.forms[source.result]
         return None if form is None else lambda t: t.view(form.shape)
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _out_overload(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The overload that writes its results to memory that is given, and the names of these arguments."""
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
@@ -230,8 +232,11 @@ def _out_overload(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
         other: OpOverload = getattr(op.overloadpacket, name)
         outs = [a for a in other._schema.arguments if a.is_out]
         rest = [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out]
-        if outs and rest == wanted and len(outs) == len(op._schema.returns) and all(
-            str(a.type) == "Tensor" for a in outs
+        if (
+            outs
+            and rest == wanted
+            and len(outs) == len(op._schema.returns)
+            and all(str(a.type) == "Tensor" for a in outs)
         ):
             return other, tuple(a.name for a in outs)
     return None

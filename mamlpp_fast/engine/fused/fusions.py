@@ -50,7 +50,7 @@ def drop_inert_biases(network: Network) -> Network:
 def fuse_norms(network: Network) -> Network:
     """Batch norm, the leaky ReLU and the max-pooling behind it in one step."""
     for norm in [step for step in network.steps if isinstance(step, NormActPool)]:
-        if norm.per_image or norm.pool or norm.slope != 1:  # the latter: fused already
+        if norm.per_image or norm.instance or norm.pool or norm.slope != 1:  # the latter: fused already
             continue
         gone: list[int] = []
         slope, output, shape, pool = 1.0, norm.output, norm.shape, False

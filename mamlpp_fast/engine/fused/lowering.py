@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.fused.composites import DENSE
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
 from mamlpp_fast.engine.fused.steps.generic import Recorded
@@ -118,7 +119,7 @@ class Lowering:
         if output in self.grids:
             output = self.settled(last, self.native(last, self.recording.output))
         return Network(
-            tuple(self.steps),
+            self._read(output),
             self.shapes,
             output,
             self.norms,
@@ -126,13 +127,18 @@ class Lowering:
             self.recording.dtypes[0],
         )
 
+    def _read(self, output: int) -> tuple[Step, ...]:
+        """The steps, without those whose output nobody reads and that have no effect beside it."""
+        read, kept = {output}, list[Step]()
+        for step in reversed(self.steps):
+            if step.output in read or not isinstance(step, (Generic, Relayout)):
+                read.update(step.inputs)
+                kept.append(step)
+        return tuple(reversed(kept))
+
     def _lower(self, op: Operation, other: Operation) -> None:
         fn = _RULES.get(op.function)
         call = Call(op, self)
-        if not any(isinstance(r, Value) for r in op.inputs()) and not any(
-            isinstance(r, (Parameter, Buffer)) for r in op.inputs()
-        ):
-            raise call.refusal(f"{op.name}: computes with no tensor that is known")
         refusal: Unsupported | None = None
         if fn is not None and self._regular(op, other):
             before = {name: _copied(value) for name, value in vars(self).items()}
@@ -164,8 +170,13 @@ class Lowering:
     def _generic(self, call: Call, op: Operation, other: Operation) -> None:
         if not op.outputs:
             raise call.refusal(f"{op.name} has no fused rules")
+        if any(dtype.is_complex for _, dtype in op.tensors):
+            raise call.refusal(f"{op.name} computes in complex numbers")
         values = dict.fromkeys(r.index for r in op.inputs() if isinstance(r, Value))
         natives = {i: self.native(call, i) for i in values}
+        dense = op.function in DENSE and self._regular(op, other)
+        if dense:
+            natives = {i: self._plain(call, value, (True, False)) for i, value in natives.items()}
         smooth = {i: self.recording.dtypes[i].is_floating_point for i in values}
         names = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and not r.detached)
         fixed = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and r.detached)
@@ -179,7 +190,7 @@ class Lowering:
         for i, (index, (shape, dtype)) in enumerate(zip(op.outputs, op.tensors, strict=True)):
             shown = self.recording.shapes.get(index, shape)
             constant = op.constant or not dtype.is_floating_point
-            self._natives[index] = self._add(
+            result = self._add(
                 Generic,
                 call,
                 tuple(natives.values()),
@@ -192,6 +203,7 @@ class Lowering:
                 buffers,
                 constant,
             )
+            self._natives[index] = self._plain(call, result, (False, True)) if dense else result
 
     # For the rules
 
@@ -209,8 +221,12 @@ class Lowering:
 
     def settled(self, call: Call, native: int) -> int:
         """Features that lie side by side in memory."""
-        shape = self.shapes[native]
-        return self._add(Relayout, call, (native,), shape, shape, tuple(range(len(shape))), True)
+        return self._plain(call, native, (True, False))
+
+    def _plain(self, call: Call, value: int, settle: tuple[bool, bool]) -> int:
+        """The same value, side by side in memory itself, or in its gradient."""
+        shape = self.shapes[value]
+        return self._add(Relayout, call, (value,), shape, shape, tuple(range(len(shape))), settle)
 
     def images(self, call: Call, argument: Any, axes: tuple[int, ...] = (3,)) -> tuple[int, tuple[int, ...]]:
         """The value that an argument is, and its shape [H, W, C].
@@ -230,7 +246,9 @@ class Lowering:
             height = sides[0] if sides else 1
             width = math.prod(sides[1:])
             split = (channels, height, width)
-            value = self._add(Relayout, call, (native,), (height, width, channels), split, (1, 2, 0), True)
+            value = self._add(
+                Relayout, call, (native,), (height, width, channels), split, (1, 2, 0), (True, False)
+            )
             if len(shape) != 1:
                 self._values[index] = value
             return value, self.shapes[value]
@@ -250,7 +268,7 @@ class Lowering:
         stored = self.shapes[value]
         grid = self.grids.get(value) or (stored if len(stored) == 3 else None)
         split, order = (stored, tuple(range(len(stored)))) if grid is None else (grid, (2, 0, 1))
-        return self._add(Relayout, call, (value,), shape, split, order, False)
+        return self._add(Relayout, call, (value,), shape, split, order, (False, True))
 
     def parameter(self, call: Call, argument: Any) -> str:
         """The name of the parameter that an argument is, which no other call has."""

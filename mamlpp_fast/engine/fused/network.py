@@ -85,13 +85,13 @@ class Network:
 
     def table(self, images: int) -> str:
         """The steps with the shape, values in memory and parameters of each, for this many images."""
-        lines = [f"{'step':<24} {'rule':<14} {'inputs':<10} {'output':<14} {'values':>10}  parameters"]
+        lines = [f"{'step':<24} {'rule':<24} {'inputs':<10} {'output':<14} {'values':>10}  parameters"]
         for step in self.steps:
             shape = "x".join(map(str, step.shape))
             names = ", ".join(sorted(step.params())) or "-"
             inputs = ", ".join(map(str, step.inputs))
             values = images * math.prod(step.shape)
-            lines.append(f"{step.name:<24} {step.kind:<14} {inputs:<10} {shape:<14} {values:>10}  {names}")
+            lines.append(f"{step.name:<24} {step.kind:<24} {inputs:<10} {shape:<14} {values:>10}  {names}")
         return "\n".join(lines)
 
     def depends(self, params: frozenset[str]) -> frozenset[int]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
@@ -428,18 +429,20 @@ def place(buffers: Sequence[Buffer]) -> int:
 
     Largest first, each at the lowest place that is free throughout its life.
     """
-    placed: list[Buffer] = []
+    # Of those placed, in the order of their offsets: first and last call, offset and aligned end.
+    placed = np.empty((4, len(buffers)), dtype=np.int64)
     total = 0
-    for b in sorted(buffers, key=lambda b: (-b.nbytes, b.first)):
-        offset = 0
-        busy = [(p.offset, p.offset + p.nbytes) for p in placed if p.first <= b.last and b.first <= p.last]
-        for start, end in sorted(busy):
-            if offset + b.nbytes <= start:
-                break
-            offset = max(offset, _align(end))
-        b.offset = offset
-        placed.append(b)
-        total = max(total, offset + b.nbytes)
+    for count, b in enumerate(sorted(buffers, key=lambda b: (-b.nbytes, b.first))):
+        first, last, offsets, ends = placed[:, :count]
+        busy = (first <= b.last) & (b.first <= last)
+        starts = offsets[busy]
+        free = np.maximum.accumulate(np.concatenate([[0], ends[busy]]))  # in front of each, and behind all
+        fits = np.flatnonzero(free[:-1] + b.nbytes <= starts)
+        b.offset = int(free[fits[0]] if len(fits) else free[-1])
+        at = int(np.searchsorted(offsets, b.offset))
+        placed[:, at + 1 : count + 1] = placed[:, at:count]
+        placed[:, at] = b.first, b.last, b.offset, _align(b.offset + b.nbytes)
+        total = max(total, b.offset + b.nbytes)
     return _align(total)
 
 

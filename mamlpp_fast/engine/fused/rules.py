@@ -232,6 +232,52 @@ def _layer_norm(
         low.step(ScaleShift, call, (x,), shape, *slots)
 
 
+@rule(F.group_norm, torch.group_norm)
+def _group_norm(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> None:
+    names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
+    x, shape = low.images(call, input, axes=(2, 3, 4))
+    if num_groups != shape[2]:
+        raise call.refusal("group norm: expected a group for each channel")
+    x = low.step(NormActPool, call, (x,), shape, None, eps, 1.0, False, False, "", True)
+    if any(n is not None for n in names):
+        low.step(ScaleShift, call, (x,), shape, *(None if n is None else low.vector(n) for n in names))
+
+
+@rule(F.instance_norm)
+def _instance_norm(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    if not use_input_stats or running_mean is not None:
+        raise call.refusal("instance norm: expected statistics of the input alone")
+    channels = _recorded(low, call, input)[0]
+    _group_norm(low, call, input, channels, weight, bias, eps)
+
+
+def _recorded(low: Lowering, call: Call, input: Any) -> tuple[int, ...]:
+    """The shape of an activation in the model, without the examples."""
+    if not isinstance(input, Value):
+        raise call.refusal(f"{call.op.name}: expected an activation, got {said(input)}")
+    return low.recording.shapes[input.index]
+
+
 # Pointwise -----------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +287,9 @@ def _output(call: Call) -> int:
 
 
 def _activation(low: Lowering, call: Call, input: Any, slope: float) -> None:
-    x = low.value(call, input)
+    # Images of a generic step go over to the kernels here: pools and convolutions follow as a rule.
+    images = isinstance(input, Value) and len(low.recording.shapes[input.index]) == 3
+    x = low.images(call, input)[0] if images else low.value(call, input)
     low.step(Activation, call, (x,), low.shapes[x], slope, grid=low.grids.get(x))
 
 

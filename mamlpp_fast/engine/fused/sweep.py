@@ -220,7 +220,17 @@ class _Writer:
             for name, r in net.rows().items()
             for w, b in (self.memory.rows[name],)
         }
-        return Pass(self.form.tasks, images.shape[1], step, theta, rows, {0: images}, stats, goal=goal, buffers=self.memory.buffers)
+        return Pass(
+            self.form.tasks,
+            images.shape[1],
+            step,
+            theta,
+            rows,
+            {0: images},
+            stats,
+            goal=goal,
+            buffers=self.memory.buffers,
+        )
 
     def forward(self, net: Network, ps: Pass) -> None:
         for step in net.steps:

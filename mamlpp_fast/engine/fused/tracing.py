@@ -11,22 +11,22 @@ found again by the backward rules, and what no result needs is never emitted.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.func import jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.fused.program import Ref
 from mamlpp_fast.engine.recorder import draws
+from mamlpp_fast.reference import math_attention
 
 __all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable"]
 
@@ -116,19 +116,20 @@ class Node:
         """Whether its results lie in the memory of its first argument."""
         return self.op in _SAME or alias_of(self.op)
 
-    def terms(self) -> Iterator[Term]:
+    @functools.cached_property
+    def terms(self) -> tuple[Term, ...]:
         """What it reads; nothing where it reads sizes alone."""
-        if self.fill is None:
-            for leaf in tree_leaves((self.args, self.kwargs), is_leaf=_is_term):
-                if isinstance(leaf, Term):
-                    yield leaf
+        if self.fill is not None:
+            return ()
+        leaves = tree_leaves((self.args, self.kwargs), is_leaf=_is_term)
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Term))
 
 
 class Term(NamedTuple):
-    """A leaf by its name, or the result ``index`` of a node."""
+    """A leaf by its name, or a result of a node by its number."""
 
     source: str | Node
-    index: int = 0
+    result: int = 0
 
     @property
     def zero(self) -> bool:
@@ -139,6 +140,7 @@ def _is_term(value: Any) -> bool:
     return isinstance(value, Term)
 
 
+@functools.cache
 def alias_of(op: OpOverload) -> bool:
     """Whether an operator that changes nothing returns views of its first argument."""
     returns = op._schema.returns
@@ -225,7 +227,9 @@ class _Tracer(TorchDispatchMode):
             return None
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         changed = [
-            given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+            given[a.name]
+            for a in func._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write
         ]
         if len(changed) != 1 or changed[0] is not args[0]:
             raise Untraceable(f"{_name(func)} writes to memory that is given")
@@ -329,8 +333,7 @@ class Traced:
         def function(*xs: Tensor) -> Tensor:
             return self.function({**given, **dict(zip(self.smooth, xs, strict=True))})
 
-        found: tuple[Tensor, Any] = vjp(function, *(given[name] for name in self.smooth))
-        return found
+        return _vjp(function, *(given[name] for name in self.smooth))
 
     def _along(
         self,
@@ -343,7 +346,9 @@ class Traced:
         """The derivative of ``function`` along the leaves ``"t NAME"`` of the names in ``moving``."""
         leaves = {**self.leaves, **beside, **{f"t {n}": d for n, d in directions.items()}}
 
-        def moved(given: _Given) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        def moved(
+            given: _Given,
+        ) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...], tuple[Tensor, ...]]:
             primals, tangents = (tuple(given[before + n] for n in moving) for before in ("", "t "))
             return (
                 lambda *xs: function({**given, **dict(zip(moving, xs, strict=True))}),
@@ -359,8 +364,8 @@ class Traced:
         def twice(given: _Given) -> tuple[Tensor, ...]:
             # Jᵀw is linear in w, so that its transpose is J, whatever w is.
             fn, primals, tangents = moved(given)
-            results, pull = vjp(fn, *primals)
-            _, push = vjp(pull, tuple(torch.zeros_like(r) for r in results))
+            results, pull = _vjp(fn, *primals)
+            _, push = _vjp(pull, tuple(torch.zeros_like(r) for r in results))
             derivatives: tuple[Tensor, ...] = push(tangents)[0]
             return derivatives
 
@@ -383,9 +388,7 @@ class Traced:
             self._found[key] = self._trace(fn, leaves)
         return self._found[key]
 
-    def _trace(
-        self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]
-    ) -> list[Term]:
+    def _trace(self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]) -> list[Term]:
         """The results of ``fn`` as terms; task by task where ``vmap`` cannot."""
         first: Exception | None = None
         for mapped in (True, False) if self.tasks > 1 else (False,):
@@ -421,7 +424,9 @@ class Traced:
             axes = tuple(None if leaf.shared else 0 for leaf in leaves.values())
             run = vmap(one, in_dims=axes) if mapped else each
         tracer = _Tracer(self._table)
-        with _quiet():
+        # Where vmap has no rule it warns, and goes task by task through operators that are seen all the same.
+        # With gradients: without, some formulas (of `linalg.solve`) are such as have no right derivative.
+        with quiet(), math_attention(), torch.enable_grad():
             given = [_example(leaf.form, self.device) for leaf in leaves.values()]
             for name, t in zip(names, given, strict=True):
                 tracer.know(t, Term(name))
@@ -430,22 +435,15 @@ class Traced:
             return [tracer.term(t) for t in results]
 
 
+def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    return cast(tuple[Any, Callable[..., Any]], vjp(function, *primals))
+
+
 def _example(form: Form, device: torch.device) -> Tensor:
-    """A tensor of this form whose values do no harm: a half, or the number 0 of a token."""
-    span = 1 + sum((n - 1) * s for n, s in zip(form.shape, form.strides, strict=True))
-    memory = torch.full((max(span, 1),), 0.5 if form.dtype.is_floating_point else 0, dtype=form.dtype, device=device)
+    """A tensor of this form whose values do no harm: between 0.25 and 0.75, or the number 0 of a token."""
+    span = max(1, 1 + sum((n - 1) * s for n, s in zip(form.shape, form.strides, strict=True)))
+    memory = torch.zeros(span, dtype=form.dtype, device=device)
+    if form.dtype.is_floating_point:
+        # Of golden ratios: no two alike, no matrix of them singular.
+        memory += (torch.arange(span, dtype=torch.float64, device=device) * 0.618034).frac_() / 2 + 0.25
     return memory.as_strided(form.shape, form.strides)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The state that operations are traced in: attention by operators that have derivatives, vmap without loops."""
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        # A batching rule that is missing is a loop over tasks inside one operator, which is not written down.
-        warnings.filterwarnings("error", message=".*batching rule.*")
-        # Said by torch of its own decompositions, which the first derivative in forward mode loads.
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.no_grad())
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,7 +47,9 @@ class Recorded:
         """One of its results, as a function of tensors by the names of :func:`leaf_of`."""
         op = self.examples[images]
         fn = out_of_place(op.function)
-        change = fn is not op.function or op.kwargs.get("inplace", False)
+        keeps = (
+            op.name.endswith("_") and fn is not op.function
+        )  # what is written in place keeps type and shape
         fn = COMPOSITES.get(fn, fn)
 
         def call(given: Mapping[str, Tensor]) -> Tensor:
@@ -57,11 +60,10 @@ class Recorded:
 
             args, kwargs = tree_map(argument, (op.args, op.kwargs))
             if op.function is Tensor.float and self.dtype is torch.float32:
-                return args[0].to(dtype)
+                return cast(Tensor, args[0]).to(dtype)
             made = fn(*args, **kwargs)
             tensors = [t for t in tree_leaves(made) if isinstance(t, Tensor)]
-            # What is written in place keeps its type and shape.
-            return tensors[result].to(args[0].dtype).expand(args[0].shape) if change else tensors[result]
+            return tensors[result].to(args[0].dtype).expand(args[0].shape) if keeps else tensors[result]
 
         return call
 
@@ -164,9 +166,8 @@ class Generic(Step):
         for name, constant in self.recorded.constants(ps.images).items():
             t = constant.tensor.detach()
             dtype = em.dtype if t.dtype == self.recorded.dtype else t.dtype
-            found[name] = em.once(
-                name, lambda t=t, dtype=dtype: em.own("a constant", t.to(em.device, dtype, copy=True))
-            )
+            copy = functools.partial(t.to, em.device, dtype, copy=True)
+            found[name] = em.once(name, lambda copy=copy: em.own("a constant", copy()))  # type: ignore[misc]
         return found
 
     def _task(self, ps: Pass, ref: Ref) -> Ref:
@@ -210,7 +211,10 @@ class Generic(Step):
     def forward(self, em: Emitter, ps: Pass) -> None:
         with self._named():
             traced, expressions = self._expressions(em, ps)
-            ps.values[self.output] = self._all(ps, expressions.emit([traced.value()])[0])
+            value = self._all(ps, expressions.emit([traced.value()])[0])
+            if value.dtype.is_floating_point and value.dtype != em.dtype:
+                raise Untraceable(f"computes in {value.dtype}, where the model does in {em.dtype}")
+            ps.values[self.output] = value
 
     def tangent(self, em: Emitter, ps: Pass) -> None:
         with self._named():
@@ -247,7 +251,11 @@ class Generic(Step):
         with self._named():
             traced, expressions = self._expressions(em, ps)
             first, second = self._task(ps, gy), self._task(ps, gy_dot)
-            for name, ref in {"gy": first, "t gy": second, **{f"t {n}": r for n, r in directions.items()}}.items():
+            for name, ref in {
+                "gy": first,
+                "t gy": second,
+                **{f"t {n}": r for n, r in directions.items()},
+            }.items():
                 expressions.give(name, ref)
             leaves = {n: Leaf.of(r) for n, r in directions.items()}
             found = traced.second(leaves, Leaf.of(first), Leaf.of(second))

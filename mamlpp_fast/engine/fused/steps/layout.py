@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,19 +44,19 @@ class Relayout(Plain):
     Attributes:
         split: the shape of an example of the input, axes split or merged.
         order: of those axes in the output, which merges them to ``shape``.
-        settle: whether the output is to lie contiguous, for the kernels, or the gradient of the input, likewise.
+        settle: whether the output, and the gradient of the input, are to lie contiguous: where kernels read them.
     """
 
     split: tuple[int, ...]
     order: tuple[int, ...]
-    settle: bool
+    settle: tuple[bool, bool]
 
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
         lead = (ps.tasks, ps.images)
         x = viewed(em, xs[0], lambda t: t.view(*lead, *self.split), f"{prefix}{self.name}")
         x = x.view(lambda t: t.permute(0, 1, *(i + 2 for i in self.order)))
         x = viewed(em, x, lambda t: t.view(*lead, *self.shape), f"{prefix}{self.name}")
-        return settled(em, x, f"{prefix}{self.name}") if self.settle else x
+        return settled(em, x, f"{prefix}{self.name}") if self.settle[0] else x
 
     def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] not in out.wanted_values:
@@ -69,6 +68,4 @@ class Relayout(Plain):
         g = viewed(em, gy, lambda t: t.view(*lead, *middle), name)
         g = g.view(lambda t: t.permute(0, 1, *(i + 2 for i in back)))
         g = viewed(em, g, lambda t: t.view(shape), name)
-        out.add(self.inputs[0], g if self.settle else settled(em, g, name))
-
-
+        out.add(self.inputs[0], settled(em, g, name) if self.settle[1] else g)

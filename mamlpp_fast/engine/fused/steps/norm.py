@@ -20,8 +20,9 @@ ops = torch.ops.mamlpp_fast
 class NormActPool(Affine):
     """Batch norm over a task's images, leaky ReLU (slope 1: none), max-pooling 2x2 where ``pool``: one call a rule.
 
-    With ``per_image`` it is a layer norm, without ``affine``: every image has statistics of its own, over all its
-    elements.
+    Attributes:
+        per_image: every image has statistics of its own, over all its elements: a layer norm, without ``affine``.
+        instance: every channel of an image has, likewise.
     """
 
     affine: Rows | Scaling | None
@@ -30,14 +31,19 @@ class NormActPool(Affine):
     pool: bool
     per_image: bool = False
     norm: str = ""
+    instance: bool = False
 
     def _view(self, ps: Pass, x: Ref) -> Ref:
-        """[T, N, H, W, C], or the images of all tasks as tasks of one channel."""
+        """[T, N, H, W, C], or the images of all tasks as tasks, of one channel where they have one statistic."""
+        if self.instance:
+            return x.reshape(ps.tasks * ps.images, 1, *x.shape[2:])
         if not self.per_image:
             return x
         return x.reshape(ps.tasks * ps.images, 1, math.prod(x.shape[2:]), 1, 1)
 
     def _stats_shape(self, ps: Pass) -> tuple[int, int]:
+        if self.instance:
+            return ps.tasks * ps.images, self.shape[-1]
         return (ps.tasks * ps.images, 1) if self.per_image else (ps.tasks, self.shape[-1])
 
     def forward(self, em: Emitter, ps: Pass) -> None:
