@@ -95,7 +95,8 @@ def _routed(cls: Any) -> Any:
             route = _route(self, args[0])
             if isinstance(route, DifferentiableNetwork):
                 return route.call(self, args[0])
-        return plain(self, *args, **kwargs)
+        with reference.right_weight_norm(self):
+            return plain(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         made, args, *rest = super(own, self).__reduce_ex__(protocol)

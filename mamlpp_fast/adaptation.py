@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import LossFn, check_recomputation, functional_call, math_attention, set_step
+from mamlpp_fast.reference import LossFn, check_recomputation, functional_call, right_second_order, set_step
 
 __all__ = ["adapt", "inner_steps"]
 
@@ -96,7 +96,7 @@ def inner_steps(
     second_order = not first_order
     for k in range(steps):
         set_step(model, k)
-        with math_attention(second_order):
+        with right_second_order(model, second_order):
             loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
             if k == 0:
                 check_recomputation(loss)

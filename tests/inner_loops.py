@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
+from mamlpp_fast import reference
 
 STEPS, RATE, CLASSES = 2, 0.3, 4
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -26,14 +28,18 @@ def task(seed: int) -> Task:
     return *side(5), *side(7)
 
 
-def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None) -> Loss:
-    """The target loss after the steps, with the model's own buffers or copies of the given ones."""
+def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None, right: bool = True) -> Loss:
+    """The target loss after the steps, with the model's own buffers or copies of the given ones.
+
+    PyTorch's weight norm is written out where ``right``: its second derivative is wrong.
+    """
 
     def loss(data: Task) -> Tensor:
         fast: dict[str, Tensor] = dict(model.named_parameters())
         copies = {} if buffers is None else {name: b.clone() for name, b in model.named_buffers()}
         for _ in range(STEPS):
-            support = F.cross_entropy(mf.functional_call(model, fast | copies, (data[0],)), data[1])
+            with reference.right_weight_norm(model) if right else contextlib.nullcontext():
+                support = F.cross_entropy(mf.functional_call(model, fast | copies, (data[0],)), data[1])
             grads = torch.autograd.grad(support, list(fast.values()), create_graph=True, allow_unused=True)
             fast = {
                 n: p if g is None else p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)

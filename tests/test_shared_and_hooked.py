@@ -133,6 +133,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 # Inner loops ---------------------------------------------------------------------------------------------------------
 
 
+def textbook_of_pytorch(model: nn.Module) -> Loss:
+    return textbook(model, right=False)
+
+
 def textbook_with_copied_buffers(model: nn.Module) -> Loss:
     return textbook(model, dict(model.named_buffers()))
 
@@ -170,7 +174,7 @@ LOOPS: dict[str, tuple[Callable[[nn.Module], Loss], Callable[[nn.Module], Loss]]
         lambda model: learned(l2l.algorithms.GBML(model, lambda p: None, lr=RATE)),
         textbook,
     ),
-    "learn2learn update_module": (updated, textbook),
+    "learn2learn update_module": (updated, textbook_of_pytorch),
     "higher": (with_higher, textbook_with_copied_buffers),
 }
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """Support x [tasks, n, ...] and y [tasks, n, ...], target x [tasks, m, ...] and y [tasks, m, ...]."""
@@ -20,6 +21,17 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d)
 """Norms that get a row for each inner step."""
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Weight norm by its formula: the second derivative of PyTorch's operation is wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = args
+            axes = [axis for axis in range(v.ndim) if axis != dim]
+            return g * v / v.square().sum(axes, keepdim=True).sqrt()
+        return func(*args, **(kwargs or {}))
 
 
 class StepNorm(nn.Module):
@@ -146,7 +158,7 @@ class Textbook:
             if isinstance(m, StepNorm):
                 m.step, m.batch_statistics = step, batch
         own = dict(self.model.named_parameters())
-        with _swapped(self.model, {id(own[name]): t for name, t in fast.items()}):
+        with _swapped(self.model, {id(own[name]): t for name, t in fast.items()}), _WeightNorm():
             return cast(Tensor, self.model(x))
 
     def _update(

@@ -166,7 +166,7 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor) -> None:
         for ours in (False, True):
             held = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
             held |= {name: t.requires_grad_() for name, t in held.items() if name in (*net.names, *net.inert)}
-            with _reference(model, held):
+            with _reference(model, held), reference.right_second_order(model):
                 y = model(x) if not ours else None
             if ours:
                 with reference.swapped(model, held):

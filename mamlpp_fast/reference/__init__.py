@@ -11,7 +11,15 @@ inner loop), ``meta.py`` (the meta-gradient, evaluation).
 
 from mamlpp_fast.reference.adapting import adapted_names
 from mamlpp_fast.reference.calling import functional_call, swapped
-from mamlpp_fast.reference.inner import LossFn, check_recomputation, inner_loop, math_attention
+from mamlpp_fast.reference.inner import (
+    LossFn,
+    check_recomputation,
+    inner_loop,
+    math_attention,
+    right_second_order,
+    right_weight_norm,
+    weight_norm,
+)
 from mamlpp_fast.reference.meta import MetaResult, Task, evaluate_task, meta_gradient, task_loss
 from mamlpp_fast.reference.norms import (
     NORMS,
@@ -41,8 +49,11 @@ __all__ = [
     "meta_gradient",
     "msl_weights",
     "per_step_norm",
+    "right_second_order",
+    "right_weight_norm",
     "set_eval_stats",
     "set_step",
     "swapped",
     "task_loss",
+    "weight_norm",
 ]

@@ -6,14 +6,25 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from mamlpp_fast.reference.calling import functional_call
 from mamlpp_fast.reference.norms import set_step
 
-__all__ = ["LossFn", "check_recomputation", "inner_loop", "math_attention"]
+__all__ = [
+    "LossFn",
+    "check_recomputation",
+    "inner_loop",
+    "math_attention",
+    "right_second_order",
+    "weight_norm",
+]
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,6 +61,46 @@ def math_attention(wanted: bool = True) -> Iterator[None]:
             for (_, enable), on in zip(_ATTENTION, before, strict=True):
                 if not _BEFORE:
                     enable(on)
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Weight norm written out: the second derivative of PyTorch's operation is wrong (2.11 to 2.14).
+
+    ``findings/weight_norm_second_derivative.sh``.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            return weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``torch._weight_norm``, written out."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _normalises_weights(model: nn.Module) -> bool:
+    return any(
+        isinstance(part, (parametrizations._WeightNorm, WeightNorm))
+        for module in model.modules()
+        for part in (module, *module._forward_pre_hooks.values())
+    )
+
+
+def right_weight_norm(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Within it weight norm in ``model``, where there is any, is made of operations with a right second derivative."""
+    return _WeightNorm() if _normalises_weights(model) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def right_second_order(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Within it a forward of ``model`` is made of operations that have a right second derivative.
+
+    See :func:`math_attention` and :func:`right_weight_norm`.
+    """
+    with math_attention(wanted), right_weight_norm(model) if wanted else contextlib.nullcontext():
+        yield
 
 
 def check_recomputation(loss: Tensor) -> None:
@@ -111,7 +162,7 @@ def inner_loop(
     fast = dict(params)
     for k in range(steps):
         set_step(model, k)
-        with math_attention(second_order):
+        with right_second_order(model, second_order):
             loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
             if k == 0:
                 check_recomputation(loss)

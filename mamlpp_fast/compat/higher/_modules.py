@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mamlpp_fast.compat.higher._batch_norm import FUSED
+from mamlpp_fast.reference import right_weight_norm
 
 __all__ = ["FunctionalModule", "functional_tree"]
 
@@ -72,6 +73,10 @@ class FunctionalModule(InnerModule):
     _fast_places: list[tuple[dict[str, Any], str, int]]
     _fast_recurrent: list[nn.Module]
     _track_higher_grads: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with right_weight_norm(self):
+            return super().forward(*args, **kwargs)
 
     @property
     def fast_params(self) -> list[Tensor] | None:

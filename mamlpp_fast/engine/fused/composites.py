@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlpp_fast import reference
+
 __all__ = ["COMPOSITES", "DENSE"]
 
 
@@ -202,6 +204,7 @@ def _filled(input: Tensor, value: Any) -> Tensor:
 
 
 COMPOSITES: Mapping[Any, Callable[..., Any]] = {
+    torch._weight_norm: reference.weight_norm,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
