@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
@@ -21,6 +22,7 @@ from mamlpp_fast.engine.lanes import watched
 __all__ = ["accelerate", "acceleration"]
 
 _M = TypeVar("_M", bound=nn.Module)
+_OWN = ("_parameters", "_modules")
 _KEPT = 64
 """Forms of models whose programs are kept, those used last."""
 
@@ -33,7 +35,7 @@ def accelerate(model: _M) -> _M:
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
     arguments than one tensor [N, ...] of the parameters' type, inputs that require a gradient, ``torch.func``
-    transforms, ``torch.compile``, autocast, normalising with running statistics, models whose forward is no fixed
+    transforms, forward mode, ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed
     list of operations. :func:`acceleration` says what was served and what not, and why.
 
     The first call of each form (shapes, attributes, training or evaluation) is checked in float64 against the plain
@@ -140,6 +142,9 @@ def _can(model: nn.Module, x: Any) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and not paused()
         and not watched()
     )
@@ -160,8 +165,10 @@ def _route(model: nn.Module, x: Tensor) -> _Route:
 
 
 def _made(model: nn.Module, x: Tensor) -> _Route:
+    if next(model.parameters(), None) is None:
+        return _Refusal("expected parameters, there are none")
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
-    if not tensors or any(t.dtype != tensors[0].dtype or t.device != x.device for t in tensors):
+    if any(t.dtype != tensors[0].dtype or t.device != x.device for t in tensors):
         return _Refusal("expected parameters and buffers of one type on the examples' device")
     if tensors[0].dtype not in (torch.float32, torch.float64):
         return _Refusal(f"expected parameters in float32 or float64, got {tensors[0].dtype}")
@@ -169,6 +176,9 @@ def _made(model: nn.Module, x: Tensor) -> _Route:
         return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {x.dtype}")
     if any(isinstance(m, reference.PerStepBatchNorm2d) for m in model.modules()):
         return _Refusal("per-step batch norms have a step, which a call does not name")
+    for name, value in ((n, t) for m in model.modules() for n, t in vars(m).items() if n not in _OWN):
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(value)):
+            return _Refusal(f"the attribute {name} is no parameter and takes a gradient")
     try:
         return differentiable(model, x)
     except Unsupported as error:

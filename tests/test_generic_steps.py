@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -394,6 +395,20 @@ def test_evaluation(name: str) -> None:
     found = learner.evaluate(mf.EpisodeBatch(*batch, by_class=False)).logits
     assert_close(found, book.evaluate(batch, "batch", 2), rtol=1e-9, atol=1e-11)
     assert learner.engine.name == "fused"
+
+
+def test_an_operator_that_returns_a_list() -> None:
+    """A cell's gates are split by one, in evaluation."""
+    torch.manual_seed(0)
+    cell = Calls(
+        lambda m, x: m.head(m.cell(x[:, 1], m.cell(x[:, 0]))), cell=nn.GRUCell(4, 5), head=nn.Linear(5, WAYS)
+    ).double()
+    config, batch = mf.MAMLConfig(steps=2), mf.EpisodeBatch(*batch_of(SEQUENCE))
+    found = [
+        mf.MAMLPlusPlus(copy.deepcopy(cell), config, engine=engine, precision="float64").evaluate(batch)
+        for engine in ("fused", "reference")
+    ]
+    assert_close(found[0].logits, found[1].logits, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])

@@ -19,7 +19,7 @@ namespace {
 class Calls : public torch::CustomClassHolder {
  public:
   /// Appends a call: every argument of the schema, in its order; None for an empty list. What the operator returns is
-  /// copied to `outs` where there are any, one a result, None for one that nobody wants.
+  /// copied to `outs` where there are any, one a result or an element of a list, None for one that nobody wants.
   void add(std::string name, std::string overload, std::vector<c10::IValue> arguments,
            std::vector<std::optional<at::Tensor>> outs) {
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
@@ -49,8 +49,9 @@ class Calls : public torch::CustomClassHolder {
       if (*halted != 0) return;
       stack = arguments;
       op.callBoxed(&stack);
+      const bool list = !outs.empty() && stack[0].isTensorList();  // as `unsafe_split` returns
       for (size_t i = 0; i < outs.size(); ++i) {
-        if (outs[i]) outs[i]->copy_(stack[i].toTensor());
+        if (outs[i]) outs[i]->copy_(list ? stack[0].toTensorList().get(i) : stack[i].toTensor());
       }
     }
   }

@@ -96,6 +96,7 @@ class _Reader:
         if not cls.__module__.startswith(_LIBRARIES):
             self.constants(cls)
             self.names(forward, 0)
+            self.methods(cls, forward)
         for name in _HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
@@ -107,6 +108,7 @@ class _Reader:
             key.append(name)
             if buffer is not None and self.form:
                 self.tensor(buffer)
+                key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
             elif buffer is not None:
                 held.append(buffer)
                 key += (id(buffer), buffer.shape, buffer.dtype, buffer.device, _place(buffer))
@@ -208,8 +210,29 @@ class _Reader:
         for base in cls.__mro__:
             if not base.__module__.startswith(_LIBRARIES):
                 for name, value in tuple(vars(base).items()):
-                    if type(value) in _PLAIN and not name.startswith("__"):
+                    if name.startswith("__"):
+                        continue
+                    if type(value) in _PLAIN:
                         self.key += (name, type(value), value)
+                    elif isinstance(value, _CONTAINERS) or _is_record(value):
+                        self.key.append(name)
+                        self.value(value, 1)
+
+    def methods(self, cls: type, forward: Any) -> None:
+        """The class's own functions that its forward calls, and so on, with what they name."""
+        own: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            if not base.__module__.startswith(_LIBRARIES):
+                own |= {n: f for n, f in tuple(vars(base).items()) if isinstance(f, types.FunctionType)}
+        seen, queue = {forward}, [forward]
+        for function in queue:  # grows meanwhile
+            for name in _attributes_of(function.__code__) if isinstance(function, types.FunctionType) else ():
+                method = own.get(name)
+                if method is not None and method not in seen:
+                    seen.add(method)
+                    queue.append(method)
+                    self.identities(name, (method,))
+                    self.names(method, 0)
 
     def names(self, function: Any, depth: int) -> None:
         """Plain globals and closed-over values, and containers, that a function itself names."""
@@ -223,7 +246,15 @@ class _Reader:
             except ValueError:  # not filled yet
                 continue
         for value in found:
-            if type(value) in _PLAIN or isinstance(value, _CONTAINERS):
+            if type(value) in _PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
+                self.value(value, depth + 1)
+            elif isinstance(value, nn.Module) or getattr(value, "__module__", "torch.").startswith(
+                _LIBRARIES
+            ):
+                continue
+            elif isinstance(value, type):
+                self.constants(value)  # a namespace of settings, say
+            elif isinstance(value, types.FunctionType) or _settings(value) is not None:
                 self.value(value, depth + 1)
 
 
@@ -238,6 +269,13 @@ def _pickled(value: object) -> bytes:
 def _globals_of(code: types.CodeType) -> tuple[str, ...]:
     """Names of the globals that a function reads or sets."""
     named = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "STORE_GLOBAL"))
+    return tuple(dict.fromkeys(named))
+
+
+@functools.lru_cache(maxsize=1000)
+def _attributes_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the attributes that a function reads, methods among them."""
+    named = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD"))
     return tuple(dict.fromkeys(named))
 
 
@@ -294,10 +332,10 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     of parameters' gradients and of all modules; and plain attributes: numbers, texts and the like by value, in
     lists, dictionaries, dataclasses, namespaces and objects that hold nothing else too (up to 1000 entries and 6 levels
     of each), arrays and tensors by identity, version and, up to 1000 values on a CPU, those; other objects by identity.
-    So are plain attributes of the user's classes, and plain globals and closed-over values that a ``forward`` itself
-    (or a function that is an attribute) names. What a pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats``
-    and ``plain``) does not count. Not seen are globals and closures of functions that ``forward`` calls, and changes
-    within other objects.
+    So are plain attributes, containers and records of the user's classes, and globals and closed-over values of these
+    kinds that a ``forward``, the methods and the functions it calls, or a function that is an attribute name. What a pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats``
+    and ``plain``) does not count. Not seen are changes within other objects,
+    and what functions read that are reached through a module (``lib.scale(x)``).
 
     Args:
         model: any module. Nothing is read from a device.

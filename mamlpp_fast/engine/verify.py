@@ -152,13 +152,18 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor) -> None:
         names = (*net.names, *net.inert)
         parameters = [held[name] for name in names]
         loss = (y * waves(y)).sum() + 0.5 * y.square().sum()
-        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        first = []
+        for name, g in zip(names, found, strict=True):
+            if g is None:  # plain PyTorch gives none, and an operation zeros, which an optimiser may decay by
+                raise Unsupported(name, "is read by the forward, but takes part in no gradient")
+            first.append(g)
         along = torch.stack([(g * waves(g)).sum() for g in first]).sum()
         second = torch.autograd.grad(along, parameters, allow_unused=True)
-        found = {"output": y.detach()} | {n: g.detach() for n, g in zip(names, first, strict=True)}
+        made = {"output": y.detach()} | {n: g.detach() for n, g in zip(names, first, strict=True)}
         for name, p, h in zip(names, parameters, second, strict=True):
-            found[f"{name}, second order"] = _or_zero(h, p)
-        return found | {name: held[name] for name, _ in model.named_buffers()}
+            made[f"{name}, second order"] = _or_zero(h, p)
+        return made | {name: held[name] for name, _ in model.named_buffers()}
 
     results = []
     x = x.to(torch.float64) if x.is_floating_point() else x

@@ -64,6 +64,8 @@ def _differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
         )
     if not model.training and any(norm.statistics is not None for norm in network.norms.values()):
         raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
+    if network.output not in network.depends(frozenset(network.slots())):
+        raise Unsupported(type(model).__name__, "its results take part in no gradient")
     few = x[: max(4, min(len(x), 2**13 // max(x[0].numel(), 1)))]
     check_call(DifferentiableNetwork(network, template, len(few), x.device, torch.float64), template, few)
     dtype = next(iter(parameters.values())).dtype
@@ -209,16 +211,13 @@ class DifferentiableNetwork:
         tensors = _Held(model)
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         buffers = {name: tensors.buffer(name) for name in self.buffers}
-        result, *statistics = _Forward.apply(self, x, buffers, *given)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self._follow(tensors, statistics)
-        made: Tensor = result
+        made: Tensor = _Forward.apply(self, x, tensors, buffers, *given)  # type: ignore[no-untyped-call]
         return made
 
-    def _follow(self, tensors: _Held, statistics: Sequence[Tensor]) -> None:
+    def follow(self, tensors: _Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Running statistics take in those of the batch, as ``F.batch_norm`` does it."""
-        pairs = zip(statistics[::2], statistics[1::2], strict=True)
-        for norm, (mean, rstd) in zip(self.network.norms.values(), pairs, strict=True):
+        for name, norm in self.network.norms.items():
+            mean, rstd = statistics[name]
             if (kept := norm.statistics) is None:
                 continue
             if norm.bias is not None:
@@ -279,13 +278,14 @@ class _Held:
 
 
 class _Forward(torch.autograd.Function):
-    """Output, then mean and 1/std of each batch norm, which take no gradient."""
+    """The output; running statistics follow."""
 
     @staticmethod
     def forward(
         ctx: Any,
         net: DifferentiableNetwork,
         x: Tensor,
+        tensors: _Held,
         buffers: Mapping[str, Tensor],
         *parameters: Tensor,
     ) -> Any:
@@ -294,14 +294,20 @@ class _Forward(torch.autograd.Function):
         ctx.net, ctx.lease = net, lease
         ctx.buffers = {n: b.clone() for n, b in buffers.items()}
         ctx.save_for_backward(x, *parameters)
-        statistics = [t.clone() for pair in lease.place.statistics.values() for t in pair]
-        ctx.mark_non_differentiable(*statistics)
-        return lease.place.result.clone(), *statistics
+        net.follow(tensors, lease.place.statistics)
+        return lease.place.result.clone()
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor, *_: Any) -> Any:
-        given = ctx.net, ctx.lease, ctx.buffers, gy, *ctx.saved_tensors
-        return None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        x, *parameters = ctx.saved_tensors
+        if torch._C._functorch.is_legacy_batchedtensor(gy):  # `is_grads_batched`: many gradients in one
+            return None, None, None, None, *_plain_backward(ctx.net, ctx.buffers, gy, x, parameters)
+        lease = ctx.lease
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            # Freed with the saved tensors, not with the result: a list of losses keeps no memory of their passes.
+            ctx.lease = None
+        given = ctx.net, lease, ctx.buffers, gy, x, *parameters
+        return None, None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
 
 
 class _Backward(torch.autograd.Function):
@@ -331,10 +337,14 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         gy, x, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        batched = any(torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents)
+        if torch.is_grad_enabled() or batched:
             found = _to_any_order(ctx.net, ctx.buffers, gy, x, parameters, cotangents)
         else:
-            net, place = ctx.net, ctx.lease.place
+            net, lease = ctx.net, ctx.lease
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.lease = None
+            place = lease.place
             torch._foreach_copy_(place.directions, net.arranged(cotangents))
             place.double()
             found = [place.moved.clone(), *net.taken(place.seconds, parameters)]
@@ -351,21 +361,47 @@ def _to_any_order(
 ) -> list[Tensor]:
     """The derivative of the backward pass by PyTorch's own operations: somebody asks for one that has derivatives."""
     # Names of their own, since the gradient may depend on the parameters by ways that lie outside of the call.
-    gy, *parameters = (
-        t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (gy, *parameters)
-    )
+    graph = torch.is_grad_enabled()
+    gy, *parameters = wanted = _renamed((gy, *parameters))
+    with torch.enable_grad():
+        y = _plain(net, buffers, x, parameters)
+        grads = torch.autograd.grad(y, parameters, gy, create_graph=True)
+    second = torch.autograd.grad(grads, wanted, cotangents, create_graph=graph, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(second, wanted, strict=True)]
+
+
+def _plain_backward(
+    net: DifferentiableNetwork,
+    buffers: Mapping[str, Tensor],
+    gy: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+) -> list[Tensor]:
+    """The backward pass by PyTorch's own operations, which take tensors that no kernel of ours does."""
+    graph, own = torch.is_grad_enabled(), _renamed(parameters)
+    with torch.enable_grad():
+        y = _plain(net, buffers, x, own)
+    return list(torch.autograd.grad(y, own, gy, create_graph=graph))
+
+
+def _renamed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values, to differentiate by; with the graph that leads to them where one is recorded."""
+    graph = torch.is_grad_enabled()
+    return [t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_() for t in tensors]
+
+
+def _plain(
+    net: DifferentiableNetwork, buffers: Mapping[str, Tensor], x: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    """The forward pass on these tensors by PyTorch's own operations."""
     held = dict(zip((*net.names, *net.inert), parameters, strict=True))
     with contextlib.ExitStack() as stack:
         for context in (plainly, *RECORDED_UNDER):
             stack.enter_context(context())
         stack.enter_context(net.lock)  # one template for all threads
         stack.enter_context(reference.swapped(net.template, held | dict(buffers)))
-        y = net.template(x)
-    grads = torch.autograd.grad(y, parameters, gy, create_graph=True)
-    along = torch.stack([(g * v).sum() for g, v in zip(grads, cotangents, strict=True)]).sum()
-    wanted = (gy, *parameters)
-    second = torch.autograd.grad(along, wanted, create_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(second, wanted, strict=True)]
+        made: Tensor = net.template(x)
+    return made
 
 
 _paused = threading.local()
