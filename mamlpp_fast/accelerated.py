@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import threading
+import weakref
 from collections import OrderedDict
 from typing import Any, TypeVar
 
@@ -35,8 +36,9 @@ def accelerate(model: _M) -> _M:
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
     arguments than one tensor [N, ...] of the parameters' type, inputs that require a gradient, ``torch.func``
-    transforms, forward mode, ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed
-    list of operations. :func:`acceleration` says what was served and what not, and why.
+    transforms, forward mode, ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with
+    running statistics, models whose forward is no fixed list of operations. :func:`acceleration` says what was served
+    and what not, and why.
 
     The first call of each form (shapes, attributes, training or evaluation) is checked in float64 against the plain
     forward: output, gradients, second derivatives and running statistics to 1e-6; what differs runs as ever. Copies,
@@ -84,6 +86,9 @@ class _Refusal:
 _Route = DifferentiableNetwork | _Refusal
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
 _lock = threading.RLock()
+_unsettled: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+"""How often a model was refused: one that changes at each call, a count of its calls say, is not looked at for ever."""
+_TRIES = 16
 
 
 @functools.cache
@@ -157,7 +162,11 @@ def _route(model: nn.Module, x: Tensor) -> _Route:
         if key in _routes:
             _routes.move_to_end(key)
             return _routes[key]
+        if _unsettled.get(model, 0) >= _TRIES:
+            return _Refusal("refused in too many forms")
         route = _made(model, x)
+        if isinstance(route, _Refusal):
+            _unsettled[model] = _unsettled.get(model, 0) + 1
         _routes[key] = route
         while len(_routes) > _KEPT:
             _routes.popitem(last=False)

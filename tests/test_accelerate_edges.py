@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -195,3 +196,25 @@ def test_settings_elsewhere_are_seen(place: Any, monkeypatch: pytest.MonkeyPatch
     before = len(module._routes)
     torch.testing.assert_close(fast(x), plain(x), **CLOSE)
     assert before == 1 and len(module._routes) == 2 and served(fast)
+
+
+class Counted(Beside):
+    """Counts its calls, so that each finds it in another form."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_a_model_that_changes_at_each_call_is_not_recorded_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = pair(lambda: Counted("plain"))
+    x = data(1)[0][0]
+    tries: list[int] = []
+    made = module._made
+    monkeypatch.setattr(module, "_made", lambda *given: tries.append(1) or made(*given))
+    for _ in range(40):
+        torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    assert len(tries) == module._TRIES and "changes attributes" in mf.acceleration(fast)
+    torch.testing.assert_close(copy.deepcopy(fast)(x), copy.deepcopy(plain)(x), **CLOSE)

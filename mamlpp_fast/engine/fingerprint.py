@@ -333,9 +333,9 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     lists, dictionaries, dataclasses, namespaces and objects that hold nothing else too (up to 1000 entries and 6 levels
     of each), arrays and tensors by identity, version and, up to 1000 values on a CPU, those; other objects by identity.
     So are plain attributes, containers and records of the user's classes, and globals and closed-over values of these
-    kinds that a ``forward``, the methods and the functions it calls, or a function that is an attribute name. What a pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats``
-    and ``plain``) does not count. Not seen are changes within other objects,
-    and what functions read that are reached through a module (``lib.scale(x)``).
+    kinds that a ``forward``, the methods and the functions it calls, or a function that is an attribute name. What a
+    pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Not seen are changes
+    within other objects, and what functions read that are reached through a module (``lib.scale(x)``).
 
     Args:
         model: any module. Nothing is read from a device.
