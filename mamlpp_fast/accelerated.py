@@ -94,16 +94,15 @@ _TRIES = 16
 @functools.cache
 def _routed(cls: Any) -> Any:
     """A class like ``cls``, under its name, whose forward takes the kernels where it can."""
-    plain = cls.forward
 
-    @functools.wraps(plain)
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and _can(self, args[0]):
             route = _route(self, args[0])
             if isinstance(route, DifferentiableNetwork):
                 return route.call(self, args[0])
         with reference.right_weight_norm(self):
-            return plain(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)  # which may have been set anew
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         made, args, *rest = super(own, self).__reduce_ex__(protocol)
@@ -174,6 +173,8 @@ def _route(model: nn.Module, x: Tensor) -> _Route:
 
 
 def _made(model: nn.Module, x: Tensor) -> _Route:
+    if type(model).__call__ is not nn.Module.__call__:
+        return _Refusal("its class has a __call__ of its own, which is around what is served")
     if next(model.parameters(), None) is None:
         return _Refusal("expected parameters, there are none")
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]

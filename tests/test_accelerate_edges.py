@@ -218,3 +218,25 @@ def test_a_model_that_changes_at_each_call_is_not_recorded_for_ever(monkeypatch:
         torch.testing.assert_close(fast(x), plain(x), **CLOSE)
     assert len(tries) == module._TRIES and "changes attributes" in mf.acceleration(fast)
     torch.testing.assert_close(copy.deepcopy(fast)(x), copy.deepcopy(plain)(x), **CLOSE)
+
+
+class Around(Beside):
+    def __call__(self, x: Tensor) -> Tensor:
+        made: Tensor = super().__call__(x)
+        return made * 2
+
+
+def test_a_call_of_its_own_is_made_once() -> None:
+    plain, fast = pair(lambda: Around("plain"))
+    x = data(1)[0][0]
+    torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    assert "__call__ of its own" in mf.acceleration(fast)
+
+
+def test_a_forward_that_is_set_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = pair(lambda: Beside("plain"))
+    x = data(1)[0][0]
+    torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    for forward in (lambda self, x: self.last(self.first(x.flatten(1))), lambda self, x: (self.how, x)):
+        monkeypatch.setattr(Beside, "forward", forward)
+        torch.testing.assert_close(fast(x)[1], plain(x)[1], **CLOSE)
