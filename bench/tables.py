@@ -191,6 +191,24 @@ def drop_in(rows: Rows) -> str:
     return table(["textbook loop", "changed", "before, ms", "after, ms", "times as fast"], lines)
 
 
+def networks(rows: Rows) -> str:
+    """Times of networks of all kinds beside a textbook loop's; quartiles of the ratio, round by round."""
+    lines = []
+    for r in rows:
+        low, middle, high = r["ratio"]
+        steps = ", ".join(r["generic"]) or "none"
+        lines.append(
+            [
+                r["name"],
+                f"{r['ms']['textbook']:.1f}",
+                f"{r['ms']['ours']:.1f}",
+                f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                steps if r["engine"] == "fused" else f"{r['engine']}: {r['reason']}",
+            ]
+        )
+    return table(["network", "textbook loop, ms", "ours, ms", "times as fast", "generic steps"], lines)
+
+
 def drop_in_scripts(rows: Rows) -> str:
     """Times of whole scripts with another package's import and with ours; a script with other numbers has none."""
     lines = [

@@ -407,6 +407,7 @@ def test_a_scripted_module_is_looked_at_like_any_other() -> None:
     learner, plain = new("auto"), new("reference")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of torch.jit
+        warnings.simplefilter("ignore", FutureWarning)  # as of torch 2.14
         learner.model.act = torch.jit.script(nn.ReLU())  # type: ignore[no-untyped-call]
     for one in (learner, plain):
         one.meta_gradient(batch())

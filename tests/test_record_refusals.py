@@ -285,7 +285,7 @@ def test_compiled_and_scripted_modules_are_refused() -> None:
     net = Net()
     net.body.compile(backend="eager")
     assert refusal(net) == ("body", "is compiled")
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit"):
         scripted = torch.jit.script(nn.ReLU())
     assert refusal(nn.Sequential(nn.Linear(3, 2), scripted)) == ("1", "is compiled")
 

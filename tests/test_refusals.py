@@ -208,6 +208,7 @@ def test_scripted_parameters_are_refused(engine: str, whole: bool, kind: str) ->
     """Theirs cannot be replaced for a call; a scripted activation has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of torch.jit
+        warnings.simplefilter("ignore", FutureWarning)  # as of torch 2.14
         part: nn.Module = nn.Linear(4, 3)
         part = torch.jit.trace(part, torch.ones(2, 4)) if kind == "trace" else torch.jit.script(part)  # type: ignore[no-untyped-call]
         model = part if whole else nn.Sequential(nn.Linear(4, 4), part)

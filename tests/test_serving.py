@@ -109,6 +109,7 @@ def test_a_scripted_part() -> None:
             super().__init__()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of `torch.jit.script` itself
+                warnings.simplefilter("ignore", FutureWarning)  # as of torch 2.14
                 self.act = torch.jit.script(nn.ReLU())
 
         def body(self, x: Tensor) -> Tensor:

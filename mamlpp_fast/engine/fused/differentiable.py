@@ -211,7 +211,8 @@ class DifferentiableNetwork:
         tensors = _Held(model)
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         buffers = {name: tensors.buffer(name) for name in self.buffers}
-        made: Tensor = _Forward.apply(self, x, tensors, buffers, *given)  # type: ignore[no-untyped-call]
+        apply: Any = _Forward.apply
+        made: Tensor = apply(self, x, tensors, buffers, *given)
         return made
 
     def follow(self, tensors: _Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -307,7 +308,8 @@ class _Forward(torch.autograd.Function):
             # Freed with the saved tensors, not with the result: a list of losses keeps no memory of their passes.
             ctx.lease = None
         given = ctx.net, lease, ctx.buffers, gy, x, *parameters
-        return None, None, None, None, *_Backward.apply(*given)  # type: ignore[no-untyped-call]
+        apply: Any = _Backward.apply
+        return None, None, None, None, *apply(*given)
 
 
 class _Backward(torch.autograd.Function):
