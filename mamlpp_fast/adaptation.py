@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import LossFn, check_recomputation, functional_call, right_second_order, set_step
+from mamlpp_fast.reference import LossFn, support_gradients
 
 __all__ = ["adapt", "inner_steps"]
 
@@ -95,14 +95,7 @@ def inner_steps(
     fast = _own(model, rates)
     second_order = not first_order
     for k in range(steps):
-        set_step(model, k)
-        with right_second_order(model, second_order):
-            loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
-            if k == 0:
-                check_recomputation(loss)
-            grads = torch.autograd.grad(
-                loss, list(fast.values()), create_graph=second_order, allow_unused=True
-            )
+        grads = support_gradients(model, fast, support_x, support_y, k, loss_fn, second_order)
         fast = rates(fast, dict(zip(fast, grads, strict=True)), k)
         yield fast
 

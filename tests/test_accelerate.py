@@ -89,6 +89,15 @@ def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     return plain, mf.accelerate(copy.deepcopy(plain))
 
 
+def same(make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Asserts that a use of an accelerated model leaves what it leaves of a plain one."""
+    plain, fast = pair(make)
+    x = data(1)[0][0]
+    torch.testing.assert_close(use(fast, x), use(plain, x), **CLOSE)
+    for found, expected in zip(fast.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def served(model: nn.Module) -> bool:
     return "one operation" in mf.acceleration(model) and "plain PyTorch" not in mf.acceleration(model)
 
@@ -288,11 +297,7 @@ def unrecorded(model: nn.Module, x: Tensor) -> Tensor:
 def test_what_is_not_served_runs_as_ever(
     make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], Tensor]
 ) -> None:
-    plain, fast = pair(make)
-    x = data(1)[0][0]
-    torch.testing.assert_close(use(fast, x), use(plain, x), **CLOSE)
-    for found, expected in zip(fast.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(found, expected, **CLOSE)
+    same(make, use)
 
 
 def test_what_changes_in_the_model_is_seen() -> None:

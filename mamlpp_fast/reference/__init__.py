@@ -18,6 +18,7 @@ from mamlpp_fast.reference.inner import (
     math_attention,
     right_second_order,
     right_weight_norm,
+    support_gradients,
     weight_norm,
 )
 from mamlpp_fast.reference.meta import MetaResult, Task, evaluate_task, meta_gradient, task_loss
@@ -53,6 +54,7 @@ __all__ = [
     "right_weight_norm",
     "set_eval_stats",
     "set_step",
+    "support_gradients",
     "swapped",
     "task_loss",
     "weight_norm",

@@ -90,7 +90,8 @@ def _normalises_weights(model: nn.Module) -> bool:
 
 def right_weight_norm(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Within it weight norm in ``model``, where there is any, is made of operations with a right second derivative."""
-    return _WeightNorm() if _normalises_weights(model) else contextlib.nullcontext()
+    wanted = torch.is_grad_enabled() and _normalises_weights(model)
+    return _WeightNorm() if wanted else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -135,6 +136,30 @@ def _saved(kind: type) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
+def support_gradients(
+    model: nn.Module,
+    fast: Mapping[str, Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    step: int,
+    loss_fn: LossFn,
+    second_order: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the support loss by the fast weights, in their order; None for those without part in it.
+
+    Leaves the model's per-step norms at ``step``, whose target pass follows.
+
+    Raises:
+        ValueError: at step 0, for a forward that uses ``torch.utils.checkpoint``.
+    """
+    set_step(model, step)
+    with right_second_order(model, second_order):
+        loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+        if step == 0:
+            check_recomputation(loss)
+        return torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)
+
+
 def inner_loop(
     model: nn.Module,
     params: Mapping[str, Tensor],
@@ -161,14 +186,7 @@ def inner_loop(
     """
     fast = dict(params)
     for k in range(steps):
-        set_step(model, k)
-        with right_second_order(model, second_order):
-            loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
-            if k == 0:
-                check_recomputation(loss)
-            grads = torch.autograd.grad(
-                loss, list(fast.values()), create_graph=second_order, allow_unused=True
-            )
+        grads = support_gradients(model, fast, support_x, support_y, k, loss_fn, second_order)
         fast = {
             name: p if g is None else p - rates[name][min(k, len(rates[name]) - 1)] * g
             for (name, p), g in zip(fast.items(), grads, strict=True)

@@ -23,10 +23,13 @@ from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref
 from mamlpp_fast.engine.fused.steps import Generic, Gradients, Pass
+from mamlpp_fast.engine.fused.steps.base import aten
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.verify import check_call
+from mamlpp_fast.ops import update_running_stats
 
 __all__ = ["RECORDED_UNDER", "DifferentiableNetwork", "differentiable", "paused", "plainly"]
 
@@ -83,11 +86,12 @@ class _Place:
             program.section(name, lane) for name in ("forward", "backward", "double")
         )
         self.x = net.x.tensor(lane)[0]
-        arranged = [(net.slots[name], name) for name in net.names]
-        self.parameters = [s.arranged(net.theta[n].tensor(lane)[0]) for s, n in arranged]
-        self.gradients = [s.arranged(net.grads[n].tensor(lane)[0]) for s, n in arranged]
-        self.directions = [s.arranged(net.directions[n].tensor(lane)[0]) for s, n in arranged]
-        self.seconds = [s.arranged(net.seconds[n].tensor(lane)[0]) for s, n in arranged]
+
+        def arranged(refs: Mapping[str, Ref]) -> list[Tensor]:
+            return [net.slots[name].arranged(refs[name].tensor(lane)[0]) for name in net.names]
+
+        self.parameters, self.gradients = arranged(net.theta), arranged(net.grads)
+        self.directions, self.seconds = arranged(net.directions), arranged(net.seconds)
         self.result, self.gy = net.result.tensor(lane)[0], net.gy.tensor(lane)[0]
         self.moved = net.moved.tensor(lane)[0]
         self.statistics = {n: (m.tensor(lane)[0], r.tensor(lane)[0]) for n, (m, r) in net.statistics.items()}
@@ -148,7 +152,7 @@ class DifferentiableNetwork:
         wanted, values = frozenset(self.names), network.depends(frozenset(self.names))
         self.statistics: dict[str, tuple[Ref, Ref]] = {}
         for name in network.norms:
-            channels = next(network.shapes[s.output][-1] for s in network.steps if s.name == name)
+            channels = network.channels(name)
             self.statistics[name] = own(f"{name} mean", 1, channels), own(f"{name} rstd", 1, channels)
         self.buffers: dict[str, Ref] = {}
         for name, b in ((n, b) for step in network.steps for n, b in step.buffers.items()):
@@ -156,41 +160,22 @@ class DifferentiableNetwork:
             self.buffers[name] = em.own(name, torch.zeros_like(b, dtype=kind), each=True)
         ps = Pass(1, images, 0, self.theta, {}, {0: self.x}, self.statistics, buffers=self.buffers)
         em.phase = Phase("forward")
-        for step in network.steps:
-            em.label = step.name
-            step.forward(em, ps)
+        write_forward(em, network, ps)
         self.result = ps.values[network.output]
         em.phase = Phase("backward")
-        self._backward(em, ps, self.gy, Gradients(values, wanted, memory=self.grads), tangent=False)
+        first = Gradients(values, wanted, memory=self.grads)
+        write_backward(em, network, ps, self.gy, first, keep=True)
+        clear_missing(em, first)
         em.keep()
         em.phase = Phase("double")
         ps.directions = self.directions
-        for step in network.steps:
-            if step.output in values:
-                em.label = step.name
-                step.tangent(em, ps)
-        self.moved = ps.tangents[network.output]
-        copied = own("moved", *self.moved.shape)
-        em.call(torch.ops.aten.copy_.default, copied, self.moved)
-        self.moved = copied
-        self._backward(em, ps, still, Gradients(values, wanted, memory=self.seconds), tangent=True)
+        write_tangent(em, network, ps, values)
+        self.moved = own("moved", 1, images, *shape)
+        em.call(aten.copy_.default, self.moved, ps.tangents[network.output])
+        second = Gradients(values, wanted, memory=self.seconds)
+        write_backward(em, network, ps, still, second, tangent=True)
+        clear_missing(em, second)
         self.program = em.finish()
-
-    def _backward(self, em: Emitter, ps: Pass, grad: Ref, out: Gradients, *, tangent: bool) -> None:
-        out.add(self.network.output, grad)
-        for step in reversed(self.network.steps):
-            if step.output not in out.wanted_values or step.output not in out.terms:
-                continue
-            em.label = step.name
-            gy = em.sum(f"gradient of {step.name}", out.terms.pop(step.output))
-            if tangent:
-                step.backward_tangent(em, ps, ps.grads.get(step.output), gy, out)
-            else:
-                ps.grads[step.output] = gy
-                step.backward(em, ps, gy, out)
-        for name, place in out.memory.items():
-            if name not in out.params:
-                em.call(torch.ops.aten.zero_.default, place)
 
     def __str__(self) -> str:
         generic = [s.name for s in self.network.steps if isinstance(s, Generic)]
@@ -223,10 +208,11 @@ class DifferentiableNetwork:
                 continue
             if norm.bias is not None:
                 mean = mean + tensors.parameter(norm.bias)
-            elements = norm.elements * self.x.shape[1]
-            var = (rstd.pow(-2) - kept.eps) * (elements / (elements - 1))
-            tensors.buffer(kept.mean).lerp_(mean, kept.momentum)
-            tensors.buffer(kept.var).lerp_(var, kept.momentum)
+            update_running_stats(
+                *(tensors.buffer(kept.mean), tensors.buffer(kept.var), mean, rstd.pow(-2) - kept.eps),
+                count=norm.elements * self.x.shape[1],
+                momentum=kept.momentum,
+            )
             if kept.counted is not None:
                 tensors.buffer(kept.counted).add_(1)
 

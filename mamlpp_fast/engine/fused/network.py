@@ -67,6 +67,10 @@ class Network:
     frozen: dict[str, Statistics]
     dtype: torch.dtype
 
+    def channels(self, norm: str) -> int:
+        """Of a batch norm, by name."""
+        return next(self.shapes[step.output][-1] for step in self.steps if step.name == norm)
+
     def slots(self) -> dict[str, Slot]:
         return {slot.name: slot for step in self.steps for slot in step.slots}
 

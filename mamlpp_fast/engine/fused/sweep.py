@@ -14,6 +14,7 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.finish import Finish, Key, Row
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Program, Ref
 from mamlpp_fast.engine.fused.steps import Goal, Gradients, Loss, Pass, Rows, Slot
 from mamlpp_fast.engine.fused.steps.base import aten
@@ -232,29 +233,6 @@ class _Writer:
             buffers=self.memory.buffers,
         )
 
-    def forward(self, net: Network, ps: Pass) -> None:
-        for step in net.steps:
-            self.em.label = step.name
-            step.forward(self.em, ps)
-
-    def backward(
-        self, net: Network, ps: Pass, grad: Ref, out: Gradients, *, keep: bool = False, tangent: bool = False
-    ) -> dict[str, Ref]:
-        """Gradients of the parameters; ``tangent`` takes the derivative of the backward pass instead."""
-        out.add(net.output, grad)
-        for step in reversed(net.steps):
-            if step.output not in out.wanted_values or step.output not in out.terms:
-                continue  # the latter where nothing reads the value, or only as a constant
-            self.em.label = step.name
-            gy = self.em.sum(f"gradient of {step.name}", out.terms.pop(step.output))
-            if tangent:
-                step.backward_tangent(self.em, ps, ps.grads.get(step.output), gy, out)
-            else:
-                if keep:
-                    ps.grads[step.output] = gy
-                step.backward(self.em, ps, gy, out)
-        return out.params
-
     def support_pass(
         self,
         step: int,
@@ -266,15 +244,17 @@ class _Writer:
         """Support pass and its flat gradient; ``again``: for the activations and their gradients only."""
         m = self.memory
         ps = self.start(self.net, m.support_x, step, theta, stats, Goal(m.support_t))
-        self.forward(self.net, ps)
+        write_forward(self.em, self.net, ps)
         self.em.label = "loss"
         value = self.loss.of_pass(self.em, ps, self.net.output)
         if again:
-            self.backward(self.net, ps, value.grad, Gradients(self.inner_values, frozenset()), keep=True)
+            write_backward(
+                self.em, self.net, ps, value.grad, Gradients(self.inner_values, frozenset()), keep=True
+            )
             return ps, None
         flat, out = self.gradients(self.inner_layout, "support gradient", self.inner_values)
-        self.backward(self.net, ps, value.grad, out, keep=True)
-        self.complete(out)
+        write_backward(self.em, self.net, ps, value.grad, out, keep=True)
+        clear_missing(self.em, out)
         return ps, flat
 
     def gradients(
@@ -289,12 +269,6 @@ class _Writer:
         return flat, Gradients(
             values, frozenset(layout.names), row_memory=rows or {}, memory=layout.views(flat)
         )
-
-    def complete(self, out: Gradients) -> None:
-        """Clears the places of gradients that the pass did not find."""
-        for name, place in out.memory.items():
-            if name not in out.params:
-                self.em.call(aten.zero_.default, place)
 
     def update(
         self, step: int, flat: Ref, theta: Mapping[str, Ref], grads: Ref
@@ -323,9 +297,8 @@ class _MetaGradient(_Writer):
             "logits": (f.tasks, f.targets, *net.shapes[net.output]),
         }
         for name in net.norms:
-            channels = next(net.shapes[s.output][-1] for s in net.steps if s.name == name)
             for what in ("mean", "rstd"):
-                results[name, what] = f.steps, 2, f.tasks, channels
+                results[name, what] = f.steps, 2, f.tasks, net.channels(name)
         for name, rows in self.rows.items():
             for what in ("weight", "bias"):
                 results[name, what] = f.steps, 2, f.tasks, rows.channels
@@ -376,7 +349,7 @@ class _MetaGradient(_Writer):
         em, m = self.em, self.memory
         goal = Goal(m.target_t, m.weights[k] if self.form.multi_step else None, want_loss=True)
         ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1), goal)
-        self.forward(self.net, ps)
+        write_forward(self.em, self.net, ps)
         em.label = "loss"
         value = self.loss.of_pass(em, ps, self.net.output)
         assert value.loss is not None
@@ -385,8 +358,8 @@ class _MetaGradient(_Writer):
         if k == self.form.steps - 1:
             em.call(aten.copy_.default, self.left["logits"], ps.values[self.net.output])
         flat, out = self._meta_gradients("target gradient", k, 0)
-        self.backward(self.net, ps, value.grad, out)
-        self.complete(out)
+        write_backward(self.em, self.net, ps, value.grad, out)
+        clear_missing(self.em, out)
         return flat
 
     def _reverse(self, k: int, theta: Mapping[str, Ref], support: tuple[Pass, Ref], adjoint: Ref) -> Ref:
@@ -399,16 +372,13 @@ class _MetaGradient(_Writer):
         if self.form.recompute:
             ps, _ = self.support_pass(k, theta, {}, again=True)
         ps.directions = self.inner_layout.views(direction)
-        for step in self.net.steps:
-            if step.output in self.inner_values:
-                em.label = step.name
-                step.tangent(em, ps)
+        write_tangent(em, self.net, ps, self.inner_values)
         em.label = "loss"
         grad_dot = self.loss.tangent_of_pass(em, ps, self.net.output)
         product, out = self._meta_gradients("Hessian-vector product", k, 1)
-        self.backward(self.net, ps, grad_dot, out, tangent=True)
+        write_backward(self.em, self.net, ps, grad_dot, out, tangent=True)
         em.label = "adjoint"
-        self.complete(out)
+        clear_missing(self.em, out)
         return em.sum("adjoint", [adjoint, product])
 
     def _direction(self, k: int, grads: Ref, adjoint: Ref) -> Ref:
@@ -458,7 +428,7 @@ class _Evaluation(_Writer):
             flat, theta = self.update(k, flat, theta, grads)
             self.em.phase = Phase("target", k)
             ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
-            self.forward(self.target_net, ps)
+            write_forward(self.em, self.target_net, ps)
             self.em.call(aten.copy_.default, self.left["logits"][k], ps.values[self.target_net.output])
 
 
