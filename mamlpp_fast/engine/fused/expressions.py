@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from mamlpp_fast.engine.fused.program import Copied, Emitter, Ref
-from mamlpp_fast.engine.fused.steps.layout import viewed
-from mamlpp_fast.engine.fused.tracing import Form, Node, Term
+from mamlpp_fast.engine.fused.steps.layout import inverse, viewed
+from mamlpp_fast.engine.fused.tracing import Form, Node, Term, packet_of
 
 __all__ = ["Expressions"]
 
@@ -167,7 +167,7 @@ class Expressions:
             part: Tensor = made if single else made[i]
             return part
 
-        name = f"{self._name} {_name(op)}"
+        name = f"{self._name} {packet_of(op)}"
         return tuple(
             None if f is None else viewed(self._em, args[0], functools.partial(view, i=i), name)
             for i, f in enumerate(node.forms)
@@ -177,11 +177,10 @@ class Expressions:
         """A buffer with strides in the order of those that torch would give it."""
         order = sorted(range(len(form.shape)), key=lambda i: (-form.strides[i], i))
         stored = [form.shape[i] for i in order]
-        ref = self._em.new(f"{self._name} {_name(node.op)}", stored, form.dtype)
+        ref = self._em.new(f"{self._name} {packet_of(node.op)}", stored, form.dtype)
         if order == list(range(len(order))):
             return ref
-        back = [order.index(i) for i in range(len(order))]
-        return ref.view(lambda t: t.permute(back))
+        return ref.view(lambda t: t.permute(inverse(order)))
 
     def _filled(self, number: int, form: Form) -> Ref:
         return self._number(number, form.dtype).view(lambda t: t.expand(form.shape))
@@ -198,10 +197,6 @@ class Expressions:
         )
 
 
-def _name(op: OpOverload) -> str:
-    return str(op.overloadpacket.__name__)
-
-
 def _back(node: Node) -> Callable[[Tensor], Tensor] | None:
     """The inverse of a view that has all elements of its argument; None for others."""
     op, args = node.op, node.args
@@ -212,8 +207,7 @@ def _back(node: Node) -> Callable[[Tensor], Tensor] | None:
         return lambda t: t.transpose(args[1], args[2])
     if op is aten.permute.default:
         order = [a % len(args[1]) for a in args[1]]
-        back = [order.index(i) for i in range(len(order))]
-        return lambda t: t.permute(back)
+        return lambda t: t.permute(inverse(order))
     whole = {aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.alias.default}
     whole |= {aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.detach.default}
     if op in whole and isinstance(source.source, Node):

@@ -28,7 +28,7 @@ from mamlpp_fast.engine.fused.program import Ref
 from mamlpp_fast.engine.recorder import draws
 from mamlpp_fast.reference import math_attention
 
-__all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable"]
+__all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "packet_of"]
 
 aten = torch.ops.aten
 
@@ -199,12 +199,12 @@ class _Tracer(TorchDispatchMode):
         made, _ = tree_flatten(result)
         if not any(isinstance(t, Tensor) for t in made):
             if torch.Tag.data_dependent_output in func.tags:
-                raise Untraceable(f"{_name(func)} asks for values")
+                raise Untraceable(f"{packet_of(func)} asks for values")
             return result
         if draws(func, args, kwargs):
-            raise Untraceable(f"{_name(func)} draws random numbers")
-        if _name(func).startswith(_PLACED):
-            raise Untraceable(f"{_name(func)} asks where its argument lies in memory")
+            raise Untraceable(f"{packet_of(func)} draws random numbers")
+        if packet_of(func).startswith(_PLACED):
+            raise Untraceable(f"{packet_of(func)} asks where its argument lies in memory")
         changed = self._changed(func, args, kwargs)
         if changed is not None:
             func = _functional(func)
@@ -232,22 +232,23 @@ class _Tracer(TorchDispatchMode):
             if a.alias_info is not None and a.alias_info.is_write
         ]
         if len(changed) != 1 or changed[0] is not args[0]:
-            raise Untraceable(f"{_name(func)} writes to memory that is given")
+            raise Untraceable(f"{packet_of(func)} writes to memory that is given")
         if id(args[0]) in self._aliased or isinstance(self.term(args[0]).source, str):
-            raise Untraceable(f"{_name(func)} writes to memory that has another name too")
+            raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
         target: Tensor = args[0]
         return target
 
 
-def _name(func: OpOverload) -> str:
+def packet_of(func: OpOverload) -> str:
+    """The name of an operator, without its overload's."""
     return str(func.overloadpacket.__name__)
 
 
 def _functional(func: OpOverload) -> OpOverload:
     """The operator that gives what ``func`` leaves in its first argument."""
-    packet = getattr(aten, _name(func).removesuffix("_"), None)
+    packet = getattr(aten, packet_of(func).removesuffix("_"), None)
     if func.namespace != "aten" or packet is None or func._overloadname not in packet.overloads():
-        raise Untraceable(f"{_name(func)} changes its argument")
+        raise Untraceable(f"{packet_of(func)} changes its argument")
     found: OpOverload = getattr(packet, func._overloadname)
     return found
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -283,19 +284,10 @@ class Generic(Step):
             elif i not in places:  # a tied parameter: gradients of its uses add up
                 em.call(aten.add_.Tensor, out.params[source], self._all(ps, ref))
 
-    def _named(self) -> Any:
-        return _Named(self)
-
-
-class _Named:
-    """Names the step where its operation cannot be traced."""
-
-    def __init__(self, step: Generic) -> None:
-        self.step = step
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Untraceable):
-            raise Unsupported(self.step.name, f"{self.step.recorded.name}: {error}") from error
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the step where its operation cannot be traced."""
+        try:
+            yield
+        except Untraceable as error:
+            raise Unsupported(self.name, f"{self.recorded.name}: {error}") from error

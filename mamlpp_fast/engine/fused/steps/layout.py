@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, aten
 from mamlpp_fast.engine.fused.steps.linear import Plain
 
-__all__ = ["Relayout", "settled", "viewed"]
+__all__ = ["Relayout", "inverse", "settled", "viewed"]
 
 # What kernels may take for granted of a pointer.
 _ALIGNMENT = 64
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes one."""
+    return [order.index(i) for i in range(len(order))]
 
 
 def settled(em: Emitter, ref: Ref, name: str) -> Ref:
@@ -62,10 +66,9 @@ class Relayout(Plain):
         if self.inputs[0] not in out.wanted_values:
             return
         lead, name = (ps.tasks, ps.images), f"gradient of input of {self.name}"
-        back = torch.argsort(torch.tensor(self.order)).tolist()
         middle = [self.split[i] for i in self.order]
         shape = ps.values[self.inputs[0]].shape
         g = viewed(em, gy, lambda t: t.view(*lead, *middle), name)
-        g = g.view(lambda t: t.permute(0, 1, *(i + 2 for i in back)))
+        g = g.view(lambda t: t.permute(0, 1, *(i + 2 for i in inverse(self.order))))
         g = viewed(em, g, lambda t: t.view(shape), name)
         out.add(self.inputs[0], settled(em, g, name) if self.settle[1] else g)
