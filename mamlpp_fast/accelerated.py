@@ -17,6 +17,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import ROUTED, form_of
+from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, paused
 from mamlpp_fast.engine.lanes import watched
 
@@ -69,8 +70,10 @@ def acceleration(model: nn.Module) -> str:
 
 
 def _said(key: list[Any]) -> str:
-    shape, dtype, _, training = key
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {'training' if training else 'evaluation'}"
+    shape, dtype, _, training, transformed = key
+    kind = "training" if training else "evaluation"
+    under = ", under torch.func" if transformed else ""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {kind}{under}"
 
 
 class _Refusal:
@@ -83,7 +86,7 @@ class _Refusal:
         return f"plain PyTorch: {self.why}"
 
 
-_Route = DifferentiableNetwork | _Refusal
+_Route = DifferentiableNetwork | transforms.Transformed | _Refusal
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
 _lock = threading.RLock()
 _unsettled: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -99,7 +102,7 @@ def _routed(cls: Any) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and _can(self, args[0]):
             route = _route(self, args[0])
-            if isinstance(route, DifferentiableNetwork):
+            if not isinstance(route, _Refusal):
                 return route.call(self, args[0])
         with reference.right_weight_norm(self):
             return cls.forward(self, *args, **kwargs)  # which may have been set anew
@@ -145,8 +148,7 @@ def _can(model: nn.Module, x: Any) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and (torch.autograd.forward_ad._current_level < 0 or transforms.active())
         # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and not paused()
@@ -156,20 +158,34 @@ def _can(model: nn.Module, x: Any) -> bool:
 
 def _route(model: nn.Module, x: Tensor) -> _Route:
     form = form_of(model)
-    key = (type(model).__mro__[1], x.shape, x.dtype, x.device, model.training, form)
+    # Empty without a transform of torch.func; with one, why its kind is refused.
+    transformed = (transforms.refusal(model, x),) if transforms.active() else ()
+    key = (type(model).__mro__[1], x.shape, x.dtype, x.device, model.training, transformed, form)
     with _lock:
         if key in _routes:
             _routes.move_to_end(key)
             return _routes[key]
         if _unsettled.get(model, 0) >= _TRIES:
             return _Refusal("refused in too many forms")
-        route = _made(model, x)
+        route = _under_transforms(model, x, *transformed) if transformed else _made(model, x)
         if isinstance(route, _Refusal):
             _unsettled[model] = _unsettled.get(model, 0) + 1
         _routes[key] = route
         while len(_routes) > _KEPT:
             _routes.popitem(last=False)
         return route
+
+
+def _under_transforms(model: nn.Module, x: Tensor, refusal: str | None) -> _Route:
+    if refusal is not None:
+        return _Refusal(refusal)
+    with transforms.outside(model, x) as one:
+        route = _route(model, one)
+    if not isinstance(route, DifferentiableNetwork):
+        return route
+    if any(norm.statistics is not None for norm in route.network.norms.values()):
+        return _Refusal("keeps running statistics, which a transform changes as PyTorch does, or refuses")
+    return transforms.Transformed(route)
 
 
 def _made(model: nn.Module, x: Tensor) -> _Route:
