@@ -56,10 +56,14 @@ def _differentiated(t: Tensor) -> bool:
 
 def _one(t: Tensor) -> Tensor:
     """What is in a tensor, without levels: of one task where ``vmap`` gives it several."""
+    axes = []
     while functorch.is_functorch_wrapped_tensor(t):
-        axis = functorch.maybe_get_bdim(t) if functorch.is_batchedtensor(t) else -1
+        if functorch.is_batchedtensor(t):
+            axes.append(functorch.maybe_get_bdim(t))
         t = functorch.get_unwrapped(t)
-        t = t if axis < 0 else t.select(axis, 0)
+    # From the lowest level up: each axis is one of what the levels below it make of the tensor.
+    for axis in reversed(axes):
+        t = t.select(axis, 0)
     return t.detach()
 
 
@@ -108,9 +112,14 @@ class _Call:
 
 
 class _Run:
-    """One backward pass of a call; ``state`` is where its values were left."""
+    """One backward pass of a call; ``state`` is where its values were left.
+
+    Attributes:
+        mark: what ``held`` of a state is where they still lie there; not the run itself, which would hold itself.
+    """
 
     def __init__(self) -> None:
+        self.mark = object()
         self.state: _State | None = None
 
 
@@ -159,7 +168,8 @@ class _Use:
             place.backward()
 
         state.each(work)
-        state.held = self.run
+        assert self.run is not None
+        state.held = self.run.mark
         return state
 
     def split(self, given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -277,7 +287,7 @@ class _Double(_Operation):
         net, run = use.net, use.run
         assert run is not None
         state = run.state
-        if state is None or state.tasks != use.tasks or state.held is not run:
+        if state is None or state.tasks != use.tasks or state.held is not run.mark:
             state = use.backward(gy, given_)
 
         def work(task: int, place: Any) -> None:
@@ -348,8 +358,11 @@ def _written_double(use: _Use, names: int, fixed: Sequence[Tensor], values: Sequ
         return pull(tuple(along))
 
     tensors = [*values[: names + 1], *fixed, *values[names + 1 :]]
-    axes = (0,) * (names + 1) + tuple(0 if many else None for many in use.many)
-    return torch.func.vmap(one, axes)(*tensors)
+    kept = [True] * (names + 1) + list(use.many)
+    # Not by `vmap`: PyTorch's rules for norms in it lose the history of means and deviations, and are wrong from the
+    # second derivative (batch norm) or the third (layer norm) on.
+    tasks = [one(*(t[i] if many else t for t, many in zip(tensors, kept, strict=True))) for i in range(use.tasks)]
+    return tuple(torch.stack(parts) for parts in zip(*((moved, *seconds) for moved, *seconds in tasks), strict=True))
 
 
 class Transformed:
