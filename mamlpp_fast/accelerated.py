@@ -100,6 +100,8 @@ def _routed(cls: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # first of all: what follows is not for a compiler to read
+            return cls.forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs and _can(self, args[0]):
             route = _route(self, args[0])
             if not isinstance(route, _Refusal):
@@ -146,7 +148,6 @@ def _can(model: nn.Module, x: Any) -> bool:
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and (torch.autograd.forward_ad._current_level < 0 or transforms.active())
         # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
