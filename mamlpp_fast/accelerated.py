@@ -186,7 +186,7 @@ def _under_transforms(model: nn.Module, x: Tensor, refusal: str | None) -> _Rout
         return route
     if any(norm.statistics is not None for norm in route.network.norms.values()):
         return _Refusal("keeps running statistics, which a transform changes as PyTorch does, or refuses")
-    return transforms.Transformed(route)
+    return transforms.Transformed(route, model)
 
 
 def _made(model: nn.Module, x: Tensor) -> _Route:

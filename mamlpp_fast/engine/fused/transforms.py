@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch._functorch.pyfunctorch import (
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine import lanes
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, _Held, _Lease, _plain
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, _Held, _Lease, _Place, _plain
 
 __all__ = ["Transformed", "active", "outside", "refusal"]
 
@@ -76,6 +76,32 @@ def outside(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
             yield _one(x)
 
 
+class _Flat:
+    """The parameters of a call as one tensor [P], so that a level handles one and not each.
+
+    Attributes:
+        names: in their order there, those without a gradient last.
+        moving: where those with a gradient end.
+    """
+
+    def __init__(self, net: DifferentiableNetwork, shapes: Mapping[str, torch.Size]) -> None:
+        self.names = (*net.names, *net.inert)
+        self._shapes = [shapes[name] for name in self.names]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.moving = sum(self._sizes[: len(net.names)])
+        views = net.arranged(self.parts(torch.empty(sum(self._sizes), device="meta")))
+        self._places = [(v.shape, v.stride(), v.storage_offset()) for v in views]
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """The parameters in a tensor [P]."""
+        return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+
+    def arranged(self, row: Tensor) -> list[Tensor]:
+        """Those with a gradient in a tensor [P] without gaps, with the axes that they have in the kernels' layout."""
+        begin = row.storage_offset()
+        return [row.as_strided(shape, stride, begin + at) for shape, stride, at in self._places]
+
+
 class _State:
     """Places of so many tasks with a forward pass in them; ``held`` is the backward pass that ran there last."""
 
@@ -85,7 +111,7 @@ class _State:
         self.leases = [_Lease(net) for _ in range(tasks)]
         self.held: object = None
 
-    def each(self, work: Callable[[int, Any], None]) -> None:
+    def each(self, work: Callable[[int, _Place], None]) -> None:
         """Calls ``work(task, place)`` for every task, side by side where there are threads."""
         threads = torch.get_num_threads()
         if self.tasks == 1 or threads == 1 or self.net.device.type != "cpu":
@@ -100,14 +126,15 @@ class _State:
                     return
                 work(task, self.leases[task].place)
 
-        lanes.run(on_lane, min(self.tasks, threads), 1)
+        lanes.run(on_lane, min(self.tasks, threads))
 
 
 class _Call:
     """One call of the model; ``state`` is where its forward pass lies."""
 
-    def __init__(self, net: DifferentiableNetwork) -> None:
+    def __init__(self, net: DifferentiableNetwork, flat: _Flat) -> None:
         self.net = net
+        self.flat = flat
         self.state: _State | None = None
 
 
@@ -129,7 +156,7 @@ class _Use:
 
     Attributes:
         tasks: T, of all levels of ``vmap`` that lie above.
-        many: of x, the buffers and the parameters: which of them have an axis of T tasks in front.
+        many: of x, the buffers and the parameters [P]: which of them have an axis of T tasks in front.
         run: the backward pass that is meant.
     """
 
@@ -138,37 +165,38 @@ class _Use:
     many: tuple[bool, ...]
     run: _Run | None = None
 
-    @property
-    def net(self) -> DifferentiableNetwork:
-        return self.call.net
+    def forward(self, given: Sequence[Tensor], after: Callable[[int, _Place], None]) -> _State:
+        """The forward pass on x, buffers and parameters, in places that are fresh; ``after`` is called in each."""
+        net, flat = self.call.net, self.call.flat
+        *given, parameters = given
+        parameters = parameters.contiguous()
+        state = _State(net, self.tasks)
 
-    def load(self, given: Sequence[Tensor], state: _State) -> _State:
-        """The forward pass on x, buffers and parameters."""
-        net = self.net
-
-        def pick(task: int) -> list[Tensor]:
-            return [t[task] if many else t for t, many in zip(given, self.many, strict=True)]
-
-        def work(task: int, place: Any) -> None:
-            x, *rest = pick(task)
-            buffers = dict(zip(net.buffers, rest, strict=False))
-            net.load(place, x, buffers, rest[len(buffers) : len(buffers) + len(net.names)])
+        def work(task: int, place: _Place) -> None:
+            x, *rest, own = (
+                t[task] if many else t for t, many in zip((*given, parameters), self.many, strict=True)
+            )
+            net.run(place, x, dict(zip(net.buffers, rest, strict=True)), flat.arranged(own))
+            after(task, place)
 
         state.each(work)
         return state
 
-    def backward(self, gy: Tensor, given: Sequence[Tensor]) -> _State:
-        """The backward pass of ``run``, on its forward's places; on other ones where these are of other tasks."""
-        state = self.call.state
-        if state is None or state.tasks != self.tasks:
-            state = self.load(given, _State(self.net, self.tasks))
+    def backward(
+        self, state: _State | None, gy: Tensor, given: Sequence[Tensor], after: Callable[[int, _Place], None]
+    ) -> _State:
+        """The backward pass of ``run``, where its forward lies in the state; else this runs before it."""
+        assert self.run is not None
 
-        def work(task: int, place: Any) -> None:
+        def work(task: int, place: _Place) -> None:
             place.gy.copy_(gy[task])
             place.backward()
+            after(task, place)
 
-        state.each(work)
-        assert self.run is not None
+        if state is None or state.tasks != self.tasks:
+            state = self.forward(given, work)
+        else:
+            state.each(work)
         state.held = self.run.mark
         return state
 
@@ -182,7 +210,7 @@ class _Use:
     ) -> tuple[_Use, list[Tensor]]:
         """The use, and tensors, of ``size`` times as many tasks: those of one level of ``vmap`` more.
 
-        The level's axis goes in front of the tasks that there are, and both become one. What has neither stays as it is.
+        The level's axis goes in front of the tasks that there are, and both become one. What has neither stays.
         """
         first = len(given) - len(self.many)
         kept = [True] * first + list(self.many)
@@ -198,10 +226,12 @@ class _Use:
         many_now = tuple(m or axis is not None for m, axis in zip(self.many, axes[first:], strict=True))
         return replace(self, tasks=size * self.tasks, many=many_now), tensors
 
-    def summed(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients [T, ...] of the parameters, for those that all tasks share their sum."""
-        many = self.many[len(self.many) - len(gradients) :]
-        return [g if own else g.sum(0) if self.tasks > 1 else g[0] for g, own in zip(gradients, many, strict=True)]
+    def gradients(self, of_parameters: Tensor) -> tuple[Tensor | None, ...]:
+        """Of x and the buffers none; of the parameters from each task's [T, P], the sum where all tasks share them."""
+        g = of_parameters
+        if not self.many[-1]:
+            g = g.sum(0) if self.tasks > 1 else g[0]
+        return *(None,) * (len(self.many) - 1), g
 
 
 def _results(size: int, made: Any) -> tuple[Any, Any]:
@@ -212,8 +242,8 @@ def _results(size: int, made: Any) -> tuple[Any, Any]:
 
 
 _NO_TANGENTS = (
-    "accelerate: forward-mode derivatives (torch.func.jvp, jacfwd) of a backward pass that is an operation are not "
-    "implemented; take them around the whole function, or call the model within mamlpp_fast.engine.fused.differentiable.plainly()"
+    "accelerate: forward-mode derivatives (torch.func.jvp, jacfwd) that only a backward pass meets are not implemented; "
+    "take them of the whole function"
 )
 
 
@@ -231,22 +261,20 @@ class _Operation(torch.autograd.Function):
 
 
 class _Forward(_Operation):
-    """The output [T, N, ...] on x, buffers and parameters."""
+    """The output [T, N, ...] on x, buffers and parameters [P]."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
-        state = use.load(given, _State(use.net, use.tasks))
-        use.call.state = state
-        first = state.leases[0].place.result
-        y = first.new_empty((use.tasks, *first.shape))
-        torch._foreach_copy_(list(y), [lease.place.result for lease in state.leases])
+        net = use.call.net
+        shape = net.network.shapes[net.network.output]
+        y = given[-1].new_empty((use.tasks, len(given[0][0] if use.many[0] else given[0]), *shape))
+        use.call.state = use.forward(given, lambda task, place: y[task].copy_(place.result))
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:
-        use = replace(ctx.use, run=_Run())
-        made: Any = _Backward.apply(use, gy, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return None, *(None,) * (1 + len(use.net.buffers)), *use.summed(made)
+        made: Any = _Backward.apply(replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return None, *ctx.use.gradients(made)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
@@ -255,22 +283,22 @@ class _Forward(_Operation):
 
 
 class _Backward(_Operation):
-    """Gradients [T, *shape] of all parameters, each task's own; before x the gradient [T, N, ...] of the output."""
+    """The gradients [T, P] of each task; before x comes the gradient [T, N, ...] of the output."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
-        (gy,), given_ = use.split(given)
-        state = use.backward(gy, given_)
+        (gy,), rest = use.split(given)
+        made, after = _taken(use, rest[-1], lambda place: place.gradients)
+        state = use.backward(use.call.state, gy, rest, after)
         assert use.run is not None
         use.run.state = state
-        return _taken(use, state, given_, lambda place: place.gradients)
+        return made
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        use = ctx.use
-        made: Any = _Double.apply(use, *cotangents, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        moved, *seconds = made
-        return None, moved, *(None,) * (1 + len(use.net.buffers)), *use.summed(seconds)
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        made: Any = _Double.apply(ctx.use, cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        moved, second = made
+        return None, moved, *ctx.use.gradients(second)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
@@ -279,40 +307,40 @@ class _Backward(_Operation):
 
 
 class _Double(_Operation):
-    """The derivative of the backward pass along cotangents [T, *shape]: by its gradient, and by the parameters."""
+    """The derivative of the backward pass along a cotangent [T, P]: by its gradient, and by the parameters."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
-        (*cotangents, gy), given_ = use.split(given)
-        net, run = use.net, use.run
+        (cotangent, gy), rest = use.split(given)
+        flat, run = use.call.flat, use.run
         assert run is not None
-        state = run.state
-        if state is None or state.tasks != use.tasks or state.held is not run.mark:
-            state = use.backward(gy, given_)
-
-        def work(task: int, place: Any) -> None:
-            torch._foreach_copy_(place.directions, net.arranged([c[task] for c in cotangents]))
-            place.double()
-
-        state.each(work)
         moved = gy.new_empty(gy.shape)
-        torch._foreach_copy_(list(moved), [lease.place.moved for lease in state.leases])
-        return moved, *_taken(use, state, given_, lambda place: place.seconds)
+        made, after = _taken(use, rest[-1], lambda place: place.seconds)
+        cotangent = cotangent.contiguous()
+
+        def work(task: int, place: _Place) -> None:
+            torch._foreach_copy_(place.directions, flat.arranged(cotangent[task]))
+            place.double()
+            moved[task].copy_(place.moved)
+            after(task, place)
+
+        if run.state is not None and run.state.tasks == use.tasks and run.state.held is run.mark:
+            run.state.each(work)
+        else:
+            use.backward(run.state, gy, rest, work)
+        return moved, made
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         use: _Use = ctx.use
-        (*along, gy), given = use.split(ctx.saved_tensors)
-        names = len(along)
-        fixed, parameters = given[: len(given) - names], given[len(given) - names :]
-        moving = [*along, gy, *parameters]
+        (along, gy), (*fixed, parameters) = use.split(ctx.saved_tensors)
 
-        def double(*values: Tensor) -> Any:
-            return _written_double(use, names, fixed, values)
+        def double(along: Tensor, gy: Tensor, parameters: Tensor) -> Any:
+            return _written_double(use, along, gy, (*fixed, parameters))
 
-        _, pull = torch.func.vjp(double, *moving)
-        found = pull(cotangents)
-        return None, *found[: names + 1], *(None,) * len(fixed), *found[names + 1 :]
+        _, pull = torch.func.vjp(double, along, gy, parameters)
+        by_along, by_gy, by_parameters = pull(cotangents)
+        return None, by_along, by_gy, *(None,) * len(fixed), by_parameters
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
@@ -321,55 +349,57 @@ class _Double(_Operation):
 
 
 def _taken(
-    use: _Use, state: _State, given: Sequence[Tensor], of: Callable[[Any], list[Tensor]]
-) -> tuple[Tensor, ...]:
-    """Copies [T, *shape] of what lies in the kernels' layout, in the parameters'; zeros for those that are inert."""
-    net = use.net
-    begin = 1 + len(net.buffers)
-    made = [
-        t.new_empty((use.tasks, *(t.shape[1:] if many else t.shape)))
-        for t, many in zip(given[begin:], use.many[begin:], strict=True)
-    ]
-    own, inert = made[: len(net.names)], made[len(net.names) :]
+    use: _Use, like: Tensor, of: Callable[[_Place], list[Tensor]]
+) -> tuple[Tensor, Callable[[int, _Place], None]]:
+    """A tensor [T, P], and what copies a task's values to it from a place; zero for parameters without a gradient."""
+    flat = use.call.flat
+    made = like.new_empty((use.tasks, like.shape[-1]))
 
-    def work(task: int, place: Any) -> None:
-        torch._foreach_copy_(net.arranged([t[task] for t in own]), of(place))
+    def after(task: int, place: _Place) -> None:
+        torch._foreach_copy_(flat.arranged(made[task]), of(place))
+        made[task, flat.moving :].zero_()
 
-    state.each(work)
-    for t in inert:
-        t.zero_()
-    return tuple(made)
+    return made, after
 
 
-def _written_double(use: _Use, names: int, fixed: Sequence[Tensor], values: Sequence[Tensor]) -> Any:
+def _written_double(use: _Use, along: Tensor, gy: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """What :class:`_Double` computes, by PyTorch's own operations: somebody differentiates it."""
-    net = use.net
+    net, flat = use.call.net, use.call.flat
 
-    def one(*given: Tensor) -> Any:
-        along, gy, x = given[:names], given[names], given[names + 1]
-        buffers = dict(zip(net.buffers, given[names + 2 : names + 2 + len(net.buffers)], strict=True))
-        parameters = given[names + 2 + len(net.buffers) :]
+    def one(along: Tensor, gy: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        *buffers, parameters = rest
+        held = dict(zip(net.buffers, buffers, strict=True))
 
-        def gradients(gy: Tensor, *parameters: Tensor) -> Any:
-            _, pull = torch.func.vjp(lambda *own: _plain(net, buffers, x, own), *parameters)
-            return pull(gy)
+        def gradient(gy: Tensor, parameters: Tensor) -> Any:
+            _, pull = torch.func.vjp(lambda own: _plain(net, held, x, flat.parts(own)), parameters)
+            return pull(gy)[0]
 
-        _, pull = torch.func.vjp(gradients, gy, *parameters)
-        return pull(tuple(along))
+        _, pull = torch.func.vjp(gradient, gy, parameters)
+        moved, second = pull(along)
+        return moved, second
 
-    tensors = [*values[: names + 1], *fixed, *values[names + 1 :]]
-    kept = [True] * (names + 1) + list(use.many)
     # Not by `vmap`: PyTorch's rules for norms in it lose the history of means and deviations, and are wrong from the
     # second derivative (batch norm) or the third (layer norm) on.
-    tasks = [one(*(t[i] if many else t for t, many in zip(tensors, kept, strict=True))) for i in range(use.tasks)]
-    return tuple(torch.stack(parts) for parts in zip(*((moved, *seconds) for moved, *seconds in tasks), strict=True))
+    many = (True, True, *use.many)
+    tasks = [
+        one(*(t[i] if own else t for t, own in zip((along, gy, *given), many, strict=True)))
+        for i in range(use.tasks)
+    ]
+    moved, second = (torch.stack(parts) for parts in zip(*tasks, strict=True))
+    return moved, second
 
 
 class Transformed:
-    """The route of a model's calls under ``torch.func``."""
+    """The route of a model's calls under ``torch.func``.
 
-    def __init__(self, net: DifferentiableNetwork) -> None:
+    Args:
+        net: what computes a task.
+        model: that calls it, for the shapes of its parameters.
+    """
+
+    def __init__(self, net: DifferentiableNetwork, model: nn.Module) -> None:
         self.net = net
+        self._flat = _Flat(net, {name: p.shape for name, p in model.named_parameters()})
 
     def __str__(self) -> str:
         return f"{self.net}, tasks of vmap side by side"
@@ -377,7 +407,9 @@ class Transformed:
     def call(self, model: nn.Module, x: Tensor) -> Tensor:
         """The model's output on ``x`` with the tensors that it holds, at the level that the call is made at."""
         held, net = _Held(model), self.net
-        given = [x, *map(held.buffer, net.buffers), *map(held.parameter, (*net.names, *net.inert))]
-        made: Any = _Forward.apply(_Use(_Call(net), 1, (False,) * len(given)), *given)  # type: ignore[no-untyped-call]
+        parameters = torch.cat([held.parameter(name).reshape(-1) for name in self._flat.names])
+        given = [x, *map(held.buffer, net.buffers), parameters]
+        use = _Use(_Call(net, self._flat), 1, (False,) * len(given))
+        made: Any = _Forward.apply(use, *given)  # type: ignore[no-untyped-call]
         result: Tensor = made.squeeze(0)
         return result
