@@ -11,6 +11,7 @@ import torch
 from fake_cuda import FakeCuda, on_gpu
 from helpers import gradients, random_batch, small_learner
 from mamlpp_fast.kernels import conv_norm_act_pool as kernels
+from mamlpp_fast.kernels import norm_act_pool
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,3 +185,12 @@ def test_rows_that_start_anywhere() -> None:
     assert results[1][1].data_ptr() % 16
     for found, expected in zip(results[1], results[0], strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_layer_norm_of_many_tokens_has_a_grid() -> None:
+    """CUDA's grids end at 65,535 in all axes but the first."""
+    tokens = 70_000
+    z, row = torch.empty(tokens, 1, 1, 1, 4), torch.empty(4)
+    first, *others = norm_act_pool._Launch(z, torch.empty(tokens, 4), row, row, 0.0, False).grid
+    assert first == tokens
+    assert max(others) < 65_536
