@@ -36,10 +36,12 @@ def accelerate(model: _M) -> _M:
     changes is what a call ``model(x)`` executes where autograd records: the whole forward as one operation, whose
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
-    arguments than one tensor [N, ...] of the parameters' type, inputs that require a gradient, ``torch.func``
-    transforms, forward mode, ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with
-    running statistics, models whose forward is no fixed list of operations. :func:`acceleration` says what was served
-    and what not, and why.
+    arguments than one tensor [N, ...] of the parameters' type, inputs that require a gradient, forward mode,
+    ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with running statistics, models
+    whose forward is no fixed list of operations. :func:`acceleration` says what was served and what not, and why.
+
+    ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way: the tasks of a ``vmap`` run side by
+    side on the threads. Norms that update running statistics are not, for PyTorch refuses most of that itself.
 
     The first call of each form (shapes, attributes, training or evaluation) is checked in float64 against the plain
     forward: output, gradients, second derivatives and running statistics to 1e-6; what differs runs as ever. Copies,

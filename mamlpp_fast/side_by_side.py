@@ -112,7 +112,9 @@ def _one(step: Callable[[Any, _T], Any], model: nn.Module, task: _T) -> tuple[An
         raise ValueError("step: expected results without a graph behind the loss, which comes first")
     if not isinstance(loss, Tensor):
         if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(loss)):
-            raise ValueError("step: expected a loss, or a tuple that begins with it, got a container with a graph")
+            raise ValueError(
+                "step: expected a loss, or a tuple that begins with it, got a container with a graph"
+            )
         return result, []
     gradients: _Gradients = []
     if loss.requires_grad and torch.is_grad_enabled():
@@ -138,7 +140,9 @@ def _leaves(loss: Tensor) -> list[Tensor]:
         if node.name().endswith("AccumulateGrad"):
             leaf: Tensor = node.variable  # type: ignore[attr-defined]
             if leaf._post_accumulate_grad_hooks:
-                raise ValueError("step: expected parameters without hooks behind the accumulation of gradients")
+                raise ValueError(
+                    "step: expected parameters without hooks behind the accumulation of gradients"
+                )
             found[id(leaf)] = leaf
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
@@ -189,15 +193,15 @@ class _Copy:
         for original, copied in self.pairs:
             for name, b in original._buffers.items():
                 copied._buffers[name] = b if b is None else made.setdefault(id(b), b.clone())
-        return {(i, n): b for i, (_, c) in enumerate(self.pairs) for n, b in c._buffers.items() if b is not None}
+        return {
+            (i, n): b for i, (_, c) in enumerate(self.pairs) for n, b in c._buffers.items() if b is not None
+        }
 
 
 class _Team:
     """One call of :func:`map_tasks` on several threads."""
 
-    def __init__(
-        self, step: Callable[[Any, _T], Any], tasks: list[_T], model: nn.Module, width: int
-    ) -> None:
+    def __init__(self, step: Callable[[Any, _T], Any], tasks: list[_T], model: nn.Module, width: int) -> None:
         self.step = step
         self.tasks = tasks
         self.modules = list(model.modules())
@@ -209,7 +213,9 @@ class _Team:
 
     def run(self) -> list[Any]:
         parameters = {id(p): p for m in self.modules for p in m._parameters.values() if p is not None}
-        before = [(p, p._version, p.grad, None if p.grad is None else p.grad._version) for p in parameters.values()]
+        before = [
+            (p, p._version, p.grad, None if p.grad is None else p.grad._version) for p in parameters.values()
+        ]
         drawn = torch.get_rng_state()
         following = itertools.count()
 
@@ -274,7 +280,9 @@ class _Team:
                     del vars(module)["forward"]
                 else:
                     vars(module)["forward"] = own
-                for table, kept in ((module._parameters, parameters), (module._buffers, buffers)):
+                tables: list[tuple[dict[str, Any], dict[str, Any]]]
+                tables = [(module._parameters, parameters), (module._buffers, buffers)]
+                for table, kept in tables:
                     swapped |= any(table.get(name) is not t for name, t in kept.items())
                     table.update(kept)
         if swapped:
@@ -283,20 +291,22 @@ class _Team:
     def _updates(self) -> list[tuple[Tensor, Tensor]]:
         """Buffers and their values after all tasks, as if each had gone on from where the last one stopped.
 
-        A task that begins at r_0 and updates n times ends at r = q r_0 + b with q = (1 − momentum)^n; had it begun at s,
-        it would end at r + q (s − r_0).
+        A task that begins at r_0 and updates n times ends at r = q r_0 + b with q = (1 − momentum)^n; had it begun at
+        s, it would end at r + q (s − r_0).
         """
         found: list[tuple[Tensor, Tensor]] = []
         for index, (module, _) in enumerate(self.copies[0].pairs):
-            norm = isinstance(module, _BatchNorm) and module.momentum is not None
-            counted = module._buffers.get("num_batches_tracked") if norm else None
-            ends = [
-                {name: b for (i, name), b in buffers.items() if i == index} for buffers in self.buffers
-            ]
+            momentum = module.momentum if isinstance(module, _BatchNorm) else None
+            counted = None if momentum is None else module._buffers.get("num_batches_tracked")
+            ends = [{name: b for (i, name), b in buffers.items() if i == index} for buffers in self.buffers]
             for name, start in module._buffers.items():
                 if start is None or all(_same(end[name], start) for end in ends):
                     continue
-                if counted is None or name not in ("running_mean", "running_var", "num_batches_tracked"):
+                if (
+                    momentum is None
+                    or counted is None
+                    or name not in ("running_mean", "running_var", "num_batches_tracked")
+                ):
                     raise RuntimeError(
                         f"map_tasks: a step changed the buffer {name} of a {type(module).__name__}, which threads do "
                         "not pass on; threads=1 does"
@@ -304,7 +314,7 @@ class _Team:
                 value = start
                 for end in ends:
                     times = int(end["num_batches_tracked"] - counted)
-                    share = 1 if name == "num_batches_tracked" else (1 - module.momentum) ** times
+                    share = 1 if name == "num_batches_tracked" else (1 - momentum) ** times
                     value = end[name] + share * (value - start)
                 found.append((start, value))
         return found
@@ -313,7 +323,9 @@ class _Team:
 def _guard(forward: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if getattr(_within, "now", False):
-            raise RuntimeError("map_tasks: a step called the model that the threads share; call the one it is given")
+            raise RuntimeError(
+                "map_tasks: a step called the model that the threads share; call the one it is given"
+            )
         return forward(*args, **kwargs)
 
     return guarded

@@ -87,7 +87,9 @@ def over_tasks(f: Callable[..., Any], axes: tuple[int | None, ...], *args: Any) 
     def one(task: int, value: Any, axis: int | None) -> Any:
         if axis is None:
             return value
-        return {n: t.select(axis, task) for n, t in value.items()} if isinstance(value, dict) else value.select(axis, task)
+        if isinstance(value, dict):
+            return {n: t.select(axis, task) for n, t in value.items()}
+        return value.select(axis, task)
 
     made = [f(*(one(i, a, axis) for a, axis in zip(args, axes, strict=True))) for i in range(TASKS)]
     return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *made)
@@ -248,8 +250,7 @@ def pulled_in_vmap(model: nn.Module) -> Any:
         y, pull = func.vjp(lambda held: out(model, held, x), own(model))
         return func.vmap(pull)(torch.stack([y, y.cos(), y + 1]))
 
-    x = batch()[0]
-    return torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *(f(t) for t in x)) if plainly(model) else func.vmap(f)(x)
+    return (over_tasks if plainly(model) else mapped)(f, (0,), batch()[0])
 
 
 def plainly(model: nn.Module) -> bool:
@@ -315,11 +316,6 @@ def unrecorded(model: nn.Module) -> Any:
 
 def only_mapped(model: nn.Module) -> Any:
     return mapped(functools.partial(out, model), (None, 0), own(model), batch()[0])
-
-
-def linearized(model: nn.Module) -> Any:
-    y, push = func.linearize(first(model), own(model))
-    return y, push(own(model))
 
 
 SERVED = [random, aux, pulled, pulled_in_vmap, both_again, jacrev_of_grad, only_mapped]
@@ -453,5 +449,7 @@ def test_float32_stays_as_near_to_float64_as_pytorch() -> None:
         return torch.cat([g.flatten() for g in func.grad(total)(own(model)).values()]).double()
 
     expected = gradient(exact, over_tasks)
-    ours, theirs = (float((gradient(m, v) - expected).norm()) for m, v in ((fast, mapped), (plain, over_tasks)))
+    ours, theirs = (
+        float((gradient(m, v) - expected).norm()) for m, v in ((fast, mapped), (plain, over_tasks))
+    )
     assert served(fast) and ours <= 2 * theirs + 1e-6 * float(expected.norm())

@@ -142,7 +142,12 @@ def test_results_come_in_the_tasks_order_and_as_they_are() -> None:
 
     model = own(mlp)
     found = mf.map_tasks(slow, list(range(5)), model)
-    assert isinstance(found[0], Made) and found[0].name == "named" and found[2] == {"count": 2} and found[4] is None
+    assert (
+        isinstance(found[0], Made)
+        and found[0].name == "named"
+        and found[2] == {"count": 2}
+        and found[4] is None
+    )
     torch.testing.assert_close(found[1][0], found[1][1], rtol=0, atol=0)
     assert not any(t.requires_grad for t in torch.utils._pytree.tree_leaves(found) if isinstance(t, Tensor))
     other = own(mlp)
@@ -217,12 +222,14 @@ def test_the_first_error_is_raised_and_nothing_is_added() -> None:
             raise LookupError(f"task {task}")
         return loss
 
-    with pytest.raises(LookupError, match="task [13]"):
+    with pytest.raises(LookupError, match=r"task [13]"):
         mf.map_tasks(failing, list(range(6)), model)
     assert all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert "forward" not in vars(model) and not any("forward" in vars(m) for m in model.modules())
-    torch.testing.assert_close(mf.map_tasks(step, data(3), model), loop(step, data(3), own(conv_net)), **CLOSE)
+    torch.testing.assert_close(
+        mf.map_tasks(step, data(3), model), loop(step, data(3), own(conv_net)), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("part", ["the model", "a part of it"])
@@ -282,7 +289,9 @@ def noisy(model: nn.Module, task: Task) -> Tensor:
         (lambda: mf.convert_batch_norm(conv_net(), 2), step, "changed the buffer running_mean"),
     ],
 )
-def test_what_threads_do_not_pass_on_is_refused(make: Callable[[], nn.Module], wrong: Any, words: str) -> None:
+def test_what_threads_do_not_pass_on_is_refused(
+    make: Callable[[], nn.Module], wrong: Any, words: str
+) -> None:
     model = own(make)
     buffers = copy.deepcopy(dict(model.named_buffers()))
     with pytest.raises(RuntimeError, match=words):

@@ -70,16 +70,19 @@ class Calls : public torch::CustomClassHolder {
 /// still waiting, busily, for the next loop: between operations of the caller's that cost a third of the time.
 class Team : public torch::CustomClassHolder {
  public:
-  void add(const c10::intrusive_ptr<Calls>& calls) { lists_.push_back(calls); }
+  /// Appends lists that one thread runs in their order.
+  void add(std::vector<c10::intrusive_ptr<Calls>> lists) { lists_.push_back(std::move(lists)); }
 
   void run(const at::Tensor& halt) {
     at::parallel_for(0, static_cast<int64_t>(lists_.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) lists_[i]->run(halt);
+      for (int64_t i = begin; i < end; ++i) {
+        for (const auto& list : lists_[i]) list->run(halt);
+      }
     });
   }
 
  private:
-  std::vector<c10::intrusive_ptr<Calls>> lists_;
+  std::vector<std::vector<c10::intrusive_ptr<Calls>>> lists_;
 };
 
 }  // namespace

@@ -220,14 +220,10 @@ class DifferentiableNetwork:
         self, place: _Place, x: Tensor, buffers: Mapping[str, Tensor], parameters: Sequence[Tensor]
     ) -> None:
         """Runs the forward pass on these."""
-        self.run(place, x, buffers, self.arranged(parameters))
-
-    def run(self, place: _Place, x: Tensor, buffers: Mapping[str, Tensor], arranged: Sequence[Tensor]) -> None:
-        """Runs the forward pass; parameters have the axes of the kernels' layout."""
         place.x.copy_(x.permute(0, 2, 3, 1) if x.ndim == 4 else x)
         for name, b in buffers.items():
             place.buffers[name].copy_(b)
-        torch._foreach_copy_(place.parameters, list(arranged))
+        torch._foreach_copy_(place.parameters, self.arranged(parameters))
         place.forward()
         place.passes = 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch._functorch.pyfunctorch import (
 from mamlpp_fast import reference
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, _Held, _Lease, _Place, _plain
+from mamlpp_fast.engine.fused.program import Section
 
 __all__ = ["Transformed", "active", "outside", "refusal"]
 
@@ -102,6 +103,10 @@ class _Flat:
         return [row.as_strided(shape, stride, begin + at) for shape, stride, at in self._places]
 
 
+_Item = tuple[list[Tensor], list[Tensor]] | Section
+"""Of a task's plan: tensors and what is copied to them, or calls."""
+
+
 class _State:
     """Places of so many tasks with a forward pass in them; ``held`` is the backward pass that ran there last."""
 
@@ -111,22 +116,33 @@ class _State:
         self.leases = [_Lease(net) for _ in range(tasks)]
         self.held: object = None
 
-    def each(self, work: Callable[[int, _Place], None]) -> None:
-        """Calls ``work(task, place)`` for every task, side by side where there are threads."""
-        threads = torch.get_num_threads()
-        if self.tasks == 1 or threads == 1 or self.net.device.type != "cpu":
-            for task, lease in enumerate(self.leases):
-                work(task, lease.place)
+    def each(self, plan: _Plan) -> None:
+        """Does what ``plan(task, place)`` lists, for every task: side by side where there are threads."""
+        lists = [list(plan(task, lease.place)) for task, lease in enumerate(self.leases)]
+        if (
+            self.tasks > 1
+            and not lanes.here()
+            and all(isinstance(item, tuple) or item.listed is not None for items in lists for item in items)
+        ):
+            team = torch.classes.mamlpp_fast.Team()
+            for items in lists:
+                team.add([_listed_copies(*i) if isinstance(i, tuple) else i.listed for i in items])
+            team.run(lanes.NEVER.flag)
             return
-        following = itertools.count()
+        for item in itertools.chain.from_iterable(lists):
+            if isinstance(item, tuple):
+                torch._foreach_copy_(*item)
+            else:
+                item()
 
-        def on_lane(_: int, halt: lanes.Halt) -> None:
-            for task in following:
-                if task >= self.tasks or halt.wanted:
-                    return
-                work(task, self.leases[task].place)
 
-        lanes.run(on_lane, min(self.tasks, threads))
+def _listed_copies(to: list[Tensor], of: list[Tensor]) -> Any:
+    calls = torch.classes.mamlpp_fast.Calls()
+    calls.add("aten::_foreach_copy_", "", [to, of, False], [])
+    return calls
+
+
+_Plan = Callable[[int, _Place], Iterable[_Item]]
 
 
 class _Call:
@@ -165,38 +181,38 @@ class _Use:
     many: tuple[bool, ...]
     run: _Run | None = None
 
-    def forward(self, given: Sequence[Tensor], after: Callable[[int, _Place], None]) -> _State:
-        """The forward pass on x, buffers and parameters, in places that are fresh; ``after`` is called in each."""
+    def forward(self, given: Sequence[Tensor], after: _Plan) -> _State:
+        """The forward pass on x, buffers and parameters, in places that are fresh, and what comes after it there."""
         net, flat = self.call.net, self.call.flat
         *given, parameters = given
         parameters = parameters.contiguous()
         state = _State(net, self.tasks)
 
-        def work(task: int, place: _Place) -> None:
+        def plan(task: int, place: _Place) -> Iterator[_Item]:
             x, *rest, own = (
                 t[task] if many else t for t, many in zip((*given, parameters), self.many, strict=True)
             )
-            net.run(place, x, dict(zip(net.buffers, rest, strict=True)), flat.arranged(own))
-            after(task, place)
+            to = [place.x, *(place.buffers[name] for name in net.buffers), *place.parameters]
+            yield to, [x.permute(0, 2, 3, 1) if x.ndim == 4 else x, *rest, *flat.arranged(own)]
+            yield place.forward
+            yield from after(task, place)
 
-        state.each(work)
+        state.each(plan)
         return state
 
-    def backward(
-        self, state: _State | None, gy: Tensor, given: Sequence[Tensor], after: Callable[[int, _Place], None]
-    ) -> _State:
+    def backward(self, state: _State | None, gy: Tensor, given: Sequence[Tensor], after: _Plan) -> _State:
         """The backward pass of ``run``, where its forward lies in the state; else this runs before it."""
         assert self.run is not None
 
-        def work(task: int, place: _Place) -> None:
-            place.gy.copy_(gy[task])
-            place.backward()
-            after(task, place)
+        def plan(task: int, place: _Place) -> Iterator[_Item]:
+            yield [place.gy], [gy[task]]
+            yield place.backward
+            yield from after(task, place)
 
         if state is None or state.tasks != self.tasks:
-            state = self.forward(given, work)
+            state = self.forward(given, plan)
         else:
-            state.each(work)
+            state.each(plan)
         state.held = self.run.mark
         return state
 
@@ -242,8 +258,8 @@ def _results(size: int, made: Any) -> tuple[Any, Any]:
 
 
 _NO_TANGENTS = (
-    "accelerate: forward-mode derivatives (torch.func.jvp, jacfwd) that only a backward pass meets are not implemented; "
-    "take them of the whole function"
+    "accelerate: forward-mode derivatives (torch.func.jvp, jacfwd) that only a backward pass meets are not "
+    "implemented; take them of the whole function"
 )
 
 
@@ -268,7 +284,7 @@ class _Forward(_Operation):
         net = use.call.net
         shape = net.network.shapes[net.network.output]
         y = given[-1].new_empty((use.tasks, len(given[0][0] if use.many[0] else given[0]), *shape))
-        use.call.state = use.forward(given, lambda task, place: y[task].copy_(place.result))
+        use.call.state = use.forward(given, lambda task, place: [([y[task]], [place.result])])
         return y
 
     @staticmethod
@@ -318,16 +334,16 @@ class _Double(_Operation):
         made, after = _taken(use, rest[-1], lambda place: place.seconds)
         cotangent = cotangent.contiguous()
 
-        def work(task: int, place: _Place) -> None:
-            torch._foreach_copy_(place.directions, flat.arranged(cotangent[task]))
-            place.double()
-            moved[task].copy_(place.moved)
-            after(task, place)
+        def plan(task: int, place: _Place) -> Iterator[_Item]:
+            yield place.directions, flat.arranged(cotangent[task])
+            yield place.double
+            yield [moved[task]], [place.moved]
+            yield from after(task, place)
 
         if run.state is not None and run.state.tasks == use.tasks and run.state.held is run.mark:
-            run.state.each(work)
+            run.state.each(plan)
         else:
-            use.backward(run.state, gy, rest, work)
+            use.backward(run.state, gy, rest, plan)
         return moved, made
 
     @staticmethod
@@ -338,7 +354,7 @@ class _Double(_Operation):
         def double(along: Tensor, gy: Tensor, parameters: Tensor) -> Any:
             return _written_double(use, along, gy, (*fixed, parameters))
 
-        _, pull = torch.func.vjp(double, along, gy, parameters)
+        pull: Any = torch.func.vjp(double, along, gy, parameters)[1]
         by_along, by_gy, by_parameters = pull(cotangents)
         return None, by_along, by_gy, *(None,) * len(fixed), by_parameters
 
@@ -348,18 +364,12 @@ class _Double(_Operation):
         return _results(info.batch_size, _Double.apply(use, *tensors))  # type: ignore[no-untyped-call]
 
 
-def _taken(
-    use: _Use, like: Tensor, of: Callable[[_Place], list[Tensor]]
-) -> tuple[Tensor, Callable[[int, _Place], None]]:
+def _taken(use: _Use, like: Tensor, of: Callable[[_Place], list[Tensor]]) -> tuple[Tensor, _Plan]:
     """A tensor [T, P], and what copies a task's values to it from a place; zero for parameters without a gradient."""
     flat = use.call.flat
     made = like.new_empty((use.tasks, like.shape[-1]))
-
-    def after(task: int, place: _Place) -> None:
-        torch._foreach_copy_(flat.arranged(made[task]), of(place))
-        made[task, flat.moving :].zero_()
-
-    return made, after
+    made[:, flat.moving :].zero_()
+    return made, lambda task, place: [(flat.arranged(made[task]), of(place))]
 
 
 def _written_double(use: _Use, along: Tensor, gy: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -371,10 +381,10 @@ def _written_double(use: _Use, along: Tensor, gy: Tensor, given: Sequence[Tensor
         held = dict(zip(net.buffers, buffers, strict=True))
 
         def gradient(gy: Tensor, parameters: Tensor) -> Any:
-            _, pull = torch.func.vjp(lambda own: _plain(net, held, x, flat.parts(own)), parameters)
+            pull: Any = torch.func.vjp(lambda own: _plain(net, held, x, flat.parts(own)), parameters)[1]
             return pull(gy)[0]
 
-        _, pull = torch.func.vjp(gradient, gy, parameters)
+        pull: Any = torch.func.vjp(gradient, gy, parameters)[1]
         moved, second = pull(along)
         return moved, second
 
