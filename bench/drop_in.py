@@ -3,8 +3,8 @@
     python -m bench.drop_in [--tasks 2] [--ways 5,20] [--size 28] [--only NAME] [--seconds 20] [--json FILE]
 
 Five inner steps, second order; "norms adapt" with the batch norms' weights among what adapts. Loops take one task at a
-time through autograd; those of `bench.drop_in_tasks` take all at once, by `vmap` of `torch.func` before and after, or by
-`map_tasks` after. Meta-gradients must agree in float64 before any time is taken.
+time through autograd. Those of `bench.drop_in_tasks` take all at once: by `vmap` of `torch.func`, before and after, or
+by `map_tasks` after. Meta-gradients must agree in float64 before any time is taken.
 """
 
 from __future__ import annotations
