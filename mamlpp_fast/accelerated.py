@@ -7,6 +7,7 @@ import functools
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -62,10 +63,16 @@ def acceleration(model: nn.Module) -> str:
     """What serves the calls of a model that was given to :func:`accelerate`: a line for each form seen so far."""
     if not vars(type(model)).get(ROUTED):
         return "not accelerated: compiled by torch.jit, or never given to mamlpp_fast.accelerate"
-    kind = type(model).__mro__[1]
+    kind = _kind(model)
     with _lock:
         lines = [f"{_said(key)}: {route}" for (cls, *key, _), route in _routes.items() if cls is kind]
     return "\n".join(lines) or "no call yet"
+
+
+def _kind(model: nn.Module) -> type:
+    """The class that a model was made of."""
+    cls = type(model)
+    return cls.__mro__[1] if vars(cls).get(ROUTED) else vars(cls).get("_fast_original", cls)
 
 
 def _said(key: list[Any]) -> str:
@@ -97,10 +104,8 @@ def _routed(cls: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and _can(self, args[0]):
-            route = _route(self, args[0])
-            if isinstance(route, DifferentiableNetwork):
-                return route.call(self, args[0])
+        if (made := served(self, args, kwargs)) is not None:
+            return made
         with reference.right_weight_norm(self):
             return cls.forward(self, *args, **kwargs)  # which may have been set anew
 
@@ -123,6 +128,30 @@ def _routed(cls: Any) -> Any:
         },
     )
     return own
+
+
+def served(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plain: Callable[[], nn.Module] | None = None
+) -> Tensor | None:
+    """What ``model(*args, **kwargs)`` returns, from the kernels; None where they do not serve it.
+
+    Args:
+        model: need not have been given to :func:`accelerate`.
+        args, kwargs: of the call.
+        plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
+    """
+    if len(args) == 1 and not kwargs and _can(model, args[0]):
+        route = _route(model, args[0], plain)
+        if isinstance(route, DifferentiableNetwork):
+            return route.call(model, args[0])
+    return None
+
+
+def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
+    """:func:`mamlpp_fast.functional_call` of one argument, from the kernels where they serve it (on a CPU)."""
+    with reference.swapped(model, tensors):
+        made = served(model, (x,), {}) if x.device.type == "cpu" else None
+        return model(x) if made is None else made
 
 
 def _new(cls: Any, *args: Any) -> nn.Module:
@@ -154,16 +183,16 @@ def _can(model: nn.Module, x: Any) -> bool:
     )
 
 
-def _route(model: nn.Module, x: Tensor) -> _Route:
+def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -> _Route:
     form = form_of(model)
-    key = (type(model).__mro__[1], x.shape, x.dtype, x.device, model.training, form)
+    key = (_kind(model), x.shape, x.dtype, x.device, model.training, form)
     with _lock:
         if key in _routes:
             _routes.move_to_end(key)
             return _routes[key]
         if _unsettled.get(model, 0) >= _TRIES:
             return _Refusal("refused in too many forms")
-        route = _made(model, x)
+        route = _made(model if plain is None else plain(), x)
         if isinstance(route, _Refusal):
             _unsettled[model] = _unsettled.get(model, 0) + 1
         _routes[key] = route
@@ -184,8 +213,8 @@ def _made(model: nn.Module, x: Tensor) -> _Route:
         return _Refusal(f"expected parameters in float32 or float64, got {tensors[0].dtype}")
     if x.dtype != tensors[0].dtype and x.is_floating_point():
         return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {x.dtype}")
-    if any(isinstance(m, reference.PerStepBatchNorm2d) for m in model.modules()):
-        return _Refusal("per-step batch norms have a step, which a call does not name")
+    if any(getattr(m, "plain", False) for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)):
+        return _Refusal("its batch norms are to run PyTorch's own operations")
     for name, value in ((n, t) for m in model.modules() for n, t in vars(m).items() if n not in _OWN):
         if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(value)):
             return _Refusal(f"the attribute {name} is no parameter and takes a gradient")

@@ -149,7 +149,7 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor) -> None:
         return torch.arange(1.0, t.numel() + 1, dtype=torch.float64, device=t.device).cos().view(t.shape)
 
     def derivatives(y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = (*net.names, *net.inert)
+        names = [name for name in (*net.names, *net.inert) if name not in net.constants]
         parameters = [held[name] for name in names]
         loss = (y * waves(y)).sum() + 0.5 * y.square().sum()
         found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)

@@ -28,6 +28,7 @@ from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref
 from mamlpp_fast.engine.fused.steps import Generic, Gradients, Pass
 from mamlpp_fast.engine.fused.steps.base import aten
 from mamlpp_fast.engine.record import record
+from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call
 from mamlpp_fast.ops import update_running_stats
 
@@ -51,12 +52,14 @@ def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
 
 
 def _differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
-    parameters = dict(model.named_parameters())
     try:
         template = copy_of(model)
     except ValueError as error:
         raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
-    network = lower(record(model, x, torch.cat([x, x[:1]])), model, frozenset(parameters))
+    keep_one_row(template)
+    parameters = dict(template.named_parameters())
+    recording = record(template, x, torch.cat([x, x[:1]]))
+    network = lower(recording, template, frozenset(parameters))
     for fusion in (drop_inert_biases, fuse_norms, fuse_first_layer):
         network = fusion(network)
     if network.frozen:
@@ -69,10 +72,30 @@ def _differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
         raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
     if network.output not in network.depends(frozenset(network.slots())):
         raise Unsupported(type(model).__name__, "its results take part in no gradient")
+    read = {(r.name, r.detached) for op in recording.operations for r in op.inputs() if isinstance(r, Parameter)}
+    constants = frozenset(name for name, detached in read if detached and (name, False) not in read)
     few = x[: max(4, min(len(x), 2**13 // max(x[0].numel(), 1)))]
-    check_call(DifferentiableNetwork(network, template, len(few), x.device, torch.float64), template, few)
+    exact = DifferentiableNetwork(network, template, len(few), x.device, torch.float64, constants)
+    check_call(exact, template, few)
     dtype = next(iter(parameters.values())).dtype
-    return DifferentiableNetwork(network, template, len(x), x.device, dtype)
+    return DifferentiableNetwork(network, template, len(x), x.device, dtype, constants)
+
+
+def keep_one_row(model: nn.Module) -> None:
+    """Leaves per-step batch norms the row of their step alone, and PyTorch's own operations.
+
+    The row is part of a call, as the weights are: :class:`_Held` picks it.
+    """
+    for module in model.modules():
+        if isinstance(module, reference.PerStepBatchNorm2d):
+            for name, p in module._parameters.items():
+                if p is not None and module.per_step_affine:
+                    module._parameters[name] = nn.Parameter(p.detach()[module.row].clone(), p.requires_grad)
+            for name, b in module._buffers.items():
+                if b is not None and module.per_step_stats:
+                    module._buffers[name] = b[module.row].clone()
+            module.per_step_affine = module.per_step_stats = False
+            module.plain = True
 
 
 class _Place:
@@ -118,6 +141,7 @@ class DifferentiableNetwork:
         network: lowered with all parameters as slots.
         model: that it was lowered from; kept.
         images: examples a call.
+        constants: of the parameters that the model reads without a gradient.
 
     Attributes:
         names: of the parameters that it computes with.
@@ -125,9 +149,16 @@ class DifferentiableNetwork:
     """
 
     def __init__(
-        self, network: Network, model: nn.Module, images: int, device: torch.device, dtype: torch.dtype
+        self,
+        network: Network,
+        model: nn.Module,
+        images: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        constants: frozenset[str] = frozenset(),
     ) -> None:
         self.network = network
+        self.constants = constants
         # Not the model that calls: it may hold tensors with a graph, which would hold it.
         self.template = model
         self.slots = network.slots()
@@ -195,6 +226,9 @@ class DifferentiableNetwork:
         """The model's output [N, ways] on ``x`` with the tensors that it holds; its running statistics follow."""
         tensors = _Held(model)
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
+        if self.constants:
+            names = (*self.names, *self.inert)
+            given = [p.detach() if n in self.constants else p for n, p in zip(names, given, strict=True)]
         buffers = {name: tensors.buffer(name) for name in self.buffers}
         apply: Any = _Forward.apply
         made: Tensor = apply(self, x, tensors, buffers, *given)
@@ -255,12 +289,16 @@ class _Held:
         module, leaf = self._module(name)
         found = module._parameters[leaf]
         assert found is not None
+        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_affine:
+            return found[module.row]
         return found
 
     def buffer(self, name: str) -> Tensor:
         module, leaf = self._module(name)
         found = module._buffers[leaf]
         assert found is not None
+        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_stats:
+            return found[module.row]
         return found
 
 
