@@ -76,8 +76,10 @@ def _kind(model: nn.Module) -> type:
 
 
 def _said(key: list[Any]) -> str:
-    shape, dtype, _, training = key
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {'training' if training else 'evaluation'}"
+    shape, dtype, _, training, inputs = key
+    kind = "training" if training else "evaluation"
+    beside = ", examples with a gradient" if inputs else ""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {kind}{beside}"
 
 
 class _Refusal:
@@ -142,7 +144,7 @@ def served(
     """
     if len(args) == 1 and not kwargs and _can(model, args[0]):
         route = _route(model, args[0], plain)
-        if isinstance(route, DifferentiableNetwork):
+        if isinstance(route, DifferentiableNetwork) and not route.resting():
             return route.call(model, args[0])
     return None
 
@@ -168,7 +170,6 @@ def _can(model: nn.Module, x: Any) -> bool:
         and x.ndim > 1
         and len(x) > 0
         and x.layout is torch.strided
-        and not x.requires_grad
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled(x.device.type)
@@ -185,7 +186,7 @@ def _can(model: nn.Module, x: Any) -> bool:
 
 def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -> _Route:
     form = form_of(model)
-    key = (_kind(model), x.shape, x.dtype, x.device, model.training, form)
+    key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, form)
     with _lock:
         if key in _routes:
             _routes.move_to_end(key)

@@ -82,7 +82,7 @@ def test_kept_results_keep_no_memory_of_their_passes() -> None:
         total.backward()
         kept += [loss, total]
     (route,) = module._routes.values()
-    assert isinstance(route, module.DifferentiableNetwork) and route._lanes <= 2
+    assert isinstance(route, module.DifferentiableNetwork) and route.sections.lanes <= 2
 
 
 class Beside(nn.Module):
