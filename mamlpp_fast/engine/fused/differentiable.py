@@ -229,7 +229,7 @@ class DifferentiableNetwork:
             given = [p.detach() if n in self.constants else p for n, p in zip(names, given, strict=True)]
         buffers = {name: tensors.buffer(name) for name in self.buffers}
         apply: Any = _Forward.apply
-        made: Tensor = apply(self, x, tensors, buffers, *given)
+        made: Tensor = apply(self, x, tensors, buffers, *given)[0]
         return made
 
     def follow(self, tensors: _Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -257,7 +257,7 @@ class DifferentiableNetwork:
             place.buffers[name].copy_(b)
         torch._foreach_copy_(place.parameters, self.arranged(parameters))
         place.forward()
-        place.passes = 0
+        place.busy, place.pending = False, None
 
     def stored(self, x: Tensor) -> Tensor:
         """A view of examples with the axes that they have in the kernels' layout."""
@@ -308,6 +308,29 @@ class DifferentiableNetwork:
         if places:
             torch._foreach_copy_(places, values)
 
+    def second(
+        self,
+        place: Place,
+        wanted: frozenset[str],
+        gy: Tensor | None,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """What the second half of a double backward pass leaves for the examples and the parameters.
+
+        Args:
+            gy: how the gradient of the output moves; with it, a further gradient of the output is passed back too.
+        """
+        if gy is None:
+            place.gy_dot.zero_()
+        else:
+            place.gy_dot.copy_(gy)
+        place.of[wanted].second()
+        return [
+            self.input_taken(place.beside[2], x) if self.inputs else None,
+            *self.taken(place.seconds, parameters),
+        ]
+
     def input_taken(self, stored: Tensor, like: Tensor) -> Tensor:
         """A copy of what lies as the examples do in the kernels' layout."""
         made = torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -345,7 +368,11 @@ class _Held:
 
 
 class _Forward(torch.autograd.Function):
-    """The output; running statistics follow."""
+    """The output, and a token that nobody sees; running statistics follow.
+
+    The token leads from a backward pass to this node, so that autograd comes here after it has differentiated that
+    pass: a loss is no linear function of the output as a rule, so that it would as well, and both are one pass.
+    """
 
     @staticmethod
     def forward(
@@ -360,25 +387,48 @@ class _Forward(torch.autograd.Function):
         net.load(lease.place, x, buffers, parameters[: len(net.names)])
         ctx.net, ctx.lease = net, lease
         ctx.buffers = {n: b.clone() for n, b in buffers.items()}
-        ctx.save_for_backward(x, *parameters)
+        ctx.set_materialize_grads(False)
+        y = lease.place.result.clone()
+        token = y.new_zeros(())
+        ctx.save_for_backward(x, token, *parameters)
         net.follow(tensors, lease.place.statistics)
-        return lease.place.result.clone()
+        return y, token
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:
-        x, *parameters = ctx.saved_tensors
+    def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> Any:
         net, lease = ctx.net, ctx.lease
-        if torch._C._functorch.is_legacy_batchedtensor(gy):  # `is_grads_batched`: many gradients in one
-            moved, *rest = _plain_backward(net, ctx.buffers, gy, x, parameters)
-            return None, moved, None, None, *rest
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        pending = None if lease is None else lease.place.pending
+        if pending is not None and pending[0] != torch._C._current_graph_task_id():
+            pending = None  # of a pass that ended by an error
+        if gy is None and pending is None:
+            return (None,) * (4 + len(net.given) - 1)
+        x, token, *parameters = ctx.saved_tensors
+        if not keep:
             # Freed with the saved tensors, not with the result: a list of losses keeps no memory of their passes.
             ctx.lease = None
-        wanted = net.wanted(ctx)
-        if wanted != net.everything:
-            wanted = net.part(wanted)
-        apply: Any = _Backward.apply
-        moved, *rest = apply(net, lease, wanted, ctx.buffers, gy, x, *parameters)
+        batched = gy is not None and torch._C._functorch.is_legacy_batchedtensor(gy)
+        found: list[Tensor | None] = []
+        if pending is not None:
+            lease.place.pending = None
+            found = net.second(lease.place, pending[1], None if batched else gy, x, parameters)
+            if not keep:
+                lease.place.busy = False
+        if batched:  # `is_grads_batched`: many gradients in one
+            assert gy is not None
+            more = _plain_backward(net, ctx.buffers, gy, x, parameters)
+            found = [_sum(a, b) for a, b in zip(found, more, strict=True)] if found else more
+        elif pending is None:
+            wanted = net.wanted(ctx)
+            if wanted != net.everything:
+                wanted = net.part(wanted)
+            apply: Any = _Backward.apply
+            recorded = torch.is_grad_enabled()
+            # Where its graph is freed, this node is of no more use, and not to be led to.
+            token = token if recorded and keep else None
+            given = net, lease, wanted, recorded, ctx.buffers, gy, token, x, *parameters
+            found = list(apply(*given))
+        moved, *rest = found
         return None, moved, None, None, *rest
 
 
@@ -391,20 +441,23 @@ class _Backward(torch.autograd.Function):
         net: DifferentiableNetwork,
         lease: _Lease,
         wanted: frozenset[str],
+        recorded: bool,
         buffers: Mapping[str, Tensor],
         gy: Tensor,
+        token: Tensor | None,
         x: Tensor,
         *parameters: Tensor,
     ) -> Any:
         place = lease.place
-        # An earlier pass left values there that its own derivative reads; or it was made before these were wanted.
-        if place.passes or wanted not in place.passes_of:
+        ctx.shared = token is not None
+        if place.busy or wanted not in place.of:  # or made before these gradients were ever wanted alone
             lease = _Lease(net)
             place = lease.place
             net.load(place, x, buffers, parameters[: len(net.names)])
+            ctx.shared = False
         place.gy.copy_(gy)
-        place.passes_of[wanted][0]()
-        place.passes += 1
+        place.of[wanted].backward()
+        place.busy = recorded
         ctx.net, ctx.lease, ctx.wanted, ctx.buffers = net, lease, wanted, buffers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, *parameters)
@@ -415,21 +468,33 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, along: Tensor | None, *cotangents: Tensor | None) -> Any:
         gy, x, *parameters = ctx.saved_tensors
         net, lease = ctx.net, ctx.lease
+        none = (None,) * 5
         given = [c for c in (along, *cotangents) if c is not None]
         if not given:
-            return (None,) * (6 + len(parameters))
+            return *none, None, None, None, *(None for _ in parameters)
         batched = any(torch._C._functorch.is_legacy_batchedtensor(c) for c in given)
         if torch.is_grad_enabled() or batched:
             net.curved()
-            found = _to_any_order(net, ctx.buffers, gy, x, parameters, (along, *cotangents))
-            return None, None, None, None, *found
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            by_gy, *found = _to_any_order(net, ctx.buffers, gy, x, parameters, (along, *cotangents))
+            return *none, by_gy, None, *found
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not keep:
             ctx.lease = None
         place = lease.place
         net.direct(place, ctx.wanted, along, cotangents)
-        place.passes_of[ctx.wanted][1]()
-        moved = net.input_taken(place.beside[2], x) if net.inputs else None
-        return None, None, None, None, place.moved.clone(), moved, *net.taken(place.seconds, parameters)
+        place.of[ctx.wanted].tangent()
+        moved = place.moved.clone()
+        if ctx.shared and _runs(ctx.next_functions[1][0]):
+            place.pending = torch._C._current_graph_task_id(), ctx.wanted
+            return *none, moved, None, None, *(None for _ in parameters)
+        found = net.second(place, ctx.wanted, None, x, parameters)
+        if not keep:
+            place.busy = False
+        return *none, moved, None, *found
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _to_any_order(

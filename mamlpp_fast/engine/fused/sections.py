@@ -6,8 +6,9 @@ one forward pass left. As they are never taken after the same forward pass, they
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ class Sections:
         self.beside: list[Ref] = []
         if EXAMPLES in form.names:
             self.beside = [self._own(f"{what} of the examples", *self.x.shape) for what in "gds"]
-        self.gy, self._still = (self._own(what, 1, images, *shape) for what in ("gradient", "no tangent"))
+        # Of the output: its gradient, and how that moves.
+        self.gy, self.gy_dot = (self._own(what, 1, images, *shape) for what in ("gradient", "its tangent"))
         slots = network.slots()
         layout = Layout(slots, list(form.parameters), 1, dtype)
         flats = [self._own(name, layout.size) for name in ("parameters", "gradients", "directions", "second")]
@@ -112,7 +114,7 @@ class Sections:
         if EXAMPLES in wanted:
             self._leave(first, 0)
         middle = em.here()
-        em.phase = Phase(f"double {index}")
+        em.phase = Phase(f"tangent {index}")
         ps.directions = {name: ref for name, ref in self.directions.items() if name in wanted}
         if EXAMPLES in wanted:
             ps.tangents[0] = self.beside[1]
@@ -121,8 +123,9 @@ class Sections:
             em.call(aten.copy_.default, self.moved, ps.tangents[network.output])
         else:
             em.call(aten.zero_.default, self.moved)
+        em.phase = Phase(f"second {index}")
         second = Gradients(_reaching(network, frozenset(names)), frozenset(names), memory=self.seconds)
-        write_backward(em, network, ps, self._still, second, tangent=True)
+        write_backward(em, network, ps, self.gy_dot, second, tangent=True)
         clear_missing(em, second)
         if self.beside:
             self._leave(second, 2)
@@ -161,6 +164,19 @@ def _forked(ps: Pass) -> Pass:
     return replace(ps, values=dict(ps.values), tangents={}, grads={}, saved=saved)
 
 
+class Part(NamedTuple):
+    """Sections for one set of gradients: the backward pass, and its derivative in two halves.
+
+    Attributes:
+        tangent: from the directions to the output's derivative.
+        second: from how the output's gradient moves to the derivatives of the gradients.
+    """
+
+    backward: Callable[[], None]
+    tangent: Callable[[], None]
+    second: Callable[[], None]
+
+
 class Place:
     """One call's memory, and the sections on it."""
 
@@ -170,11 +186,10 @@ class Place:
         memory = torch.empty(program.workspace_bytes, dtype=torch.uint8, device=form.device)
         program.lay(lane, memory)
         self.forward = program.section("forward", lane)
-        self.passes_of = {
-            wanted: tuple(program.section(f"{what} {i}", lane) for what in ("backward", "double"))
+        self.of = {
+            wanted: Part(*(program.section(f"{what} {i}", lane) for what in ("backward", "tangent", "second")))
             for i, wanted in enumerate(sections.parts)
         }
-        self.backward, self.double = self.passes_of[sections.parts[0]]
         self.x = sections.x.tensor(lane)[0]
         self.beside = [ref.tensor(lane)[0] for ref in sections.beside]
         slots = form.network.slots()
@@ -187,11 +202,25 @@ class Place:
             list(arranged(refs))
             for refs in (sections.theta, sections.grads, sections.directions, sections.seconds)
         )
-        self.result, self.gy = sections.result.tensor(lane)[0], sections.gy.tensor(lane)[0]
+        self.result = sections.result.tensor(lane)[0]
+        self.gy, self.gy_dot = sections.gy.tensor(lane)[0], sections.gy_dot.tensor(lane)[0]
         self.moved = sections.moved.tensor(lane)[0]
         self.statistics = {
             n: (m.tensor(lane)[0], r.tensor(lane)[0]) for n, (m, r) in sections.statistics.items()
         }
         self.buffers = {name: ref.tensor(lane) for name, ref in sections.buffers.items()}
-        # How often a backward pass has run here since the forward: its own derivative needs the last one's values.
-        self.passes = 0
+        # Whether a backward pass has left values here that its own derivative reads.
+        self.busy = False
+        # The backward pass of autograd's, by its number, that has left the tangent pass of these gradients here.
+        self.pending: tuple[int, frozenset[str]] | None = None
+
+    def backward(self) -> None:
+        """The backward pass to all gradients."""
+        self.of[self.sections.parts[0]].backward()
+
+    def double(self) -> None:
+        """The derivative of that, with a gradient of the output that does not move."""
+        part = self.of[self.sections.parts[0]]
+        self.gy_dot.zero_()
+        part.tangent()
+        part.second()
