@@ -2,9 +2,9 @@
 
     python -m bench.drop_in_loops [--tasks 2] [--ways 5,20] [--only NAME;...] [--seconds 10] [--json FILE]
 
-Conv4 on 28×28, five inner steps, except for the last two: a WGAN's critic with batch norm and a gradient penalty (32×32,
-16 images, by the examples), and a heat equation's residual by a tanh MLP (256 points), whose second derivative by the
-inputs is PyTorch's own. "higher" is `innerloop_ctx` of `mamlpp_fast.compat.higher` against the loop that it stands
+Conv4 on 28×28, five inner steps, except for the last two: a WGAN's critic with batch norm and a gradient penalty
+(32×32, 16 images, by the examples), and a heat equation's residual by a tanh MLP (256 points), whose second derivative
+by the inputs is PyTorch's own. "higher" is `innerloop_ctx` of `mamlpp_fast.compat.higher` against the loop that it stands
 for, in plain PyTorch; `bench.drop_in_higher` compares with higher itself. "autograd engine" is a meta-gradient of the
 published workload, against the `reference` engine. Gradients must agree in float64 before any time is taken.
 """
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mamlpp_fast as mf
-from bench.drop_in import STEPS, Task, conv4
+from bench.drop_in import STEPS, Task, conv4, error_of
 from bench.harness import before_after, interleaved, keep
 from mamlpp_fast.compat import higher
+from mamlpp_fast.engine import EngineName
 from mamlpp_fast.workloads import WORKLOADS
 
 __all__ = ["LOOPS"]
@@ -105,11 +106,8 @@ def engine(tasks: int, ways: int, dtype: torch.dtype) -> Jobs:
     workload = WORKLOADS[f"omniglot-{ways}w1s"]
     batch = workload.batch().tasks(0, tasks)
 
-    def job(name: mf.EngineName) -> Job:
-        learner = workload.learner(name)
-        if dtype != torch.float32:
-            made = mf.MAMLPlusPlus(learner.model.to(dtype), learner.config, engine=name, dtype=dtype)
-            learner = made
+    def job(name: EngineName) -> Job:
+        learner = workload.learner(name, "float64" if dtype == torch.float64 else "float32")
 
         def step() -> list[Tensor]:
             learner.meta_gradient(batch)
@@ -124,7 +122,11 @@ def penalty(tasks: int, ways: int, dtype: torch.dtype) -> Jobs:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for channels, filters in ((3, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(channels, filters, 3, stride=2, padding=1), nn.BatchNorm2d(filters), nn.LeakyReLU(0.2)]
+        layers += [
+            nn.Conv2d(channels, filters, 3, stride=2, padding=1),
+            nn.BatchNorm2d(filters),
+            nn.LeakyReLU(0.2),
+        ]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 1)).to(dtype)
     real, made = (torch.randn(16, 3, 32, 32, dtype=dtype) for _ in range(2))
     share = torch.rand(16, 1, 1, 1, dtype=dtype)
@@ -175,13 +177,6 @@ LOOPS: dict[str, tuple[Callable[[int, int, torch.dtype], Jobs], bool]] = {
     "physics-informed loss": (physics, False),
 }
 """What makes the two jobs, and whether they are of tasks of so many ways."""
-
-
-def error_of(jobs: Jobs) -> float:
-    """The largest difference of a gradient, relative to the largest value of all."""
-    found, expected = jobs["after"](), jobs["before"]()
-    scale = max(float(g.abs().max()) for g in expected)
-    return max(float((a - b).abs().max()) / scale for a, b in zip(found, expected, strict=True))
 
 
 def main() -> None:

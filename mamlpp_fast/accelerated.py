@@ -24,7 +24,7 @@ from mamlpp_fast.engine.lanes import watched
 __all__ = ["accelerate", "acceleration"]
 
 _M = TypeVar("_M", bound=nn.Module)
-_OWN = ("_parameters", "_modules")
+_OWN = ("_parameters", "_modules", "_flat_weights")  # the last are a recurrent layer's parameters again
 _KEPT = 64
 """Forms of models whose programs are kept, those used last."""
 
@@ -133,7 +133,10 @@ def _routed(cls: Any) -> Any:
 
 
 def served(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plain: Callable[[], nn.Module] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plain: Callable[[], nn.Module] | None = None,
 ) -> Tensor | None:
     """What ``model(*args, **kwargs)`` returns, from the kernels; None where they do not serve it.
 
@@ -214,7 +217,9 @@ def _made(model: nn.Module, x: Tensor) -> _Route:
         return _Refusal(f"expected parameters in float32 or float64, got {tensors[0].dtype}")
     if x.dtype != tensors[0].dtype and x.is_floating_point():
         return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {x.dtype}")
-    if any(getattr(m, "plain", False) for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)):
+    if any(
+        getattr(m, "plain", False) for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)
+    ):
         return _Refusal("its batch norms are to run PyTorch's own operations")
     for name, value in ((n, t) for m in model.modules() for n, t in vars(m).items() if n not in _OWN):
         if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(value)):

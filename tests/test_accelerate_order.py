@@ -29,7 +29,9 @@ def test_each_pass_is_made_once(monkeypatch: pytest.MonkeyPatch, second_order: b
     for name in made:
         whole = getattr(DifferentiableNetwork, name)
 
-        def counted(self: DifferentiableNetwork, *args: object, name: str = name, whole: object = whole) -> object:
+        def counted(
+            self: DifferentiableNetwork, *args: object, name: str = name, whole: object = whole
+        ) -> object:
             made[name] += 1
             return whole(self, *args)  # type: ignore[operator]
 
@@ -123,12 +125,24 @@ def unbiased() -> nn.Module:
     return model
 
 
-USES = [linear, twice, two_of_one, one_thrown_away, in_place, hooked, the_gradient_alone, freed, batched_behind]
+USES = [
+    linear,
+    twice,
+    two_of_one,
+    one_thrown_away,
+    in_place,
+    hooked,
+    the_gradient_alone,
+    freed,
+    batched_behind,
+]
 
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("make", [unbiased, mlp, lambda: mlp(nn.GELU)])
-def test_graphs_of_all_kinds(make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], list[Tensor]]) -> None:
+def test_graphs_of_all_kinds(
+    make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], list[Tensor]]
+) -> None:
     plain, fast = pair(make)
     x = data(1)[0][0]
     for _ in range(2):
@@ -157,7 +171,9 @@ def test_an_error_between_the_two_halves_leaves_nothing_behind() -> None:
             total.backward(retain_graph=True)
         handle.remove()
         model.zero_grad()
-        results.append(torch.autograd.grad(F.cross_entropy(made, y), list(model.parameters()), retain_graph=True))
+        results.append(
+            torch.autograd.grad(F.cross_entropy(made, y), list(model.parameters()), retain_graph=True)
+        )
         results.append(torch.autograd.grad(total, list(model.parameters())))
     torch.testing.assert_close(results[2:], results[:2], **CLOSE)
 

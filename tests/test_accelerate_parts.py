@@ -146,7 +146,9 @@ def penalty(model: nn.Module, steps: int = 2) -> Iterator[Tensor]:
         share = torch.rand(6, 1, 1, 1, dtype=torch.float64, generator=generator)
         between = (share * real + (1 - share) * made).requires_grad_()
         (slope,) = torch.autograd.grad(model(between).sum(), between, create_graph=True)
-        loss = model(made).mean() - model(real).mean() + 10 * (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        loss = (
+            model(made).mean() - model(real).mean() + 10 * (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        )
         model.zero_grad()
         loss.backward()
         yield from (loss.detach(), slope.detach(), between.grad)  # type: ignore[misc]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mamlpp_fast._modes import Switch
 from mamlpp_fast import accelerated
+from mamlpp_fast._modes import Switch
 from mamlpp_fast.adaptation import inner_steps
 from mamlpp_fast.engine.graph import graphed
 from mamlpp_fast.engine.reference import attention_note, zero_gradients

@@ -148,7 +148,8 @@ def support_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the support loss by the fast weights, in their order; None for those without part in it.
 
-    ``call`` gives the prediction, of the model, its fast weights and the inputs. Leaves the model's per-step norms at ``step``, whose target pass follows.
+    ``call`` gives the prediction, of the model, its fast weights and the inputs. Leaves the model's per-step norms at
+    ``step``, whose target pass follows.
 
     Raises:
         ValueError: at step 0, for a forward that uses ``torch.utils.checkpoint``.

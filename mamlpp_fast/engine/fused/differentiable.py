@@ -27,7 +27,6 @@ from mamlpp_fast.engine.fused.steps import Generic
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call
-from mamlpp_fast.ops import update_running_stats
 
 __all__ = ["RECORDED_UNDER", "DifferentiableNetwork", "differentiable", "paused", "plainly"]
 
@@ -42,10 +41,16 @@ def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
     Raises:
         Unsupported: names what the model does that is no fixed list of operations, or where the check parts from it.
     """
+    with _as_recorded():
+        return _differentiable(model, x.detach(), x.requires_grad)
+
+
+@contextlib.contextmanager
+def _as_recorded() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in RECORDED_UNDER:
             stack.enter_context(context())
-        return _differentiable(model, x.detach(), x.requires_grad)
+        yield
 
 
 def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> DifferentiableNetwork:
@@ -53,6 +58,8 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         template = copy_of(model)
     except ValueError as error:
         raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
+    if not model.training and any(norm.eval_stats == "running" for norm in _per_step(model)):
+        raise Unsupported(type(model).__name__, "normalises with running statistics")
     keep_one_row(template)
     parameters = dict(template.named_parameters())
     recording = record(template, x, torch.cat([x, x[:1]]))
@@ -71,7 +78,9 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
     if network.output not in network.depends(frozenset(network.slots())):
         raise Unsupported(type(model).__name__, "its results take part in no gradient")
-    read = {(r.name, r.detached) for op in recording.operations for r in op.inputs() if isinstance(r, Parameter)}
+    read = {
+        (r.name, r.detached) for op in recording.operations for r in op.inputs() if isinstance(r, Parameter)
+    }
     constants = frozenset(name for name, detached in read if detached and (name, False) not in read)
     few = x[: max(4, min(len(x), 2**13 // max(x[0].numel(), 1)))].clone()
     exact = DifferentiableNetwork(network, template, len(few), x.device, torch.float64, constants, inputs)
@@ -85,26 +94,31 @@ def keep_one_row(model: nn.Module) -> None:
 
     The row is part of a call, as the weights are: :class:`_Held` picks it.
     """
-    for module in model.modules():
-        if isinstance(module, reference.PerStepBatchNorm2d):
-            for name, p in module._parameters.items():
-                if p is not None and module.per_step_affine:
-                    module._parameters[name] = nn.Parameter(p.detach()[module.row].clone(), p.requires_grad)
-            for name, b in module._buffers.items():
-                if b is not None and module.per_step_stats:
-                    module._buffers[name] = b[module.row].clone()
-            module.per_step_affine = module.per_step_stats = False
-            module.plain = True
+    for norm in _per_step(model):
+        for name, p in norm._parameters.items():
+            if p is not None and norm.per_step_affine:
+                norm._parameters[name] = nn.Parameter(p.detach()[norm.row].clone(), p.requires_grad)
+        for name, b in norm._buffers.items():
+            if b is not None and norm.per_step_stats:
+                norm._buffers[name] = b[norm.row].clone()
+        norm.per_step_affine = norm.per_step_stats = False
+        norm.plain = True  # type: ignore[assignment]
+
+
+def _per_step(model: nn.Module) -> list[reference.PerStepBatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, reference.PerStepBatchNorm2d)]
 
 
 class _Lease:
     """Holds a place until autograd has no more use for it."""
 
     def __init__(self, net: DifferentiableNetwork) -> None:
+        self.net = net
         self.place = net.take()
 
     def __del__(self) -> None:
-        self.place.sections.free.append(self.place)
+        if self.net.sections is self.place.sections:  # else others have been written, with more parts
+            self.net.sections.free.append(self.place)
 
 
 class DifferentiableNetwork:
@@ -156,6 +170,15 @@ class DifferentiableNetwork:
         )
         self.sections = Sections(Form(network, smooth, images, device, dtype), [self.everything])
         self.buffers = self.sections.buffers
+        self._kept = [
+            (n, norm, norm.statistics) for n, norm in network.norms.items() if norm.statistics is not None
+        ]
+        held = dict(model.named_parameters())
+        # How each parameter gets the axes of the kernels' layout; None for one that has them.
+        self._arranged = [
+            None if s.split == held[n].shape and s.order == tuple(range(len(s.split))) else (s.split, s.order)
+            for n, s in ((n, self.slots[n]) for n in self.names)
+        ]
         self._refused: set[frozenset[str]] = set()
         self._calls, self._curved, self._rest = 0, -_OFTEN, 0
 
@@ -206,10 +229,11 @@ class DifferentiableNetwork:
         exact = DifferentiableNetwork(
             self.network, self.template, len(few), self.device, torch.float64, self.constants, self.inputs
         )
-        check_call(exact, self.template, few, wanted)
+        with _as_recorded():
+            check_call(exact, self.template, few, wanted)
 
     def resting(self) -> bool:
-        """Whether a call is better left to PyTorch: those before were differentiated a third time, by its operations."""
+        """Whether a call is left to PyTorch, by whose operations those before were differentiated a third time."""
         self._calls += 1
         self._rest = max(0, self._rest - 1)
         return self._rest > 0
@@ -234,19 +258,25 @@ class DifferentiableNetwork:
 
     def follow(self, tensors: _Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Running statistics take in those of the batch, as ``F.batch_norm`` does it."""
-        for name, norm in self.network.norms.items():
+        if not self._kept:
+            return
+        images = self.sections.form.images
+        running, new, shares, counts = [], [], [], []
+        for name, norm, kept in self._kept:
             mean, rstd = statistics[name]
-            if (kept := norm.statistics) is None:
-                continue
             if norm.bias is not None:
                 mean = mean + tensors.parameter(norm.bias)
-            update_running_stats(
-                *(tensors.buffer(kept.mean), tensors.buffer(kept.var), mean, rstd.pow(-2) - kept.eps),
-                count=norm.elements * self.sections.form.images,
-                momentum=kept.momentum,
-            )
+            count = norm.elements * images
+            # By `data`, as PyTorch's kernel: the graph of a plain pass beside may have kept the buffers' versions.
+            running += [tensors.buffer(kept.mean).data, tensors.buffer(kept.var).data]
+            new += [mean, (rstd.pow(-2) - kept.eps).mul_(count / (count - 1))]
+            shares += [kept.momentum] * 2
             if kept.counted is not None:
-                tensors.buffer(kept.counted).add_(1)
+                counts.append(tensors.buffer(kept.counted))
+        torch._foreach_mul_(running, [1 - share for share in shares])
+        torch._foreach_add_(running, torch._foreach_mul(new, shares))
+        if counts:
+            torch._foreach_add_(counts, 1)
 
     def load(
         self, place: Place, x: Tensor, buffers: Mapping[str, Tensor], parameters: Sequence[Tensor]
@@ -265,8 +295,10 @@ class DifferentiableNetwork:
 
     def arranged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Views, or copies where there are none, with the axes that they have in the kernels' layout."""
-        slots = (self.slots[name] for name in self.names)
-        return [t.reshape(s.split).permute(s.order) for s, t in zip(slots, tensors, strict=False)]
+        return [
+            t if how is None else t.reshape(how[0]).permute(how[1])
+            for how, t in zip(self._arranged, tensors, strict=False)
+        ]
 
     def taken(self, places: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
         """Copies of what lies in the kernels' layout, in the parameters'; zeros for those that are inert."""
@@ -298,11 +330,11 @@ class DifferentiableNetwork:
             else:
                 place.beside[1].copy_(self.stored(along))
         places, values = [], []
-        for name, held, c in zip(self.names, place.directions, cotangents, strict=False):
+        rows = zip(self.names, self._arranged, place.directions, cotangents, strict=False)
+        for name, how, held, c in rows:
             if c is not None:
-                slot = self.slots[name]
                 places.append(held)
-                values.append(c.reshape(slot.split).permute(slot.order))
+                values.append(c if how is None else c.reshape(how[0]).permute(how[1]))
             elif name in wanted:
                 held.zero_()
         if places:
@@ -518,7 +550,9 @@ def _to_any_order(
     gy, *given = _renamed((gy, x, *parameters) if net.inputs else (gy, *parameters))
     x, *parameters = given if net.inputs else (x, *given)
     # What nobody asked the derivative of is not differentiated by either.
-    first, along = zip(*((t, c) for t, c in zip((x, *parameters), cotangents, strict=True) if c is not None), strict=True)
+    first, along = zip(
+        *((t, c) for t, c in zip((x, *parameters), cotangents, strict=True) if c is not None), strict=True
+    )
     with torch.enable_grad():
         y = _plain(net, buffers, x, parameters)
         grads = torch.autograd.grad(y, first, gy, create_graph=True)
@@ -555,11 +589,8 @@ def _plain(
 ) -> Tensor:
     """The forward pass on these tensors by PyTorch's own operations."""
     held = dict(zip((*net.names, *net.inert), parameters, strict=True))
-    with contextlib.ExitStack() as stack:
-        for context in (plainly, *RECORDED_UNDER):
-            stack.enter_context(context())
-        stack.enter_context(net.lock)  # one template for all threads
-        stack.enter_context(reference.swapped(net.template, held | dict(buffers)))
+    # One template for all threads.
+    with plainly(), _as_recorded(), net.lock, reference.swapped(net.template, held | dict(buffers)):
         made: Tensor = net.template(x)
     return made
 

@@ -187,7 +187,9 @@ class Place:
         program.lay(lane, memory)
         self.forward = program.section("forward", lane)
         self.of = {
-            wanted: Part(*(program.section(f"{what} {i}", lane) for what in ("backward", "tangent", "second")))
+            wanted: Part(
+                *(program.section(f"{what} {i}", lane) for what in ("backward", "tangent", "second"))
+            )
             for i, wanted in enumerate(sections.parts)
         }
         self.x = sections.x.tensor(lane)[0]
