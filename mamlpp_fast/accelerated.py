@@ -6,7 +6,7 @@ import copyreg
 import functools
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -95,9 +95,10 @@ class _Refusal:
 _Route = DifferentiableNetwork | _Refusal
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
 _lock = threading.RLock()
-_unsettled: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-"""How often a model was refused: one that changes at each call, a count of its calls say, is not looked at for ever."""
-_TRIES = 16
+_unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKeyDictionary()
+"""In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
+calls say, is not looked at for ever, for that runs its forward."""
+_TRIES = 3
 
 
 @functools.cache
@@ -194,11 +195,12 @@ def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -
         if key in _routes:
             _routes.move_to_end(key)
             return _routes[key]
-        if _unsettled.get(model, 0) >= _TRIES:
+        refused = _unsettled.setdefault(model, Counter())
+        if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")
         route = _made(model if plain is None else plain(), x)
         if isinstance(route, _Refusal):
-            _unsettled[model] = _unsettled.get(model, 0) + 1
+            refused[key[:-1]] += 1
         _routes[key] = route
         while len(_routes) > _KEPT:
             _routes.popitem(last=False)
