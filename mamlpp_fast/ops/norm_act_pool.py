@@ -20,14 +20,11 @@ Common arguments:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define
+from mamlpp_fast.ops._library import define, launcher
 
 _SAVED = "Tensor z, Tensor index, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, float slope"
 
@@ -243,42 +240,33 @@ def _fake(*args: Tensor | float | None) -> None:
     return None
 
 
-def _triton(name: str) -> Callable[..., None]:
-    def launch(*args: Any) -> None:
-        from mamlpp_fast.kernels import norm_act_pool as kernels
-
-        getattr(kernels, name)(*args)
-
-    return launch
-
-
 _norm_act_pool = define(
     "norm_act_pool(Tensor z, Tensor gamma, Tensor beta, float eps, float slope, bool pool, "
     "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd) -> ()",
     fallback=_forward,
     fake=_fake,
-    triton=_triton("forward"),
+    triton=launcher("norm_act_pool", "forward"),
 )
 _norm_act_pool_backward = define(
     f"norm_act_pool_backward(Tensor gy, {_SAVED}, bool pool, "
     "Tensor(a!) gz, Tensor(b!) ggamma, Tensor(c!) gbeta) -> ()",
     fallback=_backward,
     fake=_fake,
-    triton=_triton("backward"),
+    triton=launcher("norm_act_pool", "backward"),
 )
 _norm_act_pool_tangent = define(
     f"norm_act_pool_tangent(Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t, "
     "Tensor? gamma_dot=None, Tensor? beta_dot=None) -> ()",
     fallback=_tangent,
     fake=_fake,
-    triton=_triton("tangent"),
+    triton=launcher("norm_act_pool", "tangent"),
 )
 _norm_act_pool_backward_tangent = define(
     f"norm_act_pool_backward_tangent(Tensor gy_dot, Tensor gy, Tensor u, {_SAVED}, Tensor r, Tensor t, "
     "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
-    triton=_triton("backward_tangent"),
+    triton=launcher("norm_act_pool", "backward_tangent"),
 )
 
 
