@@ -18,7 +18,8 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import ROUTED, form_of
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, paused
+from mamlpp_fast.engine.fused.derivatives import paused
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.lanes import watched
 
 __all__ = ["accelerate", "acceleration"]

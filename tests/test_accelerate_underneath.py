@@ -1,4 +1,4 @@
-"""What runs on the differentiable network underneath: `mf.adapt`, the autograd engine, `compat.higher`; per-step norms."""
+"""What runs on the differentiable network underneath: `mf.adapt`, `autograd`, `compat.higher`; per-step norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import mamlpp_fast as mf
 from mamlpp_fast import accelerated as module
 from mamlpp_fast import reference
 from mamlpp_fast.compat import higher
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, plainly
+from mamlpp_fast.engine.fused.derivatives import plainly
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.nn import plain_batch_norm
 
 STEPS = 3

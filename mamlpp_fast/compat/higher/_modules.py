@@ -198,7 +198,8 @@ def plain_tree(module: nn.Module, made: dict[int, Any] | None = None) -> nn.Modu
     """The tree of the original classes behind a functional one, over constants of the latest fast weights' values."""
     made = {} if made is None else made
     if id(module) in made:
-        return made[id(module)]
+        known: nn.Module = made[id(module)]
+        return known
     kind: Any = getattr(type(module), "_fast_original", type(module))
     new: nn.Module = kind.__new__(kind)
     made[id(module)] = new
@@ -216,11 +217,12 @@ def plain_tree(module: nn.Module, made: dict[int, Any] | None = None) -> nn.Modu
     return new
 
 
-def _leaf(p: Tensor, made: dict[int, Any]) -> Any:
+def _leaf(p: Tensor, made: dict[int, Any]) -> nn.Parameter:
     """A parameter of this value, the same one for a tensor that is held in two places."""
     if id(p) not in made:
         made[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
-    return made[id(p)]
+    leaf: nn.Parameter = made[id(p)]
+    return leaf
 
 
 class _Copier:
