@@ -37,15 +37,17 @@ def accelerate(model: _M) -> _M:
     changes is what a call ``model(x)`` executes where autograd records: the whole forward as one operation, whose
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
-    arguments than one tensor [N, ...] of the parameters' type, inputs that require a gradient, ``torch.func``
-    transforms, forward mode, ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with
-    running statistics, models whose forward is no fixed list of operations. :func:`acceleration` says what was served
-    and what not, and why.
+    arguments than one tensor [N, ...] of the parameters' type, ``torch.func`` transforms, forward mode,
+    ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with running statistics, models whose
+    forward is no fixed list of operations. :func:`acceleration` says what was served and what not, and why.
 
-    The first call of each form (shapes, attributes, training or evaluation) is checked in float64 against the plain
-    forward: output, gradients, second derivatives and running statistics to 1e-6; what differs runs as ever. Copies,
-    pickles and learners of the model work as before. Where a second derivative is taken with ``create_graph=True``, for
-    a third, it is PyTorch's own.
+    The first call of each form (shapes, attributes, training or evaluation, examples with a gradient or without) is
+    checked in float64 against the plain forward: output, gradients, second derivatives and running statistics to 1e-6;
+    what differs runs as ever. A backward pass that wants some gradients alone (ANIL's head, the examples of a gradient
+    penalty) has calls of its own, checked likewise when it is first taken, up to three such sets. Copies, pickles and
+    learners of the model work as before. Per-step batch norms use the row of their step at the call. Where a second
+    derivative is taken with ``create_graph=True``, for a third, it is PyTorch's own; where that comes again within
+    eight calls, the next 63 calls of that form are.
 
     Args:
         model: any module.
@@ -157,7 +159,8 @@ def served(
 def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
     """:func:`mamlpp_fast.functional_call` of one argument, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        made = served(model, (x,), {}) if x.device.type == "cpu" else None
+        own = isinstance(x, Tensor) and x.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+        made = served(model, (x,), {}) if own else None
         return model(x) if made is None else made
 
 
