@@ -102,6 +102,8 @@ _unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKey
 """In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
 calls say, is not looked at for ever, for that runs its forward."""
 _TRIES = 3
+_resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
+"""Models whose last call was left to PyTorch, and the network that says for how long."""
 
 
 @functools.cache
@@ -149,11 +151,19 @@ def served(
         args, kwargs: of the call.
         plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
     """
-    if len(args) == 1 and not kwargs and _can(model, args[0]):
-        route = _route(model, args[0], plain)
-        if isinstance(route, DifferentiableNetwork) and not route.resting():
-            return route.call(model, args[0])
-    return None
+    if len(args) != 1 or kwargs or not _can(model, args[0]):
+        return None
+    if (before := _resting.get(model)) is not None:  # without a look at the form, which plain PyTorch does not need
+        if before.resting():
+            return None
+        _resting.pop(model, None)
+    route = _route(model, args[0], plain)
+    if not isinstance(route, DifferentiableNetwork):
+        return None
+    if route.resting():
+        _resting[model] = route
+        return None
+    return route.call(model, args[0])
 
 
 def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
