@@ -153,7 +153,9 @@ def served(
     """
     if len(args) != 1 or kwargs or not _can(model, args[0]):
         return None
-    if (before := _resting.get(model)) is not None:  # without a look at the form, which plain PyTorch does not need
+    if (
+        before := _resting.get(model)
+    ) is not None:  # without a look at the form, which plain PyTorch does not need
         if before.resting():
             return None
         _resting.pop(model, None)
@@ -169,7 +171,9 @@ def served(
 def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
     """:func:`mamlpp_fast.functional_call` of one argument, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        own = isinstance(x, Tensor) and x.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+        own = (
+            isinstance(x, Tensor) and x.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+        )
         made = served(model, (x,), {}) if own else None
         return model(x) if made is None else made
 
