@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mamlpp_fast.copying import tied_function
 from mamlpp_fast.engine import lanes
-from mamlpp_fast.engine.fused.differentiable import paused
+from mamlpp_fast.engine.fused.derivatives import paused
 
 __all__ = ["map_tasks"]
 

@@ -415,10 +415,11 @@ def test_memory_is_used_again() -> None:
     _, fast = pair(norms)
     expected = meta(mapped, fast)
     route = next(r for r in module._routes.values() if isinstance(r, transforms.Transformed))
-    made = route.net._lanes
+    sections = route.net.sections
+    made = sections.lanes
     for _ in range(3):
         torch.testing.assert_close(meta(mapped, fast), expected, rtol=0, atol=0)
-    assert route.net._lanes == made == len(route.net.free)
+    assert sections is route.net.sections and sections.lanes == made == len(sections.free)
 
 
 def test_eager_calls_and_transforms_share_what_was_prepared() -> None:

@@ -1,7 +1,7 @@
 """A lowered network under ``torch.func``: its passes on the kernels at every level of ``grad`` and ``vmap``.
 
 A level of ``vmap`` makes of one call a call for several tasks, each with parameters and examples of its own where they
-are mapped: the tasks' places (:class:`mamlpp_fast.engine.fused.differentiable.DifferentiableNetwork`) are run side by
+are mapped: the tasks' places (:class:`mamlpp_fast.engine.fused.sections.Place`) are run side by
 side on the lanes. What stands between the levels knows of no memory: an object that goes through all of them leads the
 backward pass back to the place of its forward.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,10 @@ from torch._functorch.pyfunctorch import (
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine import lanes
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, _Held, _Lease, _Place, _plain
+from mamlpp_fast.engine.fused.derivatives import Lease, plain
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, Held
 from mamlpp_fast.engine.fused.program import Section
+from mamlpp_fast.engine.fused.sections import Part, Place
 
 __all__ = ["Transformed", "active", "outside", "refusal"]
 
@@ -85,7 +87,8 @@ class _Flat:
         moving: where those with a gradient end.
     """
 
-    def __init__(self, net: DifferentiableNetwork, shapes: Mapping[str, torch.Size]) -> None:
+    def __init__(self, net: DifferentiableNetwork) -> None:
+        shapes = {name: p.shape for name, p in net.template.named_parameters()}  # where norms have one row
         self.names = (*net.names, *net.inert)
         self._shapes = [shapes[name] for name in self.names]
         self._sizes = [shape.numel() for shape in self._shapes]
@@ -113,7 +116,7 @@ class _State:
     def __init__(self, net: DifferentiableNetwork, tasks: int) -> None:
         self.net = net
         self.tasks = tasks
-        self.leases = [_Lease(net) for _ in range(tasks)]
+        self.leases = [Lease(net) for _ in range(tasks)]
         self.held: object = None
 
     def each(self, plan: _Plan) -> None:
@@ -142,7 +145,12 @@ def _listed_copies(to: list[Tensor], of: list[Tensor]) -> Any:
     return calls
 
 
-_Plan = Callable[[int, _Place], Iterable[_Item]]
+def _all(place: Place) -> Part:
+    """The sections for all gradients."""
+    return place.of[place.sections.parts[0]]
+
+
+_Plan = Callable[[int, Place], Iterable[_Item]]
 
 
 class _Call:
@@ -188,12 +196,12 @@ class _Use:
         parameters = parameters.contiguous()
         state = _State(net, self.tasks)
 
-        def plan(task: int, place: _Place) -> Iterator[_Item]:
+        def plan(task: int, place: Place) -> Iterator[_Item]:
             x, *rest, own = (
                 t[task] if many else t for t, many in zip((*given, parameters), self.many, strict=True)
             )
             to = [place.x, *(place.buffers[name] for name in net.buffers), *place.parameters]
-            yield to, [x.permute(0, 2, 3, 1) if x.ndim == 4 else x, *rest, *flat.arranged(own)]
+            yield to, [net.stored(x), *rest, *flat.arranged(own)]
             yield place.forward
             yield from after(task, place)
 
@@ -204,9 +212,9 @@ class _Use:
         """The backward pass of ``run``, where its forward lies in the state; else this runs before it."""
         assert self.run is not None
 
-        def plan(task: int, place: _Place) -> Iterator[_Item]:
+        def plan(task: int, place: Place) -> Iterator[_Item]:
             yield [place.gy], [gy[task]]
-            yield place.backward
+            yield _all(place).backward
             yield from after(task, place)
 
         if state is None or state.tasks != self.tasks:
@@ -330,13 +338,15 @@ class _Double(_Operation):
         (cotangent, gy), rest = use.split(given)
         flat, run = use.call.flat, use.run
         assert run is not None
-        moved = gy.new_empty(gy.shape)
+        moved, still = gy.new_empty(gy.shape), gy.new_zeros(gy.shape[1:])
         made, after = _taken(use, rest[-1], lambda place: place.seconds)
         cotangent = cotangent.contiguous()
 
-        def plan(task: int, place: _Place) -> Iterator[_Item]:
+        def plan(task: int, place: Place) -> Iterator[_Item]:
             yield place.directions, flat.arranged(cotangent[task])
-            yield place.double
+            yield [place.gy_dot], [still]
+            yield _all(place).tangent
+            yield _all(place).second
             yield [moved[task]], [place.moved]
             yield from after(task, place)
 
@@ -364,7 +374,7 @@ class _Double(_Operation):
         return _results(info.batch_size, _Double.apply(use, *tensors))  # type: ignore[no-untyped-call]
 
 
-def _taken(use: _Use, like: Tensor, of: Callable[[_Place], list[Tensor]]) -> tuple[Tensor, _Plan]:
+def _taken(use: _Use, like: Tensor, of: Callable[[Place], list[Tensor]]) -> tuple[Tensor, _Plan]:
     """A tensor [T, P], and what copies a task's values to it from a place; zero for parameters without a gradient."""
     flat = use.call.flat
     made = like.new_empty((use.tasks, like.shape[-1]))
@@ -381,7 +391,7 @@ def _written_double(use: _Use, along: Tensor, gy: Tensor, given: Sequence[Tensor
         held = dict(zip(net.buffers, buffers, strict=True))
 
         def gradient(gy: Tensor, parameters: Tensor) -> Any:
-            pull: Any = torch.func.vjp(lambda own: _plain(net, held, x, flat.parts(own)), parameters)[1]
+            pull: Any = torch.func.vjp(lambda own: plain(net, held, x, flat.parts(own)), parameters)[1]
             return pull(gy)[0]
 
         pull: Any = torch.func.vjp(gradient, gy, parameters)[1]
@@ -404,20 +414,20 @@ class Transformed:
 
     Args:
         net: what computes a task.
-        model: that calls it, for the shapes of its parameters.
     """
 
-    def __init__(self, net: DifferentiableNetwork, model: nn.Module) -> None:
+    def __init__(self, net: DifferentiableNetwork) -> None:
         self.net = net
-        self._flat = _Flat(net, {name: p.shape for name, p in model.named_parameters()})
+        self._flat = _Flat(net)
 
     def __str__(self) -> str:
         return f"{self.net}, tasks of vmap side by side"
 
     def call(self, model: nn.Module, x: Tensor) -> Tensor:
         """The model's output on ``x`` with the tensors that it holds, at the level that the call is made at."""
-        held, net = _Held(model), self.net
-        parameters = torch.cat([held.parameter(name).reshape(-1) for name in self._flat.names])
+        held, net = Held(model), self.net
+        own = ((name, held.parameter(name)) for name in self._flat.names)
+        parameters = torch.cat([(p.detach() if n in net.constants else p).reshape(-1) for n, p in own])
         given = [x, *map(held.buffer, net.buffers), parameters]
         use = _Use(_Call(net, self._flat), 1, (False,) * len(given))
         made: Any = _Forward.apply(use, *given)  # type: ignore[no-untyped-call]
