@@ -81,7 +81,7 @@ thread_local Scratch kernel_scratch;
 thread_local Scratch widened[4];
 
 struct Shape {
-  int64_t tasks, images, height, width, ci, kh, kw, co, out_height, out_width, stride, padding;
+  int64_t tasks, images, height, width, ci, kh, kw, co, out_height, out_width, stride, pad_y, pad_x;
 };
 
 /// Checks one convolution x [T,N,H,W,Ci] * w [T,kh,kw,Ci,Co] = y [T,N,Ho,Wo,Co], whichever of the three is the result.
@@ -89,16 +89,18 @@ Shape check(const Tensor& x, const Tensor& w, const Tensor& y, int64_t stride, i
   TORCH_CHECK_VALUE(x.dim() == 5 && w.dim() == 5 && y.dim() == 5,
                     "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], got ", x.sizes(), ", ",
                     w.sizes(), " and ", y.sizes());
-  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), w.size(1),
-          w.size(2), w.size(4), 0,         0,         stride,    padding};
-  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0 && padding < std::min(s.kh, s.kw),
+  // An axis along which the kernel is one pixel is not padded.
+  const auto pad = [&](int64_t kernel) { return kernel > 1 ? padding : 0; };
+  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4),      w.size(1),     w.size(2),
+          w.size(4), 0,         0,         stride,    pad(w.size(1)), pad(w.size(2))};
+  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0 && s.pad_y < s.kh && s.pad_x < s.kw && padding < std::max(s.kh, s.kw),
                     "stride, padding: expected stride >= 1, 0 <= padding < kernel, got ", stride, ", ", padding);
   TORCH_CHECK_VALUE(s.kh * s.kw <= conv::kMaxTaps, "w: expected at most ", conv::kMaxTaps, " taps, got ", s.kh, " x ",
                     s.kw);
-  s.out_height = (s.height + 2 * padding - s.kh) / stride + 1;
-  s.out_width = (s.width + 2 * padding - s.kw) / stride + 1;
+  s.out_height = (s.height + 2 * s.pad_y - s.kh) / stride + 1;
+  s.out_width = (s.width + 2 * s.pad_x - s.kw) / stride + 1;
   const std::vector<int64_t> expected{s.tasks, s.images, s.out_height, s.out_width, s.co};
-  TORCH_CHECK_VALUE(s.height + 2 * padding >= s.kh && s.width + 2 * padding >= s.kw && w.size(0) == s.tasks &&
+  TORCH_CHECK_VALUE(s.height + 2 * s.pad_y >= s.kh && s.width + 2 * s.pad_x >= s.kw && w.size(0) == s.tasks &&
                         w.size(3) == s.ci && y.sizes() == at::IntArrayRef(expected),
                     "task_conv2d: expected output ", at::IntArrayRef(expected), " of ", x.sizes(), " and ", w.sizes(),
                     ", got ", y.sizes());
@@ -191,21 +193,22 @@ Geometry build_geometry(const Shape& s, bool to_input) {
   const int64_t source_height = to_input ? s.out_height : s.height, source_width = to_input ? s.out_width : s.width;
   const int64_t source_channels = to_input ? s.co : s.ci, channels = to_input ? s.ci : s.co;
   const int64_t taps = s.kh * s.kw;
-  const auto source = [&](int64_t at, int64_t tap, int64_t size) -> int64_t {
+  const auto source = [&](int64_t at, int64_t tap, int64_t size, int64_t padding) -> int64_t {
     if (!to_input) {
-      const int64_t p = at * s.stride + tap - s.padding;
+      const int64_t p = at * s.stride + tap - padding;
       return p < size ? p : -1;
     }
-    const int64_t p = at + s.padding - tap;
+    const int64_t p = at + padding - tap;
     return p >= 0 && p % s.stride == 0 && p / s.stride < size ? p / s.stride : -1;
   };
-  std::map<int, std::vector<std::pair<int64_t, int64_t>>> by_mask;
+  std::map<uint64_t, std::vector<std::pair<int64_t, int64_t>>> by_mask;
   for (int64_t y = 0; y < height; ++y)
     for (int64_t x = 0; x < width; ++x) {
-      int mask = 0;
+      uint64_t mask = 0;
       for (int64_t t = 0; t < taps; ++t) {
         const int64_t tap = to_input ? taps - 1 - t : t;
-        if (source(y, tap / s.kw, source_height) >= 0 && source(x, tap % s.kw, source_width) >= 0) mask |= 1 << t;
+        if (source(y, tap / s.kw, source_height, s.pad_y) >= 0 && source(x, tap % s.kw, source_width, s.pad_x) >= 0)
+          mask |= uint64_t{1} << t;
       }
       by_mask[mask].emplace_back(y, x);
     }
@@ -214,8 +217,8 @@ Geometry build_geometry(const Shape& s, bool to_input) {
     conv::PixelClass cls{};
     const auto place = [&](int64_t t, const std::pair<int64_t, int64_t>& pixel) {
       const int64_t tap = to_input ? taps - 1 - t : t;
-      return (source(pixel.first, tap / s.kw, source_height) * source_width +
-              source(pixel.second, tap % s.kw, source_width)) *
+      return (source(pixel.first, tap / s.kw, source_height, s.pad_y) * source_width +
+              source(pixel.second, tap % s.kw, source_width, s.pad_x)) *
              source_channels;
     };
     for (int t = 0; t < taps; ++t)
@@ -241,7 +244,7 @@ Geometry build_geometry(const Shape& s, bool to_input) {
 
 const Geometry& geometry_of(const Shape& s, bool to_input) {
   thread_local std::map<std::vector<int64_t>, Geometry> kept;
-  const std::vector<int64_t> key{s.height, s.width, s.ci, s.co, s.kh, s.kw, s.stride, s.padding, to_input};
+  const std::vector<int64_t> key{s.height, s.width, s.ci, s.co, s.kh, s.kw, s.stride, s.pad_y, s.pad_x, to_input};
   auto found = kept.find(key);
   if (found == kept.end()) {
     if (kept.size() >= 256) kept.clear();
@@ -278,7 +281,8 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
   p.kh = s.kh;
   p.kw = s.kw;
   p.stride = s.stride;
-  p.padding = s.padding;
+  p.pad_y = s.pad_y;
+  p.pad_x = s.pad_x;
   const conv::Kernels<T>& k = kernels_for<T>(p);
   run_units<T>(p.tasks * p.parts, k.gather_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.gather(p, begin, end, scratch); });
@@ -304,7 +308,8 @@ void outer(const Shape& s, const Operands& o, void* out) {
   p.kh = s.kh;
   p.kw = s.kw;
   p.stride = s.stride;
-  p.padding = s.padding;
+  p.pad_y = s.pad_y;
+  p.pad_x = s.pad_x;
   const conv::Kernels<T>& k = kernels_for<T>(p);
   p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
   run_units<T>(p.tasks * p.parts, k.outer_scratch(p),
@@ -332,7 +337,7 @@ int64_t winograd_tile(const Shape& s, Product product) {
   constexpr int64_t kValue = 16, kWeight = 15;
   const bool to_input = product == Product::to_input;
   const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
-  const auto valid = [&](int64_t in, int64_t out) { return 3 * std::min(in, out) - (s.padding == 1 ? 2 : 0); };
+  const auto valid = [&](int64_t in, int64_t out) { return 3 * std::min(in, out) - (s.pad_y == 1 ? 2 : 0); };
   int64_t best = 0, least = s.images * valid(s.height, s.out_height) * valid(s.width, s.out_width) * s.ci * s.co;
   for (const int64_t tile : {3, 4}) {
     const int64_t points = (tile + 2) * (tile + 2);
@@ -363,7 +368,7 @@ void winograd_run(const Shape& s, const Operands& o, Product product, int64_t ti
   p.out_width = to_input ? s.width : s.out_width;
   p.channels_in = to_input ? s.co : s.ci;
   p.channels_out = to_input ? s.ci : s.co;
-  p.padding = to_input ? 2 - s.padding : s.padding;
+  p.padding = to_input ? 2 - s.pad_y : s.pad_y;
   p.transposed = to_input;
   const conv::WinogradForm& k = tile == 3 ? winograd().f3 : winograd().f4;
   const bool weight = product == Product::to_weight;

@@ -6,6 +6,7 @@ from mamlpp_fast.ops import (  # noqa: F401 - registers them
     linear_cross_entropy,
     norm_act_pool,
     task_conv2d,
+    window_pool,
 )
 from mamlpp_fast.ops.lslr_update import lslr_update
 from mamlpp_fast.ops.per_step_batch_norm import (

@@ -9,7 +9,7 @@
 
 namespace mf::conv {
 
-constexpr int kMaxTaps = 9;
+constexpr int kMaxTaps = 49;  // bits of a mask of 64
 
 /// Two bfloat16, the first in the low half. Where a kernel's T is Pair, its channels_in and src_image count pairs.
 enum class Pair : uint32_t {};
@@ -37,7 +37,7 @@ struct Gather {
   bool transposed;  ///< to-input: channels_out of `w` are reduced and taps run backwards
   const PixelClass* classes;
   int num_classes;
-  int64_t height, width, out_height, out_width, kh, kw, stride, padding;  ///< of the forward convolution
+  int64_t height, width, out_height, out_width, kh, kw, stride, pad_y, pad_x;  ///< of the forward convolution
 };
 
 /// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight.
@@ -48,7 +48,7 @@ struct Outer {
   int pairs;
   int64_t tasks, images, parts;  ///< a unit of work is one of `parts` ranges of output channels of a task
   int64_t height, width, ci, out_height, out_width, co;
-  int64_t kh, kw, stride, padding;
+  int64_t kh, kw, stride, pad_y, pad_x;
 };
 
 /// Stride-1 3x3 convolution in the Winograd domain. `height`, `width` are of the source, `padding` of this product

@@ -38,8 +38,10 @@ def drop_inert_biases(network: Network) -> Network:
     """Leaves out the biases that batch statistics take out again: no gradient, and only the running mean sees them."""
     for bias in [step for step in network.steps if isinstance(step, Bias)]:
         norm = network.reader(bias.output)
-        if isinstance(norm, NormActPool) and norm.norm in network.norms:
-            norms = {**network.norms, norm.norm: replace(network.norms[norm.norm], bias=bias.bias.name)}
+        if isinstance(norm, NormActPool) and (norm.norm in network.norms or norm.group == 1):
+            norms = dict(network.norms)
+            if norm.norm in norms:
+                norms[norm.norm] = replace(norms[norm.norm], bias=bias.bias.name)
             network = replace(
                 _replaced(network, {bias.output: None, norm.output: replace(norm, inputs=bias.inputs)}),
                 norms=norms,
@@ -50,14 +52,14 @@ def drop_inert_biases(network: Network) -> Network:
 def fuse_norms(network: Network) -> Network:
     """Batch norm, the leaky ReLU and the max-pooling behind it in one step."""
     for norm in [step for step in network.steps if isinstance(step, NormActPool)]:
-        if norm.per_image or norm.instance or norm.pool or norm.slope != 1:  # the latter: fused already
+        if norm.per_image or norm.pool or norm.slope != 1:  # the latter: fused already
             continue
         gone: list[int] = []
         slope, output, shape, pool = 1.0, norm.output, norm.shape, False
         if isinstance(act := network.reader(output), Activation):
             slope, output = act.slope, act.output
             gone.append(act.output)
-        if isinstance(pooling := network.reader(output), MaxPool):
+        if isinstance(pooling := network.reader(output), MaxPool) and pooling.halves:
             pool, output, shape = True, pooling.output, pooling.shape
             gone.append(pooling.output)
         if gone:
@@ -71,7 +73,9 @@ def fuse_first_layer(network: Network) -> Network:
     for conv in [step for step in network.steps if isinstance(step, Conv)]:
         norm = network.reader(conv.output)
         fits = conv.inputs == (0,) and conv.stride == 1 and conv.weight.shape[2] <= _COLOURS
-        if not (fits and isinstance(norm, NormActPool) and norm.pool and norm.slope >= 0 and norm.affine):
+        fits = fits and type(conv) is Conv and conv.weight.shape[:2] in ((1, 1), (3, 3))
+        batch = isinstance(norm, NormActPool) and not norm.group
+        if not (fits and batch and norm.pool and norm.slope >= 0 and norm.affine):
             continue
         first = FirstLayer(
             norm.name,

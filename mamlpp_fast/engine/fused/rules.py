@@ -28,21 +28,20 @@ from mamlpp_fast.engine.fused.steps import (
     ScaleShift,
     Scaling,
     Slot,
+    Step,
+    TransposedConv,
 )
 from mamlpp_fast.engine.recorder import Buffer, Parameter, Value
+from mamlpp_fast.ops.window_pool import MOST_PIXELS
 
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    if isinstance(value, (tuple, list)):
-        return (value[0], value[-1])
-    return (value, value)
-
+# Of the native kernels.
+_MOST_TAPS = 49
 
 # Products ------------------------------------------------------------------------------------------------------------
 
 
-@rule(F.conv2d, torch.conv2d)
-def _conv2d(
+@rule(F.conv1d, torch.conv1d, F.conv2d, torch.conv2d)
+def _conv(
     low: Lowering,
     call: Call,
     input: Any,
@@ -53,28 +52,90 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> None:
-    x, shape = low.images(call, input)
+    x, shape, slot, step, pad = _geometry(low, call, input, weight, stride, padding, dilation, groups)
+    sizes = (
+        (s + 2 * (pad if k > 1 else 0) - k) // step + 1
+        for s, k in zip(shape[:2], slot.shape[:2], strict=True)
+    )
+    product = low.step(Conv, call, (x,), (*sizes, slot.shape[3]), slot, step, pad)
+    _bias(low, call, product, bias)
+
+
+@rule(F.conv_transpose1d, torch.conv_transpose1d, F.conv_transpose2d, torch.conv_transpose2d)
+def _conv_transpose(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> None:
+    x, shape, slot, step, pad = _geometry(low, call, input, weight, stride, padding, dilation, groups)
+    more = (*_sides(output_padding, len(call.shape) - 1), 0)[:2]
+    if max(more) >= step:
+        raise call.refusal(f"transposed convolution: expected output_padding below the stride, got {more}")
+    sizes = (
+        (s - 1) * step - 2 * (pad if k > 1 else 0) + k + m
+        for s, k, m in zip(shape[:2], slot.shape[:2], more, strict=True)
+    )
+    product = low.step(TransposedConv, call, (x,), (*sizes, slot.shape[2]), slot, step, pad, shape)
+    _bias(low, call, product, bias)
+
+
+def _sides(value: Any, axes: int) -> tuple[Any, ...]:
+    """One value for each axis of an image or a sequence."""
+    if isinstance(value, (tuple, list)):
+        return tuple(value) if len(value) > 1 else tuple(value) * axes
+    return (value,) * axes
+
+
+def _geometry(
+    low: Lowering,
+    call: Call,
+    input: Any,
+    weight: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> tuple[int, tuple[int, ...], Slot, int, int]:
+    """Input, its shape [H, W, C] (of a sequence [L, 1, C]), weight, stride and padding of a convolution."""
     name = low.parameter(call, weight)
-    co, ci, kh, kw = low.parameters[name].shape
-    if (kh, kw) not in ((1, 1), (3, 3)):
-        raise call.refusal(f"convolution: expected kernel 1x1 or 3x3, got {kh}x{kw}")
-    if _pair(stride) not in ((1, 1), (2, 2)):
-        raise call.refusal(f"convolution: expected stride 1 or 2, got {stride}")
-    if groups != 1 or _pair(dilation) != (1, 1):
-        raise call.refusal("convolution: expected one group, no dilation")
-    if isinstance(padding, str):
-        padding = 0 if padding == "valid" else kh // 2
-    sides = _pair(padding)
-    if sides[0] != sides[1] or sides[0] >= kh:
-        raise call.refusal(f"convolution: expected equal padding below the kernel, got {padding}")
-    pad, step = sides[0], _pair(stride)[0]
-    out = (*((s + 2 * pad - kh) // step + 1 for s in shape[:2]), co)
-    slot = Slot(name, (kh, kw, ci, co), (co, ci, kh, kw), (2, 3, 1, 0))
-    product = low.step(Conv, call, (x,), out, slot, step, pad)
+    first, second, *kernel = low.parameters[name].shape
+    axes = len(kernel)
+    x, shape = low.images(call, input, axes=(1 + axes,))
+    if groups != 1:
+        raise call.refusal("convolution: expected one group")
+    if padding in ("valid", "same"):
+        if padding == "same" and any(k % 2 == 0 for k in kernel):
+            raise call.refusal("convolution: expected the same padding on both sides")
+        padding = [k // 2 for k in kernel] if padding == "same" else 0
+    wide = [i for i, k in enumerate(kernel) if k > 1]  # the axes on which padding and dilation count
+    steps, pads = set(_sides(stride, axes)), _sides(padding, axes)
+    counting = {pads[i] for i in wide} or {0}
+    if len(steps) != 1 or len(counting) != 1 or any(p for i, p in enumerate(pads) if i not in wide):
+        raise call.refusal(f"convolution: expected one stride and one padding, got {stride} and {padding}")
+    if any(_sides(dilation, axes)[i] != 1 for i in wide):
+        raise call.refusal("convolution: expected no dilation")
+    (step,), (pad,) = steps, counting
+    if math.prod(kernel) > _MOST_TAPS or any(pad >= kernel[i] for i in wide):
+        raise call.refusal(
+            f"convolution: expected at most {_MOST_TAPS} taps, padding below the kernel, got {tuple(kernel)}, {pad}"
+        )
+    # The weight of the convolution that this is, or whose gradient to the input it is: [out, in, kh, kw].
+    kh, kw = (*kernel, 1)[:2]
+    return x, shape, Slot(name, (kh, kw, second, first), (first, second, kh, kw), (2, 3, 1, 0)), step, pad
+
+
+def _bias(low: Lowering, call: Call, product: int, bias: Any) -> None:
     if bias is not None:
         inert = isinstance(bias, Parameter) and bias.detached
         vector = low.vector(low.parameter(call, Parameter(bias.name) if inert else bias))
-        low.step(Bias, call, (product,), out, vector, inert)
+        low.step(Bias, call, (product,), low.shapes[product], vector, inert)
 
 
 @rule(F.linear)
@@ -243,13 +304,13 @@ def _group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> None:
-    names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
+    slots = [None if p is None else low.vector(low.parameter(call, p)) for p in (weight, bias)]
     x, shape = low.images(call, input, axes=(2, 3, 4))
-    if num_groups != shape[2]:
-        raise call.refusal("group norm: expected a group for each channel")
-    x = low.step(NormActPool, call, (x,), shape, None, eps, 1.0, False, False, "", True)
-    if any(n is not None for n in names):
-        low.step(ScaleShift, call, (x,), shape, *(None if n is None else low.vector(n) for n in names))
+    both = None if slots[0] is None or slots[1] is None else Scaling(slots[0], slots[1])
+    group = shape[2] // num_groups
+    x = low.step(NormActPool, call, (x,), shape, both, eps, 1.0, False, False, "", group)
+    if both is None and any(slot is not None for slot in slots):
+        low.step(ScaleShift, call, (x,), shape, *slots)
 
 
 @rule(F.instance_norm)
@@ -342,8 +403,8 @@ def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
 # Pools ---------------------------------------------------------------------------------------------------------------
 
 
-@rule(F.max_pool2d, torch.max_pool2d)
-def _max_pool2d(
+@rule(F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d)
+def _max_pool(
     low: Lowering,
     call: Call,
     input: Any,
@@ -354,16 +415,18 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> None:
-    x, shape = low.images(call, input)
-    stride = kernel_size if stride is None or stride == [] else stride
-    windows = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), ceil_mode)
-    if windows != ((2, 2), (2, 2), (0, 0), (1, 1), False):
-        raise call.refusal("max-pooling: expected windows 2x2, stride 2, no padding, floor")
-    low.step(MaxPool, call, (x,), (shape[0] // 2, shape[1] // 2, shape[2]))
+    axes = len(call.shape) - 1
+    if ceil_mode or return_indices or set(_sides(dilation, axes)) != {1}:
+        raise call.refusal("max-pooling: expected no dilation, no positions, floor")
+    if math.prod(_sides(kernel_size, axes)) > MOST_PIXELS:
+        raise call.refusal(
+            f"max-pooling: expected windows of at most {MOST_PIXELS} pixels, got {kernel_size}"
+        )
+    _pool(low, call, MaxPool, input, kernel_size, stride, padding)
 
 
-@rule(F.avg_pool2d)
-def _avg_pool2d(
+@rule(F.avg_pool1d, torch.avg_pool1d, F.avg_pool2d)
+def _avg_pool(
     low: Lowering,
     call: Call,
     input: Any,
@@ -374,23 +437,40 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: Any = None,
 ) -> None:
-    x, shape = low.images(call, input)
-    stride = kernel_size if stride is None or stride == [] else stride
-    side = _pair(kernel_size)
     if divisor_override is not None:
         raise call.refusal("average pooling: expected no divisor_override")
-    if side[0] != side[1] or _pair(stride) != side or _pair(padding) != (0, 0) or ceil_mode:
-        raise call.refusal("average pooling: expected square windows side by side, no padding, floor")
-    size = side[0]
-    low.step(AveragePool, call, (x,), (shape[0] // size, shape[1] // size, shape[2]), (size, size))
+    if ceil_mode or (any(_sides(padding, 2)) and not count_include_pad):
+        raise call.refusal("average pooling: expected floor, padding that counts")
+    _pool(low, call, AveragePool, input, kernel_size, stride, padding)
 
 
-@rule(F.adaptive_avg_pool2d)
-def _adaptive_avg_pool2d(low: Lowering, call: Call, input: Any, output_size: Any) -> None:
-    x, shape = low.images(call, input)
-    if _pair(output_size) != (1, 1):
-        raise call.refusal(f"adaptive average pooling: expected output size 1, got {output_size!r}")
-    low.step(AveragePool, call, (x,), (1, 1, shape[2]), shape[:2])
+def _pool(
+    low: Lowering, call: Call, kind: type[Step], input: Any, kernel_size: Any, stride: Any, padding: Any
+) -> None:
+    """Adds a pool of images, or of sequences, which are images of width 1."""
+    axes = len(call.shape) - 1
+    x, shape = low.images(call, input, axes=(1 + axes,))
+    stride = kernel_size if stride is None or stride == [] else stride
+    kernel, steps, pads = (
+        (*_sides(v, axes), beside)[:2] for v, beside in ((kernel_size, 1), (stride, 1), (padding, 0))
+    )
+    sizes = [
+        (s + 2 * p - k) // step + 1 for s, p, k, step in zip(shape[:2], pads, kernel, steps, strict=True)
+    ]
+    low.step(kind, call, (x,), (*sizes, shape[2]), (*kernel, *steps, *pads))
+
+
+@rule(F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_avg_pool2d)
+def _adaptive_avg_pool(low: Lowering, call: Call, input: Any, output_size: Any) -> None:
+    axes = len(call.shape) - 1
+    x, shape = low.images(call, input, axes=(1 + axes,))
+    sizes = [s if n is None else n for n, s in zip((*_sides(output_size, axes), 1)[:2], shape, strict=False)]
+    if any(s % n for s, n in zip(shape, sizes, strict=False)):
+        raise call.refusal(
+            f"adaptive average pooling: expected a divisor of {shape[:2]}, got {output_size!r}"
+        )
+    sides = tuple(s // n for s, n in zip(shape, sizes, strict=False))
+    low.step(AveragePool, call, (x,), (*sizes, shape[2]), (*sides, *sides, 0, 0))
 
 
 @rule(torch.mean, Tensor.mean)
@@ -400,7 +480,9 @@ def _mean(
     x, shape = low.images(call, input)
     if not isinstance(dim, (tuple, list)) or sorted(d % 4 for d in dim) != [2, 3] or dtype is not None:
         raise call.refusal(f"mean: expected height and width (dim=(2, 3)), got dim={dim!r}")
-    low.step(AveragePool, call, (x,), (1, 1, shape[2]) if keepdim else (shape[2],), shape[:2])
+    sides = shape[:2]
+    window = (*sides, *sides, 0, 0)
+    low.step(AveragePool, call, (x,), (1, 1, shape[2]) if keepdim else (shape[2],), window)
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
 from mamlpp_fast.engine.fused.steps.generic import Generic
 from mamlpp_fast.engine.fused.steps.head import Head
 from mamlpp_fast.engine.fused.steps.layout import Relayout
-from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Detach, Flatten, Linear
+from mamlpp_fast.engine.fused.steps.linear import Add, Bias, Conv, Detach, Flatten, Linear, TransposedConv
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
-from mamlpp_fast.engine.fused.steps.pointwise import Activation, MaxPool, ScaleShift
+from mamlpp_fast.engine.fused.steps.pointwise import Activation, ScaleShift
+from mamlpp_fast.engine.fused.steps.pool import AveragePool, MaxPool
 
 __all__ = [
     "Activation",
@@ -37,5 +38,6 @@ __all__ = [
     "Slot",
     "SquaredError",
     "Step",
+    "TransposedConv",
     "loss_of",
 ]
