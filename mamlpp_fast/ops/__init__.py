@@ -5,6 +5,7 @@ from mamlpp_fast.ops import (  # noqa: F401 - registers them
     conv_norm_act_pool,
     linear_cross_entropy,
     norm_act_pool,
+    pointwise,
     task_conv2d,
     window_pool,
 )

@@ -17,11 +17,14 @@ from mamlpp_fast.engine.fused.steps import (
     Loss,
     MaxPool,
     NormActPool,
+    Smooth,
     Step,
+    Times,
 )
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
+from mamlpp_fast.ops.pointwise import FUNCTIONS
 
-__all__ = ["drop_inert_biases", "fuse", "fuse_first_layer", "fuse_head", "fuse_norms"]
+__all__ = ["drop_inert_biases", "fuse", "fuse_factors", "fuse_first_layer", "fuse_head", "fuse_norms"]
 
 # Colours; above, the covariance of a patch is no longer small beside the feature map.
 _COLOURS = 3
@@ -29,7 +32,7 @@ _COLOURS = 3
 
 def fuse(network: Network, loss: Loss) -> Network:
     """All fusions, in the order that they build on each other."""
-    for one in (drop_inert_biases, fuse_norms, fuse_first_layer):
+    for one in (drop_inert_biases, fuse_norms, fuse_first_layer, fuse_factors):
         network = one(network)
     return fuse_head(network, loss)
 
@@ -90,6 +93,16 @@ def fuse_first_layer(network: Network) -> Network:
             norm.norm,
         )
         network = _replaced(network, {conv.output: None, norm.output: first})
+    return network
+
+
+def fuse_factors(network: Network) -> Network:
+    """A sine or cosine of an activation times a number in one."""
+    for times in [step for step in network.steps if isinstance(step, Times)]:
+        wave = network.reader(times.output)
+        if isinstance(wave, Smooth) and FUNCTIONS[wave.function] in ("sine", "cosine"):
+            whole = replace(wave, inputs=times.inputs, a=wave.a * times.factor)
+            network = _replaced(network, {times.output: None, wave.output: whole})
     return network
 
 

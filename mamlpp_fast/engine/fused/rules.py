@@ -3,139 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mamlpp_fast.engine.fused.window_rules  # noqa: F401 - the other rules
 from mamlpp_fast import reference
 from mamlpp_fast.engine.fused.lowering import Call, Lowering, rule, said
 from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import (
     Activation,
     Add,
-    AveragePool,
-    Bias,
-    Conv,
     Flatten,
     FrozenNorm,
     Linear,
-    MaxPool,
     NormActPool,
     Rows,
     ScaleShift,
     Scaling,
     Slot,
-    Step,
-    TransposedConv,
+    Smooth,
+    Times,
 )
-from mamlpp_fast.engine.recorder import Buffer, Parameter, Value
-from mamlpp_fast.ops.window_pool import MOST_PIXELS
-
-# Of the native kernels.
-_MOST_TAPS = 49
+from mamlpp_fast.engine.recorder import Buffer, Value
+from mamlpp_fast.ops.pointwise import FUNCTIONS
 
 # Products ------------------------------------------------------------------------------------------------------------
-
-
-@rule(F.conv1d, torch.conv1d, F.conv2d, torch.conv2d)
-def _conv(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> None:
-    x, shape, slot, step, pad = _geometry(low, call, input, weight, stride, padding, dilation, groups)
-    sizes = (
-        (s + 2 * (pad if k > 1 else 0) - k) // step + 1
-        for s, k in zip(shape[:2], slot.shape[:2], strict=True)
-    )
-    product = low.step(Conv, call, (x,), (*sizes, slot.shape[3]), slot, step, pad)
-    _bias(low, call, product, bias)
-
-
-@rule(F.conv_transpose1d, torch.conv_transpose1d, F.conv_transpose2d, torch.conv_transpose2d)
-def _conv_transpose(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> None:
-    x, shape, slot, step, pad = _geometry(low, call, input, weight, stride, padding, dilation, groups)
-    more = (*_sides(output_padding, len(call.shape) - 1), 0)[:2]
-    if max(more) >= step:
-        raise call.refusal(f"transposed convolution: expected output_padding below the stride, got {more}")
-    sizes = (
-        (s - 1) * step - 2 * (pad if k > 1 else 0) + k + m
-        for s, k, m in zip(shape[:2], slot.shape[:2], more, strict=True)
-    )
-    product = low.step(TransposedConv, call, (x,), (*sizes, slot.shape[2]), slot, step, pad, shape)
-    _bias(low, call, product, bias)
-
-
-def _sides(value: Any, axes: int) -> tuple[Any, ...]:
-    """One value for each axis of an image or a sequence."""
-    if isinstance(value, (tuple, list)):
-        return tuple(value) if len(value) > 1 else tuple(value) * axes
-    return (value,) * axes
-
-
-def _geometry(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    weight: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> tuple[int, tuple[int, ...], Slot, int, int]:
-    """Input, its shape [H, W, C] (of a sequence [L, 1, C]), weight, stride and padding of a convolution."""
-    name = low.parameter(call, weight)
-    first, second, *kernel = low.parameters[name].shape
-    axes = len(kernel)
-    x, shape = low.images(call, input, axes=(1 + axes,))
-    if groups != 1:
-        raise call.refusal("convolution: expected one group")
-    if padding in ("valid", "same"):
-        if padding == "same" and any(k % 2 == 0 for k in kernel):
-            raise call.refusal("convolution: expected the same padding on both sides")
-        padding = [k // 2 for k in kernel] if padding == "same" else 0
-    wide = [i for i, k in enumerate(kernel) if k > 1]  # the axes on which padding and dilation count
-    steps, pads = set(_sides(stride, axes)), _sides(padding, axes)
-    counting = {pads[i] for i in wide} or {0}
-    if len(steps) != 1 or len(counting) != 1 or any(p for i, p in enumerate(pads) if i not in wide):
-        raise call.refusal(f"convolution: expected one stride and one padding, got {stride} and {padding}")
-    if any(_sides(dilation, axes)[i] != 1 for i in wide):
-        raise call.refusal("convolution: expected no dilation")
-    (step,), (pad,) = steps, counting
-    if math.prod(kernel) > _MOST_TAPS or any(pad >= kernel[i] for i in wide):
-        raise call.refusal(
-            f"convolution: expected at most {_MOST_TAPS} taps, padding below the kernel, got {tuple(kernel)}, {pad}"
-        )
-    # The weight of the convolution that this is, or whose gradient to the input it is: [out, in, kh, kw].
-    kh, kw = (*kernel, 1)[:2]
-    return x, shape, Slot(name, (kh, kw, second, first), (first, second, kh, kw), (2, 3, 1, 0)), step, pad
-
-
-def _bias(low: Lowering, call: Call, product: int, bias: Any) -> None:
-    if bias is not None:
-        inert = isinstance(bias, Parameter) and bias.detached
-        vector = low.vector(low.parameter(call, Parameter(bias.name) if inert else bias))
-        low.step(Bias, call, (product,), low.shapes[product], vector, inert)
 
 
 @rule(F.linear)
@@ -366,6 +262,50 @@ def _leaky_relu(
     _activation(low, call, input, float(negative_slope))
 
 
+def _floating(low: Lowering, call: Call, input: Any) -> int:
+    x = low.value(call, input)
+    if not low.recording.dtypes[input.index].is_floating_point:
+        raise call.refusal(f"{call.op.name}: expected real numbers")
+    return x
+
+
+def _smooth(low: Lowering, call: Call, input: Any, name: str, a: float = 0.0) -> None:
+    x = _floating(low, call, input)
+    low.step(Smooth, call, (x,), low.shapes[x], FUNCTIONS.index(name), a, grid=low.grids.get(x))
+
+
+@rule(F.gelu)
+def _gelu(low: Lowering, call: Call, input: Any, *, approximate: str = "none") -> None:
+    _smooth(low, call, input, "gelu" if approximate == "none" else "gelu_tanh")
+
+
+@rule(F.silu)
+def _silu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
+    _smooth(low, call, input, "silu")
+
+
+@rule(F.elu, F.elu_)
+def _elu(low: Lowering, call: Call, input: Any, alpha: float = 1.0, inplace: bool = False) -> None:
+    _smooth(low, call, input, "elu", float(alpha))
+
+
+def _named(name: str, a: float = 0.0) -> Callable[[Lowering, Call, Any], None]:
+    return lambda low, call, input: _smooth(low, call, input, name, a)
+
+
+for _name, _number in (("sigmoid", 0.0), ("tanh", 0.0), ("sin", 1.0), ("cos", 1.0)):
+    _functions = [getattr(home, f"{_name}{end}") for home in (torch, Tensor) for end in ("", "_")]
+    rule(*_functions)(_named({"sin": "sine", "cos": "cosine"}.get(_name, _name), _number))
+
+
+@rule(torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
+    x = _floating(low, call, input)
+    if isinstance(other, bool) or not isinstance(other, (int, float)):
+        raise call.refusal(f"product: expected a number, got {said(other)}")
+    low.step(Times, call, (x,), low.shapes[x], float(other), grid=low.grids.get(x))
+
+
 @rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -> None:
     x, y = low.value(call, input), low.value(call, other)
@@ -398,91 +338,6 @@ def _same(low: Lowering, call: Call, input: Any, *, memory_format: Any = None) -
 def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
     # What takes part in no gradient becomes a step of its own for every operation (`constant`).
     low.same(call, input)
-
-
-# Pools ---------------------------------------------------------------------------------------------------------------
-
-
-@rule(F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d)
-def _max_pool(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> None:
-    axes = len(call.shape) - 1
-    if ceil_mode or return_indices or set(_sides(dilation, axes)) != {1}:
-        raise call.refusal("max-pooling: expected no dilation, no positions, floor")
-    if math.prod(_sides(kernel_size, axes)) > MOST_PIXELS:
-        raise call.refusal(
-            f"max-pooling: expected windows of at most {MOST_PIXELS} pixels, got {kernel_size}"
-        )
-    _pool(low, call, MaxPool, input, kernel_size, stride, padding)
-
-
-@rule(F.avg_pool1d, torch.avg_pool1d, F.avg_pool2d)
-def _avg_pool(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: Any = None,
-) -> None:
-    if divisor_override is not None:
-        raise call.refusal("average pooling: expected no divisor_override")
-    if ceil_mode or (any(_sides(padding, 2)) and not count_include_pad):
-        raise call.refusal("average pooling: expected floor, padding that counts")
-    _pool(low, call, AveragePool, input, kernel_size, stride, padding)
-
-
-def _pool(
-    low: Lowering, call: Call, kind: type[Step], input: Any, kernel_size: Any, stride: Any, padding: Any
-) -> None:
-    """Adds a pool of images, or of sequences, which are images of width 1."""
-    axes = len(call.shape) - 1
-    x, shape = low.images(call, input, axes=(1 + axes,))
-    stride = kernel_size if stride is None or stride == [] else stride
-    kernel, steps, pads = (
-        (*_sides(v, axes), beside)[:2] for v, beside in ((kernel_size, 1), (stride, 1), (padding, 0))
-    )
-    sizes = [
-        (s + 2 * p - k) // step + 1 for s, p, k, step in zip(shape[:2], pads, kernel, steps, strict=True)
-    ]
-    low.step(kind, call, (x,), (*sizes, shape[2]), (*kernel, *steps, *pads))
-
-
-@rule(F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_avg_pool2d)
-def _adaptive_avg_pool(low: Lowering, call: Call, input: Any, output_size: Any) -> None:
-    axes = len(call.shape) - 1
-    x, shape = low.images(call, input, axes=(1 + axes,))
-    sizes = [s if n is None else n for n, s in zip((*_sides(output_size, axes), 1)[:2], shape, strict=False)]
-    if any(s % n for s, n in zip(shape, sizes, strict=False)):
-        raise call.refusal(
-            f"adaptive average pooling: expected a divisor of {shape[:2]}, got {output_size!r}"
-        )
-    sides = tuple(s // n for s, n in zip(shape, sizes, strict=False))
-    low.step(AveragePool, call, (x,), (*sizes, shape[2]), (*sides, *sides, 0, 0))
-
-
-@rule(torch.mean, Tensor.mean)
-def _mean(
-    low: Lowering, call: Call, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> None:
-    x, shape = low.images(call, input)
-    if not isinstance(dim, (tuple, list)) or sorted(d % 4 for d in dim) != [2, 3] or dtype is not None:
-        raise call.refusal(f"mean: expected height and width (dim=(2, 3)), got dim={dim!r}")
-    sides = shape[:2]
-    window = (*sides, *sides, 0, 0)
-    low.step(AveragePool, call, (x,), (1, 1, shape[2]) if keepdim else (shape[2],), window)
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from mamlpp_fast.engine.fused.steps.layout import Relayout
 from mamlpp_fast.engine.fused.steps.linear import Add, Bias, Conv, Detach, Flatten, Linear, TransposedConv
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
-from mamlpp_fast.engine.fused.steps.pointwise import Activation, ScaleShift
+from mamlpp_fast.engine.fused.steps.pointwise import Activation, ScaleShift, Smooth, Times
 from mamlpp_fast.engine.fused.steps.pool import AveragePool, MaxPool
 
 __all__ = [
@@ -36,8 +36,10 @@ __all__ = [
     "ScaleShift",
     "Scaling",
     "Slot",
+    "Smooth",
     "SquaredError",
     "Step",
+    "Times",
     "TransposedConv",
     "loss_of",
 ]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+import mamlpp_fast.ops.pointwise  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
+from mamlpp_fast.engine.fused.steps.linear import Plain
 
-__all__ = ["Activation", "ScaleShift"]
+__all__ = ["Activation", "ScaleShift", "Smooth", "Times"]
+
+ops = torch.ops.mamlpp_fast
 
 
 @dataclass
@@ -37,6 +43,62 @@ class Activation(Step):
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
         self.backward(em, ps, gy_dot, out)
+
+
+@dataclass
+class Smooth(Step):
+    """A function of :mod:`mamlpp_fast.ops.pointwise`, by its number and the number that it takes."""
+
+    function: int
+    a: float
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        out = self.new_output(em, ps)
+        em.call(ops.pointwise.default, ps.values[self.inputs[0]], self.function, self.a, out)
+        ps.values[self.output] = out
+
+    def _slopes_times(self, em: Emitter, ps: Pass, g: Ref, name: str) -> Ref:
+        out = em.like(name, g)
+        x = ps.values[self.inputs[0]]
+        em.call(ops.pointwise_slope.default, x, g, self.function, self.a, out)
+        return out
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        u = ps.tangents[self.inputs[0]]
+        ps.tangents[self.output] = self._slopes_times(em, ps, u, f"tangent of {self.name}")
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], self._slopes_times(em, ps, gy, f"gradient of input of {self.name}"))
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        source = self.inputs[0]
+        u = ps.tangents.get(source)
+        if gy is None or u is None or source not in out.wanted_values:
+            self.backward(em, ps, gy_dot, out)
+            return
+        gx = em.like(f"gradient of input of {self.name}", gy_dot)
+        em.call(ops.pointwise_bend.default, ps.values[source], gy_dot, gy, u, self.function, self.a, gx)
+        out.add(source, gx)
+
+
+@dataclass
+class Times(Plain):
+    """The product with a number."""
+
+    factor: float
+
+    def _times(self, em: Emitter, x: Ref, name: str) -> Ref:
+        out = em.like(name, x)
+        em.call(aten.mul.out, x, em.constant(self.factor), out=out)
+        return out
+
+    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
+        return self._times(em, xs[0], f"{prefix}{self.name}")
+
+    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], self._times(em, gy, f"gradient of input of {self.name}"))
 
 
 @dataclass
