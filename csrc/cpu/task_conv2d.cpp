@@ -316,6 +316,33 @@ void outer(const Shape& s, const Operands& o, void* out) {
                [&](int64_t begin, int64_t end, T* scratch) { k.outer(p, begin, end, scratch); });
 }
 
+/// Whether to-weight takes x and g in each other's places, as the products of fewer registers: where the output has few
+/// channels most lanes of a register of them would be empty.
+bool better_swapped(const Shape& s) {
+  constexpr int64_t kLanes = 16;
+  const auto registers = [](int64_t rows, int64_t lanes) { return rows * ((lanes + kLanes - 1) / kLanes); };
+  return s.stride == 1 && s.ci > 4 && 3 * registers(s.co, s.ci) < 2 * registers(s.ci, s.co);
+}
+
+/// To-weight as the convolution of g with x: its result has the taps backwards and the channels exchanged.
+template <class T>
+void outer_swapped(const Shape& s, const Operands& o, T* out) {
+  const Shape turned{s.tasks,  s.images, s.out_height, s.out_width, s.co,             s.kh,            s.kw, s.ci,
+                     s.height, s.width,  1,            s.kh - 1 - s.pad_y, s.kw - 1 - s.pad_x};
+  const Operands operands{{o.b[0], o.b[1]}, {o.a[0], o.a[1]}, o.pairs};
+  const int64_t taps = s.kh * s.kw;
+  static thread_local Scratch scratch;
+  T* const found = scratch.get<T>(s.tasks * taps * s.ci * s.co);
+  outer<T>(turned, operands, found);
+  for (int64_t task = 0; task < s.tasks; ++task)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const T* from = found + (task * taps + taps - 1 - tap) * s.co * s.ci;
+      T* to = out + (task * taps + tap) * s.ci * s.co;
+      for (int64_t i = 0; i < s.ci; ++i)
+        for (int64_t k = 0; k < s.co; ++k) to[i * s.co + k] = from[k * s.ci + i];
+    }
+}
+
 int64_t winograd_setting() {
   static const int64_t setting = []() -> int64_t {
     const char* text = std::getenv("MAMLPP_FAST_WINOGRAD");
@@ -396,12 +423,14 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
     }
   }
   const Operands o = operands(a, b, a2, b2, false);
-  if (out.scalar_type() == at::kDouble) {
-    to_weight ? outer<double>(s, o, data) : gather<double>(s, o, to_input, data);
-    return;
-  }
+  const auto direct = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    if (!to_weight) return gather<T>(s, o, to_input, to);
+    better_swapped(s) ? outer_swapped<T>(s, o, to) : outer<T>(s, o, to);
+  };
+  if (out.scalar_type() == at::kDouble) return direct(static_cast<double*>(data));
   if (tile > 0) return winograd_run(s, o, product, tile, data);
-  to_weight ? outer<float>(s, o, data) : gather<float>(s, o, to_input, data);
+  direct(static_cast<float*>(data));
 }
 
 void task_conv2d(const Tensor& x, const Tensor& w, const OptTensor& x2, const OptTensor& w2, int64_t stride,

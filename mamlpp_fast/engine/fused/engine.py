@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -39,8 +38,6 @@ _Key = tuple[object, ...]
 
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
 _NARROW = 8
-# Numbers that a task's pass makes, from which on its calls are long enough for a thread of its own.
-_MANY = 2**16
 
 
 @contextlib.contextmanager
@@ -349,7 +346,6 @@ class FusedEngine:
         axis = len(shape) - 3
         sizes = (*shape[:axis], form.total_tasks, *shape[axis + 1 :])
         dtype = torch.promote_types(self.dtype, table.dtype) if exact else self.dtype
-        on_lanes = self.deterministic or self._task_by_task(network, max(form.support, form.targets))
         return Prepared(
             written.program,
             written.finish,
@@ -361,7 +357,7 @@ class FusedEngine:
             table.new_zeros(form.total_tasks, dtype=dtype),
             table.new_zeros(sizes, dtype=dtype),
             axis,
-            torch.get_num_threads() if on_lanes else 0,
+            torch.get_num_threads() if self._on_lanes(network) else 0,
         )
 
     def _fit(
@@ -372,8 +368,7 @@ class FusedEngine:
         second_order: bool,
     ) -> Prepared:
         """Chooses group size, memory option and number of lanes: the fastest that fits in memory."""
-        images = max(batch.support_x.shape[1], batch.target_x.shape[1])
-        most = self.group or (1 if self._task_by_task(network, images) else batch.num_tasks)
+        most = self.group or (1 if self._convolves(network) else batch.num_tasks)
         sizes = [d for d in range(most, 0, -1) if batch.num_tasks % d == 0]
         if self.group is not None or self.deterministic:
             sizes = sizes[:1]
@@ -397,10 +392,12 @@ class FusedEngine:
         assert prepared is not None
         return prepared
 
-    def _task_by_task(self, network: Network, images: int) -> bool:
+    def _convolves(self, network: Network) -> bool:
         """On a CPU, where a thread then works on a task at a time: what it works on stays in its caches."""
-        values = images * sum(math.prod(s.shape) for s in network.steps)
-        return self.device.type == "cpu" and (values >= _MANY or any(s.convolves for s in network.steps))
+        return self.device.type == "cpu" and any(s.convolves for s in network.steps)
+
+    def _on_lanes(self, network: Network) -> bool:
+        return self.deterministic or self._convolves(network)
 
     def _iterate(
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
