@@ -121,9 +121,9 @@ class Case:
         w.requires_grad_()
         y = torch.stack(
             [
-                F.conv2d(
-                    a.permute(0, 3, 1, 2), b.permute(3, 2, 0, 1), None, self.stride, self.pads
-                ).permute(0, 2, 3, 1)
+                F.conv2d(a.permute(0, 3, 1, 2), b.permute(3, 2, 0, 1), None, self.stride, self.pads).permute(
+                    0, 2, 3, 1
+                )
                 for a, b in zip(x, w, strict=True)
             ]
         )

@@ -327,8 +327,8 @@ bool better_swapped(const Shape& s) {
 /// To-weight as the convolution of g with x: its result has the taps backwards and the channels exchanged.
 template <class T>
 void outer_swapped(const Shape& s, const Operands& o, T* out) {
-  const Shape turned{s.tasks,  s.images, s.out_height, s.out_width, s.co,             s.kh,            s.kw, s.ci,
-                     s.height, s.width,  1,            s.kh - 1 - s.pad_y, s.kw - 1 - s.pad_x};
+  const Shape turned{s.tasks, s.images, s.out_height,       s.out_width,       s.co, s.kh, s.kw, s.ci, s.height,
+                     s.width, 1,        s.kh - 1 - s.pad_y, s.kw - 1 - s.pad_x};
   const Operands operands{{o.b[0], o.b[1]}, {o.a[0], o.a[1]}, o.pairs};
   const int64_t taps = s.kh * s.kw;
   static thread_local Scratch scratch;

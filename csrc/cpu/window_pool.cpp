@@ -19,20 +19,22 @@ struct Problem {
 
 /// Checks images [T, N, H, W, C] against what is pooled of them.
 Problem check(const Tensor& dense, at::IntArrayRef w, const Tensor& pooled, const Tensor* index) {
-  TORCH_CHECK_VALUE(dense.dim() == 5 && w.size() == 6, "window pool: expected [T, N, H, W, C] and a window of six, got ",
-                    dense.sizes(), " and ", w);
+  TORCH_CHECK_VALUE(dense.dim() == 5 && w.size() == 6,
+                    "window pool: expected [T, N, H, W, C] and a window of six, got ", dense.sizes(), " and ", w);
   const int64_t height = dense.size(2), width = dense.size(3);
-  TORCH_CHECK_VALUE(w[0] > 0 && w[1] > 0 && (index == nullptr || w[0] * w[1] <= 256) && w[2] > 0 && w[3] > 0 && w[4] >= 0 && w[5] >= 0 &&
-                        2 * w[4] <= w[0] && 2 * w[5] <= w[1] && height + 2 * w[4] >= w[0] && width + 2 * w[5] >= w[1],
-                    "window: expected a window within the image, of 256 pixels at most for a maximum, padding of half at most, got ", w, " of ",
-                    dense.sizes());
+  TORCH_CHECK_VALUE(
+      w[0] > 0 && w[1] > 0 && (index == nullptr || w[0] * w[1] <= 256) && w[2] > 0 && w[3] > 0 && w[4] >= 0 &&
+          w[5] >= 0 && 2 * w[4] <= w[0] && 2 * w[5] <= w[1] && height + 2 * w[4] >= w[0] && width + 2 * w[5] >= w[1],
+      "window: expected a window within the image, of 256 pixels at most for a maximum, padding of half at most, got ",
+      w, " of ", dense.sizes());
   const int64_t rows = (height + 2 * w[4] - w[0]) / w[2] + 1, columns = (width + 2 * w[5] - w[1]) / w[3] + 1;
   const int64_t expected[] = {dense.size(0), dense.size(1), rows, columns, dense.size(4)};
   TORCH_CHECK_VALUE(pooled.sizes() == at::IntArrayRef(expected), "window pool: expected ", at::IntArrayRef(expected),
                     ", got ", pooled.sizes());
   TORCH_CHECK_TYPE((dense.scalar_type() == at::kFloat || dense.scalar_type() == at::kDouble) &&
                        pooled.scalar_type() == dense.scalar_type(),
-                   "window pool: expected float32 or float64, got ", dense.scalar_type(), " and ", pooled.scalar_type());
+                   "window pool: expected float32 or float64, got ", dense.scalar_type(), " and ",
+                   pooled.scalar_type());
   TORCH_CHECK_VALUE(dense.is_contiguous() && pooled.is_contiguous(), "window pool: expected contiguous tensors");
   if (index != nullptr) {
     TORCH_CHECK_VALUE(index->sizes() == pooled.sizes() && index->is_contiguous(), "index: expected contiguous ",

@@ -291,7 +291,8 @@ namespace mf::amxbf16 {
 
 // Kernels of up to 9 taps, as tested on such a machine.
 bool conv_serves(const mf::conv::Gather& p) {
-  return p.taps <= 9 && p.channels_out % conv::kTileRows == 0 && conv::pairs_of_product(p.channels_in) >= conv::kTilePairs / 2;
+  return p.taps <= 9 && p.channels_out % conv::kTileRows == 0 &&
+         conv::pairs_of_product(p.channels_in) >= conv::kTilePairs / 2;
 }
 
 bool conv_serves(const mf::conv::Outer& p) {

@@ -38,25 +38,28 @@ MF_INLINE F exp_of(F x) {
   const F inside = max(number(-87.3f), min(number(88.7f), x));
   const F k = nearest(inside * number(1.44269504f), &bits);
   const F r = fma(k, number(2.12194440e-4f), fma(k, number(-0.693359375f), inside));
-  const F p = polynomial(r, {1.f, 1.f, 4.999998853e-01f, 1.666651787e-01f, 4.166954428e-02f, 8.368987231e-03f,
-                             1.375115027e-03f});
+  const F p = polynomial(
+      r, {1.f, 1.f, 4.999998853e-01f, 1.666651787e-01f, 4.166954428e-02f, 8.368987231e-03f, 1.375115027e-03f});
   // 2^k in two factors: 2^128 is no float.
   const Int half = (bits - 0x4b400000) >> 1, rest = bits - 0x4b400000 - half;
-  const F a = {reinterpret_cast<F::Register>((half + 127) << 23)}, b = {reinterpret_cast<F::Register>((rest + 127) << 23)};
+  const F a = {reinterpret_cast<F::Register>((half + 127) << 23)},
+          b = {reinterpret_cast<F::Register>((rest + 127) << 23)};
   const F value = p * a * b;
-  return choose<float>(x.v < number(-87.3f).v, F::zero(), choose<float>(x.v > number(88.7f).v, number(__builtin_inff()), value));
+  return choose<float>(x.v < number(-87.3f).v, F::zero(),
+                       choose<float>(x.v > number(88.7f).v, number(__builtin_inff()), value));
 }
 
 MF_INLINE F expm1_of(F x) {
-  const F p = polynomial(x, {5.000000415e-01f, 1.666666442e-01f, 4.166532168e-02f, 8.333531645e-03f, 1.399721285e-03f,
-                             1.986203566e-04f});
+  const F p = polynomial(
+      x, {5.000000415e-01f, 1.666666442e-01f, 4.166532168e-02f, 8.333531645e-03f, 1.399721285e-03f, 1.986203566e-04f});
   const F small = fma(x * x, p, x), large = exp_of(x) - number(1);
   return choose<float>((x.v > number(-0.5f).v) & (x.v < number(0.5f).v), small, large);
 }
 
 MF_INLINE F tanh_of(F x) {
   const F z = x * x;
-  const F p = polynomial(z, {-3.333328522e-01f, 1.333151267e-01f, -5.374465790e-02f, 2.065312452e-02f, -5.718962564e-03f});
+  const F p =
+      polynomial(z, {-3.333328522e-01f, 1.333151267e-01f, -5.374465790e-02f, 2.065312452e-02f, -5.718962564e-03f});
   const F small = fma(x * z, p, x), large = number(1) - number(2) / (exp_of(x + x) + number(1));
   return choose<float>(z.v < number(0.375f).v, small, large);
 }
@@ -126,7 +129,8 @@ MF_INLINE void normal(D x, D& below, D& density) {
   density = each(x, [](double v) { return 0.39894228040143267794 * __builtin_exp(-0.5 * v * v); });
 }
 
-// The functions: value, slope and curvature; what is not used is not computed. -------------------------------------------
+// The functions: value, slope and curvature; what is not used is not computed.
+// -------------------------------------------
 
 template <typename V>
 struct Orders {
@@ -186,8 +190,8 @@ MF_INLINE Orders<Vec<T>> orders(Vec<T> x, Vec<T> a) {
 // body(type of the function) for the one that is asked for.
 template <typename Body>
 MF_INLINE void chosen(Function f, const Body& body) {
-#define MF_CASE(name)    \
-  case Function::name:   \
+#define MF_CASE(name)  \
+  case Function::name: \
     return body.template operator()<Function::name>();
   switch (f) {
     MF_CASE(gelu)
@@ -245,9 +249,9 @@ void pointwise_bend(Function f, T a, const T* x, const T* g_dot, const T* g, con
   });
 }
 
-#define MF_INSTANTIATE(T)                                                                      \
-  template void pointwise<T>(Function, T, const T*, T*, int64_t);                              \
-  template void pointwise_slope<T>(Function, T, const T*, const T*, T*, int64_t);              \
+#define MF_INSTANTIATE(T)                                                         \
+  template void pointwise<T>(Function, T, const T*, T*, int64_t);                 \
+  template void pointwise_slope<T>(Function, T, const T*, const T*, T*, int64_t); \
   template void pointwise_bend<T>(Function, T, const T*, const T*, const T*, const T*, T*, int64_t);
 MF_INSTANTIATE(float)
 MF_INSTANTIATE(double)

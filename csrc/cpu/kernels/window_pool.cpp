@@ -100,9 +100,8 @@ void window_max_place(const Windows& s, const T* gy, const uint8_t* index, T* gx
   place<T>(s, gx, [&](auto tile, int64_t to) {
     const Vec<T> g = tile.load(gy + to);
     const Lanes<T> at = tile.load_index(index + to);
-    return [=](int64_t position) {
-      return choose<T>(at == Lanes<T>{} + static_cast<int>(position), g, Vec<T>::zero());
-    };
+    return
+        [=](int64_t position) { return choose<T>(at == Lanes<T>{} + static_cast<int>(position), g, Vec<T>::zero()); };
   });
 }
 
@@ -132,11 +131,11 @@ void window_mean_place(const Windows& s, const T* gy, T* gx) {
   });
 }
 
-#define MF_INSTANTIATE(T)                                                                \
-  template void window_max<T>(const Windows&, const T*, T*, uint8_t*);                   \
-  template void window_max_pick<T>(const Windows&, const T*, const uint8_t*, T*);        \
-  template void window_max_place<T>(const Windows&, const T*, const uint8_t*, T*);       \
-  template void window_mean<T>(const Windows&, const T*, T*);                            \
+#define MF_INSTANTIATE(T)                                                          \
+  template void window_max<T>(const Windows&, const T*, T*, uint8_t*);             \
+  template void window_max_pick<T>(const Windows&, const T*, const uint8_t*, T*);  \
+  template void window_max_place<T>(const Windows&, const T*, const uint8_t*, T*); \
+  template void window_mean<T>(const Windows&, const T*, T*);                      \
   template void window_mean_place<T>(const Windows&, const T*, T*);
 MF_INSTANTIATE(float)
 MF_INSTANTIATE(double)
