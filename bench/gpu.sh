@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Everything worth knowing from one run on a machine with a GPU and no network, in under nine minutes.
+# What is most worth knowing from one run on a machine with a GPU and no network, in nine minutes.
 #
 #     bench/gpu.sh [--out DIR] [--data PATH] [--device cuda] [--tiny] [PART ...]
 #
-# Parts: versions kernels-check equality kernels iterations profile train, all without a name; and peers, by name alone. Each writes DIR/PART.log and,
-# where it has numbers, JSON; one that fails is reported and the next one runs. Exit status: parts that failed.
+# Parts: first-step omniglot profile equality mini-imagenet kernels train, all without a name; and peers, by name alone.
+# Each writes DIR/PART.log and, where it has numbers, JSON, after each engine; one that fails is reported and the next
+# one runs. DIR/all.tar.gz holds all that there is, made anew after each part. Exit status: parts that failed.
+# --data: Omniglot's images, for train, which fails without. A machine without a network has it from a folder that
+# git ignores and that is carried there.
 # --tiny rehearses the script on a CPU: small sizes, Triton's interpreter for the kernels.
 set -u
 cd "$(dirname "$0")/.."
@@ -24,40 +27,55 @@ while (($#)); do
   esac
   shift
 done
-((${#parts[@]})) || parts=(versions kernels-check equality kernels iterations profile train)
+((${#parts[@]})) || parts=(first-step omniglot profile equality mini-imagenet kernels train)
 mkdir -p "$out"
 python=${PYTHON:-python3}
 
-# Without an installation: the package with its kernels inside it, as setup.py arranges them.
+# Without an installation: the package with its kernels inside it, as setup.py arranges them. The safe path keeps the
+# checkout, which has no kernels inside the package, from coming first.
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 cp -r mamlpp_fast "$site/" && rm -rf "$site/mamlpp_fast/kernels" && cp -r kernels "$site/mamlpp_fast/kernels"
-export PYTHONPATH="$site:$PWD" PYTHONUNBUFFERED=1
+export PYTHONPATH="$site:$PWD" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 [[ $tiny ]] || export MAMLPP_FAST_NATIVE=${MAMLPP_FAST_NATIVE:-0}
+
+# iterations WORKLOAD SECONDS ENGINE...: each by itself, so that the first is written before the second begins
+iterations() {
+  local workload=$1 seconds=$2 failed=0
+  shift 2
+  for engine; do
+    "$python" -m bench.iterations --device "$device" --engines "$engine" --workloads "$workload" --seconds "$seconds" \
+      --json "$out/$workload-${engine/:/-}.json" || failed=1
+  done
+  return $failed
+}
 
 run_part() {
   case $1 in
-    versions)
+    first-step)
       nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv 2>/dev/null
-      "$python" -m mamlpp_fast info && "$python" -m mamlpp_fast info --json >"$out/info.json"
+      "$python" -m mamlpp_fast info && "$python" -m mamlpp_fast info --json >"$out/info.json" &&
+        "$python" -m bench.gpu_equality --device "$device" --first ${tiny:+--tiny}
       ;;
-    kernels-check)
+    omniglot)
       if [[ $tiny ]]; then
-        "$python" -m bench.kernels --check --device "$device" --groups lslr
+        iterations omniglot-5w1s-final 0.1 fused
       else
-        "$python" -m bench.kernels --check --device "$device"
+        iterations omniglot-20w1s 3 fused fused:bfloat16 fused:tf32 autograd reference
       fi
       ;;
-    equality) "$python" -m bench.gpu_equality --device "$device" ${tiny:+--tiny} ;;
-    kernels)
-      "$python" -m bench.kernels --device "$device" ${tiny:+--groups lslr} --seconds "${tiny:+0.1}${tiny:-0.3}" \
-        --json "$out/kernels.json"
+    profile)
+      local first=omniglot-20w1s
+      [[ $tiny ]] && first=omniglot-5w1s-final
+      "$python" -m bench.profile "$first" --device "$device" --json "$out/profile.json"
       ;;
-    iterations)
-      local engines=reference,autograd,fused,fused:tf32,fused:bfloat16 workloads=()
-      [[ $tiny ]] && engines=reference,fused && workloads=(--workloads omniglot-5w1s-final)
-      "$python" -m bench.iterations --device "$device" --engines "$engines" "${workloads[@]}" --seconds 3 \
-        --json "$out/iterations.json"
+    equality) "$python" -m bench.gpu_equality --device "$device" ${tiny:+--tiny} ;;
+    mini-imagenet) iterations miniimagenet-5w1s 3 fused fused:bfloat16 fused:tf32 ;;
+    kernels)
+      # Those that the fused engine launches; the check of each comes before its time.
+      local groups=conv,norm-act-pool,first-layer,head seconds=0.2
+      [[ $tiny ]] && groups=lslr seconds=0.1
+      "$python" -m bench.kernels --device "$device" --groups "$groups" --seconds "$seconds" --json "$out/kernels.json"
       ;;
     peers)
       # What needs nothing but the torch that is there; the others need a network, see bench/peers/environments.py.
@@ -66,21 +84,21 @@ run_part() {
       "$python" -m bench.peers --here --device "$device" --peers textbook,torch.func,ours-autograd,ours-fused \
         "${some[@]}" --json "$out/peers.json"
       ;;
-    profile)
-      local first=omniglot-20w1s
-      [[ $tiny ]] && first=omniglot-5w1s-final
-      "$python" -m bench.profile "$first" --device "$device" --json "$out/profile.json"
-      ;;
     train)
-      local budget=(--set epochs=20 iterations_per_epoch=500 msl_epochs=3 val_tasks=200)
+      [[ $data ]] || { echo "gpu.sh: train: expected Omniglot's images by --data, got none" >&2; return 1; }
+      # As many epochs of 500 iterations as end, with their test, in the time that there is.
+      local epochs
+      epochs=$("$python" -c '
+import json, sys
+try:
+    (row,) = json.load(open(sys.argv[1]))["rows"]
+    print(max(1, min(40, int(60e3 / row["ms"][1] / 500))))
+except (OSError, KeyError, ValueError):
+    print(4)' "$out/omniglot-20w1s-fused.json")
+      local budget=(--set epochs="$epochs" iterations_per_epoch=500 msl_epochs=3 val_tasks=200)
       [[ $tiny ]] && budget=(--set epochs=1 iterations_per_epoch=2 val_tasks=2 test_tasks=2)
-      local preset=omniglot-20w1s source=(--data "$data")
-      [[ -z $data ]] && preset=strokes source=()
-      timeout 130 "$python" -m mamlpp_fast train $preset "${source[@]}" --device "$device" --out "$out/train" \
-        "${budget[@]}"
+      "$python" -m mamlpp_fast train omniglot-20w1s --data "$data" --device "$device" --out "$out/train" "${budget[@]}"
       local status=$?
-      # The time limit is how this part ends: SIGTERM saves the run.
-      ((status == 124)) && status=0
       rm -rf "$out/train/checkpoints"
       return $status
       ;;
@@ -88,19 +106,23 @@ run_part() {
   esac
 }
 
-declare -A limit=([versions]=60 [kernels-check]=90 [equality]=120 [kernels]=120 [iterations]=150 [peers]=240 [profile]=60 [train]=150)
+declare -A limit=([first-step]=50 [omniglot]=130 [profile]=40 [equality]=80 [mini-imagenet]=60 [kernels]=70 [train]=110
+  [peers]=240)
 failed=0
 summary=
+export -f run_part iterations
+export out device data tiny python
 for part in "${parts[@]}"; do
   echo "== $part"
   began=$SECONDS
-  export -f run_part
-  export out device data tiny python
   timeout "${limit[$part]:-120}" bash -c "run_part $part" 2>&1 | tee "$out/$part.log"
   status=${PIPESTATUS[0]}
   ((status)) && failed=$((failed + 1))
   summary+=$(printf '%-14s %-10s %4d s' "$part" "$( ((status)) && echo "FAILED $status" || echo ok)" $((SECONDS - began)))$'\n'
+  printf '%s' "$summary" >"$out/summary.txt"
+  # Few files return from a lent machine.
+  tar -czf "$out/all.tar.gz" -C "$out" --exclude=./all.tar.gz . 2>/dev/null
 done
 echo "== summary"
-printf '%s' "$summary" | tee "$out/summary.txt"
+cat "$out/summary.txt"
 exit $failed

@@ -194,7 +194,7 @@ def check(case: Case, subjects: Subjects) -> str | None:
     return None
 
 
-def peak_flops(dtype: str = "float32") -> float:
+def peak_flops(dtype: str = "float32", device: str | torch.device | None = None) -> float:
     """Multiply-add peak [FLOP/s]: vector FMA in registers, all threads; on a GPU a large matrix product in tf32.
 
     In bfloat16 where the machine multiplies that, in float64 half of float32's, else in float32. Without the native
@@ -203,7 +203,7 @@ def peak_flops(dtype: str = "float32") -> float:
     ops = torch.ops.mamlpp_fast
     if torch.cuda.is_available() or not hasattr(ops, "fma_peak"):
         size = 8192 if torch.cuda.is_available() else 1024
-        a, b, out = torch.randn(3, size, size).to(getattr(torch, dtype))
+        a, b, out = torch.randn(3, size, size, device=device).to(getattr(torch, dtype))
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         product = captured(lambda: torch.mm(a, b, out=out), 1)
@@ -216,9 +216,9 @@ def peak_flops(dtype: str = "float32") -> float:
     return one_thread * torch.get_num_threads() / (2 if dtype == "float64" else 1)
 
 
-def copy_bandwidth(nbytes: int = 2**28) -> float:
+def copy_bandwidth(nbytes: int = 2**28, device: str | torch.device | None = None) -> float:
     """Bytes a second, read and written, of a copy too large for any cache."""
-    source = torch.empty(nbytes // 2, dtype=torch.uint8).random_()
+    source = torch.empty(nbytes // 2, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return nbytes / interleaved({"copy": lambda: target.copy_(source)}, 0.3)["copy"].median
 

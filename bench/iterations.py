@@ -84,13 +84,22 @@ def fault(workload: Workload, engine: str, precision: str, device: str) -> str |
     return f"meta-gradient {nearest:.1e} from float64's, PyTorch's own {allowed:.1e}"
 
 
-def peak_memory(workload: str, engine: str, precision: str, device: str) -> float:
+def peak_memory(workload: Workload, engine: str, precision: str, device: str) -> float:
+    """MiB of one iteration after the first: on a CPU of a process of its own, on a GPU what torch allocates for it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step = job(workload.learner(engine, precision, device), workload)  # type: ignore[arg-type]
+        step()
+        step()
+        return float(torch.cuda.max_memory_allocated(device) - before) / 2**20
     command = [
         sys.executable,
         "-m",
         "mamlpp_fast",
         "bench",
-        workload,
+        workload.name,
         "--json",
         "--iters",
         "1",
@@ -113,11 +122,11 @@ def nbytes(learner: MAMLPlusPlus, workload: Workload) -> int | None:
 
 
 class Ceilings:
-    """What the machine can do, taken once a run."""
+    """What the device can do, taken once a run."""
 
-    def __init__(self) -> None:
-        self.copy = copy_bandwidth()
-        self.peaks = {"float32": peak_flops("float32"), "bfloat16": peak_flops("bfloat16")}
+    def __init__(self, device: str) -> None:
+        self.copy = copy_bandwidth(device=device)
+        self.peaks = {dtype: peak_flops(dtype, device) for dtype in ("float32", "bfloat16")}
 
     def rates(self, learner: MAMLPlusPlus, workload: Workload, times: Times) -> dict[str, Any]:
         """Times of iterations of this learner, what they amount to, and their shares of the ceilings."""
@@ -181,7 +190,7 @@ class Comparison:
             self.rows[name] = row
             wrong = fault(workload, engine, precision, device)
             if wrong is None:
-                row["peak_memory_mib"] = peak_memory(workload.name, engine, precision, device)
+                row["peak_memory_mib"] = peak_memory(workload, engine, precision, device)
             else:
                 row["fault"] = wrong
 
@@ -281,7 +290,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
-    ceilings = Ceilings()
+    ceilings = Ceilings(arguments.device)
     if arguments.scaling:
         for row in scaling(arguments.device, arguments.seconds, arguments.passes, ceilings):
             print(describe(row), flush=True)

@@ -9,6 +9,8 @@ tangent. What happens once a channel is float64 throughout.
 import triton
 import triton.language as tl
 
+from ._launch import ROWS
+
 _SIZES = [
     "C",
     "K",
@@ -177,7 +179,7 @@ def _fold(folded_ptr, shift_ptr, matrix, level, moments_ptr, t, c, C, K, KP: tl.
     tl.store(shift_ptr + t * C + c, level - away, mask=c < C)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def forward_fold(moments_ptr, w_ptr, gamma_ptr, beta_ptr, folded_ptr, shift_ptr, mean_ptr, rstd_ptr, eps: tl.float64,
                  C, K, row_stride, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -193,7 +195,7 @@ def forward_fold(moments_ptr, w_ptr, gamma_ptr, beta_ptr, folded_ptr, shift_ptr,
     _fold(folded_ptr, shift_ptr, w * scale[None, :], beta, moments_ptr, t, c, C, K, KP)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def tangent_fold(v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, beta_dot_ptr, rstd_ptr, folded_ptr, shift_ptr,
                  t_ptr, C, K, row_stride, MOVES: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -322,7 +324,7 @@ def _centred(part_ptr, moments_ptr, t, c, C, K, T, S, KP: tl.constexpr, BC: tl.c
     return tl.where((k < K)[:, None], total - mean[:, None] * plain[None, :], 0.0), plain
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_finish(part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, C, K, T,
                     S, row_stride, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -339,7 +341,7 @@ def backward_finish(part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, s
     tl.store(gbeta_ptr + t * C + c, plain, mask=c < C)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_tangent_finish(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr,
                             gw_ptr, ggamma_ptr, gbeta_ptr, C, K, M, T, S, row_stride, MOVES: tl.constexpr,
                             KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip

@@ -18,6 +18,12 @@ TYPE_NAMES = {
 }
 """Triton's names of the element types the kernels take."""
 
+ROWS = [
+    f"{n}_ptr"
+    for n in ("mean", "rstd", "gamma", "beta", "ggamma", "gbeta", "r", "t", "gamma_dot", "beta_dot")
+]
+"""Arguments of shape [T, C]: a step's part of a table, which starts on 16 bytes for some numbers of channels only."""
+
 
 def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     """The type sums of `dtype` are kept in, as torch and as Triton names it: float64 of float64, else float32."""

@@ -9,12 +9,9 @@ import triton
 import triton.language as tl
 
 from ._batch_norm_passes import combine, gate, keep, moments, origin, row, tile, total
+from ._launch import ROWS
 
 _SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "row_stride"]
-_ROWS = [
-    f"{n}_ptr"
-    for n in ("mean", "rstd", "gamma", "beta", "ggamma", "gbeta", "r", "t", "gamma_dot", "beta_dot")
-]
 
 
 @triton.jit
@@ -73,11 +70,11 @@ def _spread(g_ptr, index_ptr, first, stop, c, C, H, W, CA: tl.constexpr, POOL: t
     return g
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def forward_sums(z_ptr, part_ptr, C, M, T, S, piece, CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                   BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     stop = tl.minimum(M, (s + 1) * piece)
     mean, squares = moments(z_ptr + t.to(tl.int64) * M * C, s * piece, stop, c, C, 1, True, CA, ACC, BM, BC)
@@ -91,13 +88,13 @@ def _activate(z, mean, rstd, gamma, beta, slope, ACC: tl.constexpr):
     return before * gate(before, slope, ACC)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_ptr, rstd_ptr, eps: tl.float64,
                    slope: tl.float64, C, H, W, M, Mo, T, S, piece, stretch, row_stride, CA: tl.constexpr,
                    POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                    BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     z_ptr += t.to(tl.int64) * M * C
     shift = origin(z_ptr, c, C, 1, True, ACC)
@@ -131,12 +128,12 @@ def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_p
             tl.store(y_ptr + out, y, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, slope: tl.float64, C,
                    H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
                    BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
@@ -160,13 +157,13 @@ def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_
     keep(part_ptr, 1, tl.sum(gx_sum, axis=0), t, c, s, C, T, S)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, gz_ptr, ggamma_ptr,
                     gbeta_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr,
                     POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                     BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     g_total = total(part_ptr, 0, t, c, C, T, S, ACC, BS)
     gx_total = total(part_ptr, 1, t, c, C, T, S, ACC, BS)
@@ -193,11 +190,11 @@ def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta
         tl.store(gz_ptr + dense + offsets, gz, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, CA: tl.constexpr,
                   ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
@@ -215,13 +212,13 @@ def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, 
     keep(part_ptr, 1, tl.sum(ux_sum, axis=0), t, c, s, C, T, S)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, gamma_dot_ptr, beta_dot_ptr,
                    part_ptr, uy_ptr, r_ptr, t_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride,
                    CA: tl.constexpr, POOL: tl.constexpr, MOVES: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                    BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     along = total(part_ptr, 0, t, c, C, T, S, ACC, BS) / M.to(ACC)
     across = total(part_ptr, 1, t, c, C, T, S, ACC, BS) / M.to(ACC)
@@ -251,13 +248,13 @@ def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_p
         tl.store(uy_ptr + pooled + out, before * slopes, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
                            part_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr,
                            POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                            BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
@@ -292,14 +289,14 @@ def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr,
     keep(part_ptr, 4, tl.sum(dx_sum, axis=0), t, c, s, C, T, S)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
                             gamma_dot_ptr, r_ptr, t_ptr, part_ptr, gz_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64,
                             C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr, POOL: tl.constexpr,
                             MOVES: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                             BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0)
     s = tl.program_id(2)
     count = M.to(ACC)
     p = total(part_ptr, 0, t, c, C, T, S, ACC, BS) / count

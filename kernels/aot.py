@@ -100,7 +100,7 @@ def compile_one(module: str, configuration: Configuration, arch: int) -> Resourc
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in configuration.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=configuration.options())
-    registers, local, static = _usage(compiled.asm["cubin"])
+    registers, local, static = usage(compiled.asm["cubin"])
     return Resources(
         module=module,
         label=configuration.label,
@@ -113,7 +113,8 @@ def compile_one(module: str, configuration: Configuration, arch: int) -> Resourc
     )
 
 
-def _usage(cubin: bytes) -> tuple[int, int, int]:
+def usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of local memory and bytes of shared memory of a finished binary."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

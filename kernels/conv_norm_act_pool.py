@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import _conv_norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, directions, launch_options, split
+from ._launch import ROWS, TYPE_NAMES, Configuration, accumulator, directions, launch_options, split
 
 _TYPES = (torch.float64, torch.float32)
 _PATCHES = (16, 32)
@@ -104,7 +104,7 @@ class _Call:
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **scalars: Any) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
-            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            if not tensor.is_contiguous() or (name not in ROWS and tensor.data_ptr() % 16):
                 raise ValueError(
                     f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
                     f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
@@ -114,10 +114,9 @@ class _Call:
         kernel[grid](*tensors, **{n: given[n] for n in names}, **launch_options(*_options(kernel)))
 
     def affine(self, *rows: Tensor) -> tuple[int, list[Tensor]]:
-        """Stride from task to task, and γ (and β) contiguous and aligned."""
+        """Stride from task to task, and γ (and β) contiguous."""
         first = rows[0]
         wide = [row.expand(first.shape).to(self.dtype).contiguous() for row in rows]
-        wide = [row if row.data_ptr() % 16 == 0 else row.clone() for row in wide]
         return (self.channels if first.dim() == 2 else 0), wide
 
 
@@ -275,7 +274,7 @@ def launch_configurations() -> Iterator[Configuration]:
                         types[name] = "*fp64"
                     else:
                         types[name] = f"*{kind}" if name.endswith("_ptr") else "i32"
-                pointers = tuple(n for n in types if n.endswith("_ptr"))
+                pointers = tuple(n for n in types if n.endswith("_ptr") and n not in ROWS)
                 # Products of what happens once a channel are float64 ones.
                 wide = "" if kernel in _FLOAT32 or kind == "fp64" else "fp64 of "
                 text = f"{kernel.__name__}{' moving' * moves} {values} values {wide}{kind}"

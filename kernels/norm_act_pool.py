@@ -45,7 +45,8 @@ class _Launch:
         self.options = launch_options(_WARPS)
         blocks = triton.cdiv(channels, self.constants["BC"])
         piece, pieces = split(rows, blocks * tasks, self.constants["BM"], limit=_PIECES)
-        self.grid = (blocks, tasks, pieces)
+        # Tasks first: layer norms have as many as tokens, and the other axes of a grid end at 65,535.
+        self.grid = (tasks, blocks, pieces)
         self.tasks, self.channels, self.pieces = tasks, channels, pieces
         self.sizes = {f"{n}_ptr": tasks * rows * channels for n in ("z", "u", "gz")}
         self.sizes |= {f"{n}_ptr": tasks * out * channels for n in ("y", "gy", "uy", "gy_dot")}

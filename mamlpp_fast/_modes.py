@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Generic, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["Switch", "quiet", "undisturbed"]
+__all__ = ["Switch", "float32_products", "quiet", "undisturbed"]
 
 _T = TypeVar("_T")
 
@@ -75,3 +75,30 @@ _warnings = Switch(_without_warnings)
 def quiet() -> AbstractContextManager[None]:
     """Within it nothing warns: Python's filters are the process's."""
     return _warnings.at(False)
+
+
+@contextmanager
+def _products(tf32: bool) -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    # All by the one name that each has of its own. Of those that cover several (``allow_tf32``, ``cudnn.flags``) torch
+    # raises where the user has set one of them apart.
+    settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings:
+            s.fp32_precision = "tf32" if tf32 else "ieee"
+        yield
+    finally:
+        for s, precision in zip(settings, before, strict=True):
+            s.fp32_precision = precision
+
+
+_float32_products = Switch(_products)
+
+
+def float32_products(device: torch.device, *, tf32: bool = False) -> AbstractContextManager[None]:
+    """Within it a GPU's convolutions and matrix products of float32 are exact, or round their operands to TF32.
+
+    PyTorch's own default rounds in convolutions and not in matrix products. A backward pass needs it as well.
+    """
+    return _float32_products.at(tf32) if device.type == "cuda" else nullcontext()

@@ -25,6 +25,8 @@ __all__ = [
 
 # Adam's state of parameters that are frozen, until they are thawed: by identity, the parameter along with it.
 Resting = dict[int, tuple[Tensor, dict[str, Any]]]
+# What of a parameter group is about the machine, not about the method.
+_OWN = ("fused", "capturable", "foreach")
 
 
 def trainable(*modules: nn.Module) -> list[nn.Parameter]:
@@ -72,8 +74,18 @@ def follow(
 
 
 def load(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """``optimizer.load_state_dict`` of a copy: PyTorch's would share Adam's moments with whoever the state is of."""
+    """``optimizer.load_state_dict`` of a copy: PyTorch's would share Adam's moments with whoever the state is of.
+
+    How the optimizer runs stays its own: PyTorch's would take that over as well, so that on a GPU what a CPU saved is
+    not capturable, with a learning rate that a captured graph cannot follow.
+    """
+    own = [{name: g[name] for name in _OWN if name in g} for g in optimizer.param_groups]
+    rates = [g["lr"] for g in optimizer.param_groups]
     optimizer.load_state_dict(dict(state))
+    for group, kept, rate in zip(optimizer.param_groups, own, rates, strict=True):
+        loaded = float(group["lr"])
+        group |= kept
+        group["lr"] = rate.fill_(loaded) if isinstance(rate, Tensor) else loaded
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if isinstance(value, Tensor):

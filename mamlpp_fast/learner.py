@@ -292,13 +292,16 @@ class MAMLPlusPlus:
         self._follow(True, batch.support_x[0])
         adam.set_learning_rate(self.optimizer, self.meta_lr())
         metrics = self._train(
-            batch, lambda engine, batch, *options: self._whole_step(engine)(batch.fields, *options)
+            batch, lambda engine, *given: self._whole_step(engine, *given)(given[0].fields, *given[1:])
         )
         self.iteration += 1
         return StepMetrics(*(t.clone() for t in metrics))
 
-    def _whole_step(self, engine: Engine) -> Graphed[..., StepMetrics]:
-        generation = getattr(engine, "generation", 0)
+    def _whole_step(
+        self, engine: Engine, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
+    ) -> Graphed[..., StepMetrics]:
+        engine.prepare(batch, step_weights is not None, second_order)
+        generation = engine.generation
         if engine.name not in self._graphs or self._graphs[engine.name][0] != generation:
             # What was captured before the engine's memory moved would write to memory that is no longer its own.
             adam.start(self.optimizer)

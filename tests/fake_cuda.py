@@ -79,17 +79,25 @@ class FakeCuda:
     Attributes:
         events: streams waiting for each other, what ran beside the main stream, captures, in order.
         captured: the graphs, in order.
+        devices: made current, in order.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.captured: list[Graph] = []
         self._here = "main"
+        self.devices: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "device", self._device)
         monkeypatch.setattr(torch.cuda, "Stream", lambda: _Stream("side", self.events))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream(self._here, self.events))
         monkeypatch.setattr(torch.cuda, "stream", self._stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", self._capture)
+
+    @contextlib.contextmanager
+    def _device(self, device: torch.device) -> Iterator[None]:
+        self.devices.append(device)
+        yield
 
     @contextlib.contextmanager
     def _stream(self, stream: _Stream) -> Iterator[None]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-import sys
+import tarfile
+import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mamlpp_fast as mf
-from bench import harness, iterations, load, plots, report, tables
+from bench import gpu_equality, harness, iterations, load, plots, report, tables
 from bench.__main__ import PARTS
 from bench.cases import all_cases
 from bench.compare import compare
@@ -58,24 +61,77 @@ def test_an_engine_with_a_wrong_gradient_gets_no_time(monkeypatch: pytest.Monkey
     assert "from float64's" in (iterations.fault(tiny, "autograd", "float32", "cpu") or "")
 
 
-def test_the_gpu_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
+def bare_python(folder: Path) -> Path:
+    """Python with this one's packages, but for what is installed of the project itself."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A path that a .pth file adds has its own .pth files, an editable installation's above all, left alone.
+    (site / "others.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return folder / "bin" / "python"
+
+
+def test_the_gpu_script_needs_no_installation_and_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
+    python = bare_python(tmp_path / "bare")
+    missing = subprocess.run(
+        [python, "-c", "import mamlpp_fast"], cwd=tmp_path, env={}, capture_output=True, text=True
+    )
+    assert "No module named 'mamlpp_fast'" in missing.stderr
     command = ["bash", "bench/gpu.sh", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*command, "no-such-part", "versions"],
+        [*command, "no-such-part", "train", "first-step"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={
-            "PYTHON": sys.executable,
+            "PYTHON": str(python),
             "PATH": "/usr/bin:/bin",
             "MAMLPP_FAST_NATIVE": "0",
             "HOME": str(tmp_path),
         },
     )
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     summary = (tmp_path / "summary.txt").read_text()
-    assert "no-such-part   FAILED 2" in summary and "versions       ok" in summary
-    assert (tmp_path / "info.json").exists()
+    assert "no-such-part   FAILED 2" in summary and "first-step     ok" in summary
+    assert "expected Omniglot's images by --data" in (tmp_path / "train.log").read_text()
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        assert {"./info.json", "./summary.txt", "./first-step.log"} <= set(archive.getnames())
+
+
+def test_the_gpu_scripts_parts_fit_its_nine_minutes() -> None:
+    text = (ROOT / "bench" / "gpu.sh").read_text()
+    (parts,) = re.findall(r"^\(\(\$\{#parts\[@\]\}\)\) \|\| parts=\((.*)\)$", text, re.MULTILINE)
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\[([a-z-]+)\]=(\d+)", text)}
+    assert sum(limits[part] for part in parts.split()) <= 540
+
+
+def test_one_failed_check_of_a_gpu_hides_no_other() -> None:
+    def broken() -> str | None:
+        raise RuntimeError("out of memory")
+
+    assert gpu_equality.result(broken) == "RuntimeError: out of memory"
+    assert gpu_equality.result(lambda: None) is None
+
+
+def test_ceilings_are_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU, where a product is timed for the peak, are not the CPU's."""
+    seen: list[torch.device] = []
+
+    def timed(jobs: dict[str, Any], *_: Any, **__: Any) -> dict[str, harness.Times]:
+        class Devices(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append(args[0].device)
+                return func(*args, **(kwargs or {}))
+
+        with Devices():
+            for job in jobs.values():
+                job()
+        return {name: harness.Times([1.0]) for name in jobs}
+
+    monkeypatch.setattr(harness, "interleaved", timed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(harness, "captured", lambda job, *_: job)
+    iterations.Ceilings("meta")
+    assert seen == [torch.device("meta")] * 3
 
 
 def test_two_runs_agree_within_the_spread_that_they_state() -> None:
@@ -121,7 +177,7 @@ def test_a_size_is_timed_against_the_unchanged_one(monkeypatch: pytest.MonkeyPat
     threads = torch.get_num_threads()
     rows = {
         (row["varies"], row["value"]): row
-        for row in iterations.scaling("cpu", 0.01, 2, iterations.Ceilings())
+        for row in iterations.scaling("cpu", 0.01, 2, iterations.Ceilings("cpu"))
         if row["varies"] != "threads"
     }
     assert torch.get_num_threads() == threads

@@ -234,10 +234,11 @@ def test_warming_up_a_capture_leaves_no_trace(engine: str) -> None:
     for seed in range(4):
         batch = random_batch(seed=seed)
         plain.meta_step(batch)
-        graph = warmed._whole_step(warmed.engine)
+        options = warmed.step_weights(), warmed.second_order()
+        graph = warmed._whole_step(warmed.engine, batch, *options)
         adam.set_learning_rate(warmed.optimizer, warmed.meta_lr())
-        graph.warm_up((batch.fields, warmed.step_weights(), warmed.second_order()))
-        graph(batch.fields, warmed.step_weights(), warmed.second_order())
+        graph.warm_up((batch.fields, *options))
+        graph(batch.fields, *options)
         warmed.iteration += 1
     states = [adam.state(own.optimizer, own.model, own.rates) for own in (plain, warmed)]
     for a, b in zip(*states, strict=True):

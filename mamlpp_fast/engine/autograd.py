@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from mamlpp_fast._modes import Switch
+from mamlpp_fast._modes import float32_products
 from mamlpp_fast.adaptation import inner_steps
+from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.engine.graph import graphed
-from mamlpp_fast.engine.reference import attention_note, zero_gradients
+from mamlpp_fast.engine.reference import attention_note
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, functional_call, set_eval_stats
 
 __all__ = ["AutogradEngine"]
-
-
-def _convolutions(tf32: bool) -> contextlib.AbstractContextManager[None]:
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=tf32,
-    )
-
-
-_CONVOLUTIONS = Switch(_convolutions)
 
 
 class AutogradEngine:
@@ -43,20 +30,29 @@ class AutogradEngine:
         self.rates = rates
         self.loss_fn = loss_fn
         self.precision = precision
-        self._step = graphed(self._gradients, preserve=model.buffers)
+        self.device = next(model.parameters()).device
+        self._gradients = Gradients(model, rates)
+        self._step = graphed(self._iterate, preserve=model.buffers)
+
+    def prepare(self, batch: EpisodeBatch, multi_step: bool, second_order: bool) -> None:
+        """See :class:`mamlpp_fast.engine.Engine`; there is nothing to make."""
 
     def meta_gradient(
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
     ) -> MetaResult:
         self.model.train()
-        result: MetaResult = self._step(batch, step_weights, second_order)
+        with self._products():
+            result: MetaResult = self._step(batch, step_weights, second_order)
+        # Again: a replay runs none of this in Python, and the caller may have set them to None.
+        self._gradients.hand_over()
         return result
 
-    def _gradients(self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool) -> MetaResult:
-        zero_gradients(self.model, self.rates)
+    def _iterate(self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool) -> MetaResult:
+        self._gradients.zero()
+        self._gradients.hand_over()
         losses, logits = [], []
         for task in batch:
-            with self._arithmetic():
+            with self._rounded():
                 loss, prediction = self._task_loss(task, step_weights, second_order)
             (loss / batch.num_tasks).backward()
             losses.append(loss.detach())
@@ -89,7 +85,7 @@ class AutogradEngine:
         self.model.eval()
         predictions = []
         for task in batch:
-            with torch.enable_grad(), self._arithmetic():
+            with torch.enable_grad(), self._products(), self._rounded():
                 after_each = []
                 for fast in inner_steps(
                     self.model,
@@ -111,13 +107,10 @@ class AutogradEngine:
         """See :class:`mamlpp_fast.engine.Engine`."""
         return attention_note(self.model)
 
-    @contextlib.contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        """The precision of matrix products and convolutions."""
-        device = next(self.model.parameters()).device.type
-        with contextlib.ExitStack() as stack:
-            if self.precision == "bfloat16":
-                stack.enter_context(torch.autocast(device, torch.bfloat16))
-            if device == "cuda":
-                stack.enter_context(_CONVOLUTIONS.at(self.precision == "tf32"))
-            yield
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        return float32_products(self.device, tf32=self.precision == "tf32")
+
+    def _rounded(self) -> contextlib.AbstractContextManager[object]:
+        """What a forward pass rounds; its backward pass follows by itself."""
+        rounds = self.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if rounds else contextlib.nullcontext()

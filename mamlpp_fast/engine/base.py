@@ -52,6 +52,14 @@ class Engine(Protocol):
         """Changes when the engine's memory moves: graphs captured before must not be replayed."""
         ...
 
+    def prepare(self, batch: EpisodeBatch, multi_step: bool, second_order: bool) -> object:
+        """Makes what meta-gradients of batches of this form need, memory above all, so that a capture finds it there.
+
+        Raises:
+            Unsupported: when the engine cannot take the model or this batch.
+        """
+        ...
+
     def meta_gradient(
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
     ) -> MetaResult:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -53,8 +55,13 @@ class Graphed(Generic[_P, _R]):
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if _capture.inside or not any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
+        on_gpu = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda), None)
+        if _capture.inside or on_gpu is None:
             return self.step(*args, **kwargs)
+        with torch.cuda.device(on_gpu.device):  # whose streams and graphs are meant, not the process's first
+            return self._replayed(leaves, spec)
+
+    def _replayed(self, leaves: list[Any], spec: pytree.TreeSpec) -> _R:
         key: _Key = (spec, *(_form(leaf) for leaf in leaves))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if key not in self._captured:
@@ -81,7 +88,7 @@ class Graphed(Generic[_P, _R]):
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             _capture.recording = True
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph), _no_collection():
                 outputs = self.step(*args, **kwargs)
         finally:
             _capture.inside = _capture.recording = False
@@ -129,6 +136,18 @@ def graphed(
     if warmup < 1:
         raise ValueError(f"warmup: expected at least 1, got {warmup}")
     return Graphed(step, warmup, preserve)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within it no cycle is collected: another graph that is let go in mid-capture would end the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _form(leaf: Any) -> Any:

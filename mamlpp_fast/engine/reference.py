@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast import reference
+from mamlpp_fast._modes import float32_products
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.nn import plain_batch_norm
@@ -24,13 +25,17 @@ class ReferenceEngine:
         self.model = model
         self.rates = rates
         self.loss_fn = loss_fn
+        self.device = next(model.parameters()).device
+
+    def prepare(self, batch: EpisodeBatch, multi_step: bool, second_order: bool) -> None:
+        """See :class:`mamlpp_fast.engine.Engine`; there is nothing to make."""
 
     def meta_gradient(
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
     ) -> MetaResult:
         self.model.train()
         zero_gradients(self.model, self.rates)
-        with plain_batch_norm(self.model):
+        with plain_batch_norm(self.model), float32_products(self.device):
             result = reference.meta_gradient(
                 self.model,
                 self.rates.as_dict(),
@@ -44,7 +49,7 @@ class ReferenceEngine:
 
     def evaluate(self, batch: EpisodeBatch, *, steps: int, stats: EvalStats) -> Tensor:
         self.model.eval()
-        with plain_batch_norm(self.model):
+        with plain_batch_norm(self.model), float32_products(self.device):
             predictions = [
                 reference.evaluate_task(
                     self.model,

@@ -7,6 +7,7 @@ chooses.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-__all__ = ["OPERATIONS", "Operation", "define", "differentiate", "served_by"]
+__all__ = ["OPERATIONS", "Operation", "define", "differentiate", "launcher", "served_by"]
 
 NAMESPACE = "mamlpp_fast"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -59,19 +60,38 @@ def define(
         schema: ``name(Tensor x, ...) -> ...`` without a namespace.
         fallback: closed form with the arguments of the schema; runs with autograd off, on any device.
         fake: shapes, types and strides of the results, without data.
-        triton: serves CUDA tensors. It imports its kernels when first called, never at import.
+        triton: serves CUDA tensors. It imports its kernels when first called, never at import; :func:`launcher`.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     library.impl(name, fallback, "CompositeExplicitAutograd")
     if triton is not None:
-        library.impl(name, triton, "CUDA")
+        library.impl(name, _on_its_device(triton), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     overload: OpOverload[..., Any] = getattr(torch.ops.mamlpp_fast, name).default
     if overload._schema.is_mutable:
         _raise_versions(name, overload)
     OPERATIONS[name] = Operation(name, overload, fallback, triton)
     return overload
+
+
+def launcher(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module of the kernels' package, which is imported when it is first called."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"mamlpp_fast.kernels.{module}"), function)(*args)
+
+    return launch
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the process's current device, wherever the tensors are."""
+
+    def launched(*args: Any) -> Any:
+        with torch.cuda.device(next(t.device for t in args if isinstance(t, Tensor))):
+            return launch(*args)
+
+    return launched
 
 
 def differentiate(

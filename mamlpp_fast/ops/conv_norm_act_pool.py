@@ -18,14 +18,11 @@ its schema marks and returns nothing. The slope is not negative, the stride 1. W
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define
+from mamlpp_fast.ops._library import define, launcher
 
 _SAVED = (
     "Tensor y, Tensor index, Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor rstd, float slope"
@@ -215,48 +212,39 @@ def _fake(*args: Tensor | float | None) -> None:
     return None
 
 
-def _triton(name: str) -> Callable[..., None]:
-    def launch(*args: Any) -> None:
-        from mamlpp_fast.kernels import conv_norm_act_pool as kernels
-
-        getattr(kernels, name)(*args)
-
-    return launch
-
-
 _patch_moments = define(
     "patch_moments(Tensor images, int kh, int kw, int padding, Tensor(a!) padded, Tensor(b!) moments) -> ()",
     fallback=_moments,
     fake=_fake,
-    triton=_triton("moments"),
+    triton=launcher("conv_norm_act_pool", "moments"),
 )
 _conv_norm_act_pool = define(
     "conv_norm_act_pool(Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor beta, float eps, float slope, "
     "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd) -> ()",
     fallback=_forward,
     fake=_fake,
-    triton=_triton("forward"),
+    triton=launcher("conv_norm_act_pool", "forward"),
 )
 _conv_norm_act_pool_backward = define(
     f"conv_norm_act_pool_backward(Tensor gy, {_SAVED}, "
     "Tensor(a!) gw, Tensor(b!) sums, Tensor(c!) ggamma, Tensor(d!) gbeta) -> ()",
     fallback=_backward,
     fake=_fake,
-    triton=_triton("backward"),
+    triton=launcher("conv_norm_act_pool", "backward"),
 )
 _conv_norm_act_pool_tangent = define(
     f"conv_norm_act_pool_tangent(Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t, "
     "Tensor? gamma_dot=None, Tensor? beta_dot=None) -> ()",
     fallback=_tangent,
     fake=_fake,
-    triton=_triton("tangent"),
+    triton=launcher("conv_norm_act_pool", "tangent"),
 )
 _conv_norm_act_pool_backward_tangent = define(
     f"conv_norm_act_pool_backward_tangent(Tensor gy_dot, Tensor v, {_SAVED}, Tensor sums, Tensor t, "
     "Tensor(a!) gw_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
-    triton=_triton("backward_tangent"),
+    triton=launcher("conv_norm_act_pool", "backward_tangent"),
 )
 
 

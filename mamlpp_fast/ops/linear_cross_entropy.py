@@ -13,13 +13,10 @@ Formulas: ``docs/derivations/linear_cross_entropy.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define
+from mamlpp_fast.ops._library import define, launcher
 
 MOST_CLASSES = 64
 """Classes that the GPU kernels have room for; the others have no limit."""
@@ -102,42 +99,33 @@ def _fake(*args: Tensor | None) -> None:
     return None
 
 
-def _triton(name: str) -> Callable[..., None]:
-    def launch(*args: Any) -> None:
-        from mamlpp_fast.kernels import linear_cross_entropy as kernels
-
-        getattr(kernels, name)(*args)
-
-    return launch
-
-
 _linear_cross_entropy = define(
     "linear_cross_entropy(Tensor f, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
     "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) gz, Tensor(d!)? loss) -> ()",
     fallback=_forward,
     fake=_fake,
-    triton=_triton("forward"),
+    triton=launcher("linear_cross_entropy", "forward"),
 )
 _linear_cross_entropy_backward = define(
     "linear_cross_entropy_backward(Tensor gz, Tensor f, Tensor weight, "
     "Tensor(a!)? gf, Tensor(b!)? gweight, Tensor(c!)? gbias) -> ()",
     fallback=_backward,
     fake=_fake,
-    triton=_triton("backward"),
+    triton=launcher("linear_cross_entropy", "backward"),
 )
 _linear_cross_entropy_tangent = define(
     "linear_cross_entropy_tangent(Tensor? f_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor f, Tensor weight, "
     "Tensor probabilities, Tensor scale, Tensor(a!) gz_dot) -> ()",
     fallback=_tangent,
     fake=_fake,
-    triton=_triton("tangent"),
+    triton=launcher("linear_cross_entropy", "tangent"),
 )
 _linear_cross_entropy_backward_tangent = define(
     "linear_cross_entropy_backward_tangent(Tensor gz_dot, Tensor gz, Tensor? f_dot, Tensor? weight_dot, Tensor f, "
     "Tensor weight, Tensor(a!)? gf_dot, Tensor(b!)? gweight_dot, Tensor(c!)? gbias_dot) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
-    triton=_triton("backward_tangent"),
+    triton=launcher("linear_cross_entropy", "backward_tangent"),
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define, differentiate
+from mamlpp_fast.ops._library import define, differentiate, launcher
 
 __all__ = [
     "flatten_parameters",
@@ -154,45 +154,36 @@ def _nothing(*args: Any) -> None:
     return None
 
 
-def _triton(name: str) -> Any:
-    def launch(*args: Any) -> Any:
-        from mamlpp_fast.kernels import lslr_update as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return launch
-
-
 _lslr_update = define(
     f"lslr_update(Tensor theta, Tensor grad, {_RATES}) -> Tensor",
     fallback=_update,
     fake=_update_fake,
-    triton=_triton("update"),
+    triton=launcher("lslr_update", "update"),
 )
 _lslr_update_out = define(
     f"lslr_update_out(Tensor theta, Tensor grad, {_RATES}, Tensor(a!) out) -> ()",
     fallback=_update_out,
     fake=_nothing,
-    triton=_triton("update_out"),
+    triton=launcher("lslr_update", "update_out"),
 )
 _lslr_update_backward = define(
     f"lslr_update_backward(Tensor gout, Tensor grad, {_RATES}) -> (Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,
-    triton=_triton("backward"),
+    triton=launcher("lslr_update", "backward"),
 )
 _lslr_update_backward_out = define(
     f"lslr_update_backward_out(Tensor gout, Tensor grad, {_RATES}, Tensor(a!) ggrad, Tensor(b!) grates) -> ()",
     fallback=_backward_out,
     fake=_nothing,
-    triton=_triton("backward_out"),
+    triton=launcher("lslr_update", "backward_out"),
 )
 _lslr_update_double_backward = define(
     f"lslr_update_double_backward(Tensor a, Tensor b, Tensor gout, Tensor grad, {_RATES}) "
     "-> (Tensor, Tensor, Tensor)",
     fallback=_double_backward,
     fake=_double_backward_fake,
-    triton=_triton("double_backward"),
+    triton=launcher("lslr_update", "double_backward"),
 )
 
 

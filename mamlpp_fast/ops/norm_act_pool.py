@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define
+from mamlpp_fast.ops._library import define, launcher
 
 _SAVED = "Tensor z, Tensor index, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, float slope"
 
@@ -277,17 +277,16 @@ def _fake(*args: Tensor | float | None) -> None:
 
 def _triton(name: str, closed: Callable[..., None]) -> Callable[..., None]:
     """The kernels have a statistic for each channel; where groups share one the closed form serves."""
+    kernel = launcher("norm_act_pool", name)
 
     def launch(*args: Any) -> None:
         bound = signature(closed).bind(*args)
         bound.apply_defaults()
         *rest, group = bound.args
-        if group != 1:
-            closed(*bound.args)
-            return
-        from mamlpp_fast.kernels import norm_act_pool as kernels
-
-        getattr(kernels, name)(*rest)
+        if group == 1:
+            kernel(*rest)
+        else:
+            closed(*rest, group)
 
     return launch
 

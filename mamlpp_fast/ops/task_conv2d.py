@@ -8,15 +8,12 @@ is one pixel is not padded, so that sequences [T, N, L, 1, C] have kernels [T, k
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from mamlpp_fast.ops._library import define
+from mamlpp_fast.ops._library import define, launcher
 
 _FORWARD = "task_conv2d"
 _TO_INPUT = "task_conv2d_to_input"
@@ -148,32 +145,23 @@ def _fake(
     return None
 
 
-def _triton(name: str) -> Callable[..., None]:
-    def launch(*args: Any) -> None:
-        from mamlpp_fast.kernels import task_conv2d as kernels
-
-        getattr(kernels, name)(*args)
-
-    return launch
-
-
 define(
     f"{_FORWARD}(Tensor x, Tensor w, Tensor? x2, Tensor? w2, int stride, int padding, Tensor(a!) out) -> ()",
     fallback=_forward,
     fake=_fake,
-    triton=_triton("forward"),
+    triton=launcher("task_conv2d", "forward"),
 )
 define(
     f"{_TO_INPUT}(Tensor g, Tensor w, Tensor? g2, Tensor? w2, int stride, int padding, Tensor(a!) out) -> ()",
     fallback=_to_input,
     fake=_fake,
-    triton=_triton("to_input"),
+    triton=launcher("task_conv2d", "to_input"),
 )
 define(
     f"{_TO_WEIGHT}(Tensor x, Tensor g, Tensor? x2, Tensor? g2, int stride, int padding, Tensor(a!) out) -> ()",
     fallback=_to_weight,
     fake=_fake,
-    triton=_triton("to_weight"),
+    triton=launcher("task_conv2d", "to_weight"),
 )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
-from mamlpp_fast._modes import Switch
+from mamlpp_fast._modes import float32_products
 from mamlpp_fast.engine.base import Precision, Unsupported
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.lowering import lower
@@ -38,20 +37,6 @@ _Key = tuple[object, ...]
 
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
 _NARROW = 8
-
-
-@contextlib.contextmanager
-def _products(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-_PRODUCTS = Switch(_products)
 
 
 class FusedEngine:
@@ -121,14 +106,12 @@ class FusedEngine:
         self, batch: EpisodeBatch, step_weights: Tensor | None, second_order: bool
     ) -> MetaResult:
         """See :class:`mamlpp_fast.engine.Engine`."""
-        self.model.train()
-        self._check(batch)
         self._current = self.prepare(batch, step_weights is not None, second_order)
         if self.workspace.generation != self._captured_generation:
             # Graphs captured before the workspace moved would write to memory that is no longer ours.
             self._step = graphed(self._iterate, preserve=self.model.buffers)
             self._captured_generation = self.workspace.generation
-        with self._arithmetic():
+        with float32_products(self.device, tf32=self.precision == "tf32"):
             losses, logits = self._step(batch, step_weights, second_order)
         self._gradients.hand_over()
         task_losses = losses.clone()
@@ -139,7 +122,7 @@ class FusedEngine:
         self.model.eval()
         self._check(batch)
         prepared = self.prepare_evaluation(batch, steps, stats)
-        with torch.no_grad(), self._arithmetic():
+        with torch.no_grad(), float32_products(self.device, tf32=self.precision == "tf32"):
             prepared.run(batch)
         return prepared.logits.clone()
 
@@ -180,6 +163,8 @@ class FusedEngine:
         Raises:
             Unsupported: names what of the model has no rules, or which result is not the reference's.
         """
+        self.model.train()
+        self._check(batch)
         key = _train_key(batch, multi_step, second_order)
         if key not in self._prepared:
             network = self._lower(batch, training=True)
@@ -238,12 +223,6 @@ class FusedEngine:
         """With memory of its own."""
         prepared.bind(Workspace(self.device))
         return prepared
-
-    def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
-        """Whether float32 products on a GPU may round their operands to tf32."""
-        if self.device.type != "cuda":
-            return contextlib.nullcontext()
-        return _PRODUCTS.at("tf32" if self.precision == "tf32" else "ieee")
 
     def _check(self, batch: EpisodeBatch) -> None:
         if batch.support_x.shape[2:] != batch.target_x.shape[2:]:
@@ -340,7 +319,8 @@ class FusedEngine:
                     made=made,
                     tasks=form.total_tasks,
                     counts=counts,
-                    like=table,
+                    # A matrix product takes them in, which a GPU may round to TF32 in float32.
+                    like=table.double(),
                 )
         shape = memory.all["logits"].shape[1:]
         axis = len(shape) - 3

@@ -96,15 +96,18 @@ class Finish:
         em.label = "batch-norm rows"
         means = {}
         for name, r in rows.items():
-            shares = torch.zeros(r.rows, steps, dtype=em.dtype, device=em.device)
+            # In float64, in which no GPU rounds the operands of a product.
+            shares = torch.zeros(r.rows, steps, dtype=torch.float64, device=em.device)
             for k in range(steps):
                 shares[row_of(k, r.rows), k] = 1 / self.total_tasks
             factors = em.own(f"{name} shares", shares)
             found = []
             for what in ("weight", "bias"):
-                by_step = em.new(f"{name} {what} by step", (steps, r.channels))
-                em.call(aten.sum.IntList_out, self.left[name, what], [0, 2, 3], out=by_step)
-                mean = self._zeros(f"{name} {what} gradient", r.rows, r.channels)
+                by_step = em.new(f"{name} {what} by step", (steps, r.channels), torch.float64)
+                em.call(
+                    aten.sum.IntList_out, self.left[name, what], [0, 2, 3], dtype=torch.float64, out=by_step
+                )
+                mean = em.own(f"{name} {what} gradient", shares.new_zeros(r.rows, r.channels))
                 em.call(aten.mm.out, factors, by_step, out=mean)
                 found.append(mean)
             means[name] = found[0], found[1]

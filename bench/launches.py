@@ -1,0 +1,230 @@
+"""What a meta-iteration launches on a GPU: compiled, checked and counted on a machine that has none.
+
+    python -m bench.launches [WORKLOAD ...] [--engine fused] [--precision float32] [--arch 90] [--tasks N] [--evaluate]
+                             [--json FILE]
+
+In Triton's driver's place stands one that compiles every kernel for the architecture with the arguments that the
+program gives it (sizes, alignment), holds the launch against the limits of a grid and of a block's shared memory, and
+launches nothing. The operations of PyTorch run on the CPU, on whatever is in the buffers, and are counted: each is a
+node of the captured graph (an index or a reduction with a second stage can be two). Needs an environment without
+TRITON_INTERPRET. Exits with 1 where a launch would fail or a kernel spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+import types
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["MAMLPP_FAST_NATIVE"] = "0"
+
+import torch
+import triton
+from mamlpp_fast.kernels import aot
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from mamlpp_fast import adam, testing
+from mamlpp_fast._modes import float32_products
+from mamlpp_fast.engine import EngineName, Precision
+from mamlpp_fast.engine.base import PRECISIONS
+from mamlpp_fast.engine.fused.engine import FusedEngine
+from mamlpp_fast.engine.fused.steps import linear
+from mamlpp_fast.workloads import WORKLOADS, Workload
+
+_GRID = (2**31 - 1, 65_535, 65_535)
+"""Most programs along the axes of a grid (CUDA programming guide, compute capabilities)."""
+
+
+@dataclass
+class Kernel:
+    """A compiled form of a kernel, and its launches.
+
+    Attributes:
+        name: of the kernel.
+        registers, spilled, shared: of a thread, in bytes of a thread, in bytes of a program.
+        grids: programs of a launch, with how many launches had as many.
+    """
+
+    name: str
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    grids: Counter[tuple[int, ...]] = field(default_factory=Counter)
+
+    def faults(self) -> list[str]:
+        found = [f"{self.name}: {self.spilled} bytes of local memory"] if self.spilled else []
+        for grid in self.grids:
+            if not all(0 < n <= limit for n, limit in zip(grid, _GRID, strict=True)):
+                found.append(f"{self.name}: grid {grid}, of at most {_GRID}")
+        return found
+
+
+class Standin(DriverBase):
+    """Triton's driver of a GPU that is not there.
+
+    Attributes:
+        kernels: all that would have been launched.
+    """
+
+    def __init__(self, arch: int) -> None:
+        super().__init__()
+        self.arch = arch
+        self.kernels: list[Kernel] = []
+        self.utils = types.SimpleNamespace(
+            get_device_properties=lambda _: {"max_shared_mem": aot.SHARED_MEMORY_LIMIT[arch]},
+            load_binary=self._load,
+        )
+
+    @classmethod
+    def is_active(cls) -> bool:  # type: ignore[override]
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def _load(self, name: str, binary: bytes, shared: int, _: int) -> tuple[int, Kernel, int, int, int]:
+        registers, spilled, static = aot.usage(binary)
+        kernel = Kernel(name, registers, spilled, max(shared, static))
+        self.kernels.append(kernel)
+        return 1, kernel, registers, spilled, 1024
+
+    def launcher_cls(self, *_: Any) -> Any:
+        def launch(x: int, y: int, z: int, stream: int, kernel: Kernel, *_: Any) -> None:
+            kernel.grids[x, y, z] += 1
+
+        return launch
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations that compute or copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ not in _FREE:
+            self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_reshape_alias", "resize_", "set_"}
+"""What is no view and launches nothing."""
+
+
+@contextlib.contextmanager
+def on_a_gpu(precision: str) -> Iterator[None]:
+    """Within it operations on CPU tensors take the way of a GPU's, and the fused engine decides as on one."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(float32_products(torch.device("cuda"), tf32=precision == "tf32"))
+        stack.enter_context(mock.patch.object(testing, "_interprets", return_value=True))
+        stack.enter_context(mock.patch.object(FusedEngine, "_convolves", return_value=False))
+        stack.enter_context(mock.patch.object(linear, "_FEW_CHANNELS", 0))
+        stack.enter_context(testing.use_backend("triton"))
+        yield
+
+
+def launches(
+    standin: Standin, workload: Workload, engine: EngineName, precision: Precision, *, evaluate: bool = False
+) -> dict[str, Any]:
+    """The nodes of one meta-step, Adam included, or of an evaluation."""
+    learner = workload.learner(engine, "float64" if precision == "float64" else "float32", "cpu")
+    used: Any = learner.engine
+    # After the learner has been made, which refuses tf32 on a CPU. What the kernels leave is not to be checked.
+    used.precision, used.verify = precision, False
+    batch = workload.batch(0)
+    adam.start(learner.optimizer)
+    job = functools.partial(learner.evaluate if evaluate else learner.meta_step, batch)
+    with on_a_gpu(precision):
+        job()  # what is prepared once
+        for kernel in standin.kernels:
+            kernel.grids.clear()
+        with Operations() as operations:
+            job()
+    kernels = [k for k in standin.kernels if k.grids]
+    return {
+        "workload": workload.name,
+        "engine": engine,
+        "precision": precision,
+        "arch": standin.arch,
+        "pass": "evaluation" if evaluate else "meta-step",
+        "triton": sum(sum(k.grids.values()) for k in kernels),
+        "aten": sum(operations.found.values()),
+        "faults": [fault for k in standin.kernels for fault in k.faults()],
+        "kernels": [
+            dataclasses.asdict(k) | {"grids": [[*g, n] for g, n in k.grids.most_common()]} for k in kernels
+        ],
+        "operations": dict(operations.found.most_common()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workloads", nargs="*", default=["omniglot-20w1s"], metavar="WORKLOAD")
+    parser.add_argument("--engine", default="fused", choices=["fused", "autograd"])
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
+    parser.add_argument("--arch", type=int, default=90, choices=list(aot.SHARED_MEMORY_LIMIT))
+    parser.add_argument("--tasks", type=int, help="in place of the workload's")
+    parser.add_argument("--evaluate", action="store_true", help="an evaluation in place of a meta-step")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET: expected it unset, in an environment that compiles")
+    # One for all: what has been compiled once is known to Triton with the driver that loaded it.
+    standin = Standin(arguments.arch)
+    triton.runtime.driver.set_active(standin)
+    rows = []
+    for name in arguments.workloads:
+        workload = WORKLOADS[name]
+        if arguments.tasks:
+            workload = dataclasses.replace(workload, tasks=arguments.tasks)
+        row = launches(standin, workload, arguments.engine, arguments.precision, evaluate=arguments.evaluate)
+        rows.append(row)
+        about = " ".join(str(row[key]) for key in ("workload", "engine", "precision", "pass"))
+        nodes = row["triton"] + row["aten"]
+        print(
+            f"{about}, sm_{row['arch']}: {nodes} nodes, {row['triton']} of Triton, {row['aten']} of PyTorch"
+        )
+        for k in sorted(row["kernels"], key=lambda k: -sum(g[3] for g in k["grids"])):
+            count = sum(g[3] for g in k["grids"])
+            programs = " ".join(f"{x * y * z}" for x, y, z, _ in k["grids"][:4])
+            print(f"{count:5} {k['name']:28} {k['registers']:4} registers, programs {programs}")
+        print("      " + ", ".join(f"{name} {count}" for name, count in row["operations"].items()))
+        print("\n".join(row["faults"]))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(row["faults"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
