@@ -96,7 +96,6 @@ def test_shapes_that_do_not_fit_are_named(model: nn.Module, message: str) -> Non
         (nn.Sequential(nn.Conv2d(1, 2, 5), nn.Conv2d(2, 2, (1, 3), padding=(0, 1))), []),
         (nn.Sequential(nn.Conv2d(1, 2, 8, padding=3)), ["conv2d"]),
         (nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2)), ["conv2d"]),
-        (nn.Sequential(nn.Conv2d(1, 2, 4, padding="same")), ["conv2d"]),
         (nn.Sequential(nn.ConvTranspose2d(1, 2, 3, 2, 1), nn.ConvTranspose2d(2, 3, 2)), []),
         (nn.Sequential(nn.ConvTranspose2d(1, 2, 3, dilation=2)), ["conv_transpose2d"]),
         (nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 3, groups=2)), ["conv2d"]),
