@@ -6,6 +6,7 @@
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -77,7 +78,7 @@ class Scratch {
   size_t size_ = 0;
 };
 
-thread_local Scratch kernel_scratch;
+thread_local Scratch kernel_scratch, tap_products, tap_weights, turned_weights;
 thread_local Scratch widened[4];
 
 struct Shape {
@@ -253,9 +254,8 @@ const Geometry& geometry_of(const Shape& s, bool to_input) {
   return found->second;
 }
 
-template <class T>
-void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
-  const Geometry& geometry = geometry_of(s, to_input);
+conv::Gather gather_problem(const Shape& s, const Operands& o, bool to_input, const Geometry& geometry, int64_t parts,
+                            void* out) {
   conv::Gather p{};
   for (int i = 0; i < o.pairs; ++i) {
     p.a[i] = o.a[i];
@@ -265,7 +265,7 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
   p.out = out;
   p.tasks = s.tasks;
   p.images = s.images;
-  p.parts = parts_for(s.tasks, s.images);
+  p.parts = parts;
   p.channels_in = to_input ? s.co : s.ci;
   p.channels_out = to_input ? s.ci : s.co;
   p.src_image = to_input ? s.out_height * s.out_width * s.co : s.height * s.width * s.ci;
@@ -283,6 +283,13 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
   p.stride = s.stride;
   p.pad_y = s.pad_y;
   p.pad_x = s.pad_x;
+  return p;
+}
+
+template <class T>
+void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
+  const Geometry& geometry = geometry_of(s, to_input);
+  const conv::Gather p = gather_problem(s, o, to_input, geometry, parts_for(s.tasks, s.images), out);
   const conv::Kernels<T>& k = kernels_for<T>(p);
   run_units<T>(p.tasks * p.parts, k.gather_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.gather(p, begin, end, scratch); });
@@ -316,12 +323,50 @@ void outer(const Shape& s, const Operands& o, void* out) {
                [&](int64_t begin, int64_t end, T* scratch) { k.outer(p, begin, end, scratch); });
 }
 
+int64_t registers(int64_t lanes) { return (lanes + 15) / 16; }
+
+/// Whether the forward pays as a product with all taps at once and a sum: conv::FewOutputs.
+bool better_by_taps(const Shape& s) {
+  const int64_t taps = s.kh * s.kw;
+  const int64_t direct = taps * s.ci * registers(s.co), by_taps = s.ci * registers(taps * s.co) + 2 * taps;
+  return s.stride == 1 && s.ci > 4 && 2 * direct > 3 * by_taps;
+}
+
+/// Forward, an image a unit.
+template <class T>
+void gather_by_taps(const Shape& s, const Operands& o, T* out) {
+  static const auto sum = MF_DISPATCH(conv_sum_taps<T>);
+  const int64_t taps = s.kh * s.kw, weights = taps * s.ci * s.co, pixels = s.height * s.width;
+  T* const arranged = tap_weights.get<T>(o.pairs * s.tasks * weights);  // [pair, task, ci, tap, co]
+  for (int64_t n = 0; n < o.pairs * s.tasks; ++n)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t c = 0; c < s.ci; ++c)
+        std::copy_n(static_cast<const T*>(o.b[n / s.tasks]) + n % s.tasks * weights + (tap * s.ci + c) * s.co, s.co,
+                    arranged + n * weights + (c * taps + tap) * s.co);
+  const Shape one{1, 1, s.height, s.width, s.ci, 1, 1, taps * s.co, s.height, s.width, 1, 0, 0};
+  const Geometry& geometry = geometry_of(one, false);
+  const conv::FewOutputs few{s.height, s.width, s.out_height, s.out_width, s.kh, s.kw, s.pad_y, s.pad_x, s.co};
+  at::parallel_for(0, s.tasks * s.images, 1, [&](int64_t begin, int64_t end) {
+    T* const products = tap_products.get<T>(pixels * taps * s.co + conv::kBeyond);
+    std::fill_n(products + pixels * taps * s.co, conv::kBeyond, T(0));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      Operands image = o;
+      for (int i = 0; i < o.pairs; ++i) {
+        image.a[i] = static_cast<const T*>(o.a[i]) + unit * pixels * s.ci;
+        image.b[i] = arranged + (i * s.tasks + unit / s.images) * weights;
+      }
+      const conv::Gather p = gather_problem(one, image, false, geometry, 1, products);
+      const conv::Kernels<T>& k = kernels<T>();
+      k.gather(p, 0, 1, kernel_scratch.get<T>(k.gather_scratch(p)));
+      sum(few, products, out + unit * s.out_height * s.out_width * s.co);
+    }
+  });
+}
+
 /// Whether to-weight takes x and g in each other's places, as the products of fewer registers: where the output has few
 /// channels most lanes of a register of them would be empty.
 bool better_swapped(const Shape& s) {
-  constexpr int64_t kLanes = 16;
-  const auto registers = [](int64_t rows, int64_t lanes) { return rows * ((lanes + kLanes - 1) / kLanes); };
-  return s.stride == 1 && s.ci > 4 && 3 * registers(s.co, s.ci) < 2 * registers(s.ci, s.co);
+  return s.stride == 1 && s.ci > 4 && 3 * s.co * registers(s.ci) < 2 * s.ci * registers(s.co);
 }
 
 /// To-weight as the convolution of g with x: its result has the taps backwards and the channels exchanged.
@@ -331,8 +376,7 @@ void outer_swapped(const Shape& s, const Operands& o, T* out) {
                      s.width, 1,        s.kh - 1 - s.pad_y, s.kw - 1 - s.pad_x};
   const Operands operands{{o.b[0], o.b[1]}, {o.a[0], o.a[1]}, o.pairs};
   const int64_t taps = s.kh * s.kw;
-  static thread_local Scratch scratch;
-  T* const found = scratch.get<T>(s.tasks * taps * s.ci * s.co);
+  T* const found = turned_weights.get<T>(s.tasks * taps * s.ci * s.co);
   outer<T>(turned, operands, found);
   for (int64_t task = 0; task < s.tasks; ++task)
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -425,6 +469,7 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
   const Operands o = operands(a, b, a2, b2, false);
   const auto direct = [&](auto* to) {
     using T = std::remove_pointer_t<decltype(to)>;
+    if (!to_weight && !to_input && better_by_taps(s)) return gather_by_taps<T>(s, o, to);
     if (!to_weight) return gather<T>(s, o, to_input, to);
     better_swapped(s) ? outer_swapped<T>(s, o, to) : outer<T>(s, o, to);
   };

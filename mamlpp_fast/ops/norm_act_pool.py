@@ -125,7 +125,8 @@ def _mean(x: Tensor, group: int = 1) -> Tensor:
 def _common(row: Tensor, group: int) -> Tensor:
     if group == 1:
         return row
-    return row.unflatten(-1, (-1, group)).mean(-1).repeat_interleave(group, -1)
+    means: Tensor = row.unflatten(-1, (-1, group)).mean(-1)
+    return means.repeat_interleave(group, -1)
 
 
 def _normal(z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

@@ -65,6 +65,13 @@ struct Winograd {
   bool transposed;
 };
 
+/// Stride 1 and so few output channels that they leave most of a register empty: every pixel's products with the
+/// weights of all taps first, [height, width, kh, kw, channels], as of a 1x1 kernel; then their sums, shifted by tap.
+struct FewOutputs {
+  int64_t height, width, out_height, out_width, kh, kw, pad_y, pad_x, channels;
+};
+constexpr int64_t kBeyond = 16;  ///< elements behind the products that are read, and have no effect
+
 /// Kernels of one instruction set and element type; results of Pair are float. `run` works on units [begin, end) with
 /// `scratch` elements of private memory aligned to 64 bytes; results never depend on how units are spread over threads.
 template <class T>
@@ -93,4 +100,5 @@ struct WinogradKernels {
 
 // conv_kernels<Pair> is all null, bf16_peak 0, at levels without bfloat16 products.
 MF_KERNEL(template <class T> mf::conv::Kernels<T> conv_kernels(); mf::conv::WinogradKernels winograd_kernels();
+          template <class T> void conv_sum_taps(const mf::conv::FewOutputs& s, const T* products, T* out);
           double bf16_peak(int64_t iterations);)
