@@ -60,7 +60,7 @@ def same_images(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> l
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_maxima_and_derivatives(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_maxima_and_their_rules(backend: str, name: str, dtype: torch.dtype) -> None:
     shape, window = CASES[name]
     x, u = same_images(shape, dtype)
     x[..., 0].round_()  # equal ones
