@@ -90,6 +90,7 @@ PARTS = {
         "-m bench.iterations --scaling --seconds 8 --passes 3 --json {out}/scaling.json", 3, None
     ),
     "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 1, None),
+    "drop-in-loops": Part("-m bench.drop_in_loops --json {out}/drop_in_loops.json", 2, None),
     "drop-in-higher": Part("-m bench.drop_in_higher --json {out}/drop_in_higher.json", 2, None),
     "drop-in-learn2learn": Part(
         "-m bench.drop_in_learn2learn --seconds 14 --json {out}/drop_in_learn2learn.json",

@@ -96,10 +96,16 @@ def jobs(
 
 
 def error_of(loops: dict[str, Callable[[], list[Tensor]]]) -> float:
-    """The largest difference of the meta-gradients, relative to the largest value of each."""
+    """The largest difference of the meta-gradients, relative to the largest value of each.
+
+    Or to 1e-4 of the largest of all, as the engines' own checks do it: the gradient of a bias in front of batch norm is
+    zero, where PyTorch has rounding noise of the other gradients' size (1e-13 beside gradients of 100 at 84 pixels).
+    """
+    found, expected = loops["after"](), loops["before"]()
+    floor = 1e-4 * max(float(b.abs().max()) for b in expected)
     return max(
-        float((a - b).abs().max() / max(float(b.abs().max()), 1e-6))
-        for a, b in zip(loops["after"](), loops["before"](), strict=True)
+        float((a - b).abs().max()) / max(float(b.abs().max()), floor)
+        for a, b in zip(found, expected, strict=True)
     )
 
 

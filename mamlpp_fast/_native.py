@@ -1,7 +1,8 @@
 """Finds, builds and loads the C++ library of CPU kernels.
 
-The library is compiled on the first :func:`load` and kept in the user's cache folder under a key of all that
-decides its content, so each combination of sources, flags, torch, compiler and machine is compiled once.
+A wheel may have it inside (setup.py), for some versions of torch. Else it is compiled on the first :func:`load` and
+kept in the user's cache folder under a key of all that decides its content, so each combination of sources, flags,
+torch, compiler and machine is compiled once.
 Without it every operation still runs, on its closed form in PyTorch.
 
 Environment:
@@ -136,6 +137,10 @@ def _load(mode: str) -> NativeStatus:
     by_hand = os.environ.get("MAMLPP_FAST_LIBRARY")
     if by_hand:
         return _open(Path(by_hand))
+    shipped = _shipped()
+    if shipped.is_file():
+        with contextlib.suppress(NativeError):  # a nightly torch, or another platform: compiled as ever
+            return _open(shipped)
     recipe = _recipe()
     path = _cached(recipe)
     if path is not None:
@@ -161,6 +166,12 @@ def _open(path: Path) -> NativeStatus:
     isa.restype = ctypes.c_char_p
     _set_threads.argtypes, _set_threads.restype = [ctypes.c_int], None
     return NativeStatus(True, "", path, isa().decode(), torch.__version__)
+
+
+def _shipped() -> Path:
+    """Where a wheel has the library for this torch."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    return Path(__file__).resolve().parent / "_lib" / version / _LIBRARY
 
 
 def _cache() -> Path:

@@ -6,7 +6,8 @@ import copyreg
 import functools
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +18,14 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import ROUTED, form_of
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, paused
+from mamlpp_fast.engine.fused.derivatives import paused
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.lanes import watched
 
 __all__ = ["accelerate", "acceleration"]
 
 _M = TypeVar("_M", bound=nn.Module)
-_OWN = ("_parameters", "_modules")
+_OWN = ("_parameters", "_modules", "_flat_weights")  # the last are a recurrent layer's parameters again
 _KEPT = 64
 """Forms of models whose programs are kept, those used last."""
 
@@ -35,15 +37,17 @@ def accelerate(model: _M) -> _M:
     changes is what a call ``model(x)`` executes where autograd records: the whole forward as one operation, whose
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
-    arguments than one tensor [N, ...] of the parameters' type, inputs that require a gradient, ``torch.func``
-    transforms, forward mode, ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with
-    running statistics, models whose forward is no fixed list of operations. :func:`acceleration` says what was served
-    and what not, and why.
+    arguments than one tensor [N, ...] of the parameters' type, ``torch.func`` transforms, forward mode,
+    ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with running statistics, models whose
+    forward is no fixed list of operations. :func:`acceleration` says what was served and what not, and why.
 
-    The first call of each form (shapes, attributes, training or evaluation) is checked in float64 against the plain
-    forward: output, gradients, second derivatives and running statistics to 1e-6; what differs runs as ever. Copies,
-    pickles and learners of the model work as before. Where a second derivative is taken with ``create_graph=True``, for
-    a third, it is PyTorch's own.
+    The first call of each form (shapes, attributes, training or evaluation, examples with a gradient or without) is
+    checked in float64 against the plain forward: output, gradients, second derivatives and running statistics to 1e-6;
+    what differs runs as ever. A backward pass that wants some gradients alone (ANIL's head, the examples of a gradient
+    penalty) has calls of its own, checked likewise when it is first taken, up to three such sets. Copies, pickles and
+    learners of the model work as before. Per-step batch norms use the row of their step at the call. Where a second
+    derivative is taken with ``create_graph=True``, for a third, it is PyTorch's own; where that comes again within
+    eight calls, the next 63 calls of that form are.
 
     Args:
         model: any module.
@@ -62,15 +66,23 @@ def acceleration(model: nn.Module) -> str:
     """What serves the calls of a model that was given to :func:`accelerate`: a line for each form seen so far."""
     if not vars(type(model)).get(ROUTED):
         return "not accelerated: compiled by torch.jit, or never given to mamlpp_fast.accelerate"
-    kind = type(model).__mro__[1]
+    kind = _kind(model)
     with _lock:
         lines = [f"{_said(key)}: {route}" for (cls, *key, _), route in _routes.items() if cls is kind]
     return "\n".join(lines) or "no call yet"
 
 
+def _kind(model: nn.Module) -> type:
+    """The class that a model was made of."""
+    cls = type(model)
+    return cls.__mro__[1] if vars(cls).get(ROUTED) else vars(cls).get("_fast_original", cls)
+
+
 def _said(key: list[Any]) -> str:
-    shape, dtype, _, training = key
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {'training' if training else 'evaluation'}"
+    shape, dtype, _, training, inputs = key
+    kind = "training" if training else "evaluation"
+    beside = ", examples with a gradient" if inputs else ""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {kind}{beside}"
 
 
 class _Refusal:
@@ -86,9 +98,12 @@ class _Refusal:
 _Route = DifferentiableNetwork | _Refusal
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
 _lock = threading.RLock()
-_unsettled: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-"""How often a model was refused: one that changes at each call, a count of its calls say, is not looked at for ever."""
-_TRIES = 16
+_unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKeyDictionary()
+"""In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
+calls say, is not looked at for ever, for that runs its forward."""
+_TRIES = 3
+_resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
+"""Models whose last call was left to PyTorch, and the network that says for how long."""
 
 
 @functools.cache
@@ -97,10 +112,8 @@ def _routed(cls: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and _can(self, args[0]):
-            route = _route(self, args[0])
-            if isinstance(route, DifferentiableNetwork):
-                return route.call(self, args[0])
+        if (made := served(self, args, kwargs)) is not None:
+            return made
         with reference.right_weight_norm(self):
             return cls.forward(self, *args, **kwargs)  # which may have been set anew
 
@@ -125,6 +138,46 @@ def _routed(cls: Any) -> Any:
     return own
 
 
+def served(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plain: Callable[[], nn.Module] | None = None,
+) -> Tensor | None:
+    """What ``model(*args, **kwargs)`` returns, from the kernels; None where they do not serve it.
+
+    Args:
+        model: need not have been given to :func:`accelerate`.
+        args, kwargs: of the call.
+        plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
+    """
+    if len(args) != 1 or kwargs or not _can(model, args[0]):
+        return None
+    if (
+        before := _resting.get(model)
+    ) is not None:  # without a look at the form, which plain PyTorch does not need
+        if before.resting():
+            return None
+        _resting.pop(model, None)
+    route = _route(model, args[0], plain)
+    if not isinstance(route, DifferentiableNetwork):
+        return None
+    if route.resting():
+        _resting[model] = route
+        return None
+    return route.call(model, args[0])
+
+
+def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
+    """:func:`mamlpp_fast.functional_call` of one argument, from the kernels where they serve it (on a CPU)."""
+    with reference.swapped(model, tensors):
+        own = (
+            isinstance(x, Tensor) and x.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+        )
+        made = served(model, (x,), {}) if own else None
+        return model(x) if made is None else made
+
+
 def _new(cls: Any, *args: Any) -> nn.Module:
     """For pickle, which finds a class by its name."""
     own = _routed(cls)
@@ -139,7 +192,6 @@ def _can(model: nn.Module, x: Any) -> bool:
         and x.ndim > 1
         and len(x) > 0
         and x.layout is torch.strided
-        and not x.requires_grad
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled(x.device.type)
@@ -154,18 +206,19 @@ def _can(model: nn.Module, x: Any) -> bool:
     )
 
 
-def _route(model: nn.Module, x: Tensor) -> _Route:
+def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -> _Route:
     form = form_of(model)
-    key = (type(model).__mro__[1], x.shape, x.dtype, x.device, model.training, form)
+    key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, form)
     with _lock:
         if key in _routes:
             _routes.move_to_end(key)
             return _routes[key]
-        if _unsettled.get(model, 0) >= _TRIES:
+        refused = _unsettled.setdefault(model, Counter())
+        if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")
-        route = _made(model, x)
+        route = _made(model if plain is None else plain(), x)
         if isinstance(route, _Refusal):
-            _unsettled[model] = _unsettled.get(model, 0) + 1
+            refused[key[:-1]] += 1
         _routes[key] = route
         while len(_routes) > _KEPT:
             _routes.popitem(last=False)
@@ -184,8 +237,10 @@ def _made(model: nn.Module, x: Tensor) -> _Route:
         return _Refusal(f"expected parameters in float32 or float64, got {tensors[0].dtype}")
     if x.dtype != tensors[0].dtype and x.is_floating_point():
         return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {x.dtype}")
-    if any(isinstance(m, reference.PerStepBatchNorm2d) for m in model.modules()):
-        return _Refusal("per-step batch norms have a step, which a call does not name")
+    if any(
+        getattr(m, "plain", False) for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)
+    ):
+        return _Refusal("its batch norms are to run PyTorch's own operations")
     for name, value in ((n, t) for m in model.modules() for n, t in vars(m).items() if n not in _OWN):
         if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(value)):
             return _Refusal(f"the attribute {name} is no parameter and takes a gradient")

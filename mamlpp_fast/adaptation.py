@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamlpp_fast import accelerated
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.reference import LossFn, support_gradients
 
@@ -95,7 +96,9 @@ def inner_steps(
     fast = _own(model, rates)
     second_order = not first_order
     for k in range(steps):
-        grads = support_gradients(model, fast, support_x, support_y, k, loss_fn, second_order)
+        grads = support_gradients(
+            model, fast, support_x, support_y, k, loss_fn, second_order, call=accelerated.functional_call
+        )
         fast = rates(fast, dict(zip(fast, grads, strict=True)), k)
         yield fast
 

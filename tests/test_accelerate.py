@@ -210,10 +210,10 @@ def test_memory_is_used_again() -> None:
     _, model = pair(conv_net)
     textbook(model)
     (route,) = module._routes.values()
-    made = route._lanes  # type: ignore[union-attr]
+    made = route.sections.lanes  # type: ignore[union-attr]
     for _ in range(3):
         textbook(model)
-    assert route._lanes == made == len(route.free)  # type: ignore[union-attr]
+    assert route.sections.lanes == made == len(route.sections.free)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["conv", "gelu", "own parameters"])

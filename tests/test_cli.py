@@ -57,8 +57,9 @@ def test_train_ends_with_an_accuracy_and_the_paths(
     assert any(
         "95 % interval over 7 tasks; 2-way 1-shot, 2 target images a class, single model" in x for x in lines
     )
-    assert lines[-5].startswith("test accuracy ")
-    for line in lines[-4:]:
+    assert lines[-6].startswith("test accuracy ")
+    assert lines[-1] == f"its page: mamlpp-fast report {out}"
+    for line in lines[-5:-1]:
         assert Path(line.strip()).exists()
     assert main(train_command(data, out, epochs=1)) == 0
     assert "finished after 3 iterations" in capsys.readouterr().out

@@ -114,6 +114,24 @@ def test_library_outlives_the_compiler(package: Path, cache: Path) -> None:
     assert _probe(package, cache, CXX="missing-g++")[0][0] == "True"
 
 
+@needs_compiler
+def test_a_wheels_library_needs_no_compiler(package: Path, cache: Path, tmp_path: Path) -> None:
+    """One for this version of torch; where there is none that loads, it is built as ever."""
+    root = shutil.copytree(package, tmp_path / "package")
+    built = next(cache.rglob("*.so"))
+    version = ".".join(torch.__version__.split(".")[:2])
+    for name in (version, "1.0"):
+        folder = root / "mamlpp_fast" / "_lib" / name
+        folder.mkdir(parents=True)
+        shutil.copy2(built, folder)
+    words, _, _ = _probe(root, tmp_path / "cache", PATH="")
+    assert words[0] == "True"
+    assert Path(words[2]) == root / "mamlpp_fast" / "_lib" / version / built.name
+    Path(words[2]).write_bytes(b"no library")
+    words, reason, _ = _probe(root, tmp_path / "cache", PATH="")
+    assert (words[0], reason) == ("False", "not built: no C++ compiler (g++ or clang++) on PATH")
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

@@ -341,7 +341,7 @@ def test_mistakes(
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["report", str(tmp_path)]) == 2
-    assert "expected plotly, as `pip install 'mamlpp_fast[report]'`" in capsys.readouterr().err
+    assert "expected plotly, which comes with the package" in capsys.readouterr().err
 
 
 def test_long_runs_have_thinned_tables() -> None:

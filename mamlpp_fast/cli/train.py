@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import sys
 import zlib
 from contextlib import nullcontext
@@ -127,4 +128,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"test accuracy {100 * summary['test_accuracy']:.2f} %{spread}; wrote:")
     for path in ("summary.json", "metrics.jsonl", "config.json", "checkpoints"):
         print(f"  {out / path}")
+    print(f"its page: mamlpp-fast report {shlex.quote(str(out))}")
     return 0

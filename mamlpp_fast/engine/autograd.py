@@ -7,6 +7,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast import accelerated
 from mamlpp_fast._modes import float32_products
 from mamlpp_fast.adaptation import inner_steps
 from mamlpp_fast.engine.fused.transfer import Gradients
@@ -14,7 +15,7 @@ from mamlpp_fast.engine.graph import graphed
 from mamlpp_fast.engine.reference import attention_note
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, functional_call, set_eval_stats
+from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, set_eval_stats
 
 __all__ = ["AutogradEngine"]
 
@@ -76,7 +77,7 @@ class AutogradEngine:
         for k, fast in enumerate(loop):
             if step_weights is None and k < steps - 1:
                 continue
-            prediction = functional_call(self.model, fast, (task.target_x,))
+            prediction = accelerated.functional_call(self.model, fast, task.target_x)
             loss = self.loss_fn(prediction, task.target_y)
             total = total + (loss if step_weights is None else step_weights[k] * loss)
         return total, prediction
@@ -98,7 +99,7 @@ class AutogradEngine:
                 ):
                     set_eval_stats(self.model, stats)
                     with torch.no_grad():
-                        after_each.append(functional_call(self.model, fast, (task.target_x,)))
+                        after_each.append(accelerated.functional_call(self.model, fast, task.target_x))
                     set_eval_stats(self.model, "batch")
             predictions.append(torch.stack(after_each))
         return torch.stack(predictions, dim=1)

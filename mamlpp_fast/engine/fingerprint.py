@@ -41,6 +41,8 @@ _ENTRIES = 1000
 
 # PyTorch's own bookkeeping in a module; what matters of it is read otherwise.
 _PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_flat_weights_names"}
+# Likewise that of compat.higher's functional modules, whose weights are others in every step.
+_PLUMBING |= {"_fast_root_ref", "_fast_indices", "_fast_params", "_fast_places", "_fast_recurrent"}
 # What engines set in every pass.
 _CONTROLS = frozenset({"step", "eval_stats", "plain"})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -116,7 +118,11 @@ class _Reader:
             key.append(name)
             if child is not None:
                 self.child(child)
-        skipped = _PLUMBING | _CONTROLS if isinstance(module, PerStepBatchNorm2d) else _PLUMBING
+        skipped = _PLUMBING
+        if isinstance(module, PerStepBatchNorm2d):
+            skipped = _PLUMBING | _CONTROLS
+            if self.form:  # of one call; its step is read when it is made
+                key += (module.eval_stats, getattr(module, "plain", False))
         for name, value in state.items():
             if name not in skipped:
                 key.append(name)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
+from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.lslr import LSLR
@@ -134,12 +135,13 @@ def check_evaluation(
     return True
 
 
-def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor) -> None:
+def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: frozenset[str]) -> None:
     """Compares a call as one operation, its gradients, their derivatives along a direction and running statistics.
 
     Args:
         net: of the model in float64.
         x: examples.
+        wanted: names that the first gradients are taken by; the second are by all.
 
     Raises:
         Unsupported: names what differs by more than 1e-6 of its largest value, or that nothing could be told.
@@ -148,20 +150,23 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor) -> None:
     def waves(t: Tensor) -> Tensor:
         return torch.arange(1.0, t.numel() + 1, dtype=torch.float64, device=t.device).cos().view(t.shape)
 
-    def derivatives(y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = (*net.names, *net.inert)
-        parameters = [held[name] for name in names]
+    def derivatives(x: Tensor, y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        by = {name: held[name] for name in (*net.names, *net.inert) if name not in net.constants}
+        if net.inputs:
+            by["the examples"] = x
+        whole = wanted == net.everything
+        names = [n for n in by if whole or n in wanted or (n == "the examples" and EXAMPLES in wanted)]
         loss = (y * waves(y)).sum() + 0.5 * y.square().sum()
-        found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss, [by[n] for n in names], create_graph=True, allow_unused=True)
         first = []
         for name, g in zip(names, found, strict=True):
             if g is None:  # plain PyTorch gives none, and an operation zeros, which an optimiser may decay by
                 raise Unsupported(name, "is read by the forward, but takes part in no gradient")
             first.append(g)
         along = torch.stack([(g * waves(g)).sum() for g in first]).sum()
-        second = torch.autograd.grad(along, parameters, allow_unused=True)
+        second = torch.autograd.grad(along, list(by.values()), allow_unused=True)
         made = {"output": y.detach()} | {n: g.detach() for n, g in zip(names, first, strict=True)}
-        for name, p, h in zip(names, parameters, second, strict=True):
+        for (name, p), h in zip(by.items(), second, strict=True):
             made[f"{name}, second order"] = _or_zero(h, p)
         return made | {name: held[name] for name, _ in model.named_buffers()}
 
@@ -171,13 +176,14 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor) -> None:
         for ours in (False, True):
             held = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
             held |= {name: t.requires_grad_() for name, t in held.items() if name in (*net.names, *net.inert)}
+            given = x.clone().requires_grad_(net.inputs)
             with _reference(model, held), reference.right_second_order(model):
-                y = model(x) if not ours else None
+                y = model(given) if not ours else None
             if ours:
                 with reference.swapped(model, held):
-                    y = net.call(model, x)
+                    y = net.call(model, given)
             assert y is not None
-            results.append(derivatives(y, held))
+            results.append(derivatives(given, y, held))
     expected, found = results
     if not all(bool(torch.isfinite(t).all()) for t in expected.values()):
         raise Unsupported(type(model).__name__, "its results are not finite, which cannot be checked")

@@ -144,17 +144,19 @@ def support_gradients(
     step: int,
     loss_fn: LossFn,
     second_order: bool,
+    call: Callable[[nn.Module, Mapping[str, Tensor], Tensor], Any] = functional_call,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the support loss by the fast weights, in their order; None for those without part in it.
 
-    Leaves the model's per-step norms at ``step``, whose target pass follows.
+    ``call`` gives the prediction, of the model, its fast weights and the inputs. Leaves the model's per-step norms at
+    ``step``, whose target pass follows.
 
     Raises:
         ValueError: at step 0, for a forward that uses ``torch.utils.checkpoint``.
     """
     set_step(model, step)
     with right_second_order(model, second_order):
-        loss = loss_fn(functional_call(model, fast, (support_x,)), support_y)
+        loss = loss_fn(call(model, fast, support_x), support_y)
         if step == 0:
             check_recomputation(loss)
         return torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)

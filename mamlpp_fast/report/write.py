@@ -64,8 +64,6 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ValueError(
-            f"report: expected plotly, as `pip install 'mamlpp_fast[report]'` installs it; {error}"
-        ) from error
+        raise ValueError(f"report: expected plotly, which comes with the package; {error}") from error
     script: str = get_plotlyjs()
     return script

@@ -17,16 +17,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mamlpp_fast.accelerated import served
 from mamlpp_fast.compat.higher._batch_norm import FUSED
 from mamlpp_fast.reference import right_weight_norm
 
-__all__ = ["FunctionalModule", "functional_tree"]
+__all__ = ["FunctionalModule", "functional_tree", "plain_tree"]
+
+OWN = ("_fast_", "_track_higher_grads")
+"""How the attributes begin that a module of a functional tree has beside the original's."""
 
 
 class InnerModule(nn.Module):
     """What every module of a functional tree can do beyond its own class."""
 
     _fast_root_ref: Callable[[], FunctionalModule | None]
+    _mamlpp_fast_routed = True  # computes what the class behind it does
     _fast_indices: dict[str, int]
     """Where in the root's fast weights each of the module's own parameters is."""
 
@@ -72,9 +77,17 @@ class FunctionalModule(InnerModule):
     _fast_params: list[list[Tensor]] | None
     _fast_places: list[tuple[dict[str, Any], str, int]]
     _fast_recurrent: list[nn.Module]
+    _fast_fused: bool
+    _mamlpp_fast_routed = True
     _track_higher_grads: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+        if params is not None:
+            self.update_params(params)
+        if self._fast_fused and self._fast_params is not None:
+            made = served(self, args, kwargs, lambda: plain_tree(self))
+            if made is not None:
+                return made
         with right_weight_norm(self):
             return super().forward(*args, **kwargs)
 
@@ -172,9 +185,44 @@ def functional_tree(module: nn.Module, fused: bool) -> FunctionalModule:
         part.__dict__["_fast_root_ref"] = reference
     recurrent = [part for part in copier.made.values() if "_flat_weights_names" in part.__dict__]
     root.__dict__.update(
-        _fast_params=None, _fast_places=copier.places, _fast_recurrent=recurrent, _track_higher_grads=True
+        _fast_params=None,
+        _fast_places=copier.places,
+        _fast_recurrent=recurrent,
+        _fast_fused=fused,
+        _track_higher_grads=True,
     )
     return root
+
+
+def plain_tree(module: nn.Module, made: dict[int, Any] | None = None) -> nn.Module:
+    """The tree of the original classes behind a functional one, over constants of the latest fast weights' values."""
+    made = {} if made is None else made
+    if id(module) in made:
+        known: nn.Module = made[id(module)]
+        return known
+    kind: Any = getattr(type(module), "_fast_original", type(module))
+    new: nn.Module = kind.__new__(kind)
+    made[id(module)] = new
+    state = {name: value for name, value in vars(module).items() if not name.startswith(OWN)}
+    new.__dict__.update(state)
+    new.__dict__["_parameters"] = {
+        name: None if p is None else _leaf(p, made) for name, p in module._parameters.items()
+    }
+    if "_flat_weights_names" in state:
+        held = new._parameters
+        new.__dict__["_flat_weights"] = [held.get(n) for n in state["_flat_weights_names"]]
+    new.__dict__["_modules"] = {
+        name: child if child is None else plain_tree(child, made) for name, child in module._modules.items()
+    }
+    return new
+
+
+def _leaf(p: Tensor, made: dict[int, Any]) -> nn.Parameter:
+    """A parameter of this value, the same one for a tensor that is held in two places."""
+    if id(p) not in made:
+        made[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+    leaf: nn.Parameter = made[id(p)]
+    return leaf
 
 
 class _Copier:

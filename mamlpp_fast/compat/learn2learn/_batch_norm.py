@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from mamlpp_fast import ops
-from mamlpp_fast.engine.fused.differentiable import RECORDED_UNDER, plainly
+from mamlpp_fast.engine.fused.derivatives import RECORDED_UNDER, plainly
 
 __all__ = [
     "FusedBatchNorm1d",

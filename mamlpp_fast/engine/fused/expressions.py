@@ -37,6 +37,12 @@ class Expressions:
         self._name = name
         self._made: dict[Node, _Results] = {}
 
+    def fork(self) -> Expressions:
+        """One that goes on from what is there, and leaves this as it is."""
+        other = Expressions(self._em, self._given, self._name)
+        other._made = dict(self._made)
+        return other
+
     def give(self, name: str, ref: Ref) -> None:
         """A further leaf."""
         self._given[name] = ref

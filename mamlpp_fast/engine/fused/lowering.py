@@ -57,6 +57,8 @@ def lower(
     model: nn.Module,
     adapted: frozenset[str],
     running: bool = False,
+    *,
+    any_shape: bool = False,
 ) -> Network:
     """The network of a recording, step after step an operation.
 
@@ -65,11 +67,12 @@ def lower(
         model: gives the shapes of the parameters.
         adapted: names of the parameters that the inner loop adapts.
         running: whether per-step batch norms normalise with their running statistics.
+        any_shape: whether the output may be other than predictions [N, ways]; it has the model's own layout then.
 
     Raises:
         Unsupported: names the first call that cannot be a step.
     """
-    return Lowering(recording, model, adapted, running).run()
+    return Lowering(recording, model, adapted, running).run(any_shape)
 
 
 class Lowering:
@@ -104,19 +107,19 @@ class Lowering:
         shape = recording.shapes[0]
         self.shapes[0] = (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
-    def run(self) -> Network:
+    def run(self, any_shape: bool) -> Network:
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
             self._lower(op, other)
         statistics = [n.statistics for n in self.norms.values() if n.statistics is not None]
         if sorted(self.recording.counted) != sorted(s.counted for s in statistics if s.counted is not None):
             raise Unsupported(self.recording.counted[0], "is counted otherwise than once by a batch norm")
         shape = self.recording.shapes.get(self.recording.output)
-        if shape is None or len(shape) != 1:
+        if shape is None or (len(shape) != 1 and not any_shape):
             sizes = "" if shape is None else f", got [{', '.join(map(str, ('N', *shape)))}]"
             raise Unsupported("output", f"expected predictions [N, ways]{sizes}")
         last = Call(self.recording.operations[-1], self)
-        output = self.value(last, Value(self.recording.output))
-        if output in self.grids:
+        output = self.value(last, Value(self.recording.output)) if len(shape) == 1 else None
+        if output is None or output in self.grids:
             output = self.settled(last, self.native(last, self.recording.output))
         return Network(
             self._read(output),

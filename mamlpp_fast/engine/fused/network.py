@@ -98,9 +98,9 @@ class Network:
             lines.append(f"{step.name:<24} {step.kind:<24} {inputs:<10} {shape:<14} {values:>10}  {names}")
         return "\n".join(lines)
 
-    def depends(self, params: frozenset[str]) -> frozenset[int]:
-        """Values whose gradient reaches any of these parameters."""
-        found: set[int] = set()
+    def depends(self, params: frozenset[str], values: frozenset[int] = frozenset()) -> frozenset[int]:
+        """Values whose gradient reaches any of these parameters or values, the latter themselves among them."""
+        found = set(values)
         for step in self.steps:
             if step.constant:
                 continue

@@ -8,6 +8,7 @@ the bytes the iteration needs, before anything runs. :meth:`Program.bind` turns 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -349,7 +350,7 @@ class Emitter:
         self._constants: dict[float, Ref] = {}
         self._operands: dict[int, tuple[Ref, Ref]] = {}
         self._once: dict[Hashable, Any] = {}
-        self._kept = 0
+        self._kept: list[tuple[int, int, int | None]] = []
 
     def new(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Ref:
         """A buffer in the workspace, alive from the first call that names it to the last."""
@@ -411,14 +412,34 @@ class Emitter:
             total = out
         return total
 
-    def keep(self) -> None:
-        """What the calls so far name stays alive to the end of the program, which may run in parts."""
-        self._kept = len(self._instructions)
+    def here(self) -> int:
+        """The number of the next call."""
+        return len(self._instructions)
+
+    def keep(self, begin: int = 0, end: int | None = None, until: int | None = None) -> None:
+        """What these calls name first, all so far by default, stays alive: a program may run in parts.
+
+        Args:
+            begin, end: of the calls.
+            until: a later call, up to which; by default to the end of the program.
+        """
+        self._kept.append((begin, self.here() if end is None else end, until))
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What calls within it compute is not known (:meth:`once`, :meth:`operand`) to those behind it."""
+        before = dict(self._once), dict(self._operands)
+        try:
+            yield
+        finally:
+            self._once, self._operands = before
 
     def finish(self) -> Program:
-        for b in self._buffers:
-            if 0 <= b.first < self._kept:
-                b.last = len(self._instructions)
+        for begin, end, until in self._kept:
+            last = len(self._instructions) if until is None else until
+            for b in self._buffers:
+                if begin <= b.first < end:
+                    b.last = max(b.last, last)
         used = [b for b in self._buffers if b.owned or b.first >= 0]
         nbytes = place([b for b in used if not b.owned])
         return Program(self._instructions, used, nbytes)

@@ -1,0 +1,268 @@
+"""A call as a node of autograd's graph: what its passes leave with the kernels, and what goes PyTorch's own way."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mamlpp_fast import reference
+from mamlpp_fast.engine.fused.sections import EXAMPLES
+
+if TYPE_CHECKING:
+    from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, Held
+
+__all__ = ["RECORDED_UNDER", "Forward", "Lease", "as_recorded", "paused", "plain", "plainly", "runs"]
+
+
+RECORDED_UNDER: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
+"""Of modules that compute by operations of ours what PyTorch's do: within these they go PyTorch's way."""
+
+
+@contextlib.contextmanager
+def as_recorded() -> Iterator[None]:
+    """Within it modules compute as they were recorded: by PyTorch's own operations."""
+    with contextlib.ExitStack() as stack:
+        for context in RECORDED_UNDER:
+            stack.enter_context(context())
+        yield
+
+
+class Lease:
+    """Holds a place until autograd has no more use for it."""
+
+    def __init__(self, net: DifferentiableNetwork) -> None:
+        self.net = net
+        self.place = net.take()
+
+    def __del__(self) -> None:
+        if self.net.sections is self.place.sections:  # else others have been written, with more parts
+            self.net.sections.free.append(self.place)
+
+
+class Forward(torch.autograd.Function):
+    """The output, and a token that nobody sees; running statistics follow.
+
+    The token leads from a backward pass to this node, so that autograd comes here after it has differentiated that
+    pass: a loss is no linear function of the output as a rule, so that it would as well, and both are one pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        net: DifferentiableNetwork,
+        x: Tensor,
+        tensors: Held,
+        buffers: Mapping[str, Tensor],
+        *parameters: Tensor,
+    ) -> Any:
+        lease = Lease(net)
+        net.load(lease.place, x, buffers, parameters[: len(net.names)])
+        ctx.net, ctx.lease = net, lease
+        ctx.buffers = {n: b.clone() for n, b in buffers.items()}
+        ctx.set_materialize_grads(False)
+        y = lease.place.result.clone()
+        token = y.new_zeros(())
+        ctx.save_for_backward(x, token, *parameters)
+        net.follow(tensors, lease.place.statistics)
+        return y, token
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> Any:
+        net, lease = ctx.net, ctx.lease
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        pending = None if lease is None else lease.place.pending
+        if pending is not None and pending[0] != torch._C._current_graph_task_id():
+            pending = None  # of a pass that ended by an error
+        if gy is None and pending is None:
+            return (None,) * (4 + len(net.given) - 1)
+        x, token, *parameters = ctx.saved_tensors
+        if not keep:
+            # Freed with the saved tensors, not with the result: a list of losses keeps no memory of their passes.
+            ctx.lease = None
+        batched = gy is not None and torch._C._functorch.is_legacy_batchedtensor(gy)
+        found: list[Tensor | None] = []
+        if pending is not None:
+            lease.place.pending = None
+            found = net.second(lease.place, pending[1], None if batched else gy, x, parameters)
+            if not keep:
+                lease.place.busy = False
+        if batched:  # `is_grads_batched`: many gradients in one
+            assert gy is not None
+            more = _plain_backward(net, ctx.buffers, gy, x, parameters)
+            found = [_sum(a, b) for a, b in zip(found, more, strict=True)] if found else more
+        elif pending is None:
+            wanted = net.wanted(ctx)
+            if wanted != net.everything:
+                wanted = net.part(wanted)
+            apply: Any = _Backward.apply
+            recorded = torch.is_grad_enabled()
+            # Where its graph is freed, this node is of no more use, and not to be led to.
+            token = token if recorded and keep else None
+            given = net, lease, wanted, recorded, ctx.buffers, gy, token, x, *parameters
+            found = list(apply(*given))
+        moved, *rest = found
+        return None, moved, None, None, *rest
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients of the examples and of all parameters; None for those that are not wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        net: DifferentiableNetwork,
+        lease: Lease,
+        wanted: frozenset[str],
+        recorded: bool,
+        buffers: Mapping[str, Tensor],
+        gy: Tensor,
+        token: Tensor | None,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Any:
+        place = lease.place
+        ctx.shared = token is not None
+        if place.busy or wanted not in place.of:  # or made before these gradients were ever wanted alone
+            lease = Lease(net)
+            place = lease.place
+            net.load(place, x, buffers, parameters[: len(net.names)])
+            ctx.shared = False
+        place.gy.copy_(gy)
+        place.of[wanted].backward()
+        place.busy = recorded
+        ctx.net, ctx.lease, ctx.wanted, ctx.buffers = net, lease, wanted, buffers
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gy, x, *parameters)
+        first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
+        return first, *net.taken_of(wanted, place.gradients, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, along: Tensor | None, *cotangents: Tensor | None) -> Any:
+        gy, x, *parameters = ctx.saved_tensors
+        net, lease = ctx.net, ctx.lease
+        none = (None,) * 5
+        given = [c for c in (along, *cotangents) if c is not None]
+        if not given:
+            return *none, None, None, None, *(None for _ in parameters)
+        batched = any(torch._C._functorch.is_legacy_batchedtensor(c) for c in given)
+        if torch.is_grad_enabled() or batched:
+            net.curved()
+            by_gy, *found = _to_any_order(net, ctx.buffers, gy, x, parameters, (along, *cotangents))
+            return *none, by_gy, None, *found
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not keep:
+            ctx.lease = None
+        place = lease.place
+        net.direct(place, ctx.wanted, along, cotangents)
+        place.of[ctx.wanted].tangent()
+        moved = place.moved.clone()
+        if ctx.shared and runs(ctx.next_functions[1][0]):
+            place.pending = torch._C._current_graph_task_id(), ctx.wanted
+            return *none, moved, None, None, *(None for _ in parameters)
+        found = net.second(place, ctx.wanted, None, x, parameters)
+        if not keep:
+            place.busy = False
+        return *none, moved, None, *found
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _to_any_order(
+    net: DifferentiableNetwork,
+    buffers: Mapping[str, Tensor],
+    gy: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The derivative of the backward pass by PyTorch's own operations: somebody asks for one that has derivatives.
+
+    Args:
+        cotangents: of the examples' gradient and the parameters'.
+
+    Returns:
+        By gy, the examples and the parameters.
+    """
+    # Names of their own, since the gradient may depend on the parameters by ways that lie outside of the call.
+    graph = torch.is_grad_enabled()
+    gy, *given = _renamed((gy, x, *parameters) if net.inputs else (gy, *parameters))
+    x, *parameters = given if net.inputs else (x, *given)
+    # What nobody asked the derivative of is not differentiated by either.
+    first, along = zip(
+        *((t, c) for t, c in zip((x, *parameters), cotangents, strict=True) if c is not None), strict=True
+    )
+    with torch.enable_grad():
+        y = plain(net, buffers, x, parameters)
+        grads = torch.autograd.grad(y, first, gy, create_graph=True)
+    second = torch.autograd.grad(grads, (gy, *given), along, create_graph=graph, allow_unused=True)
+    found = [torch.zeros_like(t) if g is None else g for g, t in zip(second, (gy, *given), strict=True)]
+    return list(found) if net.inputs else [found[0], None, *found[1:]]
+
+
+def _plain_backward(
+    net: DifferentiableNetwork,
+    buffers: Mapping[str, Tensor],
+    gy: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The backward pass by PyTorch's own operations, which take tensors that no kernel of ours does."""
+    graph = torch.is_grad_enabled()
+    own = _renamed((x, *parameters) if net.inputs else parameters)
+    x, *parameters = own if net.inputs else (x, *own)
+    with torch.enable_grad():
+        y = plain(net, buffers, x, parameters)
+    found = torch.autograd.grad(y, own, gy, create_graph=graph)
+    return list(found) if net.inputs else [None, *found]
+
+
+def _renamed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values, to differentiate by; with the graph that leads to them where one is recorded."""
+    graph = torch.is_grad_enabled()
+    return [t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_() for t in tensors]
+
+
+def plain(
+    net: DifferentiableNetwork, buffers: Mapping[str, Tensor], x: Tensor, parameters: Sequence[Tensor]
+) -> Tensor:
+    """The forward pass on these tensors by PyTorch's own operations."""
+    held = dict(zip((*net.names, *net.inert), parameters, strict=True))
+    # One template for all threads.
+    with plainly(), as_recorded(), net.lock, reference.swapped(net.template, held | dict(buffers)):
+        made: Tensor = net.template(x)
+    return made
+
+
+_paused = threading.local()
+
+
+def runs(node: Any) -> bool:
+    """Whether the backward pass that is under way comes to a node of the graph."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient `autograd.grad` returns: torch tells it by an error
+        return True
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Within it the calling thread's models run as PyTorch runs them."""
+    before, _paused.now = paused(), True
+    try:
+        yield
+    finally:
+        _paused.now = before
+
+
+def paused() -> bool:
+    """Whether the calling thread is within :func:`plainly`."""
+    return getattr(_paused, "now", False)

@@ -1,0 +1,228 @@
+"""The passes of a call as sections of one program: forward; backward and its derivative for each set of gradients.
+
+A backward pass that wants the head's gradients alone is another list of calls than one that wants all; both read what
+one forward pass left. As they are never taken after the same forward pass, they lie in the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mamlpp_fast.engine.fused.expressions import Expressions
+from mamlpp_fast.engine.fused.flat import Layout
+from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
+from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref
+from mamlpp_fast.engine.fused.steps import Gradients, Pass
+from mamlpp_fast.engine.fused.steps.base import aten
+
+__all__ = ["EXAMPLES", "Form", "Place", "Sections"]
+
+EXAMPLES = ""
+"""Among names of parameters: the examples, by which a call may be differentiated as well."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Of the calls that sections are written for.
+
+    Attributes:
+        network: lowered with all parameters as slots.
+        names: of the parameters, and ``EXAMPLES`` where these take a gradient too: all that may be differentiated by.
+        images: examples a call.
+    """
+
+    network: Network
+    names: tuple[str, ...]
+    images: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name != EXAMPLES)
+
+
+class Sections:
+    """A program of one form.
+
+    Args:
+        form: of the calls.
+        parts: sets of names whose gradients a backward pass may be asked for, without the others.
+    """
+
+    def __init__(self, form: Form, parts: Sequence[frozenset[str]]) -> None:
+        self.form = form
+        self.parts = tuple(parts)
+        self.free: list[Place] = []
+        self.lanes = 0
+        network, images, dtype = form.network, form.images, form.dtype
+        em = self._em = Emitter(form.device, dtype)
+        shape = network.shapes[network.output]
+        given = dtype if network.dtype.is_floating_point else network.dtype
+        self.x = self._own("examples", 1, images, *network.shapes[0], dtype=given)
+        # Of the examples: their gradient, the direction that they move along, the gradient's derivative.
+        self.beside: list[Ref] = []
+        if EXAMPLES in form.names:
+            self.beside = [self._own(f"{what} of the examples", *self.x.shape) for what in "gds"]
+        # Of the output: its gradient, and how that moves.
+        self.gy, self.gy_dot = (self._own(what, 1, images, *shape) for what in ("gradient", "its tangent"))
+        slots = network.slots()
+        layout = Layout(slots, list(form.parameters), 1, dtype)
+        flats = [self._own(name, layout.size) for name in ("parameters", "gradients", "directions", "second")]
+        self.theta, self.grads, self.directions, self.seconds = map(layout.views, flats)
+        self.moved = self._own("moved", 1, images, *shape)
+        self.statistics: dict[str, tuple[Ref, Ref]] = {}
+        for name in network.norms:
+            channels = network.channels(name)
+            mean, rstd = (self._own(f"{name} {what}", 1, channels) for what in ("mean", "rstd"))
+            self.statistics[name] = mean, rstd
+        self.buffers: dict[str, Ref] = {}
+        for name, b in ((n, b) for step in network.steps for n, b in step.buffers.items()):
+            kind = dtype if b.is_floating_point() else b.dtype
+            self.buffers[name] = em.own(name, torch.zeros_like(b, dtype=kind), each=True)
+        ps = Pass(1, images, 0, self.theta, {}, {0: self.x}, self.statistics, buffers=self.buffers)
+        em.phase = Phase("forward")
+        write_forward(em, network, ps)
+        self.result = ps.values[network.output]
+        em.keep()  # of the forward, for all that follow
+        for i, wanted in enumerate(self.parts):
+            with em.apart():
+                self._part(i, wanted, _forked(ps))
+        self.program = em.finish()
+
+    def _own(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Ref:
+        kind = self.form.dtype if dtype is None else dtype
+        zeros = torch.zeros(shape, dtype=kind, device=self.form.device)
+        return self._em.own(name, zeros, each=True)
+
+    def _part(self, index: int, wanted: frozenset[str], ps: Pass) -> None:
+        """The backward pass to these gradients, and the derivatives of them along directions by everything."""
+        em, network, names = self._em, self.form.network, self.form.names
+        begin = em.here()
+        em.phase = Phase(f"backward {index}")
+        values = _reaching(network, wanted)
+        grads = {name: ref for name, ref in self.grads.items() if name in wanted}
+        first = Gradients(values, wanted, memory=grads)
+        write_backward(em, network, ps, self.gy, first, keep=True)
+        clear_missing(em, first)
+        if EXAMPLES in wanted:
+            self._leave(first, 0)
+        middle = em.here()
+        em.phase = Phase(f"tangent {index}")
+        ps.directions = {name: ref for name, ref in self.directions.items() if name in wanted}
+        if EXAMPLES in wanted:
+            ps.tangents[0] = self.beside[1]
+        write_tangent(em, network, ps, values)
+        if network.output in ps.tangents:
+            em.call(aten.copy_.default, self.moved, ps.tangents[network.output])
+        else:
+            em.call(aten.zero_.default, self.moved)
+        em.phase = Phase(f"second {index}")
+        second = Gradients(_reaching(network, frozenset(names)), frozenset(names), memory=self.seconds)
+        write_backward(em, network, ps, self.gy_dot, second, tangent=True)
+        clear_missing(em, second)
+        if self.beside:
+            self._leave(second, 2)
+        em.keep(begin, middle, em.here())
+
+    def _leave(self, found: Gradients, place: int) -> None:
+        """Leaves the examples' gradient in its place."""
+        terms = found.terms.pop(0, [])
+        if terms:
+            self._em.call(
+                aten.copy_.default, self.beside[place], self._em.sum("gradient of the examples", terms)
+            )
+        else:
+            self._em.call(aten.zero_.default, self.beside[place])
+
+    def take(self) -> Place:
+        place = Place(self, self.lanes)
+        self.lanes += 1
+        return place
+
+
+def _reaching(network: Network, wanted: frozenset[str]) -> frozenset[int]:
+    """Values whose gradient reaches any of these."""
+    return network.depends(wanted, frozenset({0} if EXAMPLES in wanted else ()))
+
+
+def _forked(ps: Pass) -> Pass:
+    """A pass that goes on from another's forward, and leaves that as it is."""
+
+    def own(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(v.fork() if isinstance(v, Expressions) else v for v in value)
+        return value
+
+    saved = {key: own(value) for key, value in ps.saved.items()}
+    return replace(ps, values=dict(ps.values), tangents={}, grads={}, saved=saved)
+
+
+class Part(NamedTuple):
+    """Sections for one set of gradients: the backward pass, and its derivative in two halves.
+
+    Attributes:
+        tangent: from the directions to the output's derivative.
+        second: from how the output's gradient moves to the derivatives of the gradients.
+    """
+
+    backward: Callable[[], None]
+    tangent: Callable[[], None]
+    second: Callable[[], None]
+
+
+class Place:
+    """One call's memory, and the sections on it."""
+
+    def __init__(self, sections: Sections, lane: int) -> None:
+        self.sections = sections
+        program, form = sections.program, sections.form
+        memory = torch.empty(program.workspace_bytes, dtype=torch.uint8, device=form.device)
+        program.lay(lane, memory)
+        self.forward = program.section("forward", lane)
+        self.of = {
+            wanted: Part(
+                *(program.section(f"{what} {i}", lane) for what in ("backward", "tangent", "second"))
+            )
+            for i, wanted in enumerate(sections.parts)
+        }
+        self.x = sections.x.tensor(lane)[0]
+        self.beside = [ref.tensor(lane)[0] for ref in sections.beside]
+        slots = form.network.slots()
+
+        def arranged(refs: Mapping[str, Ref]) -> Iterator[Tensor]:
+            for name in form.parameters:
+                yield slots[name].arranged(refs[name].tensor(lane)[0])
+
+        self.parameters, self.gradients, self.directions, self.seconds = (
+            list(arranged(refs))
+            for refs in (sections.theta, sections.grads, sections.directions, sections.seconds)
+        )
+        self.result = sections.result.tensor(lane)[0]
+        self.gy, self.gy_dot = sections.gy.tensor(lane)[0], sections.gy_dot.tensor(lane)[0]
+        self.moved = sections.moved.tensor(lane)[0]
+        self.statistics = {
+            n: (m.tensor(lane)[0], r.tensor(lane)[0]) for n, (m, r) in sections.statistics.items()
+        }
+        self.buffers = {name: ref.tensor(lane) for name, ref in sections.buffers.items()}
+        # Whether a backward pass has left values here that its own derivative reads.
+        self.busy = False
+        # The backward pass of autograd's, by its number, that has left the tangent pass of these gradients here.
+        self.pending: tuple[int, frozenset[str]] | None = None
+
+    def backward(self) -> None:
+        """The backward pass to all gradients."""
+        self.of[self.sections.parts[0]].backward()
+
+    def double(self) -> None:
+        """The derivative of that, with a gradient of the output that does not move."""
+        part = self.of[self.sections.parts[0]]
+        self.gy_dot.zero_()
+        part.tangent()
+        part.second()
