@@ -76,8 +76,13 @@ def aligned(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
 
 
+def each_task(row: Tensor, tasks: int) -> Tensor:
+    """A row [C] as it is, rows [R, C] as [T, C]: each is that of T / R neighbouring tasks."""
+    return row if row.dim() == 1 else row.repeat_interleave(tasks // row.shape[0], 0)
+
+
 def directions(rows: Sequence[Tensor | None], like: Tensor) -> tuple[bool, list[Tensor]]:
-    """Tangents of γ and β, [C], [T, C] or None, as kernels take them.
+    """Tangents of γ and β, [C], [R, C] or None, as kernels take them.
 
     Returns:
         Whether one of them moves, and each of the shape [T, C] and type of `like`, aligned, zero for one that does not
@@ -86,7 +91,9 @@ def directions(rows: Sequence[Tensor | None], like: Tensor) -> tuple[bool, list[
     if all(row is None for row in rows):
         return False, [like] * len(rows)
     wide = (
-        torch.zeros_like(like) if row is None else row.to(like.dtype).expand(like.shape).contiguous()
+        torch.zeros_like(like)
+        if row is None
+        else each_task(row.to(like.dtype), len(like)).expand(like.shape).contiguous()
         for row in rows
     )
     return True, aligned(wide)

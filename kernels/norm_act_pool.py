@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, directions, launch_options, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, directions, each_task, launch_options, split
 
 _PIECES = 32
 _WARPS = 4
@@ -53,7 +53,7 @@ class _Launch:
         self.sizes |= {f"{n}_ptr": tasks * channels for n in ("mean", "rstd", "ggamma", "gbeta", "r", "t")}
         if pool:
             self.sizes["index_ptr"] = tasks * out * channels
-        gamma, beta = torch.broadcast_tensors(_wide(gamma, mean), _wide(beta, mean))
+        gamma, beta = torch.broadcast_tensors(*(each_task(_wide(row, mean), tasks) for row in (gamma, beta)))
         self.gamma, self.beta = gamma.contiguous(), beta.contiguous()
         self.arguments: dict[str, Any] = {
             "C": channels, "H": height, "W": width, "M": rows, "Mo": out, "T": tasks, "S": pieces, "piece": piece,

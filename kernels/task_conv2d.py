@@ -31,7 +31,8 @@ _SIZES = [
     "KW",
     "TAPS",
     "stride",
-    "padding",
+    "pad_y",
+    "pad_x",
     "T",
     "S",
     "piece",
@@ -65,8 +66,8 @@ def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride, padding,
-             TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride, pad_y,
+             pad_x, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Convolution of a [T, images, IH, IW, CA] with w, or (TRANSPOSED) its adjoint; out is [T, images, OH, OW, CB].
 
@@ -93,15 +94,15 @@ def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA
                 tap = tile // blocks
                 c = tile % blocks * BK + tl.arange(0, BK)
                 real = c < CA
-                y, row_inside = _source(i, tap // KW, padding, stride, IH, TRANSPOSED)
-                x, column_inside = _source(j, tap % KW, padding, stride, IW, TRANSPOSED)
+                y, row_inside = _source(i, tap // KW, pad_y, stride, IH, TRANSPOSED)
+                x, column_inside = _source(j, tap % KW, pad_x, stride, IW, TRANSPOSED)
             else:
                 k = tile * BK + tl.arange(0, BK)
                 tap = k // CA
                 c = k % CA
                 real = tap < TAPS
-                y, row_inside = _source(i, (tap // KW)[None, :], padding, stride, IH, TRANSPOSED)
-                x, column_inside = _source(j, (tap % KW)[None, :], padding, stride, IW, TRANSPOSED)
+                y, row_inside = _source(i, (tap // KW)[None, :], pad_y, stride, IH, TRANSPOSED)
+                x, column_inside = _source(j, (tap % KW)[None, :], pad_x, stride, IW, TRANSPOSED)
             pixel = (n[:, None] * IH + y) * IW + x
             inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
             left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
@@ -117,7 +118,7 @@ def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA
 
 @triton.jit(do_not_specialize=_SIZES)
 def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride,
-                    padding, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                    pad_y, pad_x, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Sum over `piece` rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [S, T, TAPS, CA, CB].
 
@@ -152,8 +153,8 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, out_ptr, pairs, M, OH, OW, IH,
         g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
         for first in range(s * piece, stop, BK):
             m = first + tl.arange(0, BK)
-            i, row_inside = _source((m % (OH * OW) // OW)[:, None], tap_row, padding, stride, IH, False)
-            j, column_inside = _source((m % OW)[:, None], tap_column, padding, stride, IW, False)
+            i, row_inside = _source((m % (OH * OW) // OW)[:, None], tap_row, pad_y, stride, IH, False)
+            j, column_inside = _source((m % OW)[:, None], tap_column, pad_x, stride, IW, False)
             pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
             inside = row_inside & column_inside & (m < stop)[:, None] & real[None, :]
             left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
@@ -253,7 +254,7 @@ def _operands(
 
 
 def _geometry(x: Tensor, w: Tensor, y: Tensor, stride: int, padding: int) -> tuple[int, ...]:
-    """Tasks, images, H, W, Ci, Ho, Wo, Co, kw and taps of a convolution x * w = y.
+    """Tasks, images, H, W, Ci, Ho, Wo, Co, kw, taps, padding of rows and of columns of a convolution x * w = y.
 
     Raises:
         ValueError: shapes do not belong together or a task has 2**31 elements or more.
@@ -265,7 +266,8 @@ def _geometry(x: Tensor, w: Tensor, y: Tensor, stride: int, padding: int) -> tup
         )
     tasks, images, height, width, ci = x.shape
     kh, kw, co = w.shape[1], w.shape[2], w.shape[4]
-    size = [(s + 2 * padding - k) // stride + 1 for s, k in ((height, kh), (width, kw))]
+    pads = padding if kh > 1 else 0, padding if kw > 1 else 0
+    size = [(s + 2 * p - k) // stride + 1 for s, p, k in zip((height, width), pads, (kh, kw), strict=True)]
     if tuple(w.shape[::3]) != (tasks, ci) or tuple(y.shape) != (tasks, images, *size, co):
         raise ValueError(
             f"task_conv2d: expected output {(tasks, images, *size, co)} of {tuple(x.shape)} and {tuple(w.shape)}, "
@@ -273,7 +275,7 @@ def _geometry(x: Tensor, w: Tensor, y: Tensor, stride: int, padding: int) -> tup
         )
     if max(x[0].numel(), y[0].numel(), w[0].numel()) >= 2**31:
         raise ValueError(f"x: expected fewer than 2**31 elements a task, got {tuple(x.shape)}")
-    return tasks, images, height, width, ci, *size, co, kw, kh * kw
+    return tasks, images, height, width, ci, *size, co, kw, kh * kw, *pads
 
 
 def _dense(ci: int, co: int) -> bool:
@@ -284,9 +286,9 @@ def forward(
     x: Tensor, w: Tensor, x2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d`` of ``mamlpp_fast.ops``; all tensors contiguous."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps = _geometry(x, w, out, stride, padding)
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, out, stride, padding)
     tensors, pairs = _operands(x, w, x2, w2, out)
-    sizes = (pairs, images * oh * ow, oh, ow, height, width, ci, co, kw, taps, stride, padding)
+    sizes = (pairs, images * oh * ow, oh, ow, height, width, ci, co, kw, taps, stride, *pads)
     _launch_product(tensors, out, sizes, tasks, transposed=False)
 
 
@@ -294,9 +296,9 @@ def to_input(
     g: Tensor, w: Tensor, g2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d_to_input``."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps = _geometry(out, w, g, stride, padding)
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(out, w, g, stride, padding)
     tensors, pairs = _operands(g, w, g2, w2, out)
-    sizes = (pairs, images * height * width, height, width, oh, ow, co, ci, kw, taps, stride, padding)
+    sizes = (pairs, images * height * width, height, width, oh, ow, co, ci, kw, taps, stride, *pads)
     _launch_product(tensors, out, sizes, tasks, transposed=True)
 
 
@@ -316,7 +318,7 @@ def to_weight(
     x: Tensor, g: Tensor, x2: Tensor | None, g2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d_to_weight``; the pixels of a task are cut into at most 32 pieces where programs are few."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps = _geometry(x, out, g, stride, padding)
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, out, g, stride, padding)
     tensors, pairs = _operands(x, g, x2, g2, out)
     dtype, rows = tensors[0].dtype, images * oh * ow
     tile = _tile(dtype, _dense(ci, co), _precision(dtype), weight=True)
@@ -327,7 +329,7 @@ def to_weight(
     wide = accumulator(dtype)[0]
     whole = pieces == 1 and out.dtype == wide
     parts = out if whole else out.new_empty(pieces, out.numel(), dtype=wide)
-    sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, padding, tasks, pieces, piece)
+    sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, *pads, tasks, pieces, piece)
     _weight_product[blocks, columns, tasks * pieces](
         *tensors, parts, *sizes, **tile.constants, **tile.options
     )

@@ -101,6 +101,7 @@ def flat(*inner: nn.Module, features: int, size: int) -> nn.Module:
 
 FEATURES, SEQUENCE, IMAGES, TOKENS = (4,), (5, 4), (2, 6, 6), (7,)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "softplus": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, WAYS)), FEATURES),
     "gelu": (lambda: nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, WAYS)), FEATURES),
     "siren": (
         lambda: Calls(
@@ -295,6 +296,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         FEATURES,
     ),
 }
+# Networks all of whose operations have rules of their own by now: the textbook holds for these as well.
+RULED = {"gelu", "siren", "batchnorm1d", "conv1d", "conv5x5", "transposed", "groupnorm", "instancenorm"}
 SETTINGS: dict[str, Any] = {
     "steps": 2,
     "inner_lr": 0.1,
@@ -365,7 +368,7 @@ def generic(learner: mf.MAMLPlusPlus) -> list[str]:
 def test_the_textbook(name: str) -> None:
     learner, book, batch = pair(name)
     compare(learner, book, batch)
-    assert generic(learner)
+    assert bool(generic(learner)) == (name not in RULED)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -379,7 +382,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["gelu", "attention", "dilated", "tied"])
+@pytest.mark.parametrize("name", ["softplus", "gelu", "attention", "dilated", "tied"])
 def test_every_form_of_the_sweep(name: str, change: str) -> None:
     compare(*pair(name, **CHANGES[change]))
 
@@ -467,15 +470,15 @@ def test_a_rule_that_is_wrong_is_caught_by_the_first_batch(monkeypatch: pytest.M
         return second(self, directions, gy, gy_dot)
 
     monkeypatch.setattr(Traced, "second", scaled)
-    learner, _, batch = pair("gelu")
+    learner, _, batch = pair("softplus")
     with pytest.raises(ValueError, match=r"meta-gradient that is .* off the reference loop's"):
         learner.meta_gradient(mf.EpisodeBatch(*batch, by_class=False))
 
 
 def test_explain_names_generic_steps() -> None:
-    learner, _, batch = pair("gelu")
+    learner, _, batch = pair("softplus")
     learner.meta_gradient(mf.EpisodeBatch(*batch, by_class=False))
-    assert "generic gelu" in learner.explain()
+    assert "generic softplus" in learner.explain()
 
 
 def test_what_cannot_be_one_program_goes_to_autograd() -> None:

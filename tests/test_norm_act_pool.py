@@ -40,11 +40,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def plain(z: Tensor, gamma: Tensor, beta: Tensor, slope: float, pool: bool) -> Tensor:
+def plain(z: Tensor, gamma: Tensor, beta: Tensor, slope: float, pool: bool, group: int = 1) -> Tensor:
     """The composite of PyTorch's own operations, task by task; γ and β are [T, C]."""
     tasks = []
     for task, weight, bias in zip(z, gamma, beta, strict=True):
-        y = F.batch_norm(task.permute(0, 3, 1, 2), None, None, weight, bias, True, 0.0, EPS)
+        images = task.permute(0, 3, 1, 2)
+        if group == 1:
+            y = F.batch_norm(images, None, None, weight, bias, True, 0.0, EPS)
+        else:  # all images of a task as rows of one
+            one = images.transpose(0, 1).flatten(1, 2)[None]
+            y = F.group_norm(one, z.shape[-1] // group, weight, bias, EPS)
+            y = y[0].unflatten(1, images.shape[::2]).transpose(0, 1)
         y = F.leaky_relu(y, slope)
         tasks.append((F.max_pool2d(y, 2) if pool else y).permute(0, 2, 3, 1))
     return torch.stack(tasks)
@@ -63,14 +69,17 @@ class Case:
         dtype: torch.dtype = torch.float64,
         offset: float = 0.0,
         moving: tuple[str, ...] = (),
+        group: int = 1,
+        each: int = 1,
     ) -> None:
         tasks, channels = shape[0], shape[-1]
         small = output_shape(shape, pool)
-        rows = (tasks, channels) if per_task else (channels,)
+        rows = (tasks // each, channels) if per_task else (channels,)
+        self.group, self.each = group, each
         self.z, self.u = torch.randn(shape, dtype=dtype) + offset, torch.randn(shape, dtype=dtype)
         self.gy, self.gy_dot = torch.randn(small, dtype=dtype), torch.randn(small, dtype=dtype)
         self.gamma, self.beta = torch.randn(rows, dtype=dtype), torch.randn(rows, dtype=dtype)
-        dots = {name: torch.randn(tasks, channels, dtype=dtype) for name in moving}
+        dots = {name: torch.randn(tasks // each, channels, dtype=dtype) for name in moving}
         self.gamma_dot, self.beta_dot = dots.get("gamma"), dots.get("beta")
         self.pool, self.slope = pool, slope
         self.small, self.rows = small, (tasks, channels)
@@ -78,8 +87,12 @@ class Case:
     def fresh(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         return [torch.full(shape, float("nan"), dtype=self.z.dtype) for shape in shapes]
 
+    def tasks_of(self, row: Tensor) -> Tensor:
+        """γ, β or a direction of theirs, of every task."""
+        return row.expand(self.rows) if row.dim() == 1 else row.repeat_interleave(self.each, 0)
+
     def run(self) -> dict[str, Tensor]:
-        options = {"slope": self.slope, "pool": self.pool}
+        options = {"slope": self.slope, "pool": self.pool, "group": self.group}
         y, mean, rstd = self.fresh(self.small, self.rows, self.rows)
         index = torch.full(self.small if self.pool else (0,), 255, dtype=torch.uint8)
         norm_act_pool(self.z, self.gamma, self.beta, y, index, mean, rstd, eps=EPS, **options)
@@ -97,12 +110,16 @@ class Case:
     def expected(self) -> dict[str, Tensor]:
         """The same by autograd; a tangent is the derivative of a gradient by its cotangent."""
         z, gy = self.z.clone().requires_grad_(), self.gy.clone().requires_grad_()
-        gamma, beta = (row.expand(self.rows).clone().requires_grad_() for row in (self.gamma, self.beta))
-        variance, mean = torch.var_mean(self.z, (1, 2, 3), correction=0)
-        y = plain(z, gamma, beta, self.slope, self.pool)
+        gamma, beta = (self.tasks_of(row).clone().requires_grad_() for row in (self.gamma, self.beta))
+        grouped = self.z.unflatten(-1, (-1, self.group))
+        variance, mean = (
+            t.repeat_interleave(self.group, -1) for t in torch.var_mean(grouped, (1, 2, 3, 5), correction=0)
+        )
+        y = plain(z, gamma, beta, self.slope, self.pool, self.group)
         gradients = torch.autograd.grad(y, (z, gamma, beta), gy, create_graph=True)
         found = [y, mean, (variance + EPS).rsqrt(), *gradients]
-        moves = {p: d for p, d in ((gamma, self.gamma_dot), (beta, self.beta_dot)) if d is not None}
+        dots = ((gamma, self.gamma_dot), (beta, self.beta_dot))
+        moves = {p: self.tasks_of(d) for p, d in dots if d is not None}
         directions = {"uy": (y, {z: self.u, **moves})}
         for name, gradient in zip(("gz_dot", "ggamma_dot", "gbeta_dot"), gradients, strict=True):
             directions[name] = (gradient, {z: self.u, gy: self.gy_dot, **moves})
@@ -157,6 +174,44 @@ def test_the_tangents_are_the_double_backward(backend: str, pool: bool) -> None:
     for name, value in zip(("uy", "gz_dot", "ggamma_dot"), expected, strict=True):
         torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11)
     assert torch.equal(found["gbeta_dot"], torch.zeros_like(found["gbeta_dot"]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "each", "moving"),
+    [
+        ((2, 3, 6, 4, 8), 4, 1, ()),
+        ((4, 1, 7, 5, 6), 3, 2, ("gamma", "beta")),
+        ((6, 1, 5, 4, 34), 17, 3, ("gamma",)),
+        ((4, 1, 4, 6, 5), 1, 2, ("gamma", "beta")),
+        ((2, 1, 4, 2, 6), 6, 1, ("beta",)),
+        ((3, 2, 2, 2, 40), 40, 3, ("gamma", "beta")),
+    ],
+    ids=["groups-of-4", "groups-of-3", "wide-groups", "instances", "one-group", "all-tasks-alike"],
+)
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
+def test_groups_of_channels_and_rows_for_several_tasks(
+    backend: str, shape: tuple[int, ...], group: int, each: int, moving: tuple[str, ...], pool: bool
+) -> None:
+    spare_the_interpreter(backend, group > 1)  # the closed form's
+    case = Case(shape, pool=pool, per_task=True, moving=moving, group=group, each=each)
+    found, expected = case.run(), case.expected()
+    for key, value in found.items():
+        torch.testing.assert_close(
+            value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_groups_with_a_large_mean_in_float32(backend: str) -> None:
+    """The levels of the channels differ by a thousand, their deviations by one."""
+    case = Case((2, 1, 7, 7, 16), dtype=torch.float32, group=8)
+    case.z += torch.arange(16.0) * 100 + 1e3
+    exact = Case(tuple(case.z.shape), group=8)
+    for name in ("z", "u", "gy", "gy_dot", "gamma", "beta"):
+        setattr(exact, name, getattr(case, name).double())
+    found = case.run()
+    for name, value in exact.expected().items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(found[name].double(), value, rtol=0, atol=2e-5 * scale, msg=name)
 
 
 def test_directions_shared_by_all_tasks(backend: str) -> None:
@@ -257,6 +312,13 @@ def test_errors_name_the_argument(backend: str) -> None:
         attempt((2, 2, 1, 4, 3))
     with pytest.raises(ValueError, match="more than one element"):
         attempt((2, 1, 1, 1, 3))
+    case = Case((2, 2, 4, 4, 6), group=4)
+    with pytest.raises(ValueError, match="group: expected a divisor of 6, got 4"):
+        case.run()
+    case = Case((4, 2, 4, 4, 6), per_task=True)
+    case.gamma = case.gamma[:3]
+    with pytest.raises(ValueError, match="gamma: expected"):
+        case.run()
 
 
 def test_a_direction_of_another_shape_is_refused(backend: str) -> None:

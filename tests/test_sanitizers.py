@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 from sanitized import PRELOADED, library
 
+from mamlpp_fast import _native
+
 ROOT = Path(__file__).resolve().parents[1]
-OPERATIONS = ("lslr_update", "norm_act_pool", "per_step_batch_norm", "task_conv2d")
+OPERATIONS = (
+    "lslr_update",
+    "norm_act_pool",
+    "per_step_batch_norm",
+    "pointwise",
+    "task_conv2d",
+    "window_pool",
+)
 
 
 pytestmark = pytest.mark.skipif(None in PRELOADED, reason="no g++ with libasan")
@@ -38,7 +47,10 @@ def environment(library: Path, **more: str) -> dict[str, str]:
 
 
 # Numerical checks by finite differences repeat the same shapes hundreds of times; these run in the suite proper.
-LEFT_OUT = "gradcheck or opcheck or finite_differences or derivatives or omniglot or imagenet or forms_chosen"
+LEFT_OUT = (
+    "gradcheck or opcheck or finite_differences or derivatives or omniglot or imagenet or forms_chosen "
+    "or instruction_sets"
+)
 
 
 @pytest.mark.parametrize("level", ["portable", "highest"])
@@ -52,6 +64,12 @@ def test_operations_touch_no_memory_but_their_own(sanitized: Path, level: str) -
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 100, done.stdout
+
+
+def test_the_highest_level_is_the_processors(sanitized: Path) -> None:
+    command = [sys.executable, "-c", "from mamlpp_fast import _native; print(_native.status().isa)"]
+    done = subprocess.run(command, env=environment(sanitized), cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == _native.status().isa, done.stdout + done.stderr
 
 
 def test_the_sanitizer_is_awake(sanitized: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from mamlpp_fast.ops.task_conv2d import (
 from mamlpp_fast.testing import backends, use_backend
 
 # tasks, images, height, width, channels in, channels out, kernel, stride, padding
-SHAPES = {
+SHAPES: dict[str, tuple[Any, ...]] = {
     "omniglot-first": (2, 3, 28, 28, 1, 64, 3, 1, 1),
     "omniglot-14": (2, 3, 14, 14, 64, 64, 3, 1, 1),
     "omniglot-7": (3, 5, 7, 7, 64, 64, 3, 1, 1),
@@ -42,6 +43,19 @@ SHAPES = {
     "pointwise": (2, 3, 6, 5, 24, 17, 1, 1, 0),
     "pointwise-stride-2": (2, 2, 7, 8, 6, 16, 1, 2, 0),
     "many-channels": (1, 1, 5, 4, 320, 160, 3, 1, 1),
+    "few-outputs": (2, 3, 8, 9, 32, 5, 3, 1, 1),
+    "few-outputs-5x3": (1, 2, 9, 8, 40, 3, (5, 3), 1, 1),
+    "few-outputs-no-padding": (2, 2, 7, 9, 20, 6, 3, 1, 0),
+    "5x5": (2, 2, 9, 7, 17, 32, 5, 1, 2),
+    "5x5-first-stride-2": (1, 2, 11, 12, 3, 20, 5, 2, 2),
+    "7x7": (2, 2, 8, 9, 16, 33, 7, 1, 3),
+    "7x7-larger-than-the-image": (1, 3, 4, 3, 5, 6, 7, 1, 3),
+    "4x4-stride-3": (1, 2, 11, 10, 6, 16, 4, 3, 1),
+    "2x2-stride-2": (2, 3, 6, 8, 16, 8, 2, 2, 0),
+    "sequence": (2, 3, 31, 1, 16, 32, (5, 1), 1, 2),
+    "sequence-first": (2, 2, 40, 1, 1, 32, (5, 1), 2, 2),
+    "flat-kernel": (1, 2, 5, 13, 8, 7, (1, 7), 1, 3),
+    "tall-kernel": (1, 2, 13, 9, 3, 7, (7, 3), 1, 2),
 }
 # Odd images, one image, channels of every remainder, few channels in pairs, rows cut into chunks.
 BFLOAT16_SHAPES = SHAPES | {
@@ -87,13 +101,18 @@ class Case:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         tasks, images, height, width, ci, co, kernel, self.stride, self.padding = shape
-        out = [output_size(size, kernel, self.stride, self.padding) for size in (height, width)]
+        kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        self.pads = tuple(self.padding if k > 1 else 0 for k in kernel)
+        out = [
+            output_size(size, k, self.stride, p)
+            for size, k, p in zip((height, width), kernel, self.pads, strict=True)
+        ]
 
         def pair(*size: int) -> list[Tensor]:
             return [torch.randn(size, dtype=dtype) for _ in range(2)]
 
         self.x = pair(tasks, images, height, width, ci)
-        self.w = pair(tasks, kernel, kernel, ci, co)
+        self.w = pair(tasks, *kernel, ci, co)
         self.g = pair(tasks, images, *out, co)
 
     def _exact(self, i: int) -> list[Tensor]:
@@ -102,9 +121,9 @@ class Case:
         w.requires_grad_()
         y = torch.stack(
             [
-                F.conv2d(
-                    a.permute(0, 3, 1, 2), b.permute(3, 2, 0, 1), None, self.stride, self.padding
-                ).permute(0, 2, 3, 1)
+                F.conv2d(a.permute(0, 3, 1, 2), b.permute(3, 2, 0, 1), None, self.stride, self.pads).permute(
+                    0, 2, 3, 1
+                )
                 for a, b in zip(x, w, strict=True)
             ]
         )
@@ -209,9 +228,11 @@ def test_bfloat16_operands_at_any_address() -> None:
         ((1, 2, 5, 5, 3), (1, 3, 3, 2, 4), (1, 2, 5, 5, 4), {}, "expected output"),
         ((1, 2, 5, 5, 3), (1, 3, 3, 3, 4), (1, 2, 5, 5, 4), {"stride": 0}, "stride"),
         ((1, 2, 5, 5, 3), (1, 3, 3, 3, 4), (1, 2, 5, 5, 4), {"padding": 3}, "padding"),
+        ((1, 2, 5, 5, 3), (1, 1, 1, 3, 4), (1, 2, 5, 5, 4), {"padding": 1}, "padding"),
+        ((1, 2, 5, 5, 3), (1, 5, 2, 3, 4), (1, 2, 5, 5, 4), {"padding": 2}, "padding"),
         ((2, 5, 5, 3), (1, 3, 3, 3, 4), (1, 2, 5, 5, 4), {}, "expected activations"),
     ],
-    ids=["output", "channels", "stride", "padding", "dimensions"],
+    ids=["output", "channels", "stride", "padding", "padding-1x1", "padding-of-one-axis", "dimensions"],
 )
 def test_wrong_shapes_are_refused(
     backend: str,

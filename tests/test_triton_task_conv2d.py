@@ -1,5 +1,7 @@
 """The Triton kernels of the task-batched convolutions, interpreted on the CPU, against the closed forms."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,18 +21,24 @@ CASES = [
     pytest.param((1, 2, 6, 5, 1, 17, 3, 2), id="one-channel-stride-2"),
     pytest.param((1, 2, 5, 5, 48, 16, 1, 2), id="dense-1x1-stride-2"),
     pytest.param((1, 4, 9, 8, 2, 3, 1, 1), id="1x1"),
+    pytest.param((1, 2, 9, 1, 16, 16, (5, 1), 1), id="dense-sequence"),
+    pytest.param((1, 2, 6, 7, 2, 3, (5, 5), 1), id="5x5"),
 ]
 
 
 def _products(
-    case: tuple[int, ...], *, pair: bool, dtype: torch.dtype, out: torch.dtype | None = None
+    case: tuple[Any, ...], *, pair: bool, dtype: torch.dtype, out: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     torch.manual_seed(5)
     tasks, images, height, width, ci, co, kernel, stride = case
-    padding = kernel // 2
-    oh, ow = (op.output_size(s, kernel, stride, padding) for s in (height, width))
+    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    padding = kernel[0] // 2
+    oh, ow = (
+        op.output_size(s, k, stride, padding if k > 1 else 0)
+        for s, k in zip((height, width), kernel, strict=True)
+    )
     x, u = (torch.randn(tasks, images, height, width, ci, dtype=torch.float64).to(dtype) for _ in range(2))
-    w, v = (torch.randn(tasks, kernel, kernel, ci, co, dtype=torch.float64).to(dtype) for _ in range(2))
+    w, v = (torch.randn(tasks, *kernel, ci, co, dtype=torch.float64).to(dtype) for _ in range(2))
     g, c = (torch.randn(tasks, images, oh, ow, co, dtype=torch.float64).to(dtype) for _ in range(2))
     kind = out or dtype
     y, gx, gw = (torch.full(t.shape, torch.nan, dtype=kind) for t in (g, x, w))
@@ -43,7 +51,7 @@ def _products(
 
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
 @pytest.mark.parametrize("case", CASES)
-def test_products_equal_closed_form_in_float64(case: tuple[int, ...], pair: bool) -> None:
+def test_products_equal_closed_form_in_float64(case: tuple[Any, ...], pair: bool) -> None:
     with testing.use_backend("python"):
         expected = _products(case, pair=pair, dtype=torch.float64)
     with testing.use_backend("triton"):
@@ -52,7 +60,7 @@ def test_products_equal_closed_form_in_float64(case: tuple[int, ...], pair: bool
 
 
 @pytest.mark.parametrize("case", CASES[:2])
-def test_float32_is_near_float64(case: tuple[int, ...]) -> None:
+def test_float32_is_near_float64(case: tuple[Any, ...]) -> None:
     with testing.use_backend("triton"):
         actual = _products(case, pair=True, dtype=torch.float32)
     with testing.use_backend("python"):

@@ -32,26 +32,24 @@ bool amx() {
 Isa best_supported(bool with_amx) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-#ifdef MF_HAVE_AVX2
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  const bool avx2 = false;
-#endif
-#ifdef MF_HAVE_AVX512
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  const bool avx512 = false;
-#endif
+  // Of the processor; a level may be compiled without those below it.
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                       __builtin_cpu_supports("avx512vl");
 #ifdef MF_HAVE_AVX512BF16
   if (avx512 && __builtin_cpu_supports("avx512bf16")) {
     return with_amx && amx() ? Isa::amxbf16 : Isa::avx512bf16;
   }
 #endif
-  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
-#else
-  return Isa::portable;
+#ifdef MF_HAVE_AVX512
+  if (avx512) return Isa::avx512;
 #endif
+#ifdef MF_HAVE_AVX2
+  if (avx2) return Isa::avx2;
+#endif
+#endif
+  return Isa::portable;
 }
 
 Isa choose() {

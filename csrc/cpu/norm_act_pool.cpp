@@ -25,21 +25,32 @@ using OptTensor = std::optional<Tensor>;
 struct Problem {
   int64_t tasks, images;
   PoolShape shape;
+  int64_t group;  // neighbouring channels with one statistic
   int64_t dense() const { return shape.height * shape.width * shape.channels; }
   int64_t pooled() const { return shape.rows * shape.columns * shape.channels; }
-  double elements() const { return static_cast<double>(images * shape.height * shape.width); }
+  double elements() const { return static_cast<double>(group * images * shape.height * shape.width); }
+  /// Replaces what every channel has by the sum over its group.
+  void pool_groups(std::vector<double>& row) const {
+    for (int64_t first = 0; first < shape.channels && group > 1; first += group) {
+      double total = 0;
+      for (int64_t c = first; c < first + group; ++c) total += row[c];
+      for (int64_t c = first; c < first + group; ++c) row[c] = total;
+    }
+  }
 };
 
 void check_row(const Problem& p, const char* name, const Tensor& t) {
   const int64_t channels = p.shape.channels;
-  TORCH_CHECK_VALUE((t.dim() == 1 || (t.dim() == 2 && t.size(0) == p.tasks)) && t.size(-1) == channels, name,
-                    ": expected [", channels, "] or [", p.tasks, ", ", channels, "], got ", t.sizes());
+  const bool shared = t.dim() == 2 && t.size(0) > 0 && p.tasks % t.size(0) == 0;
+  TORCH_CHECK_VALUE((t.dim() == 1 || shared) && t.size(-1) == channels, name, ": expected [", channels, "] or [",
+                    p.tasks, ", ", channels, "], got ", t.sizes());
 }
 
-Problem check(const Tensor& z, const Tensor& gamma, const Tensor& beta, bool pool) {
+Problem check(const Tensor& z, const Tensor& gamma, const Tensor& beta, bool pool, int64_t group) {
   TORCH_CHECK_VALUE(z.dim() == 5, "z: expected [T, N, H, W, C], got ", z.sizes());
   const int64_t height = z.size(2), width = z.size(3), step = pool ? 2 : 1;
-  const Problem p{z.size(0), z.size(1), {height, width, z.size(4), height / step, width / step, pool}};
+  const Problem p{z.size(0), z.size(1), {height, width, z.size(4), height / step, width / step, pool}, group};
+  TORCH_CHECK_VALUE(group > 0 && z.size(4) % group == 0, "group: expected a divisor of ", z.size(4), ", got ", group);
   TORCH_CHECK_VALUE(p.elements() > 1, "z: expected more than one element per task and channel to normalise, got ",
                     z.sizes());
   TORCH_CHECK_VALUE(p.shape.rows > 0 && p.shape.columns > 0, "z: expected at least 2x2 pixels to pool, got ",
@@ -72,12 +83,13 @@ struct In {
   Tensor tensor;
 };
 
-/// Rows [C] or [T, C].
+/// Rows [C] or [T, C], or [R, C] with each row that of T / R neighbouring tasks.
 template <typename T>
 struct InRows : In<T> {
-  explicit InRows(const Tensor& t) : In<T>(t), stride(t.dim() == 2 ? t.size(1) : 0) {}
-  const T* row(int64_t task) const { return this->data() + task * stride; }
-  int64_t stride;
+  InRows(const Problem& p, const Tensor& t)
+      : In<T>(t), stride(t.dim() == 2 ? t.size(1) : 0), each(t.dim() == 2 && t.size(0) > 0 ? p.tasks / t.size(0) : 1) {}
+  const T* row(int64_t task) const { return this->data() + task / each * stride; }
+  int64_t stride, each;
 };
 
 /// The direction of a parameter, where it has one.
@@ -85,7 +97,7 @@ template <typename T>
 std::optional<InRows<T>> direction(const Problem& p, const char* name, const OptTensor& t) {
   if (!t) return std::nullopt;
   check_row(p, name, *t);
-  return InRows<T>(*t);
+  return InRows<T>(p, *t);
 }
 
 /// A contiguous result of type T, rounded into the tensor asked for at the end if that differs.
@@ -170,7 +182,7 @@ void forward(const Problem& p, const Tensor& z_, const Tensor& gamma_, const Ten
   static const auto moments = MF_DISPATCH(nap_moments<T>);
   static const auto write = MF_DISPATCH(nap_forward<T>);
   const In<T> z(z_);
-  const InRows<T> gamma(gamma_), beta(beta_);
+  const InRows<T> gamma(p, gamma_), beta(p, beta_);
   const Out<T> y(y_), mean(mean_), rstd(rstd_);
   const T* from = z.data();
   T *to = y.data(), *means = mean.data(), *rstds = rstd.data();
@@ -196,6 +208,17 @@ void forward(const Problem& p, const Tensor& z_, const Tensor& gamma_, const Ten
             const double rest = static_cast<double>(scratch.sum(t, i, 1)[c]), away = image_mean(i, c) - centre[c];
             squares[c] += pixels * away * away - rest * rest / pixels;
           }
+        if (p.group > 1) {
+          std::vector<double> common = centre;
+          p.pool_groups(common);
+          const double each = p.elements() / static_cast<double>(p.group);
+          for (int64_t c = 0; c < channels; ++c) {
+            const double level = common[c] / static_cast<double>(p.group), away = centre[c] - level;
+            squares[c] += each * away * away;
+            centre[c] = level;
+          }
+          p.pool_groups(squares);
+        }
         for (int64_t c = 0; c < channels; ++c) {
           const double inverse = 1.0 / std::sqrt(squares[c] / p.elements() + eps);
           means[t * channels + c] = static_cast<T>(centre[c]);
@@ -217,7 +240,7 @@ template <typename T>
 struct Saved {
   Saved(const Problem& p, const Tensor& z, const Tensor& index, const Tensor& mean, const Tensor& rstd,
         const Tensor& gamma, const Tensor& beta, double slope)
-      : p(p), z(z), mean(mean), rstd(rstd), gamma(gamma), beta(beta), slope(static_cast<T>(slope)) {
+      : p(p), z(z), mean(p, mean), rstd(p, rstd), gamma(p, gamma), beta(p, beta), slope(static_cast<T>(slope)) {
     check_index(p, index);
     check_shape("mean", mean, {p.tasks, p.shape.channels});
     check_shape("rstd", rstd, {p.tasks, p.shape.channels});
@@ -258,14 +281,20 @@ void backward(const Problem& p, const Tensor& gy_, const Saved<T>& saved, Tensor
              scratch.sum(t, i, 0), scratch.sum(t, i, 1));
       },
       [&](int64_t t) {
-        const std::vector<double> h = scratch.total(t, 0), hz = scratch.total(t, 1);
+        std::vector<double> h = scratch.total(t, 0), hz = scratch.total(t, 1);
         for (int64_t c = 0; c < channels; ++c) {
-          const double rstd = saved.rstd.row(t)[c], scale = scratch.row(t, 0)[c];
-          const double hx = hz[c] * rstd;
-          scratch.row(t, 1)[c] = static_cast<T>(-scale * rstd * hx / p.elements());
-          scratch.row(t, 2)[c] = static_cast<T>(-scale * h[c] / p.elements());
-          ggamma.data()[t * channels + c] = static_cast<T>(hx);
+          const double scale = scratch.row(t, 0)[c];
+          ggamma.data()[t * channels + c] = static_cast<T>(hz[c] * saved.rstd.row(t)[c]);
           gbeta.data()[t * channels + c] = static_cast<T>(h[c]);
+          h[c] *= scale;
+          hz[c] *= scale;
+        }
+        p.pool_groups(h);
+        p.pool_groups(hz);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double rstd = saved.rstd.row(t)[c];
+          scratch.row(t, 1)[c] = static_cast<T>(-rstd * rstd * hz[c] / p.elements());
+          scratch.row(t, 2)[c] = static_cast<T>(-h[c] / p.elements());
         }
       },
       [&](int64_t t, int64_t i) {
@@ -295,7 +324,9 @@ void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, const Op
              scratch.sum(t, i, 1));
       },
       [&](int64_t t) {
-        const std::vector<double> us = scratch.total(t, 0), uz = scratch.total(t, 1);
+        std::vector<double> us = scratch.total(t, 0), uz = scratch.total(t, 1);
+        p.pool_groups(us);
+        p.pool_groups(uz);
         for (int64_t c = 0; c < channels; ++c) {
           const double rstd = saved.rstd.row(t)[c], scale = scratch.row(t, 0)[c];
           const double mean_u = us[c] / p.elements(), mean_ux = uz[c] * rstd / p.elements();
@@ -323,7 +354,7 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_
   static const auto sums = MF_DISPATCH(nap_backward_tangent_sums<T>);
   static const auto write = MF_DISPATCH(nap_backward_tangent<T>);
   const In<T> gy_dot(gy_dot_), gy(gy_), u(u_);
-  const InRows<T> r_in(r_), t_in(t_);
+  const InRows<T> r_in(p, r_), t_in(p, t_);
   const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_);
   const Out<T> gz_dot(gz_dot_), ggamma_dot(ggamma_dot_), gbeta_dot(gbeta_dot_);
   const int64_t channels = p.shape.channels;
@@ -340,25 +371,34 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_
       [&](int64_t task) {
         std::vector<double> total[5];
         for (int64_t i = 0; i < 5; ++i) total[i] = scratch.total(task, i);
+        // Here h is the gradient of the value before the leaky ReLU; from here on scale * h, that of (z - mean).
         for (int64_t c = 0; c < channels; ++c) {
           const double rstd = saved.rstd.row(task)[c], scale = scratch.row(task, 0)[c];
           const double r = r_in.row(task)[c], t = t_in.row(task)[c];
-          const double p_ = total[0][c] / m, q = total[1][c] * rstd / m, w = total[2][c] / m;
-          const double p_dot = total[3][c] / m, q_dot = rstd * (total[4][c] / m + w - r * p_ - t * q);
-          double by_h = -scale * rstd * t, by_z = scale * rstd * (2 * rstd * q * t - q_dot);
-          double level = scale * (rstd * (q * r + t * p_) - p_dot);
+          double by_h = -scale * rstd * t;
+          const double turned = total[2][c] - r * total[0][c] - t * rstd * total[1][c];
+          ggamma_dot.data()[task * channels + c] = static_cast<T>(rstd * (total[4][c] + turned));
+          gbeta_dot.data()[task * channels + c] = static_cast<T>(total[3][c]);
+          double h_dot = scale * total[3][c], hz_dot = scale * total[4][c];
           if (gamma_dot) {
             const double scale_dot = rstd * static_cast<double>(gamma_dot->row(task)[c]);
             by_h += scale_dot;
-            by_z -= scale_dot * rstd * q;
-            level -= scale_dot * p_;
+            h_dot += scale_dot * total[0][c];
+            hz_dot += scale_dot * total[1][c];
           }
           scratch.row(task, 1)[c] = static_cast<T>(by_h);
-          scratch.row(task, 2)[c] = static_cast<T>(-scale * rstd * q);
-          scratch.row(task, 3)[c] = static_cast<T>(by_z);
-          scratch.row(task, 4)[c] = static_cast<T>(level);
-          ggamma_dot.data()[task * channels + c] = static_cast<T>(q_dot * m);
-          gbeta_dot.data()[task * channels + c] = static_cast<T>(p_dot * m);
+          for (int64_t i = 0; i < 3; ++i) total[i][c] *= scale;
+          total[3][c] = h_dot;
+          total[4][c] = hz_dot;
+        }
+        for (auto& sum : total) p.pool_groups(sum);
+        for (int64_t c = 0; c < channels; ++c) {
+          const double rstd = saved.rstd.row(task)[c], r = r_in.row(task)[c], t = t_in.row(task)[c];
+          const double p_ = total[0][c] / m, q = total[1][c] * rstd / m, w = total[2][c] / m;
+          const double p_dot = total[3][c] / m, q_dot = rstd * (total[4][c] / m + w - r * p_ - t * q);
+          scratch.row(task, 2)[c] = static_cast<T>(-rstd * q);
+          scratch.row(task, 3)[c] = static_cast<T>(rstd * (2 * rstd * q * t - q_dot));
+          scratch.row(task, 4)[c] = static_cast<T>(rstd * (q * r + t * p_) - p_dot);
         }
       },
       [&](int64_t t, int64_t i) {
@@ -382,8 +422,8 @@ void typed(const Tensor& z, const Work& work) {
 }
 
 void norm_act_pool(const Tensor& z, const Tensor& gamma, const Tensor& beta, double eps, double slope, bool pool,
-                   Tensor& y, Tensor& index, Tensor& mean, Tensor& rstd) {
-  const Problem p = check(z, gamma, beta, pool);
+                   Tensor& y, Tensor& index, Tensor& mean, Tensor& rstd, int64_t group) {
+  const Problem p = check(z, gamma, beta, pool, group);
   check_pooled(p, "y", y);
   check_index(p, index);
   check_shape("mean", mean, {p.tasks, p.shape.channels});
@@ -395,8 +435,8 @@ void norm_act_pool(const Tensor& z, const Tensor& gamma, const Tensor& beta, dou
 
 void norm_act_pool_backward(const Tensor& gy, const Tensor& z, const Tensor& index, const Tensor& mean,
                             const Tensor& rstd, const Tensor& gamma, const Tensor& beta, double slope, bool pool,
-                            Tensor& gz, Tensor& ggamma, Tensor& gbeta) {
-  const Problem p = check(z, gamma, beta, pool);
+                            Tensor& gz, Tensor& ggamma, Tensor& gbeta, int64_t group) {
+  const Problem p = check(z, gamma, beta, pool, group);
   check_pooled(p, "gy", gy);
   check_shape("gz", gz, z.sizes());
   check_shape("ggamma", ggamma, {p.tasks, p.shape.channels});
@@ -409,8 +449,9 @@ void norm_act_pool_backward(const Tensor& gy, const Tensor& z, const Tensor& ind
 
 void norm_act_pool_tangent(const Tensor& u, const Tensor& z, const Tensor& index, const Tensor& mean,
                            const Tensor& rstd, const Tensor& gamma, const Tensor& beta, double slope, bool pool,
-                           Tensor& uy, Tensor& r, Tensor& t, const OptTensor& gamma_dot, const OptTensor& beta_dot) {
-  const Problem p = check(z, gamma, beta, pool);
+                           Tensor& uy, Tensor& r, Tensor& t, const OptTensor& gamma_dot, const OptTensor& beta_dot,
+                           int64_t group) {
+  const Problem p = check(z, gamma, beta, pool, group);
   check_shape("u", u, z.sizes());
   check_pooled(p, "uy", uy);
   check_shape("r", r, {p.tasks, p.shape.channels});
@@ -424,8 +465,9 @@ void norm_act_pool_tangent(const Tensor& u, const Tensor& z, const Tensor& index
 void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, const Tensor& u, const Tensor& z,
                                     const Tensor& index, const Tensor& mean, const Tensor& rstd, const Tensor& gamma,
                                     const Tensor& beta, double slope, const Tensor& r, const Tensor& t, bool pool,
-                                    Tensor& gz_dot, Tensor& ggamma_dot, Tensor& gbeta_dot, const OptTensor& gamma_dot) {
-  const Problem p = check(z, gamma, beta, pool);
+                                    Tensor& gz_dot, Tensor& ggamma_dot, Tensor& gbeta_dot, const OptTensor& gamma_dot,
+                                    int64_t group) {
+  const Problem p = check(z, gamma, beta, pool, group);
   check_pooled(p, "gy_dot", gy_dot);
   check_pooled(p, "gy", gy);
   check_shape("u", u, z.sizes());

@@ -6,6 +6,7 @@
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -77,11 +78,11 @@ class Scratch {
   size_t size_ = 0;
 };
 
-thread_local Scratch kernel_scratch;
+thread_local Scratch kernel_scratch, tap_products, tap_weights, turned_weights;
 thread_local Scratch widened[4];
 
 struct Shape {
-  int64_t tasks, images, height, width, ci, kh, kw, co, out_height, out_width, stride, padding;
+  int64_t tasks, images, height, width, ci, kh, kw, co, out_height, out_width, stride, pad_y, pad_x;
 };
 
 /// Checks one convolution x [T,N,H,W,Ci] * w [T,kh,kw,Ci,Co] = y [T,N,Ho,Wo,Co], whichever of the three is the result.
@@ -89,16 +90,18 @@ Shape check(const Tensor& x, const Tensor& w, const Tensor& y, int64_t stride, i
   TORCH_CHECK_VALUE(x.dim() == 5 && w.dim() == 5 && y.dim() == 5,
                     "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], got ", x.sizes(), ", ",
                     w.sizes(), " and ", y.sizes());
-  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), w.size(1),
-          w.size(2), w.size(4), 0,         0,         stride,    padding};
-  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0 && padding < std::min(s.kh, s.kw),
+  // An axis along which the kernel is one pixel is not padded.
+  const auto pad = [&](int64_t kernel) { return kernel > 1 ? padding : 0; };
+  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4),      w.size(1),     w.size(2),
+          w.size(4), 0,         0,         stride,    pad(w.size(1)), pad(w.size(2))};
+  TORCH_CHECK_VALUE(stride >= 1 && padding >= 0 && s.pad_y < s.kh && s.pad_x < s.kw && padding < std::max(s.kh, s.kw),
                     "stride, padding: expected stride >= 1, 0 <= padding < kernel, got ", stride, ", ", padding);
   TORCH_CHECK_VALUE(s.kh * s.kw <= conv::kMaxTaps, "w: expected at most ", conv::kMaxTaps, " taps, got ", s.kh, " x ",
                     s.kw);
-  s.out_height = (s.height + 2 * padding - s.kh) / stride + 1;
-  s.out_width = (s.width + 2 * padding - s.kw) / stride + 1;
+  s.out_height = (s.height + 2 * s.pad_y - s.kh) / stride + 1;
+  s.out_width = (s.width + 2 * s.pad_x - s.kw) / stride + 1;
   const std::vector<int64_t> expected{s.tasks, s.images, s.out_height, s.out_width, s.co};
-  TORCH_CHECK_VALUE(s.height + 2 * padding >= s.kh && s.width + 2 * padding >= s.kw && w.size(0) == s.tasks &&
+  TORCH_CHECK_VALUE(s.height + 2 * s.pad_y >= s.kh && s.width + 2 * s.pad_x >= s.kw && w.size(0) == s.tasks &&
                         w.size(3) == s.ci && y.sizes() == at::IntArrayRef(expected),
                     "task_conv2d: expected output ", at::IntArrayRef(expected), " of ", x.sizes(), " and ", w.sizes(),
                     ", got ", y.sizes());
@@ -191,21 +194,22 @@ Geometry build_geometry(const Shape& s, bool to_input) {
   const int64_t source_height = to_input ? s.out_height : s.height, source_width = to_input ? s.out_width : s.width;
   const int64_t source_channels = to_input ? s.co : s.ci, channels = to_input ? s.ci : s.co;
   const int64_t taps = s.kh * s.kw;
-  const auto source = [&](int64_t at, int64_t tap, int64_t size) -> int64_t {
+  const auto source = [&](int64_t at, int64_t tap, int64_t size, int64_t padding) -> int64_t {
     if (!to_input) {
-      const int64_t p = at * s.stride + tap - s.padding;
+      const int64_t p = at * s.stride + tap - padding;
       return p < size ? p : -1;
     }
-    const int64_t p = at + s.padding - tap;
+    const int64_t p = at + padding - tap;
     return p >= 0 && p % s.stride == 0 && p / s.stride < size ? p / s.stride : -1;
   };
-  std::map<int, std::vector<std::pair<int64_t, int64_t>>> by_mask;
+  std::map<uint64_t, std::vector<std::pair<int64_t, int64_t>>> by_mask;
   for (int64_t y = 0; y < height; ++y)
     for (int64_t x = 0; x < width; ++x) {
-      int mask = 0;
+      uint64_t mask = 0;
       for (int64_t t = 0; t < taps; ++t) {
         const int64_t tap = to_input ? taps - 1 - t : t;
-        if (source(y, tap / s.kw, source_height) >= 0 && source(x, tap % s.kw, source_width) >= 0) mask |= 1 << t;
+        if (source(y, tap / s.kw, source_height, s.pad_y) >= 0 && source(x, tap % s.kw, source_width, s.pad_x) >= 0)
+          mask |= uint64_t{1} << t;
       }
       by_mask[mask].emplace_back(y, x);
     }
@@ -214,8 +218,8 @@ Geometry build_geometry(const Shape& s, bool to_input) {
     conv::PixelClass cls{};
     const auto place = [&](int64_t t, const std::pair<int64_t, int64_t>& pixel) {
       const int64_t tap = to_input ? taps - 1 - t : t;
-      return (source(pixel.first, tap / s.kw, source_height) * source_width +
-              source(pixel.second, tap % s.kw, source_width)) *
+      return (source(pixel.first, tap / s.kw, source_height, s.pad_y) * source_width +
+              source(pixel.second, tap % s.kw, source_width, s.pad_x)) *
              source_channels;
     };
     for (int t = 0; t < taps; ++t)
@@ -241,7 +245,7 @@ Geometry build_geometry(const Shape& s, bool to_input) {
 
 const Geometry& geometry_of(const Shape& s, bool to_input) {
   thread_local std::map<std::vector<int64_t>, Geometry> kept;
-  const std::vector<int64_t> key{s.height, s.width, s.ci, s.co, s.kh, s.kw, s.stride, s.padding, to_input};
+  const std::vector<int64_t> key{s.height, s.width, s.ci, s.co, s.kh, s.kw, s.stride, s.pad_y, s.pad_x, to_input};
   auto found = kept.find(key);
   if (found == kept.end()) {
     if (kept.size() >= 256) kept.clear();
@@ -250,9 +254,8 @@ const Geometry& geometry_of(const Shape& s, bool to_input) {
   return found->second;
 }
 
-template <class T>
-void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
-  const Geometry& geometry = geometry_of(s, to_input);
+conv::Gather gather_problem(const Shape& s, const Operands& o, bool to_input, const Geometry& geometry, int64_t parts,
+                            void* out) {
   conv::Gather p{};
   for (int i = 0; i < o.pairs; ++i) {
     p.a[i] = o.a[i];
@@ -262,7 +265,7 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
   p.out = out;
   p.tasks = s.tasks;
   p.images = s.images;
-  p.parts = parts_for(s.tasks, s.images);
+  p.parts = parts;
   p.channels_in = to_input ? s.co : s.ci;
   p.channels_out = to_input ? s.ci : s.co;
   p.src_image = to_input ? s.out_height * s.out_width * s.co : s.height * s.width * s.ci;
@@ -278,7 +281,15 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
   p.kh = s.kh;
   p.kw = s.kw;
   p.stride = s.stride;
-  p.padding = s.padding;
+  p.pad_y = s.pad_y;
+  p.pad_x = s.pad_x;
+  return p;
+}
+
+template <class T>
+void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
+  const Geometry& geometry = geometry_of(s, to_input);
+  const conv::Gather p = gather_problem(s, o, to_input, geometry, parts_for(s.tasks, s.images), out);
   const conv::Kernels<T>& k = kernels_for<T>(p);
   run_units<T>(p.tasks * p.parts, k.gather_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.gather(p, begin, end, scratch); });
@@ -304,11 +315,76 @@ void outer(const Shape& s, const Operands& o, void* out) {
   p.kh = s.kh;
   p.kw = s.kw;
   p.stride = s.stride;
-  p.padding = s.padding;
+  p.pad_y = s.pad_y;
+  p.pad_x = s.pad_x;
   const conv::Kernels<T>& k = kernels_for<T>(p);
   p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
   run_units<T>(p.tasks * p.parts, k.outer_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.outer(p, begin, end, scratch); });
+}
+
+int64_t registers(int64_t lanes) { return (lanes + 15) / 16; }
+
+/// Whether the forward pays as a product with all taps at once and a sum: conv::FewOutputs.
+bool better_by_taps(const Shape& s) {
+  const int64_t taps = s.kh * s.kw;
+  const int64_t direct = taps * s.ci * registers(s.co), by_taps = s.ci * registers(taps * s.co) + 2 * taps;
+  return s.stride == 1 && s.ci > 4 && 2 * direct > 3 * by_taps;
+}
+
+/// Forward, an image a unit.
+template <class T>
+void gather_by_taps(const Shape& s, const Operands& o, T* out) {
+  static const auto sum = MF_DISPATCH(conv_sum_taps<T>);
+  const int64_t taps = s.kh * s.kw, weights = taps * s.ci * s.co, pixels = s.height * s.width;
+  T* const arranged = tap_weights.get<T>(o.pairs * s.tasks * weights);  // [pair, task, ci, tap, co]
+  for (int64_t n = 0; n < o.pairs * s.tasks; ++n)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t c = 0; c < s.ci; ++c)
+        std::copy_n(static_cast<const T*>(o.b[n / s.tasks]) + n % s.tasks * weights + (tap * s.ci + c) * s.co, s.co,
+                    arranged + n * weights + (c * taps + tap) * s.co);
+  const Shape one{1, 1, s.height, s.width, s.ci, 1, 1, taps * s.co, s.height, s.width, 1, 0, 0};
+  const Geometry& geometry = geometry_of(one, false);
+  const conv::FewOutputs few{s.height, s.width, s.out_height, s.out_width, s.kh, s.kw, s.pad_y, s.pad_x, s.co};
+  at::parallel_for(0, s.tasks * s.images, 1, [&](int64_t begin, int64_t end) {
+    T* const products = tap_products.get<T>(pixels * taps * s.co + conv::kBeyond);
+    std::fill_n(products + pixels * taps * s.co, conv::kBeyond, T(0));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      Operands image = o;
+      for (int i = 0; i < o.pairs; ++i) {
+        image.a[i] = static_cast<const T*>(o.a[i]) + unit * pixels * s.ci;
+        image.b[i] = arranged + (i * s.tasks + unit / s.images) * weights;
+      }
+      const conv::Gather p = gather_problem(one, image, false, geometry, 1, products);
+      const conv::Kernels<T>& k = kernels<T>();
+      k.gather(p, 0, 1, kernel_scratch.get<T>(k.gather_scratch(p)));
+      sum(few, products, out + unit * s.out_height * s.out_width * s.co);
+    }
+  });
+}
+
+/// Whether to-weight takes x and g in each other's places, as the products of fewer registers: where the output has few
+/// channels most lanes of a register of them would be empty.
+bool better_swapped(const Shape& s) {
+  return s.stride == 1 && s.ci > 4 && 3 * s.co * registers(s.ci) < 2 * s.ci * registers(s.co);
+}
+
+/// To-weight as the convolution of g with x: its result has the taps backwards and the channels exchanged.
+template <class T>
+void outer_swapped(const Shape& s, const Operands& o, T* out) {
+  const Shape turned{s.tasks, s.images, s.out_height,       s.out_width,       s.co, s.kh, s.kw, s.ci, s.height,
+                     s.width, 1,        s.kh - 1 - s.pad_y, s.kw - 1 - s.pad_x};
+  const Operands operands{{o.b[0], o.b[1]}, {o.a[0], o.a[1]}, o.pairs};
+  const int64_t taps = s.kh * s.kw;
+  T* const found = turned_weights.get<T>(s.tasks * taps * s.ci * s.co);
+  outer<T>(turned, operands, found);
+  for (int64_t task = 0; task < s.tasks; ++task)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const T* from = found + (task * taps + taps - 1 - tap) * s.co * s.ci;
+      T* to = out + (task * taps + tap) * s.ci * s.co;
+      for (int64_t i = 0; i < s.ci; ++i)
+        for (int64_t k = 0; k < s.co; ++k) to[i * s.co + k] = from[k * s.ci + i];
+    }
 }
 
 int64_t winograd_setting() {
@@ -332,7 +408,7 @@ int64_t winograd_tile(const Shape& s, Product product) {
   constexpr int64_t kValue = 16, kWeight = 15;
   const bool to_input = product == Product::to_input;
   const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
-  const auto valid = [&](int64_t in, int64_t out) { return 3 * std::min(in, out) - (s.padding == 1 ? 2 : 0); };
+  const auto valid = [&](int64_t in, int64_t out) { return 3 * std::min(in, out) - (s.pad_y == 1 ? 2 : 0); };
   int64_t best = 0, least = s.images * valid(s.height, s.out_height) * valid(s.width, s.out_width) * s.ci * s.co;
   for (const int64_t tile : {3, 4}) {
     const int64_t points = (tile + 2) * (tile + 2);
@@ -363,7 +439,7 @@ void winograd_run(const Shape& s, const Operands& o, Product product, int64_t ti
   p.out_width = to_input ? s.width : s.out_width;
   p.channels_in = to_input ? s.co : s.ci;
   p.channels_out = to_input ? s.ci : s.co;
-  p.padding = to_input ? 2 - s.padding : s.padding;
+  p.padding = to_input ? 2 - s.pad_y : s.pad_y;
   p.transposed = to_input;
   const conv::WinogradForm& k = tile == 3 ? winograd().f3 : winograd().f4;
   const bool weight = product == Product::to_weight;
@@ -391,12 +467,15 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
     }
   }
   const Operands o = operands(a, b, a2, b2, false);
-  if (out.scalar_type() == at::kDouble) {
-    to_weight ? outer<double>(s, o, data) : gather<double>(s, o, to_input, data);
-    return;
-  }
+  const auto direct = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    if (!to_weight && !to_input && better_by_taps(s)) return gather_by_taps<T>(s, o, to);
+    if (!to_weight) return gather<T>(s, o, to_input, to);
+    better_swapped(s) ? outer_swapped<T>(s, o, to) : outer<T>(s, o, to);
+  };
+  if (out.scalar_type() == at::kDouble) return direct(static_cast<double*>(data));
   if (tile > 0) return winograd_run(s, o, product, tile, data);
-  to_weight ? outer<float>(s, o, data) : gather<float>(s, o, to_input, data);
+  direct(static_cast<float*>(data));
 }
 
 void task_conv2d(const Tensor& x, const Tensor& w, const OptTensor& x2, const OptTensor& w2, int64_t stride,

@@ -5,7 +5,9 @@ from mamlpp_fast.ops import (  # noqa: F401 - registers them
     conv_norm_act_pool,
     linear_cross_entropy,
     norm_act_pool,
+    pointwise,
     task_conv2d,
+    window_pool,
 )
 from mamlpp_fast.ops.lslr_update import lslr_update
 from mamlpp_fast.ops.per_step_batch_norm import (

@@ -16,9 +16,16 @@ Common arguments:
     index: uint8 [T, N, Ho, Wo, C], position 2·row + column of the maximum in its window (the first of equal
         ones); without `pool` it is not touched and may have any shape.
     mean, rstd: statistics [T, C], rstd = 1/√(var + ε).
+    group: neighbouring channels that share their statistics, over m·group elements; mean and rstd then repeat. With
+        images as tasks that is group norm, and instance norm where it is 1. gamma and beta may have [R, C], each row
+        for T / R neighbouring tasks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,19 +50,26 @@ def _check(
     pool: bool,
     gamma_dot: Tensor | None = None,
     beta_dot: Tensor | None = None,
+    *,
+    group: int = 1,
     **small: Tensor,
 ) -> None:
     """Raises unless the tensors belong together; `small` are those of the result's shape."""
     if z.dim() != 5:
         raise ValueError(f"z: expected [T, N, H, W, C], got {tuple(z.shape)}")
     tasks, images, height, width, channels = z.shape
-    if images * height * width < 2:
+    if group < 1 or channels % group != 0:
+        raise ValueError(f"group: expected a divisor of {channels}, got {group}")
+    if images * height * width * group < 2:
         raise ValueError(
             f"z: expected more than one element per task and channel to normalise, got {tuple(z.shape)}"
         )
     rows = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
     for name, parameter in rows.items():
-        if parameter is not None and tuple(parameter.shape) not in ((channels,), (tasks, channels)):
+        if parameter is None:
+            continue
+        *rows_of, last = parameter.shape
+        if last != channels or len(rows_of) > 1 or any(r == 0 or tasks % r != 0 for r in rows_of):
             raise ValueError(
                 f"{name}: expected [{channels}] or [{tasks}, {channels}], got {tuple(parameter.shape)}"
             )
@@ -70,6 +84,11 @@ def _check(
 def _spread(row: Tensor, dtype: torch.dtype) -> Tensor:
     """[C] or [T, C] as a factor of [T, N, H, W, C]."""
     return row.to(dtype)[..., None, None, None, :]
+
+
+def _each(row: Tensor, tasks: int) -> Tensor:
+    """[R, C] as [T, C]; [C] as it is."""
+    return row if row.dim() == 1 else row.repeat_interleave(tasks // row.shape[0], 0)
 
 
 def _windows(x: Tensor) -> Tensor:
@@ -98,8 +117,16 @@ def _place(g: Tensor, index: Tensor, like: Tensor, pool: bool) -> Tensor:
     return F.pad(even, (0, 0, 0, like.shape[3] - 2 * columns, 0, like.shape[2] - 2 * rows))
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean((1, 2, 3))
+def _mean(x: Tensor, group: int = 1) -> Tensor:
+    """[T, C], over a channel's elements, or a group's."""
+    return _common(x.mean((1, 2, 3)), group)
+
+
+def _common(row: Tensor, group: int) -> Tensor:
+    if group == 1:
+        return row
+    means: Tensor = row.unflatten(-1, (-1, group)).mean(-1)
+    return means.repeat_interleave(group, -1)
 
 
 def _normal(z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -123,10 +150,14 @@ def _forward(
     index: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    group: int = 1,
 ) -> None:
-    _check(z, gamma, beta, pool, y=y, **({"index": index} if pool else {}))
+    _check(z, gamma, beta, pool, group=group, y=y, **({"index": index} if pool else {}))
+    gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     wide = z.to(mean.dtype)
-    variance, centre = torch.var_mean(wide, (1, 2, 3), correction=0)
+    variance, level = torch.var_mean(wide, (1, 2, 3), correction=0)
+    centre = _common(level, group)
+    variance = _common(variance + (level - centre).square(), group)
     mean.copy_(centre)
     rstd.copy_((variance + eps).rsqrt())
     before = _normal(z, mean, rstd) * _spread(gamma, mean.dtype) + _spread(beta, mean.dtype)
@@ -149,17 +180,18 @@ def _backward(
     gz: Tensor,
     ggamma: Tensor,
     gbeta: Tensor,
+    group: int = 1,
 ) -> None:
-    _check(z, gamma, beta, pool, gy=gy, **({"index": index} if pool else {}))
+    _check(z, gamma, beta, pool, group=group, gy=gy, **({"index": index} if pool else {}))
+    gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal = _normal(z, mean, rstd)
     g = _place(gy.to(dtype), index, z, pool) * _gate(normal, gamma, beta, slope)
-    p, q = _mean(g), _mean(g * normal)
-    scale = _spread(gamma.to(dtype) * rstd, dtype)
-    elements = z.shape[1] * z.shape[2] * z.shape[3]
-    gz.copy_(scale * (g - _spread(p, dtype) - normal * _spread(q, dtype)))
-    ggamma.copy_(q * elements)
-    gbeta.copy_(p * elements)
+    e = _spread(gamma, dtype) * g
+    p, q = _mean(e, group), _mean(e * normal, group)
+    gz.copy_(_spread(rstd, dtype) * (e - _spread(p, dtype) - normal * _spread(q, dtype)))
+    ggamma.copy_((g * normal).sum((1, 2, 3)))
+    gbeta.copy_(g.sum((1, 2, 3)))
 
 
 def _tangent(
@@ -177,18 +209,21 @@ def _tangent(
     t: Tensor,
     gamma_dot: Tensor | None = None,
     beta_dot: Tensor | None = None,
+    group: int = 1,
 ) -> None:
-    _check(z, gamma, beta, pool, gamma_dot, beta_dot, uy=uy, **({"index": index} if pool else {}))
+    small = {"uy": uy, **({"index": index} if pool else {})}
+    _check(z, gamma, beta, pool, gamma_dot, beta_dot, group=group, **small)
+    gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)
-    r.copy_(_mean(wide))
-    t.copy_(_mean(wide * normal))
+    r.copy_(_mean(wide, group))
+    t.copy_(_mean(wide * normal, group))
     scale = _spread(gamma.to(dtype) * rstd, dtype)
     dense = scale * (wide - _spread(r, dtype) - normal * _spread(t, dtype))
     if gamma_dot is not None:
-        dense += _spread(gamma_dot, dtype) * normal
+        dense += _spread(_each(gamma_dot, len(z)), dtype) * normal
     if beta_dot is not None:
-        dense += _spread(beta_dot, dtype)
+        dense += _spread(_each(beta_dot, len(z)), dtype)
     uy.copy_(_pick(dense * _gate(normal, gamma, beta, slope), index, pool))
 
 
@@ -210,63 +245,81 @@ def _backward_tangent(
     ggamma_dot: Tensor,
     gbeta_dot: Tensor,
     gamma_dot: Tensor | None = None,
+    group: int = 1,
 ) -> None:
-    _check(z, gamma, beta, pool, gamma_dot, gy_dot=gy_dot, gy=gy, **({"index": index} if pool else {}))
+    small = {"gy_dot": gy_dot, "gy": gy, **({"index": index} if pool else {})}
+    _check(z, gamma, beta, pool, gamma_dot, group=group, **small)
+    gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)
     gate = _gate(normal, gamma, beta, slope)
     g = _place(gy.to(dtype), index, z, pool) * gate
     g_dot = _place(gy_dot.to(dtype), index, z, pool) * gate
-    p, q, w = _mean(g), _mean(g * normal), _mean(g * wide)
-    p_dot = _mean(g_dot)
-    q_dot = _mean(g_dot * normal) + rstd * (w - r * p - t * q)
-    scale = gamma.to(dtype) * rstd
-    # The pass over the dense grid is linear in normal, u and the two gradients: see the derivation.
-    along_normal = _spread(scale * (2 * rstd * q * t - q_dot), dtype) * normal
-    along_u = _spread(scale * rstd * q, dtype) * wide
-    constant = _spread(scale * (rstd * (q * r + t * p) - p_dot), dtype)
-    gradients = _spread(scale, dtype) * (g_dot - _spread(rstd * t, dtype) * g)
-    dot = gradients + along_normal - along_u + constant
+    turned = _spread(rstd, dtype) * (wide - _spread(r, dtype) - normal * _spread(t, dtype))
+    ggamma_dot.copy_((g_dot * normal + g * turned).sum((1, 2, 3)))
+    gbeta_dot.copy_(g_dot.sum((1, 2, 3)))
+    e, e_dot = _spread(gamma, dtype) * g, _spread(gamma, dtype) * g_dot
     if gamma_dot is not None:
-        scale_dot = _spread(gamma_dot.to(dtype) * rstd, dtype)
-        dot += scale_dot * (g - _spread(p, dtype) - normal * _spread(q, dtype))
-    gz_dot.copy_(dot)
-    elements = z.shape[1] * z.shape[2] * z.shape[3]
-    ggamma_dot.copy_(q_dot * elements)
-    gbeta_dot.copy_(p_dot * elements)
+        e_dot += _spread(_each(gamma_dot, len(z)), dtype) * g
+    p, q, w = _mean(e, group), _mean(e * normal, group), _mean(e * wide, group)
+    p_dot = _mean(e_dot, group)
+    q_dot = _mean(e_dot * normal, group) + rstd * (w - r * p - t * q)
+    # The pass over the dense grid is linear in normal, u and the two gradients: see the derivation.
+    along_normal = _spread(rstd * (2 * rstd * q * t - q_dot), dtype) * normal
+    along_u = _spread(rstd * rstd * q, dtype) * wide
+    constant = _spread(rstd * (rstd * (q * r + t * p) - p_dot), dtype)
+    gradients = _spread(rstd, dtype) * (e_dot - _spread(rstd * t, dtype) * e)
+    gz_dot.copy_(gradients + along_normal - along_u + constant)
 
 
 def _fake(*args: Tensor | float | None) -> None:
     return None
 
 
+def _triton(name: str, closed: Callable[..., None]) -> Callable[..., None]:
+    """The kernels have a statistic for each channel; where groups share one the closed form serves."""
+    kernel = launcher("norm_act_pool", name)
+
+    def launch(*args: Any) -> None:
+        bound = signature(closed).bind(*args)
+        bound.apply_defaults()
+        *rest, group = bound.args
+        if group == 1:
+            kernel(*rest)
+        else:
+            closed(*rest, group)
+
+    return launch
+
+
 _norm_act_pool = define(
     "norm_act_pool(Tensor z, Tensor gamma, Tensor beta, float eps, float slope, bool pool, "
-    "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd) -> ()",
+    "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd, int group=1) -> ()",
     fallback=_forward,
     fake=_fake,
-    triton=launcher("norm_act_pool", "forward"),
+    triton=_triton("forward", _forward),
 )
 _norm_act_pool_backward = define(
     f"norm_act_pool_backward(Tensor gy, {_SAVED}, bool pool, "
-    "Tensor(a!) gz, Tensor(b!) ggamma, Tensor(c!) gbeta) -> ()",
+    "Tensor(a!) gz, Tensor(b!) ggamma, Tensor(c!) gbeta, int group=1) -> ()",
     fallback=_backward,
     fake=_fake,
-    triton=launcher("norm_act_pool", "backward"),
+    triton=_triton("backward", _backward),
 )
 _norm_act_pool_tangent = define(
     f"norm_act_pool_tangent(Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t, "
-    "Tensor? gamma_dot=None, Tensor? beta_dot=None) -> ()",
+    "Tensor? gamma_dot=None, Tensor? beta_dot=None, int group=1) -> ()",
     fallback=_tangent,
     fake=_fake,
-    triton=launcher("norm_act_pool", "tangent"),
+    triton=_triton("tangent", _tangent),
 )
 _norm_act_pool_backward_tangent = define(
     f"norm_act_pool_backward_tangent(Tensor gy_dot, Tensor gy, Tensor u, {_SAVED}, Tensor r, Tensor t, "
-    "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None) -> ()",
+    "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None, "
+    "int group=1) -> ()",
     fallback=_backward_tangent,
     fake=_fake,
-    triton=launcher("norm_act_pool", "backward_tangent"),
+    triton=_triton("backward_tangent", _backward_tangent),
 )
 
 
@@ -282,6 +335,7 @@ def norm_act_pool(
     eps: float,
     slope: float,
     pool: bool,
+    group: int = 1,
 ) -> Tensor:
     """Normalises, applies the leaky ReLU and pools; the other arguments are those of the module's docstring.
 
@@ -295,8 +349,8 @@ def norm_act_pool(
     Raises:
         ValueError: shapes do not belong together, or only one element to normalise.
     """
-    _check(z, gamma, beta, pool, y=y, **({"index": index} if pool else {}))
-    _norm_act_pool(z, gamma, beta, eps, slope, pool, y, index, mean, rstd)
+    _check(z, gamma, beta, pool, group=group, y=y, **({"index": index} if pool else {}))
+    _norm_act_pool(z, gamma, beta, eps, slope, pool, y, index, mean, rstd, group)
     return y
 
 
@@ -314,6 +368,7 @@ def norm_act_pool_backward(
     *,
     slope: float,
     pool: bool,
+    group: int = 1,
 ) -> Tensor:
     """Gradients of `norm_act_pool` for a gradient gy [T, N, Ho, Wo, C] of its result.
 
@@ -324,8 +379,8 @@ def norm_act_pool_backward(
     Returns:
         `gz`.
     """
-    _check(z, gamma, beta, pool, gy=gy, **({"index": index} if pool else {}))
-    _norm_act_pool_backward(gy, z, index, mean, rstd, gamma, beta, slope, pool, gz, ggamma, gbeta)
+    _check(z, gamma, beta, pool, group=group, gy=gy, **({"index": index} if pool else {}))
+    _norm_act_pool_backward(gy, z, index, mean, rstd, gamma, beta, slope, pool, gz, ggamma, gbeta, group)
     return gz
 
 
@@ -345,6 +400,7 @@ def norm_act_pool_tangent(
     pool: bool,
     gamma_dot: Tensor | None = None,
     beta_dot: Tensor | None = None,
+    group: int = 1,
 ) -> Tensor:
     """Tangent of `norm_act_pool` along a tangent u [T, N, H, W, C] of z, and of γ and β where given.
 
@@ -355,8 +411,10 @@ def norm_act_pool_tangent(
     Returns:
         `uy`.
     """
-    _check(z, gamma, beta, pool, gamma_dot, beta_dot, uy=uy, **({"index": index} if pool else {}))
-    _norm_act_pool_tangent(u, z, index, mean, rstd, gamma, beta, slope, pool, uy, r, t, gamma_dot, beta_dot)
+    small = {"uy": uy, **({"index": index} if pool else {})}
+    _check(z, gamma, beta, pool, gamma_dot, beta_dot, group=group, **small)
+    saved = (z, index, mean, rstd, gamma, beta, slope)
+    _norm_act_pool_tangent(u, *saved, pool, uy, r, t, gamma_dot, beta_dot, group)
     return uy
 
 
@@ -379,6 +437,7 @@ def norm_act_pool_backward_tangent(
     slope: float,
     pool: bool,
     gamma_dot: Tensor | None = None,
+    group: int = 1,
 ) -> Tensor:
     """Tangent of `norm_act_pool_backward` along tangents u of z and gy_dot of gy, and of γ where given.
 
@@ -393,9 +452,10 @@ def norm_act_pool_backward_tangent(
     Returns:
         `gz_dot`.
     """
-    _check(z, gamma, beta, pool, gamma_dot, gy_dot=gy_dot, gy=gy, **({"index": index} if pool else {}))
+    small = {"gy_dot": gy_dot, "gy": gy, **({"index": index} if pool else {})}
+    _check(z, gamma, beta, pool, gamma_dot, group=group, **small)
     _norm_act_pool_backward_tangent(
         *(gy_dot, gy, u, z, index, mean, rstd, gamma, beta, slope, r, t, pool),
-        *(gz_dot, ggamma_dot, gbeta_dot, gamma_dot),
+        *(gz_dot, ggamma_dot, gbeta_dot, gamma_dot, group),
     )
     return gz_dot

@@ -2,7 +2,8 @@
 
 Activations are channels-last, ``[tasks, images, height, width, channels]``; weights are ``[tasks, kh, kw, in, out]``.
 Every op may take a second operand pair whose product is added in the same accumulator (the pairs of
-derivation ``docs/derivations/task_conv2d.md``), writes into ``out`` and returns nothing.
+derivation ``docs/derivations/task_conv2d.md``), writes into ``out`` and returns nothing. An axis along which the kernel
+is one pixel is not padded, so that sequences [T, N, L, 1, C] have kernels [T, k, 1, Ci, Co].
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ _TO_WEIGHT = "task_conv2d_to_weight"
 def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     """Pixels of the output along one axis of `size` pixels."""
     return (size + 2 * padding - kernel) // stride + 1
+
+
+def pads(w: Tensor, padding: int) -> tuple[int, int]:
+    """Padding above and below, left and right, of a convolution by `w` [T, kh, kw, Ci, Co]."""
+    kh, kw = w.shape[1:3]
+    return padding if kh > 1 else 0, padding if kw > 1 else 0
 
 
 def _pairs(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> list[tuple[Tensor, Tensor]]:
@@ -46,15 +53,16 @@ def _check(activation: Tensor, weight: Tensor, result: Tensor, stride: int, padd
         )
     tasks, images, height, width, channels = activation.shape
     kh, kw = weight.shape[1:3]
-    if stride < 1 or padding < 0 or padding >= min(kh, kw):
+    pad_y, pad_x = pads(weight, padding)
+    if stride < 1 or padding < 0 or pad_y >= kh or pad_x >= kw or padding >= max(kh, kw):
         raise ValueError(
             f"stride, padding: expected stride >= 1, 0 <= padding < kernel, got {stride}, {padding}"
         )
     expected = (
         tasks,
         images,
-        output_size(height, kh, stride, padding),
-        output_size(width, kw, stride, padding),
+        output_size(height, kh, stride, pad_y),
+        output_size(width, kw, stride, pad_x),
         weight.shape[4],
     )
     if weight.shape[0] != tasks or weight.shape[3] != channels or tuple(result.shape) != expected:
@@ -79,7 +87,13 @@ def _forward(
     pairs = _pairs(x, w, x2, w2)
     for task in range(x.shape[0]):
         terms = [
-            F.conv2d(_images(a[task]).to(out.dtype), _filters(b[task]).to(out.dtype), None, stride, padding)
+            F.conv2d(
+                _images(a[task]).to(out.dtype),
+                _filters(b[task]).to(out.dtype),
+                None,
+                stride,
+                pads(w, padding),
+            )
             for a, b in pairs
         ]
         out[task].copy_(torch.stack(terms).sum(0).permute(0, 2, 3, 1))
@@ -94,7 +108,11 @@ def _to_input(
     for task in range(g.shape[0]):
         terms = [
             conv_grad.conv2d_input(
-                size, _filters(b[task]).to(out.dtype), _images(a[task]).to(out.dtype), stride, padding
+                size,
+                _filters(b[task]).to(out.dtype),
+                _images(a[task]).to(out.dtype),
+                stride,
+                pads(w, padding),
             )
             for a, b in pairs
         ]
@@ -110,7 +128,11 @@ def _to_weight(
     for task in range(x.shape[0]):
         terms = [
             conv_grad.conv2d_weight(
-                _images(a[task]).to(out.dtype), size, _images(b[task]).to(out.dtype), stride, padding
+                _images(a[task]).to(out.dtype),
+                size,
+                _images(b[task]).to(out.dtype),
+                stride,
+                pads(out, padding),
             )
             for a, b in pairs
         ]
@@ -158,7 +180,7 @@ def task_conv2d(
 
     Args:
         x: activations [T, N, H, W, Ci], contiguous.
-        w: weights [T, kh, kw, Ci, Co], contiguous; kernel 1x1 or 3x3 in the native kernels.
+        w: weights [T, kh, kw, Ci, Co], contiguous; at most 49 taps in the native kernels.
         out: result [T, N, Ho, Wo, Co], contiguous, overwritten.
         stride, padding: of both axes.
         second: another (x, w) of the same shapes whose convolution is added.

@@ -136,12 +136,12 @@ void gather(const Gather& p, int64_t begin, int64_t end, Pair* scratch) {
 /// tiles.
 struct Positions {
   explicit Positions(const Outer& p)
-      : pitch(p.width + p.padding),
+      : pitch(p.width + p.pad_x),
         groups(divide_up(p.images, kRowPositions / pitch > 1 ? kRowPositions / pitch : 1)),
         group(divide_up(p.images, groups)),
         count(round_up(((p.out_height - 1) * pitch + p.out_width) * group)),
-        lead(round_up((p.padding * pitch + p.padding) * group)) {
-    const int64_t reach = ((p.kh - 1 - p.padding) * pitch + p.kw - 1 - p.padding) * group;
+        lead(round_up((p.pad_y * pitch + p.pad_x) * group)) {
+    const int64_t reach = ((p.kh - 1 - p.pad_y) * pitch + p.kw - 1 - p.pad_x) * group;
     const int64_t source = p.height * pitch * group;
     // An odd number of cache lines: rows of a tile spread over all sets of the cache.
     row = (round_up(lead + (count + reach > source ? count + reach : source)) / kTileValues | 1) * kTileValues;
@@ -237,7 +237,7 @@ void outer_group(const Outer& p, const Positions& at, int64_t images, int64_t be
         for (int64_t n = 0; n < columns; ++n) block.sides[0].b[n] = grad + (o - begin + n * kTileRows) * at.count;
         for (int64_t tap = 0; tap < p.kh * p.kw; ++tap) {
           // Only the rows of g under which this tap's source row is inside the image.
-          const int64_t dy = tap / p.kw - p.padding, dx = tap % p.kw - p.padding;
+          const int64_t dy = tap / p.kw - p.pad_y, dx = tap % p.kw - p.pad_x;
           const int64_t y_end = p.height - dy < p.out_height ? p.height - dy : p.out_height;
           int64_t from = (dy < 0 ? -dy : 0) * at.pitch * images / kTileValues * kTileValues;
           int64_t to = Positions::round_up(y_end * at.pitch * images);
@@ -289,12 +289,14 @@ void outer(const Outer& p, int64_t begin, int64_t end, Pair* scratch) {
 
 namespace mf::amxbf16 {
 
+// Kernels of up to 9 taps, as tested on such a machine.
 bool conv_serves(const mf::conv::Gather& p) {
-  return p.channels_out % conv::kTileRows == 0 && conv::pairs_of_product(p.channels_in) >= conv::kTilePairs / 2;
+  return p.taps <= 9 && p.channels_out % conv::kTileRows == 0 &&
+         conv::pairs_of_product(p.channels_in) >= conv::kTilePairs / 2;
 }
 
 bool conv_serves(const mf::conv::Outer& p) {
-  return p.stride == 1 && p.ci % conv::kTileRows == 0 && p.co % conv::kTileRows == 0;
+  return p.kh * p.kw <= 9 && p.stride == 1 && p.ci % conv::kTileRows == 0 && p.co % conv::kTileRows == 0;
 }
 
 mf::conv::Kernels<mf::conv::Pair> conv_tiles() {

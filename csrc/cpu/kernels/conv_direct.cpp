@@ -151,18 +151,18 @@ MultiplyRow<T> pick_row(int rows, int vectors) {
 
 template <class T>
 int64_t padded_elements(const Gather& p) {
-  return round_line<T>((p.height + 2 * p.padding) * (p.width + 2 * p.padding) * p.channels_in);
+  return round_line<T>((p.height + 2 * p.pad_y) * (p.width + 2 * p.pad_x) * p.channels_in);
 }
 
 template <class T>
 void gather_few(const Gather& p, int64_t image, const T* const* packed, T* padded) {
   const Panels<T> panels(p.channels_out);
-  const int64_t ci = p.channels_in, co = p.channels_out, pitch = (p.width + 2 * p.padding) * ci;
+  const int64_t ci = p.channels_in, co = p.channels_out, pitch = (p.width + 2 * p.pad_x) * ci;
   const int64_t blocks = divide_up(p.out_width, kMaxRows);
   for (int pair = 0; pair < p.pairs; ++pair) {
     const T* a = static_cast<const T*>(p.a[pair]) + image * p.src_image;
     for (int64_t y = 0; y < p.height; ++y)
-      memcpy(padded + (y + p.padding) * pitch + p.padding * ci, a + y * p.width * ci, p.width * ci * sizeof(T));
+      memcpy(padded + (y + p.pad_y) * pitch + p.pad_x * ci, a + y * p.width * ci, p.width * ci * sizeof(T));
     Acc<T>* out = static_cast<Acc<T>*>(p.out) + image * p.dst_image;
     for (int64_t y = 0; y < p.out_height; ++y)
       for (int64_t b = 0, x = 0; b < blocks; ++b) {
@@ -244,8 +244,8 @@ Chunk chunk_of(const Outer& p) {
 /// must be.
 bool few_channels(const Outer& p) { return p.ci <= 4; }
 
-int64_t padded_width(const Outer& p) { return p.width + 2 * p.padding; }
-int64_t padded_height(const Outer& p) { return p.height + 2 * p.padding; }
+int64_t padded_width(const Outer& p) { return p.width + 2 * p.pad_x; }
+int64_t padded_height(const Outer& p) { return p.height + 2 * p.pad_y; }
 
 template <class T>
 int64_t outer_scratch(const Outer& p) {
@@ -288,7 +288,7 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
       const Stored<T>* g = static_cast<const Stored<T>*>(p.g[pair]) + (task * p.images + n) * g_image;
       const int64_t x_next = n + 1 < p.images ? x_image : 0, g_next = n + 1 < p.images ? g_image : 0;
       for (int64_t y = 0; y < p.height; ++y)
-        copy_padded(padded + ((y + p.padding) * pw + p.padding) * p.ci, x + y * p.width * p.ci, x_next, p.width * p.ci,
+        copy_padded(padded + ((y + p.pad_y) * pw + p.pad_x) * p.ci, x + y * p.width * p.ci, x_next, p.width * p.ci,
                     p.width * p.ci);
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         const int64_t lanes = panels.lanes(panel), width = panels.width(panel), o = panels.begin(panel);
@@ -319,7 +319,7 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
 int64_t tap_segments(const Outer& p, int64_t tap, int64_t images, int64_t row_begin, int64_t row_end,
                      int64_t source_begin, int64_t panel_width, Segment* to) {
   int64_t count = 0;
-  const int64_t dy = tap / p.kw - p.padding, dx = tap % p.kw - p.padding;
+  const int64_t dy = tap / p.kw - p.pad_y, dx = tap % p.kw - p.pad_x;
   const int64_t x_begin = dx < 0 ? divide_up(-dx, p.stride) : 0;
   const int64_t x_fits = p.width - dx <= 0 ? 0 : (p.width - dx - 1) / p.stride + 1;
   const int64_t x_end = x_fits < p.out_width ? x_fits : p.out_width, run = p.stride == 1 ? x_end - x_begin : 1;
@@ -346,8 +346,8 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
   const Panels<T> panels(p.co);
   const Chunk chunk = chunk_of<T>(p);
   const int64_t row_blocks = divide_up(p.ci, kMaxRows), taps = p.kh * p.kw;
-  int64_t source_begin = row_begin * p.stride - p.padding;
-  int64_t source_end = (row_end - 1) * p.stride - p.padding + p.kh;
+  int64_t source_begin = row_begin * p.stride - p.pad_y;
+  int64_t source_end = (row_end - 1) * p.stride - p.pad_y + p.kh;
   if (source_begin < 0) source_begin = 0;
   if (source_end > p.height) source_end = p.height;
   const int64_t source_pixels = (source_end - source_begin) * p.width, pixels = (row_end - row_begin) * p.out_width;

@@ -9,7 +9,7 @@
 
 namespace mf::conv {
 
-constexpr int kMaxTaps = 9;
+constexpr int kMaxTaps = 49;  // bits of a mask of 64
 
 /// Two bfloat16, the first in the low half. Where a kernel's T is Pair, its channels_in and src_image count pairs.
 enum class Pair : uint32_t {};
@@ -37,7 +37,7 @@ struct Gather {
   bool transposed;  ///< to-input: channels_out of `w` are reduced and taps run backwards
   const PixelClass* classes;
   int num_classes;
-  int64_t height, width, out_height, out_width, kh, kw, stride, padding;  ///< of the forward convolution
+  int64_t height, width, out_height, out_width, kh, kw, stride, pad_y, pad_x;  ///< of the forward convolution
 };
 
 /// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight.
@@ -48,7 +48,7 @@ struct Outer {
   int pairs;
   int64_t tasks, images, parts;  ///< a unit of work is one of `parts` ranges of output channels of a task
   int64_t height, width, ci, out_height, out_width, co;
-  int64_t kh, kw, stride, padding;
+  int64_t kh, kw, stride, pad_y, pad_x;
 };
 
 /// Stride-1 3x3 convolution in the Winograd domain. `height`, `width` are of the source, `padding` of this product
@@ -64,6 +64,13 @@ struct Winograd {
   int64_t padding;
   bool transposed;
 };
+
+/// Stride 1 and so few output channels that they leave most of a register empty: every pixel's products with the
+/// weights of all taps first, [height, width, kh, kw, channels], as of a 1x1 kernel; then their sums, shifted by tap.
+struct FewOutputs {
+  int64_t height, width, out_height, out_width, kh, kw, pad_y, pad_x, channels;
+};
+constexpr int64_t kBeyond = 16;  ///< elements behind the products that are read, and have no effect
 
 /// Kernels of one instruction set and element type; results of Pair are float. `run` works on units [begin, end) with
 /// `scratch` elements of private memory aligned to 64 bytes; results never depend on how units are spread over threads.
@@ -93,4 +100,5 @@ struct WinogradKernels {
 
 // conv_kernels<Pair> is all null, bf16_peak 0, at levels without bfloat16 products.
 MF_KERNEL(template <class T> mf::conv::Kernels<T> conv_kernels(); mf::conv::WinogradKernels winograd_kernels();
+          template <class T> void conv_sum_taps(const mf::conv::FewOutputs& s, const T* products, T* out);
           double bf16_peak(int64_t iterations);)

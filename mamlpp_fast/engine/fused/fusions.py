@@ -17,11 +17,14 @@ from mamlpp_fast.engine.fused.steps import (
     Loss,
     MaxPool,
     NormActPool,
+    Smooth,
     Step,
+    Times,
 )
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
+from mamlpp_fast.ops.pointwise import FUNCTIONS
 
-__all__ = ["drop_inert_biases", "fuse", "fuse_first_layer", "fuse_head", "fuse_norms"]
+__all__ = ["drop_inert_biases", "fuse", "fuse_factors", "fuse_first_layer", "fuse_head", "fuse_norms"]
 
 # Colours; above, the covariance of a patch is no longer small beside the feature map.
 _COLOURS = 3
@@ -29,7 +32,7 @@ _COLOURS = 3
 
 def fuse(network: Network, loss: Loss) -> Network:
     """All fusions, in the order that they build on each other."""
-    for one in (drop_inert_biases, fuse_norms, fuse_first_layer):
+    for one in (drop_inert_biases, fuse_norms, fuse_first_layer, fuse_factors):
         network = one(network)
     return fuse_head(network, loss)
 
@@ -38,8 +41,10 @@ def drop_inert_biases(network: Network) -> Network:
     """Leaves out the biases that batch statistics take out again: no gradient, and only the running mean sees them."""
     for bias in [step for step in network.steps if isinstance(step, Bias)]:
         norm = network.reader(bias.output)
-        if isinstance(norm, NormActPool) and norm.norm in network.norms:
-            norms = {**network.norms, norm.norm: replace(network.norms[norm.norm], bias=bias.bias.name)}
+        if isinstance(norm, NormActPool) and (norm.norm in network.norms or norm.group == 1):
+            norms = dict(network.norms)
+            if norm.norm in norms:
+                norms[norm.norm] = replace(norms[norm.norm], bias=bias.bias.name)
             network = replace(
                 _replaced(network, {bias.output: None, norm.output: replace(norm, inputs=bias.inputs)}),
                 norms=norms,
@@ -50,14 +55,14 @@ def drop_inert_biases(network: Network) -> Network:
 def fuse_norms(network: Network) -> Network:
     """Batch norm, the leaky ReLU and the max-pooling behind it in one step."""
     for norm in [step for step in network.steps if isinstance(step, NormActPool)]:
-        if norm.per_image or norm.instance or norm.pool or norm.slope != 1:  # the latter: fused already
+        if norm.per_image or norm.pool or norm.slope != 1:  # the latter: fused already
             continue
         gone: list[int] = []
         slope, output, shape, pool = 1.0, norm.output, norm.shape, False
         if isinstance(act := network.reader(output), Activation):
             slope, output = act.slope, act.output
             gone.append(act.output)
-        if isinstance(pooling := network.reader(output), MaxPool):
+        if isinstance(pooling := network.reader(output), MaxPool) and pooling.halves:
             pool, output, shape = True, pooling.output, pooling.shape
             gone.append(pooling.output)
         if gone:
@@ -71,7 +76,10 @@ def fuse_first_layer(network: Network) -> Network:
     for conv in [step for step in network.steps if isinstance(step, Conv)]:
         norm = network.reader(conv.output)
         fits = conv.inputs == (0,) and conv.stride == 1 and conv.weight.shape[2] <= _COLOURS
+        fits = fits and type(conv) is Conv and conv.weight.shape[:2] in ((1, 1), (3, 3))
         if not (fits and isinstance(norm, NormActPool) and norm.pool and norm.slope >= 0 and norm.affine):
+            continue
+        if norm.group:  # its statistics are not a task's
             continue
         first = FirstLayer(
             norm.name,
@@ -86,6 +94,16 @@ def fuse_first_layer(network: Network) -> Network:
             norm.norm,
         )
         network = _replaced(network, {conv.output: None, norm.output: first})
+    return network
+
+
+def fuse_factors(network: Network) -> Network:
+    """A sine or cosine of an activation times a number in one."""
+    for times in [step for step in network.steps if isinstance(step, Times)]:
+        wave = network.reader(times.output)
+        if isinstance(wave, Smooth) and FUNCTIONS[wave.function] in ("sine", "cosine"):
+            whole = replace(wave, inputs=times.inputs, a=wave.a * times.factor)
+            network = _replaced(network, {times.output: None, wave.output: whole})
     return network
 
 

@@ -3,78 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mamlpp_fast.engine.fused.window_rules  # noqa: F401 - the other rules
 from mamlpp_fast import reference
 from mamlpp_fast.engine.fused.lowering import Call, Lowering, rule, said
 from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import (
     Activation,
     Add,
-    AveragePool,
-    Bias,
-    Conv,
     Flatten,
     FrozenNorm,
     Linear,
-    MaxPool,
     NormActPool,
     Rows,
     ScaleShift,
     Scaling,
     Slot,
+    Smooth,
+    Times,
 )
-from mamlpp_fast.engine.recorder import Buffer, Parameter, Value
-
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    if isinstance(value, (tuple, list)):
-        return (value[0], value[-1])
-    return (value, value)
-
+from mamlpp_fast.engine.recorder import Buffer, Value
+from mamlpp_fast.ops.pointwise import FUNCTIONS
 
 # Products ------------------------------------------------------------------------------------------------------------
-
-
-@rule(F.conv2d, torch.conv2d)
-def _conv2d(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> None:
-    x, shape = low.images(call, input)
-    name = low.parameter(call, weight)
-    co, ci, kh, kw = low.parameters[name].shape
-    if (kh, kw) not in ((1, 1), (3, 3)):
-        raise call.refusal(f"convolution: expected kernel 1x1 or 3x3, got {kh}x{kw}")
-    if _pair(stride) not in ((1, 1), (2, 2)):
-        raise call.refusal(f"convolution: expected stride 1 or 2, got {stride}")
-    if groups != 1 or _pair(dilation) != (1, 1):
-        raise call.refusal("convolution: expected one group, no dilation")
-    if isinstance(padding, str):
-        padding = 0 if padding == "valid" else kh // 2
-    sides = _pair(padding)
-    if sides[0] != sides[1] or sides[0] >= kh:
-        raise call.refusal(f"convolution: expected equal padding below the kernel, got {padding}")
-    pad, step = sides[0], _pair(stride)[0]
-    out = (*((s + 2 * pad - kh) // step + 1 for s in shape[:2]), co)
-    slot = Slot(name, (kh, kw, ci, co), (co, ci, kh, kw), (2, 3, 1, 0))
-    product = low.step(Conv, call, (x,), out, slot, step, pad)
-    if bias is not None:
-        inert = isinstance(bias, Parameter) and bias.detached
-        vector = low.vector(low.parameter(call, Parameter(bias.name) if inert else bias))
-        low.step(Bias, call, (product,), out, vector, inert)
 
 
 @rule(F.linear)
@@ -243,13 +200,13 @@ def _group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> None:
-    names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
+    slots = [None if p is None else low.vector(low.parameter(call, p)) for p in (weight, bias)]
     x, shape = low.images(call, input, axes=(2, 3, 4))
-    if num_groups != shape[2]:
-        raise call.refusal("group norm: expected a group for each channel")
-    x = low.step(NormActPool, call, (x,), shape, None, eps, 1.0, False, False, "", True)
-    if any(n is not None for n in names):
-        low.step(ScaleShift, call, (x,), shape, *(None if n is None else low.vector(n) for n in names))
+    both = None if slots[0] is None or slots[1] is None else Scaling(slots[0], slots[1])
+    group = shape[2] // num_groups
+    x = low.step(NormActPool, call, (x,), shape, both, eps, 1.0, False, False, "", group)
+    if both is None and any(slot is not None for slot in slots):
+        low.step(ScaleShift, call, (x,), shape, *slots)
 
 
 @rule(F.instance_norm)
@@ -305,6 +262,50 @@ def _leaky_relu(
     _activation(low, call, input, float(negative_slope))
 
 
+def _floating(low: Lowering, call: Call, input: Any) -> int:
+    x = low.value(call, input)
+    if not low.recording.dtypes[input.index].is_floating_point:
+        raise call.refusal(f"{call.op.name}: expected real numbers")
+    return x
+
+
+def _smooth(low: Lowering, call: Call, input: Any, name: str, a: float = 0.0) -> None:
+    x = _floating(low, call, input)
+    low.step(Smooth, call, (x,), low.shapes[x], FUNCTIONS.index(name), a, grid=low.grids.get(x))
+
+
+@rule(F.gelu)
+def _gelu(low: Lowering, call: Call, input: Any, *, approximate: str = "none") -> None:
+    _smooth(low, call, input, "gelu" if approximate == "none" else "gelu_tanh")
+
+
+@rule(F.silu)
+def _silu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
+    _smooth(low, call, input, "silu")
+
+
+@rule(F.elu, F.elu_)
+def _elu(low: Lowering, call: Call, input: Any, alpha: float = 1.0, inplace: bool = False) -> None:
+    _smooth(low, call, input, "elu", float(alpha))
+
+
+def _named(name: str, a: float = 0.0) -> Callable[[Lowering, Call, Any], None]:
+    return lambda low, call, input: _smooth(low, call, input, name, a)
+
+
+for _name, _number in (("sigmoid", 0.0), ("tanh", 0.0), ("sin", 1.0), ("cos", 1.0)):
+    _functions = [getattr(home, f"{_name}{end}") for home in (torch, Tensor) for end in ("", "_")]
+    rule(*_functions)(_named({"sin": "sine", "cos": "cosine"}.get(_name, _name), _number))
+
+
+@rule(torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
+    x = _floating(low, call, input)
+    if isinstance(other, bool) or not isinstance(other, (int, float)):
+        raise call.refusal(f"product: expected a number, got {said(other)}")
+    low.step(Times, call, (x,), low.shapes[x], float(other), grid=low.grids.get(x))
+
+
 @rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -> None:
     x, y = low.value(call, input), low.value(call, other)
@@ -337,70 +338,6 @@ def _same(low: Lowering, call: Call, input: Any, *, memory_format: Any = None) -
 def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
     # What takes part in no gradient becomes a step of its own for every operation (`constant`).
     low.same(call, input)
-
-
-# Pools ---------------------------------------------------------------------------------------------------------------
-
-
-@rule(F.max_pool2d, torch.max_pool2d)
-def _max_pool2d(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> None:
-    x, shape = low.images(call, input)
-    stride = kernel_size if stride is None or stride == [] else stride
-    windows = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), ceil_mode)
-    if windows != ((2, 2), (2, 2), (0, 0), (1, 1), False):
-        raise call.refusal("max-pooling: expected windows 2x2, stride 2, no padding, floor")
-    low.step(MaxPool, call, (x,), (shape[0] // 2, shape[1] // 2, shape[2]))
-
-
-@rule(F.avg_pool2d)
-def _avg_pool2d(
-    low: Lowering,
-    call: Call,
-    input: Any,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: Any = None,
-) -> None:
-    x, shape = low.images(call, input)
-    stride = kernel_size if stride is None or stride == [] else stride
-    side = _pair(kernel_size)
-    if divisor_override is not None:
-        raise call.refusal("average pooling: expected no divisor_override")
-    if side[0] != side[1] or _pair(stride) != side or _pair(padding) != (0, 0) or ceil_mode:
-        raise call.refusal("average pooling: expected square windows side by side, no padding, floor")
-    size = side[0]
-    low.step(AveragePool, call, (x,), (shape[0] // size, shape[1] // size, shape[2]), (size, size))
-
-
-@rule(F.adaptive_avg_pool2d)
-def _adaptive_avg_pool2d(low: Lowering, call: Call, input: Any, output_size: Any) -> None:
-    x, shape = low.images(call, input)
-    if _pair(output_size) != (1, 1):
-        raise call.refusal(f"adaptive average pooling: expected output size 1, got {output_size!r}")
-    low.step(AveragePool, call, (x,), (1, 1, shape[2]), shape[:2])
-
-
-@rule(torch.mean, Tensor.mean)
-def _mean(
-    low: Lowering, call: Call, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> None:
-    x, shape = low.images(call, input)
-    if not isinstance(dim, (tuple, list)) or sorted(d % 4 for d in dim) != [2, 3] or dtype is not None:
-        raise call.refusal(f"mean: expected height and width (dim=(2, 3)), got dim={dim!r}")
-    low.step(AveragePool, call, (x,), (1, 1, shape[2]) if keepdim else (shape[2],), shape[:2])
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
 from mamlpp_fast.engine.fused.steps.generic import Generic
 from mamlpp_fast.engine.fused.steps.head import Head
 from mamlpp_fast.engine.fused.steps.layout import Relayout
-from mamlpp_fast.engine.fused.steps.linear import Add, AveragePool, Bias, Conv, Detach, Flatten, Linear
+from mamlpp_fast.engine.fused.steps.linear import Add, Bias, Conv, Detach, Flatten, Linear, TransposedConv
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
-from mamlpp_fast.engine.fused.steps.pointwise import Activation, MaxPool, ScaleShift
+from mamlpp_fast.engine.fused.steps.pointwise import Activation, ScaleShift, Smooth, Times
+from mamlpp_fast.engine.fused.steps.pool import AveragePool, MaxPool
 
 __all__ = [
     "Activation",
@@ -35,7 +36,10 @@ __all__ = [
     "ScaleShift",
     "Scaling",
     "Slot",
+    "Smooth",
     "SquaredError",
     "Step",
+    "Times",
+    "TransposedConv",
     "loss_of",
 ]

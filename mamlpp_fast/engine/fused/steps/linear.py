@@ -1,9 +1,10 @@
-"""Steps that are linear in their input: convolution, fully connected layer, sum, bias, pooling of averages."""
+"""Steps that are linear in their input: convolution, fully connected layer, sum, bias."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -11,7 +12,7 @@ import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 
-__all__ = ["Add", "AveragePool", "Bias", "Conv", "Detach", "Flatten", "Linear", "Plain"]
+__all__ = ["Add", "Bias", "Conv", "Detach", "Flatten", "Linear", "Plain", "TransposedConv"]
 
 ops = torch.ops.mamlpp_fast
 _FEW_CHANNELS = 4
@@ -19,11 +20,14 @@ _FEW_CHANNELS = 4
 
 @dataclass
 class Conv(Step):
-    """Convolution without bias, kernel 1x1 or 3x3."""
+    """Convolution without bias; an axis along which the kernel is one pixel is not padded."""
 
     weight: Slot
     stride: int
     padding: int
+
+    forward_op: ClassVar[str] = "task_conv2d"
+    to_input_op: ClassVar[str] = "task_conv2d_to_input"
 
     @property
     def convolves(self) -> bool:
@@ -37,6 +41,9 @@ class Conv(Step):
         kh, kw, ci = self.weight.shape[:3]
         return 2 * pairs * ps.tasks * ps.images * math.prod(self.shape) * kh * kw * ci
 
+    def _weight_pair(self, x: Ref, g: Ref) -> tuple[Ref, Ref]:
+        return x, g
+
     def _product(self, em: Emitter, ps: Pass, op: str, pairs: list[tuple[Ref, Ref]], out: Ref) -> None:
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
         # A first layer waits for memory: rounding its large gradient costs more than a CPU's faster products save.
@@ -48,7 +55,7 @@ class Conv(Step):
     def forward(self, em: Emitter, ps: Pass) -> None:
         out = self.new_output(em, ps)
         x, w = ps.values[self.inputs[0]], ps.weights[self.weight.name]
-        self._product(em, ps, "task_conv2d", [(x, w)], out)
+        self._product(em, ps, self.forward_op, [(x, w)], out)
         ps.values[self.output] = out
 
     def tangent(self, em: Emitter, ps: Pass) -> None:
@@ -56,7 +63,7 @@ class Conv(Step):
         u, v = ps.tangents.get(self.inputs[0]), ps.directions.get(self.weight.name)
         pairs = ([] if u is None else [(u, w)]) + ([] if v is None else [(x, v)])
         out = self.new_output(em, ps, "tangent of ")
-        self._product(em, ps, "task_conv2d", pairs, out)
+        self._product(em, ps, self.forward_op, pairs, out)
         ps.tangents[self.output] = out
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
@@ -73,13 +80,36 @@ class Conv(Step):
         if source in out.wanted_values:
             pairs = [(g, w)] + ([] if v is None or g0 is None else [(g0, v)])
             gx = em.like(f"gradient of input of {self.name}", x)
-            self._product(em, ps, "task_conv2d_to_input", pairs, gx)
+            self._product(em, ps, self.to_input_op, pairs, gx)
             out.add(source, gx)
         if name in out.wanted_params:
-            pairs = [(x, g)] + ([] if u is None or g0 is None else [(u, g0)])
+            pairs = [self._weight_pair(x, g)]
+            if u is not None and g0 is not None:
+                pairs.append(self._weight_pair(u, g0))
             gw = out.of(em, self.weight, ps.tasks)
             self._product(em, ps, "task_conv2d_to_weight", pairs, gw)
             out.params[name] = gw
+
+
+@dataclass
+class TransposedConv(Conv):
+    """The gradient of a convolution to its input as a layer: rules and products in each other's places.
+
+    Attributes:
+        source: shape of an example of the input, which is the output of that convolution.
+    """
+
+    source: tuple[int, ...]
+
+    forward_op: ClassVar[str] = "task_conv2d_to_input"
+    to_input_op: ClassVar[str] = "task_conv2d"
+
+    def _flops(self, ps: Pass, pairs: int) -> int:
+        kh, kw, co = self.weight.shape[:3]
+        return 2 * pairs * ps.tasks * ps.images * math.prod(self.source) * kh * kw * co
+
+    def _weight_pair(self, x: Ref, g: Ref) -> tuple[Ref, Ref]:
+        return g, x
 
 
 @dataclass
@@ -258,35 +288,3 @@ class Flatten(Plain):
     def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] in out.wanted_values:
             out.add(self.inputs[0], gy.reshape(*ps.values[self.inputs[0]].shape))
-
-
-@dataclass
-class AveragePool(Plain):
-    """Means over windows [height, width] side by side; pixels beyond the last whole window are left out."""
-
-    window: tuple[int, int]
-
-    def _windows(self, x: Ref) -> Ref:
-        (h, w), (rows, columns) = self.window, (x.shape[2] // self.window[0], x.shape[3] // self.window[1])
-        return x.view(
-            lambda t: t[:, :, : rows * h, : columns * w].unflatten(3, (columns, w)).unflatten(2, (rows, h))
-        )
-
-    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
-        out = self.new_output(em, ps, prefix)
-        windows = self._windows(xs[0])
-        grid = out.reshape(*windows.shape[:3], windows.shape[4], windows.shape[6])
-        em.call(aten.mean.out, windows, [3, 5], out=grid)
-        return out
-
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        if self.inputs[0] not in out.wanted_values:
-            return
-        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
-        windows = self._windows(gx)
-        if windows.nbytes != gx.nbytes:
-            em.call(aten.zero_.default, gx)
-        grid = gy.reshape(*windows.shape[:3], 1, windows.shape[4], 1, windows.shape[6])
-        grid = grid.view(lambda t: t.expand(windows.shape))
-        em.call(aten.mul.out, grid, em.constant(1 / (self.window[0] * self.window[1])), out=windows)
-        out.add(self.inputs[0], gx)

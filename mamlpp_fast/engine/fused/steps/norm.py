@@ -22,7 +22,8 @@ class NormActPool(Affine):
 
     Attributes:
         per_image: every image has statistics of its own, over all its elements: a layer norm, without ``affine``.
-        instance: every channel of an image has, likewise.
+        group: so many neighbouring channels of an image have: group norm, or instance norm where it is 1; 0 for the
+            batch norm. Weights are each task's own, or none.
     """
 
     affine: Rows | Scaling | None
@@ -31,18 +32,18 @@ class NormActPool(Affine):
     pool: bool
     per_image: bool = False
     norm: str = ""
-    instance: bool = False
+    group: int = 0
 
     def _view(self, ps: Pass, x: Ref) -> Ref:
         """[T, N, H, W, C], or the images of all tasks as tasks, of one channel where they have one statistic."""
-        if self.instance:
+        if self.group:
             return x.reshape(ps.tasks * ps.images, 1, *x.shape[2:])
         if not self.per_image:
             return x
         return x.reshape(ps.tasks * ps.images, 1, math.prod(x.shape[2:]), 1, 1)
 
     def _stats_shape(self, ps: Pass) -> tuple[int, int]:
-        if self.instance:
+        if self.group:
             return ps.tasks * ps.images, self.shape[-1]
         return (ps.tasks * ps.images, 1) if self.per_image else (ps.tasks, self.shape[-1])
 
@@ -52,12 +53,13 @@ class NormActPool(Affine):
             mean, rstd = ps.stats[self.norm]
         else:
             mean, rstd = em.new(f"{self.name} mean", shape), em.new(f"{self.name} 1/std", shape)
-        index = em.new(f"{self.name} positions", out.shape if self.pool else (0,), torch.uint8)
         z = self._view(ps, ps.values[self.inputs[0]])
         gamma, beta = self.weight_and_bias(em, ps, shape[1])
         y = self._view(ps, out)
+        index = em.new(f"{self.name} positions", y.shape if self.pool else (0,), torch.uint8)
         em.call(
-            ops.norm_act_pool.default, z, gamma, beta, self.eps, self.slope, self.pool, y, index, mean, rstd
+            ops.norm_act_pool.default,
+            *(z, gamma, beta, self.eps, self.slope, self.pool, y, index, mean, rstd, max(1, self.group)),
         )
         ps.values[self.output] = out
         ps.saved[self.name] = (z, index, mean, rstd, gamma, beta)
@@ -73,37 +75,55 @@ class NormActPool(Affine):
         em.call(
             ops.norm_act_pool_tangent.default,
             *(u, *ps.saved[self.name], self.slope, self.pool),
-            *(self._view(ps, out), r, t, *moved),
+            *(self._view(ps, out), r, t, *(moved or (None, None)), max(1, self.group)),
         )
         ps.tangents[self.output] = out
-        ps.saved[self.name, "tangent"] = (u, r, t, moved[:1])
+        ps.saved[self.name, "tangent"] = (u, r, t, moved[0] if moved else None)
 
     def _outputs(self, em: Emitter, ps: Pass, out: Gradients) -> tuple[Ref, Ref, Ref]:
+        """Where the gradients of the input, of weight and of bias go."""
         gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
         out.add(self.inputs[0], gx)
-        return (self._view(ps, gx), *self.their_gradients(em, ps, out, self._stats_shape(ps)))
+        shape = self._stats_shape(ps)
+        if self.group:  # of every image first
+            each = [em.new(f"gradient of {self.name}'s {p}", shape) for p in ("weight", "bias")]
+            return self._view(ps, gx), each[0], each[1]
+        return (self._view(ps, gx), *self.their_gradients(em, ps, out, shape))
+
+    def _sum_images(self, em: Emitter, ps: Pass, found: tuple[Ref, Ref, Ref], out: Gradients) -> None:
+        """The gradients of the weights over a task's images, where every image has left its own."""
+        if not (self.group and self.params() & out.wanted_params):
+            return
+        places = self.their_gradients(em, ps, out, (ps.tasks, self.shape[-1]))
+        for place, each in zip(places, found[1:], strict=True):
+            images = each.reshape(ps.tasks, ps.images, self.shape[-1])
+            em.call(aten.sum.IntList_out, images, [1], out=place)
 
     def _wanted(self, out: Gradients) -> bool:
         return self.inputs[0] in out.wanted_values or bool(self.params() & out.wanted_params)
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self._wanted(out):
+            found = self._outputs(em, ps, out)
             em.call(
                 ops.norm_act_pool_backward.default,
                 *(self._view(ps, gy), *ps.saved[self.name], self.slope, self.pool),
-                *self._outputs(em, ps, out),
+                *(*found, max(1, self.group)),
             )
+            self._sum_images(em, ps, found, out)
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
         if gy is None or (self.name, "tangent") not in ps.saved:
             self.backward(em, ps, gy_dot, out)
             return
         u, r, t, moved = ps.saved[self.name, "tangent"]
+        found = self._outputs(em, ps, out)
         em.call(
             ops.norm_act_pool_backward_tangent.default,
             *(self._view(ps, gy_dot), self._view(ps, gy), u, *ps.saved[self.name], self.slope),
-            *(r, t, self.pool, *self._outputs(em, ps, out), *moved),
+            *(r, t, self.pool, *found, moved, max(1, self.group)),
         )
+        self._sum_images(em, ps, found, out)
 
 
 @dataclass

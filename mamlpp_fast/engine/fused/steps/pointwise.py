@@ -1,16 +1,19 @@
-"""Steps that act on each element or window alone: activation, max-pooling, scale and shift."""
+"""Steps that act on each element alone: activation, scale and shift."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+import mamlpp_fast.ops.pointwise  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
+from mamlpp_fast.engine.fused.steps.linear import Plain
 
-__all__ = ["Activation", "MaxPool", "ScaleShift"]
+__all__ = ["Activation", "ScaleShift", "Smooth", "Times"]
+
+ops = torch.ops.mamlpp_fast
 
 
 @dataclass
@@ -42,51 +45,60 @@ class Activation(Step):
         self.backward(em, ps, gy_dot, out)
 
 
-class MaxPool(Step):
-    """Maximum of 2x2 windows, the first where several are equal; the last odd row and column are left out."""
+@dataclass
+class Smooth(Step):
+    """A function of :mod:`mamlpp_fast.ops.pointwise`, by its number and the number that it takes."""
 
-    def _corners(self, x: Ref) -> list[Ref]:
-        rows, columns = 2 * self.shape[0], 2 * self.shape[1]
-        return [x[:, :, i:rows:2, j:columns:2] for i in (0, 1) for j in (0, 1)]
+    function: int
+    a: float
 
     def forward(self, em: Emitter, ps: Pass) -> None:
         out = self.new_output(em, ps)
-        corners = self._corners(ps.values[self.inputs[0]])
-        index = em.new(f"{self.name} positions", out.shape, torch.uint8)
-        higher = em.new(f"{self.name} mask", out.shape, torch.bool)
-        em.call(aten.copy_.default, out, corners[0])
-        em.call(aten.zero_.default, index)
-        for position in (1, 2, 3):
-            em.call(aten.gt.Tensor_out, corners[position], out, out=higher)
-            em.call(aten.maximum.out, corners[position], out, out=out)
-            em.call(aten.masked_fill_.Scalar, index, higher, position)
+        em.call(ops.pointwise.default, ps.values[self.inputs[0]], self.function, self.a, out)
         ps.values[self.output] = out
-        ps.saved[self.name] = index
+
+    def _slopes_times(self, em: Emitter, ps: Pass, g: Ref, name: str) -> Ref:
+        out = em.like(name, g)
+        x = ps.values[self.inputs[0]]
+        em.call(ops.pointwise_slope.default, x, g, self.function, self.a, out)
+        return out
 
     def tangent(self, em: Emitter, ps: Pass) -> None:
-        out = self.new_output(em, ps, "tangent of ")
-        corners = self._corners(ps.tangents[self.inputs[0]])
-        chosen = em.new(f"{self.name} mask", out.shape, torch.bool)
-        em.call(aten.copy_.default, out, corners[0])
-        for position in (1, 2, 3):
-            em.call(aten.eq.Scalar_out, ps.saved[self.name], position, out=chosen)
-            em.call(aten.where.self_out, chosen, corners[position], out, out=out)
-        ps.tangents[self.output] = out
+        u = ps.tangents[self.inputs[0]]
+        ps.tangents[self.output] = self._slopes_times(em, ps, u, f"tangent of {self.name}")
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        if self.inputs[0] not in out.wanted_values:
-            return
-        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
-        if math.prod(gx.shape) != 4 * math.prod(gy.shape):
-            em.call(aten.zero_.default, gx)
-        chosen = em.new(f"{self.name} mask", gy.shape, torch.bool)
-        for position, corner in enumerate(self._corners(gx)):
-            em.call(aten.eq.Scalar_out, ps.saved[self.name], position, out=chosen)
-            em.call(aten.mul.out, gy, chosen, out=corner)
-        out.add(self.inputs[0], gx)
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], self._slopes_times(em, ps, gy, f"gradient of input of {self.name}"))
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        self.backward(em, ps, gy_dot, out)
+        source = self.inputs[0]
+        u = ps.tangents.get(source)
+        if gy is None or u is None or source not in out.wanted_values:
+            self.backward(em, ps, gy_dot, out)
+            return
+        gx = em.like(f"gradient of input of {self.name}", gy_dot)
+        em.call(ops.pointwise_bend.default, ps.values[source], gy_dot, gy, u, self.function, self.a, gx)
+        out.add(source, gx)
+
+
+@dataclass
+class Times(Plain):
+    """The product with a number."""
+
+    factor: float
+
+    def _times(self, em: Emitter, x: Ref, name: str) -> Ref:
+        out = em.like(name, x)
+        em.call(aten.mul.out, x, em.constant(self.factor), out=out)
+        return out
+
+    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
+        return self._times(em, xs[0], f"{prefix}{self.name}")
+
+    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], self._times(em, gy, f"gradient of input of {self.name}"))
 
 
 @dataclass
