@@ -1,9 +1,10 @@
 """Textbook MAML on Conv4, as it is, and with `convert_batch_norm`, `LSLR` and `adapt` (three lines), or `accelerate`.
 
-    python -m bench.drop_in [--tasks 2] [--ways 5,20] [--size 28] [--seconds 20] [--json FILE]
+    python -m bench.drop_in [--tasks 2] [--ways 5,20] [--size 28] [--only NAME] [--seconds 20] [--json FILE]
 
-All loops take one task at a time through autograd, five inner steps, second order; "norms adapt" with the batch norms'
-weights among what adapts. Meta-gradients must agree in float64 before any time is taken.
+Five inner steps, second order; "norms adapt" with the batch norms' weights among what adapts. Loops take one task at a
+time through autograd. Those of `bench.drop_in_tasks` take all at once: by `vmap` of `torch.func`, before and after, or
+by `map_tasks` after. Meta-gradients must agree in float64 before any time is taken.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mamlpp_fast as mf
+from bench import drop_in_tasks
 from bench.harness import before_after, interleaved, keep
 
 STEPS, RATE = 5, 0.1
@@ -92,7 +94,7 @@ def jobs(
         "three lines": {"before": plain, "after": after(copy.deepcopy(model), batch)},
         "accelerate": {"before": plain, "after": before(fast(), batch)},
         "accelerate, norms adapt": {"before": adapting, "after": before(fast(), batch, True)},
-    }
+    } | drop_in_tasks.jobs(lambda: copy.deepcopy(model), batch, before, STEPS, RATE)
 
 
 def error_of(loops: dict[str, Callable[[], list[Tensor]]]) -> float:
@@ -116,15 +118,22 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--ways", default="5,20")
     parser.add_argument("--size", type=int, default=28, help="pixels a side; coloured where it is not 28")
+    parser.add_argument("--only", default="", help="loops with this in their names")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    errors = {name: error_of(loops) for name, loops in jobs(1, 5, arguments.size, torch.float64).items()}
+    errors = {
+        name: error_of(loops)
+        for name, loops in jobs(2, 5, arguments.size, torch.float64).items()
+        if arguments.only in name
+    }
     if not max(errors.values()) < 1e-9:
         raise SystemExit(f"meta-gradients differ: {errors}; no time is taken")
     rows = []
     for ways in map(int, arguments.ways.split(",")):
         for name, loops in jobs(arguments.tasks, ways, arguments.size, torch.float32).items():
+            if name not in errors:
+                continue
             row = {"tasks": arguments.tasks, "ways": ways, "size": arguments.size, "changed": name}
             times = interleaved({**loops, "again": loops["after"]}, arguments.seconds)
             rows.append({**row, "largest_error_float64": errors[name], **before_after(times)})

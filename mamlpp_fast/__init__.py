@@ -13,6 +13,7 @@ from mamlpp_fast.models import Conv4, ResNet12
 from mamlpp_fast.nn import InertBiasConv2d, PerStepBatchNorm2d, convert_batch_norm, set_eval_stats, set_step
 from mamlpp_fast.predictor import Predictor
 from mamlpp_fast.reference import functional_call
+from mamlpp_fast.side_by_side import map_tasks
 
 __all__ = [
     "LSLR",
@@ -35,6 +36,7 @@ __all__ = [
     "convert_batch_norm",
     "functional_call",
     "graphed",
+    "map_tasks",
     "ops",
     "reference",
     "set_eval_stats",

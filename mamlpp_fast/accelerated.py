@@ -18,6 +18,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import ROUTED, form_of
+from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.lanes import watched
@@ -37,9 +38,13 @@ def accelerate(model: _M) -> _M:
     changes is what a call ``model(x)`` executes where autograd records: the whole forward as one operation, whose
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
-    arguments than one tensor [N, ...] of the parameters' type, ``torch.func`` transforms, forward mode,
-    ``torch.compile``, autocast, hooks on saved tensors (checkpoints), normalising with running statistics, models whose
-    forward is no fixed list of operations. :func:`acceleration` says what was served and what not, and why.
+    arguments than one tensor [N, ...] of the parameters' type, forward mode, ``torch.compile``, autocast, hooks on
+    saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed list of
+    operations. :func:`acceleration` says what was served and what not, and why.
+
+    ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way, by the parameters: the tasks of a
+    ``vmap`` run side by side on the threads. Norms that update running statistics are not, for PyTorch refuses most of
+    that itself.
 
     The first call of each form (shapes, attributes, training or evaluation, examples with a gradient or without) is
     checked in float64 against the plain forward: output, gradients, second derivatives and running statistics to 1e-6;
@@ -79,10 +84,11 @@ def _kind(model: nn.Module) -> type:
 
 
 def _said(key: list[Any]) -> str:
-    shape, dtype, _, training, inputs = key
+    shape, dtype, _, training, inputs, transformed = key
     kind = "training" if training else "evaluation"
     beside = ", examples with a gradient" if inputs else ""
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {kind}{beside}"
+    under = ", under torch.func" if transformed else ""
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {kind}{beside}{under}"
 
 
 class _Refusal:
@@ -95,7 +101,7 @@ class _Refusal:
         return f"plain PyTorch: {self.why}"
 
 
-_Route = DifferentiableNetwork | _Refusal
+_Route = DifferentiableNetwork | transforms.Transformed | _Refusal
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
 _lock = threading.RLock()
 _unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKeyDictionary()
@@ -112,6 +118,8 @@ def _routed(cls: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # first of all: what follows is not for a compiler to read
+            return cls.forward(self, *args, **kwargs)
         if (made := served(self, args, kwargs)) is not None:
             return made
         with reference.right_weight_norm(self):
@@ -151,7 +159,7 @@ def served(
         args, kwargs: of the call.
         plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
     """
-    if len(args) != 1 or kwargs or not _can(model, args[0]):
+    if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not _can(model, args[0]):
         return None
     if (
         before := _resting.get(model)
@@ -160,9 +168,9 @@ def served(
             return None
         _resting.pop(model, None)
     route = _route(model, args[0], plain)
-    if not isinstance(route, DifferentiableNetwork):
+    if isinstance(route, _Refusal):
         return None
-    if route.resting():
+    if isinstance(route, DifferentiableNetwork) and route.resting():
         _resting[model] = route
         return None
     return route.call(model, args[0])
@@ -195,10 +203,8 @@ def _can(model: nn.Module, x: Any) -> bool:
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and (torch.autograd.forward_ad._current_level < 0 or transforms.active())
         # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and not paused()
@@ -208,7 +214,9 @@ def _can(model: nn.Module, x: Any) -> bool:
 
 def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -> _Route:
     form = form_of(model)
-    key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, form)
+    # Empty without a transform of torch.func; with one, why its kind is refused.
+    transformed = (transforms.refusal(model, x),) if transforms.active() else ()
+    key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, transformed, form)
     with _lock:
         if key in _routes:
             _routes.move_to_end(key)
@@ -216,13 +224,30 @@ def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")
-        route = _made(model if plain is None else plain(), x)
-        if isinstance(route, _Refusal):
+        if transformed:
+            route = _under_transforms(model, x, plain, *transformed)
+        else:
+            route = _made(model if plain is None else plain(), x)
+        if isinstance(route, _Refusal) and not transformed:
             refused[key[:-1]] += 1
         _routes[key] = route
         while len(_routes) > _KEPT:
             _routes.popitem(last=False)
         return route
+
+
+def _under_transforms(
+    model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None, refusal: str | None
+) -> _Route:
+    if refusal is not None:
+        return _Refusal(refusal)
+    with transforms.outside(model, x) as one:
+        route = _route(model, one, plain)
+    if not isinstance(route, DifferentiableNetwork):
+        return route
+    if any(norm.statistics is not None for norm in route.network.norms.values()):
+        return _Refusal("keeps running statistics, which a transform changes as PyTorch does, or refuses")
+    return transforms.Transformed(route)
 
 
 def _made(model: nn.Module, x: Tensor) -> _Route:

@@ -1,6 +1,7 @@
 // Lists of operator calls, made one after the other without Python's interpreter, whose lock two threads would
 // otherwise hand to and fro at every call. Made by mamlpp_fast/engine/fused/program.py.
 
+#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
@@ -65,10 +66,30 @@ class Calls : public torch::CustomClassHolder {
   std::vector<Call> calls_;
 };
 
+/// Lists that run side by side, each on one of the threads that ATen's own loops have. Other threads would find these
+/// still waiting, busily, for the next loop: between operations of the caller's that cost a third of the time.
+class Team : public torch::CustomClassHolder {
+ public:
+  /// Appends lists that one thread runs in their order.
+  void add(std::vector<c10::intrusive_ptr<Calls>> lists) { lists_.push_back(std::move(lists)); }
+
+  void run(const at::Tensor& halt) {
+    at::parallel_for(0, static_cast<int64_t>(lists_.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (const auto& list : lists_[i]) list->run(halt);
+      }
+    });
+  }
+
+ private:
+  std::vector<std::vector<c10::intrusive_ptr<Calls>>> lists_;
+};
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
   m.class_<Calls>("Calls").def(torch::init<>()).def("add", &Calls::add).def("run", &Calls::run);
+  m.class_<Team>("Team").def(torch::init<>()).def("add", &Team::add).def("run", &Team::run);
 }
 
 }  // namespace mf

@@ -18,7 +18,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-__all__ = ["OPERATIONS", "Operation", "define", "differentiate", "launcher", "served_by"]
+__all__ = ["OPERATIONS", "Operation", "define", "differentiate", "launcher", "served_by", "transformed"]
 
 NAMESPACE = "mamlpp_fast"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -129,6 +129,11 @@ def differentiate(
         return kernel(keyset, *args)
 
     library.impl(name, differentiable, "Autograd", with_keyset=True)
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work: the functions above the operations are plain PyTorch then."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _raise_versions(name: str, overload: OpOverload[..., Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define, differentiate, launcher
+from mamlpp_fast.ops._library import define, differentiate, launcher, transformed
 
 __all__ = [
     "flatten_parameters",
@@ -74,7 +74,10 @@ def _row(rates: Tensor, offsets: Tensor | None, step: int, size: int) -> Tensor:
     """The step's rate of every element [P]."""
     if offsets is None:
         return rates if rates.dim() == 1 else rates[step]
-    sizes = torch.tensor(_sizes(offsets, size), device=rates.device)
+    if torch.compiler.is_compiling():  # a compiler reads no values, which are then not checked
+        sizes = offsets.diff()
+    else:
+        sizes = torch.tensor(_sizes(offsets, size), device=rates.device)
     return rates[:, step].repeat_interleave(sizes, output_size=size)
 
 
@@ -91,8 +94,12 @@ def _reduce_into(product: Tensor, offsets: Tensor | None, step: int, out: Tensor
 def _update_out(
     theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int, out: Tensor
 ) -> None:
+    out.copy_(_updated(theta, grad, rates, offsets, step))
+
+
+def _updated(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int) -> Tensor:
     theta, grad, rates = _wide(theta, grad, rates)
-    out.copy_(theta - _row(rates, offsets, step, theta.shape[-1]) * grad)
+    return theta - _row(rates, offsets, step, theta.shape[-1]) * grad
 
 
 def _update(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int) -> Tensor:
@@ -233,7 +240,8 @@ def lslr_update(
     """One inner update of every parameter: ``theta - rate * grad`` (MAML++, section 4, LSLR).
 
     Equivalent, with `offsets`, to ``theta - rates[:, step].repeat_interleave(offsets.diff()) * grad``, and without to
-    ``theta - rates[step] * grad``. Differentiable to any order with respect to theta, grad and rates.
+    ``theta - rates[step] * grad``. Differentiable to any order with respect to theta, grad and rates; under the
+    transforms of ``torch.func`` by PyTorch's elementary operations.
 
     Args:
         theta: flat parameters [P] or [tasks, P], or [P] beside a grad [tasks, P]: shared by all tasks.
@@ -249,11 +257,13 @@ def lslr_update(
     Raises:
         ValueError: shapes do not belong together, `step` has no rate, or `offsets` does not rise from 0 to P.
         TypeError: a type is not floating-point, or grad's is not theta's.
-        NotImplementedError: under ``torch.func.grad`` or forward mode (``jvp``).
+        NotImplementedError: in forward mode without ``torch.func``.
     """
     if theta.dim() == 1 and grad.dim() == 2 and theta.shape[0] == grad.shape[1]:
         theta = theta.expand_as(grad)
     _check(theta, grad, rates, offsets, step)
+    if transformed():
+        return _updated(theta, grad, rates, offsets, step).to(theta.dtype)
     updated: Tensor = _lslr_update(theta, grad, rates, offsets, step)
     return updated
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast.ops import _batch_norm_closed_form as closed_form
-from mamlpp_fast.ops._library import define, differentiate
+from mamlpp_fast.ops._library import define, differentiate, transformed
 
 __all__ = [
     "per_step_batch_norm",
@@ -207,6 +207,10 @@ def _normalise(
     x: Tensor, weight: Tensor, bias: Tensor, step: int | None, eps: float, negative_slope: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slope = 1.0 if negative_slope is None else negative_slope
+    if transformed():
+        y, *statistics = closed_form.forward(x, weight, bias, step, eps, slope)
+        mean, rstd, var = (s.detach() for s in statistics)
+        return y, mean, rstd, var
     results: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(x, weight, bias, step, eps, slope)
     return results
 
@@ -224,8 +228,8 @@ def per_step_batch_norm(
 
     Equivalent to ``F.leaky_relu(F.batch_norm(x, None, None, weight[step], bias[step], True, 0.0, eps),
     negative_slope)``, for each task of a task axis. Differentiable twice, in x, weight and bias; a third derivative
-    raises NotImplementedError, and so do ``torch.func.grad`` and forward mode (``jvp``): use
-    ``torch.autograd.grad(..., create_graph=True)``.
+    raises NotImplementedError, and so does forward mode (``torch.autograd.forward_ad``). Under the transforms of
+    ``torch.func`` it is computed by PyTorch's elementary operations, at their speed, and differentiable to any order.
 
     Args:
         x: [N, C], [N, C, H, W] or [T, N, C, H, W], contiguous or channels-last (others are copied); float64,
@@ -241,7 +245,7 @@ def per_step_batch_norm(
     Raises:
         ValueError: shapes do not belong together, step is out of range, or there is one value per channel.
         TypeError: x is not of a floating type.
-        NotImplementedError: under ``torch.func.grad`` or forward mode.
+        NotImplementedError: in forward mode without ``torch.func``.
     """
     return _normalise(x, weight, bias, step, eps, negative_slope)[0]
 

@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from mamlpp_fast import _native
 from mamlpp_fast.engine.lanes import NEVER, Halt, watched
 
-__all__ = ["Buffer", "Copied", "Emitter", "Instruction", "Phase", "Program", "Ref", "Workspace"]
+__all__ = ["Buffer", "Copied", "Emitter", "Instruction", "Phase", "Program", "Ref", "Section", "Workspace"]
 
 _ALIGNMENT = 64
 _Made = TypeVar("_Made")
@@ -198,6 +198,21 @@ class Workspace:
             self.generation += 1
 
 
+class Section:
+    """Calls on tensors; ``listed`` is the native library's list of the same, None where there is none."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]], listed: Any) -> None:
+        self._calls = calls
+        self.listed = listed
+
+    def __call__(self) -> None:
+        if self.listed is not None and not watched():
+            self.listed.run(NEVER.flag)
+            return
+        for call in self._calls:
+            call()
+
+
 @dataclass
 class Program:
     """A list of calls, the workspace bytes they need, and the tensors it owns."""
@@ -242,22 +257,15 @@ class Program:
                 flat = memory[b.offset : b.offset + b.nbytes]
                 b.tensors.append(flat.view(b.dtype).view(b.shape))
 
-    def section(self, name: str, lane: int) -> Callable[[], None]:
+    def section(self, name: str, lane: int) -> Section:
         """The calls of one phase alone, on a lane that has its places."""
         instructions = [i for i in self.instructions if i.phase.name == name]
         operands = [i.operands(lane) for i in instructions]
         calls = [_bound(i, *own) for i, own in zip(instructions, operands, strict=True)]
         device = next(b.tensors[0].device for b in self.buffers if b.tensors)
-        listed = _listed(instructions, operands) if _without_python(instructions, device) else None
-
-        def run() -> None:
-            if listed is not None and not watched():
-                listed.run(NEVER.flag)
-                return
-            for call in calls:
-                call()
-
-        return run
+        return Section(
+            calls, _listed(instructions, operands) if _without_python(instructions, device) else None
+        )
 
     def run(self, lane: int = 0, threads: int = 1, halt: Halt = NEVER) -> None:
         """Makes the calls on a lane's memory.

@@ -6,7 +6,7 @@ one forward pass left. As they are never taken after the same forward pass, they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ from mamlpp_fast.engine.fused.expressions import Expressions
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
-from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref
+from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref, Section
 from mamlpp_fast.engine.fused.steps import Gradients, Pass
 from mamlpp_fast.engine.fused.steps.base import aten
 
-__all__ = ["EXAMPLES", "Form", "Place", "Sections"]
+__all__ = ["EXAMPLES", "Form", "Part", "Place", "Sections"]
 
 EXAMPLES = ""
 """Among names of parameters: the examples, by which a call may be differentiated as well."""
@@ -172,9 +172,9 @@ class Part(NamedTuple):
         second: from how the output's gradient moves to the derivatives of the gradients.
     """
 
-    backward: Callable[[], None]
-    tangent: Callable[[], None]
-    second: Callable[[], None]
+    backward: Section
+    tangent: Section
+    second: Section
 
 
 class Place:

@@ -1,0 +1,367 @@
+"""`mf.map_tasks`: the tasks of a loop side by side, against the loop, in float64."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import types
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_accelerate import CLOSE, Scaled, conv_net, data, mlp
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+from mamlpp_fast import accelerated
+from mamlpp_fast.compat import learn2learn as l2l
+
+Task = tuple[Tensor, ...]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    accelerated._routes.clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def step(model: nn.Module, task: Task) -> Tensor:
+    """MAML of a textbook."""
+    x, y, target, goal = task
+    # Torch's leaves fast weights in a model that holds a module under two names.
+    call = mf.functional_call if isinstance(model, Tied) else torch.func.functional_call
+    fast = dict(model.named_parameters())
+    for _ in range(2):
+        loss = F.cross_entropy(call(model, fast, (x,)), y)
+        grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+        fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+    return F.cross_entropy(call(model, fast, (target,)), goal)
+
+
+def own(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().double()
+
+
+def left(model: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
+    return {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def loop(step: Callable[[Any, Any], Any], tasks: list[Any], model: nn.Module) -> list[Tensor]:
+    losses = []
+    for task in tasks:
+        loss = step(model, task)
+        loss.backward()
+        losses.append(loss.detach())
+    return losses
+
+
+class Tied(nn.Module):
+    """A module in two places, a parametrised one, and a recurrent one with a list of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(64, 6))
+        self.shared = nn.Linear(6, 6)
+        self.again = self.shared
+        self.cell = nn.GRUCell(6, 6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.shared(torch.tanh(self.first(x.flatten(1)))))
+        made: Tensor = self.last(self.cell(h, self.again(h)))
+        return made
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "conv": conv_net,
+    "conv, accelerated": lambda: mf.accelerate(conv_net().double()),
+    "mlp": mlp,
+    "mlp, accelerated": lambda: mf.accelerate(mlp().double()),
+    "own parameters": lambda: mf.accelerate(Scaled().double()),
+    "tied": Tied,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [2, 5])
+def test_it_leaves_what_the_loop_leaves(name: str, count: int) -> None:
+    tasks = data(count)
+    one, other = own(MODELS[name]), own(MODELS[name])
+    for _ in range(3):  # gradients and statistics go on from where they are
+        expected = loop(step, tasks, one)
+        found = mf.map_tasks(step, tasks, other)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        assert not any(t.requires_grad for t in found)
+        torch.testing.assert_close(left(other), left(one), **CLOSE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_number_of_threads_leaves_the_same(name: str) -> None:
+    tasks = data(5)
+    model = own(MODELS[name])
+    torch.set_num_threads(1)
+    expected = loop(step, tasks, copy.deepcopy(model))
+    first = copy.deepcopy(model)
+    loop(step, tasks, first)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        other = copy.deepcopy(model)
+        found = mf.map_tasks(step, tasks, other)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(left(other), left(first), rtol=1e-11, atol=1e-13)
+
+
+def test_steps_run_side_by_side_on_one_thread_each() -> None:
+    together = threading.Barrier(2, timeout=60)
+
+    def meet(model: nn.Module, task: int) -> tuple[int, int]:
+        together.wait()
+        return threading.get_ident(), torch.get_num_threads()
+
+    found = mf.map_tasks(meet, [0, 1], own(mlp))
+    assert len({ident for ident, _ in found} | {threading.get_ident()}) == 3
+    assert [count for _, count in found] == [1, 1] and torch.get_num_threads() == 2
+
+
+def test_results_come_in_the_tasks_order_and_as_they_are() -> None:
+    Made = namedtuple("Made", "loss name")
+
+    def slow(model: nn.Module, task: int) -> Any:
+        time.sleep(0.02 * (4 - task))
+        loss = model(torch.ones(1, 64, dtype=torch.float64)).sum() * task
+        return [Made(loss, "named"), (loss, loss.detach()), {"count": task}, loss, None][task]
+
+    model = own(mlp)
+    found = mf.map_tasks(slow, list(range(5)), model)
+    assert (
+        isinstance(found[0], Made)
+        and found[0].name == "named"
+        and found[2] == {"count": 2}
+        and found[4] is None
+    )
+    torch.testing.assert_close(found[1][0], found[1][1], rtol=0, atol=0)
+    assert not any(t.requires_grad for t in torch.utils._pytree.tree_leaves(found) if isinstance(t, Tensor))
+    other = own(mlp)
+    (other(torch.ones(1, 64, dtype=torch.float64)).sum() * (0 + 1 + 3)).backward()
+    torch.testing.assert_close(left(model)[0], left(other)[0], **CLOSE)
+    assert mf.map_tasks(slow, [], model) == []
+
+
+def test_learned_rates_get_their_gradients() -> None:
+    tasks, found = data(3), []
+    for run in (loop, mf.map_tasks):
+        model = own(conv_net)
+        rates = mf.LSLR(model, 2, 0.1).double()
+        rate = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+
+        def adapt(model: nn.Module, task: Task, rates: mf.LSLR = rates, rate: Tensor = rate) -> Tensor:
+            fast = mf.adapt(model, task[0], task[1], rates)
+            return F.cross_entropy(mf.functional_call(model, fast, (task[2],)), task[3]) * (1 + rate)
+
+        run(adapt, tasks, model)
+        found.append((rate.grad, rates.rates.grad, left(model)))
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_gradients_that_share_memory_are_added_each_to_its_own() -> None:
+    def flat(model: nn.Module, task: float) -> Tensor:
+        return torch.stack([p.sum() for p in model.parameters()]).sum() * task
+
+    model = own(mlp)
+    mf.map_tasks(flat, [1.0, 2.0, 4.0], model)
+    for p in model.parameters():
+        assert p.grad is not None and p.grad.stride() == p.stride()
+        torch.testing.assert_close(p.grad, torch.full_like(p, 7.0), rtol=0, atol=0)
+
+
+def test_without_gradients_nothing_is_differentiated() -> None:
+    model = own(conv_net)
+
+    def trying(model: nn.Module, task: Task) -> Tensor:
+        assert not torch.is_grad_enabled()
+        with torch.enable_grad():
+            return step(model, task)
+
+    with torch.no_grad():
+        found = mf.map_tasks(trying, data(3), model)
+    assert not any(t.requires_grad for t in found) and all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(found, loop(step, data(3), own(conv_net)), **CLOSE)
+
+
+@pytest.mark.parametrize("l2l_kind", ["MAML", "MetaSGD"])
+def test_learn2learn_clones(l2l_kind: str) -> None:
+    def adapt(maml: Any, task: Task) -> Tensor:
+        learner = maml.clone()
+        for _ in range(2):
+            learner.adapt(F.cross_entropy(learner(task[0]), task[1]))
+        return F.cross_entropy(learner(task[2]), task[3])
+
+    found = []
+    for run in (loop, mf.map_tasks):
+        model = own(lambda: getattr(l2l.algorithms, l2l_kind)(conv_net(), lr=0.1))
+        found.append((run(adapt, data(3), model), left(model)))
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_the_first_error_is_raised_and_nothing_is_added() -> None:
+    model = own(conv_net)
+    state = copy.deepcopy(model.state_dict())
+
+    def failing(model: nn.Module, task: int) -> Tensor:
+        loss = step(model, data(1)[0])
+        if task in (1, 3):
+            raise LookupError(f"task {task}")
+        return loss
+
+    with pytest.raises(LookupError, match=r"task [13]"):
+        mf.map_tasks(failing, list(range(6)), model)
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert "forward" not in vars(model) and not any("forward" in vars(m) for m in model.modules())
+    torch.testing.assert_close(
+        mf.map_tasks(step, data(3), model), loop(step, data(3), own(conv_net)), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("part", ["the model", "a part of it"])
+def test_a_step_that_calls_the_shared_model_is_refused(part: str) -> None:
+    shared = own(mlp)
+    before = dict(shared.named_parameters())
+
+    def careless(model: nn.Module, task: Task) -> Tensor:
+        if part == "the model":
+            return step(shared, task)
+        made: Tensor = shared[1](task[0].flatten(1)).sum()  # type: ignore[index]
+        return made
+
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="the model that the threads share"):
+            mf.map_tasks(careless, data(4), shared)
+        assert all(p is before[n] for n, p in shared.named_parameters())
+    assert all(p.grad is None for p in shared.parameters())
+    found = mf.map_tasks(careless, data(4), shared, threads=1)  # one after the other it may
+    assert len(found) == 4 and "forward" not in vars(shared)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(64, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        made: Tensor = self.last(x.flatten(1))
+        return made
+
+
+def backward_inside(model: nn.Module, task: Task) -> None:
+    step(model, task).backward()
+
+
+def written(model: nn.Module, task: Task) -> None:
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+
+
+def noisy(model: nn.Module, task: Task) -> Tensor:
+    return step(model, task) + torch.rand(())
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "words"),
+    [
+        (mlp, backward_inside, "return the loss"),
+        (mlp, written, "changed a parameter in place"),
+        (mlp, noisy, "drew random numbers"),
+        (lambda: nn.Sequential(mlp(), nn.Dropout(0.5)), step, "drew random numbers"),
+        (Counting, step, "changed the buffer calls of a Counting"),
+        (lambda: conv_net(momentum=None), step, "changed the buffer running_mean of a BatchNorm2d"),
+        (lambda: mf.convert_batch_norm(conv_net(), 2), step, "changed the buffer running_mean"),
+    ],
+)
+def test_what_threads_do_not_pass_on_is_refused(
+    make: Callable[[], nn.Module], wrong: Any, words: str
+) -> None:
+    model = own(make)
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    with pytest.raises(RuntimeError, match=words):
+        mf.map_tasks(wrong, data(4), model)
+    torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+    if wrong is step:
+        assert all(p.grad is None for p in model.parameters())
+        one, other = own(make), own(make)  # and one after the other it is what the loop does
+        torch.manual_seed(1)
+        expected = loop(step, data(4), one)
+        torch.manual_seed(1)
+        torch.testing.assert_close(mf.map_tasks(step, data(4), other, threads=1), expected, **CLOSE)
+        torch.testing.assert_close(left(other), left(one), **CLOSE)
+
+
+def test_models_that_refer_to_themselves_are_refused() -> None:
+    listed, bound, closed = own(mlp), own(mlp), own(mlp)
+    listed.blocks = [listed[1]]  # type: ignore[index,assignment]
+    bound.other = types.MethodType(lambda self, x: self(x), bound)  # type: ignore[assignment]
+    closed.register_forward_hook(lambda *_: closed.training and None)
+    for model, words in ((listed, "blocks"), (bound, "other"), (closed, "_forward_hooks")):
+        with pytest.raises(ValueError, match=words):
+            mf.map_tasks(step, data(2), model)
+        assert len(mf.map_tasks(step, data(2), model, threads=1)) == 2
+    with pytest.raises(ValueError, match="threads: expected at least 1"):
+        mf.map_tasks(step, data(2), listed, threads=0)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda y: (y.sum(), y), "without a graph behind the loss"),
+        (lambda y: [y.sum()], "a container with a graph"),
+        (lambda y: y, "one number"),
+    ],
+)
+def test_results_that_are_no_loss_are_refused(result: Callable[[Tensor], Any], words: str) -> None:
+    model = own(mlp)
+    for threads in (1, 2):
+        with pytest.raises(ValueError, match=words):
+            mf.map_tasks(lambda model, task: result(model(task[0])), data(2), model, threads=threads)
+
+
+def test_a_threads_own_settings_hold() -> None:
+    def where(model: nn.Module, task: int) -> tuple[int, bool]:
+        return threading.get_ident(), torch.is_autocast_enabled("cpu")
+
+    here = threading.get_ident()
+    model = own(mlp)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mf.map_tasks(where, [0, 1], model) == [(here, True)] * 2
+    with torch.inference_mode():
+        assert mf.map_tasks(where, [0, 1], model)[0][0] == here
+    assert mf.map_tasks(where, [0, 1], model)[0][0] != here
+
+
+def test_hooks_that_wait_for_accumulation_are_refused() -> None:
+    model = own(mlp)
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="hooks behind the accumulation"):
+        mf.map_tasks(step, data(2), model)
+
+
+def test_again_and_again() -> None:
+    """Whatever threads might mix up would show."""
+    model = mf.accelerate(own(conv_net))
+    tasks = data(7)
+    expected: Any = None
+    for _ in range(25):
+        model.zero_grad()
+        found = mf.map_tasks(step, tasks, model)
+        now = found, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        expected = now if expected is None else expected
+        torch.testing.assert_close(now, expected, rtol=1e-11, atol=1e-13)
