@@ -131,9 +131,7 @@ class Executions(TorchDispatchMode):
         kwargs = kwargs or {}
         self.executed.append(str(func))
         self.draws |= draws(func, args, kwargs)
-        self.reads |= torch.Tag.data_dependent_output in func.tags or (
-            torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args)
-        )
+        self.reads |= torch.Tag.data_dependent_output in func.tags or sized_by_values(func, args)
         if func._schema.is_mutable:
             given = _named(func, args) | kwargs
             for argument in func._schema.arguments:
@@ -151,12 +149,12 @@ def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return bool(named.get("dropout_p", 1.0) != 0)
 
 
-def _by_numbers(func: Any, args: Sequence[Any]) -> bool:
-    """Whether a call picks elements by their numbers, so that its result has the size that the numbers have."""
+def sized_by_values(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the size of a call's result depends on values; not where elements are picked by their numbers."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
     masks = (torch.bool, torch.uint8)
-    return func is torch.ops.aten.index.Tensor and not any(
-        t is not None and t.dtype in masks for t in args[1]
-    )
+    return func is not torch.ops.aten.index.Tensor or any(t is not None and t.dtype in masks for t in args[1])
 
 
 def _named(func: Any, args: Sequence[Any]) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def _compare(
     floor = max(_SMALL * max(real, default=0.0), noise)
     for name, t in expected.items():
         same = (found[name] == t) | (found[name].isnan() & t.isnan())  # as a NaN in a running statistic stays
-        difference = _largest((found[name] - t.detach()).masked_fill(same, 0))
+        difference = _largest((_number(found[name]) - _number(t.detach())).masked_fill(same, 0))
         scale = max(sizes[name], floor)
         if not difference <= TOLERANCE * scale:
             raise Unsupported(
@@ -254,4 +254,9 @@ def _compare(
 
 
 def _largest(t: Tensor) -> float:
-    return float(t.abs().max()) if t.numel() else 0.0
+    return float(_number(t).abs().max()) if t.numel() else 0.0
+
+
+def _number(t: Tensor) -> Tensor:
+    """A truth value, as buffers may hold, is no number to torch."""
+    return t.double() if t.dtype == torch.bool else t

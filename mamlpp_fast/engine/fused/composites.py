@@ -187,7 +187,15 @@ def _adaptive_mean(axes: int) -> Callable[..., Tensor]:
 
 
 def _assigned(input: Tensor, key: Any, value: Any) -> Tensor:
-    """What ``input[key] = value`` leaves: by the places of its elements, not by a view of memory."""
+    """What ``input[key] = value`` leaves: by the places of its elements, not by a view of memory.
+
+    By a mask they differ in number from call to call; where one value is for all of them, that does not matter.
+    """
+    if isinstance(key, Tensor) and key.dtype == torch.bool and key.ndim:
+        rest = input.ndim - key.ndim
+        if not isinstance(value, Tensor) or value.ndim <= rest:
+            mask = key.reshape(*key.shape, *[1] * rest)
+            return torch.where(mask, value, input).to(input.dtype)
     places = torch.arange(input.numel(), device=input.device).view(input.shape)[key]
     if not isinstance(value, Tensor):
         value = torch.full((), value, dtype=input.dtype, device=input.device)

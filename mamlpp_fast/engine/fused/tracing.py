@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.fused.program import Ref
-from mamlpp_fast.engine.recorder import draws
+from mamlpp_fast.engine.recorder import draws, sized_by_values
 from mamlpp_fast.reference import math_attention
 
 __all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "packet_of"]
@@ -201,6 +201,8 @@ class _Tracer(TorchDispatchMode):
             if torch.Tag.data_dependent_output in func.tags:
                 raise Untraceable(f"{packet_of(func)} asks for values")
             return result
+        if sized_by_values(func, args):
+            raise Untraceable(f"{packet_of(func)} gives as many elements as its values say")
         if draws(func, args, kwargs):
             raise Untraceable(f"{packet_of(func)} draws random numbers")
         if packet_of(func).startswith(_PLACED):

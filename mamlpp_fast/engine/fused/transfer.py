@@ -153,6 +153,7 @@ class Transfer:
         parts = dict(zip(self.rates.names, rates.split(self.rates.sizes, dim=1), strict=True))
         for name, (begin, shape) in self.layout.places().items():
             slot = self.slots[name]
-            part = parts[name].unflatten(1, slot.split).permute(0, *(1 + i for i in slot.order))
+            part = parts[name]
+            part = part.view(len(part), *slot.split).permute(0, *(1 + i for i in slot.order))
             place = stored.narrow(1, begin, shape.numel()).unflatten(1, (shape[0], *part.shape[1:]))
             yield part, place
