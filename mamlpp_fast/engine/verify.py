@@ -38,7 +38,7 @@ _NOISE = 1e-8
 
 # Values of the examples of a side that a check takes, and the fewest examples: the loop in float64 keeps every
 # activation of every step, some hundred times as much.
-_VALUES = 2**13
+_VALUES = 2**12
 _EXAMPLES = 4
 
 
