@@ -195,6 +195,8 @@ class _Noise:
 
     def __init__(self, textbook: Textbook, batch: Batch) -> None:
         self.batch = batch
+        # Hooks of a copy append to the original's list.
+        self._seen: list[Any] = getattr(textbook.model, "seen", [])
         self.textbook: Textbook | None = None
         with contextlib.suppress(
             RuntimeError
@@ -209,7 +211,7 @@ class _Noise:
     def _moves(self) -> dict[str, float]:
         if self.textbook is None:
             return {}
-        results = []
+        results, recorded = [], len(self._seen)
         for seed in range(4):
             textbook = copy.deepcopy(self.textbook)
             draws = torch.Generator().manual_seed(seed)
@@ -220,6 +222,7 @@ class _Noise:
             textbook.gradient(self.batch)
             named = textbook.model.named_parameters()
             results.append({n: p.grad.detach().clone() for n, p in named if p.grad is not None})
+        del self._seen[recorded:]
         first, *others = results
         return {n: max(float((r[n] - g).abs().max()) for r in others) for n, g in first.items()}
 

@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_example_is_run_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")} - {"few_shot"}
     source = Path(__file__).read_text()
-    assert names == {name for name in names if f'run("{name}"' in source} and len(names) == 7
+    assert names == {name for name in names if f'run("{name}"' in source} and len(names) == 10
 
 
 def test_textbook_maml_keeps_its_meta_gradients(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +38,25 @@ def test_sine_regression_falls_with_every_step(run: Any, capsys: pytest.CaptureF
         assert errors[0] > errors[1] > errors[5]
         assert errors[10] < errors[0]
     assert "fused engine: every operation of the model has fused rules" in capsys.readouterr().out
+
+
+def test_a_siren_fits_fields_from_a_learned_start(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("siren_field", "--iterations", "25", *QUICK)
+    assert found["learned"][2] > found["fresh"][2] + 3  # dB
+    assert found["learned"][0] < found["learned"][1] < found["learned"][2]
+    assert "fused engine" in capsys.readouterr().out
+
+
+def test_an_lstm_forecasts_new_series(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("lstm_series", "--iterations", "15", *QUICK)
+    assert found["3 steps"] < found["0 steps"]
+    assert "fused engine" in capsys.readouterr().out
+
+
+def test_low_rank_weights_adapt_a_transformer(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("lora_transformer", "--iterations", "5", *QUICK)
+    assert found["5"] > found["0"] + 0.1
+    assert "fused engine" in capsys.readouterr().out
 
 
 def test_anil_adapts_the_head_alone(run: Any) -> None:
