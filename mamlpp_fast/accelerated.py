@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
-from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.base import UncheckedError, Unsupported
 from mamlpp_fast.engine.fingerprint import ROUTED, form_of
 from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
@@ -40,7 +40,8 @@ def accelerate(model: _M) -> _M:
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
     arguments than one tensor [N, ...] of the parameters' type, forward mode, ``torch.compile``, autocast, hooks on
     saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed list of
-    operations. :func:`acceleration` says what was served and what not, and why.
+    operations, or one of linear layers and pointwise functions alone. :func:`acceleration` says what was served and
+    what not, and why.
 
     ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way, by the parameters: the tasks of a
     ``vmap`` run side by side on the threads. Norms that update running statistics are not, for PyTorch refuses most of
@@ -94,8 +95,9 @@ def _said(key: list[Any]) -> str:
 class _Refusal:
     """Why a form of a model runs plain PyTorch."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, *, passing: bool = False) -> None:
         self.why = why
+        self.passing = passing  # of these examples alone
 
     def __str__(self) -> str:
         return f"plain PyTorch: {self.why}"
@@ -230,6 +232,8 @@ def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -
             route = _made(model if plain is None else plain(), x)
         if isinstance(route, _Refusal) and not transformed:
             refused[key[:-1]] += 1
+            if route.passing and refused[key[:-1]] < _TRIES:
+                return route
         _routes[key] = route
         while len(_routes) > _KEPT:
             _routes.popitem(last=False)
@@ -272,4 +276,4 @@ def _made(model: nn.Module, x: Tensor) -> _Route:
     try:
         return differentiable(model, x)
     except Unsupported as error:
-        return _Refusal(str(error))
+        return _Refusal(str(error), passing=isinstance(error, UncheckedError))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ def map_tasks(
 
     The threads share parameters, and each has a copy of the modules around them: ``functional_call`` and the like
     change a module for a while, so a step has to call the model that it is given. Batch norms' running statistics come
-    out as task by task, up to rounding. What else a step sets on the model stays with the copy.
+    out as task by task, up to rounding, where steps do not read them.
 
     One after the other on the calling thread run: tasks where ``threads`` is 1, or torch has one thread; models on a
     GPU; calls under a profiler, a torch-function or dispatch mode, autocast, inference mode, forward mode, a transform
@@ -56,8 +57,9 @@ def map_tasks(
     Raises:
         ValueError: a model whose modules or functions refer to the model itself by other ways than submodules;
             ``threads`` below 1; results that carry a graph in another place, or a loss that is no single number.
-        RuntimeError: a step that called the original model, changed a parameter or a buffer other than the running
-            statistics of batch norms with a momentum, called ``backward`` itself, or drew random numbers on the CPU,
+        RuntimeError: a step that called the original model, changed a parameter, an attribute of a module or a buffer
+            other than the running statistics of batch norms with a momentum, evaluated batch norms or wrote their
+            statistics where steps train them, called ``backward`` itself, or drew random numbers on the CPU,
             whose order threads do not keep. No gradient has been added then, nor where a step itself raised.
     """
     tasks = list(tasks)
@@ -178,6 +180,9 @@ class _Copy:
                 if name.endswith("_hooks") and isinstance(value, dict):
                     vars(copied)[name] = value.copy()
             copied._is_replica = False
+            if isinstance(copied, _BatchNorm):
+                kind: Any = type(copied)
+                copied.__class__ = _watched(kind)
         for copied in copies.values():
             for name, child in () if copied is None else copied._modules.items():
                 copied._modules[name] = copies[child]  # type: ignore[union-attr]
@@ -210,6 +215,7 @@ class _Team:
         self.buffers: list[dict[tuple[int, str], Tensor]] = [{} for _ in tasks]
         self.errors: dict[int, BaseException] = {}
         self.enabled = torch.is_grad_enabled()
+        self.evaluated = self.written = False
 
     def run(self) -> list[Any]:
         parameters = {id(p): p for m in self.modules for p in m._parameters.values() if p is not None}
@@ -247,6 +253,11 @@ class _Team:
                 "threads=1"
             )
         updates = self._updates()
+        if updates and (self.evaluated or self.written):
+            raise RuntimeError(
+                "map_tasks: a step evaluated batch norms, or wrote their running statistics, which steps train one "
+                "after the other; threads=1 does"
+            )
         results = [_finished(*found) for found in self.results if found is not None]
         with torch.no_grad():
             for buffer, value in updates:
@@ -256,12 +267,23 @@ class _Team:
     def _task(self, task: int, copied: _Copy) -> None:
         """A step of one task."""
         mine = copied.renew()
-        _within.now = True
+        before = [dict(vars(c)) for _, c in copied.pairs]
+        written = {key: b._version for key, b in mine.items() if key[1] in _STATISTICS}
+        _within.now, _within.evaluated = True, False
         try:
             with torch.set_grad_enabled(self.enabled):
                 self.results[task] = _one(self.step, copied.model, self.tasks[task])
         finally:
             _within.now = False
+        for (_, c), old in zip(copied.pairs, before, strict=True):
+            if (name := _changed(old, vars(c))) is not None:
+                raise RuntimeError(
+                    f"map_tasks: a step changed the attribute {name} of a {type(c).__name__}, which threads do not "
+                    "pass on; threads=1 does"
+                )
+        self.evaluated |= _within.evaluated
+        # Batch norms themselves raise no versions.
+        self.written |= any(mine[key]._version != version for key, version in written.items())
         held = [c._buffers for _, c in copied.pairs]
         self.buffers[task] = {key: held[key[0]].get(key[1]) for key in mine}  # type: ignore[misc]
 
@@ -318,6 +340,32 @@ class _Team:
                     value = end[name] + share * (value - start)
                 found.append((start, value))
         return found
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+@functools.cache
+def _watched(cls: Any) -> Any:
+    """A class like ``cls``, of batch norms, that tells when running statistics normalise."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if not self.training and self.running_mean is not None:
+            _within.evaluated = True
+        made: Tensor = cls.forward(self, input)
+        return made
+
+    about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {"forward": forward, **about})
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The name of an attribute that is another one now; a module's tables, which calls swap, are left aside."""
+    kept = ("_parameters", "_buffers", "_modules", "_flat_weights")
+    for name in dict.fromkeys((*before, *now)):
+        if name not in kept and before.get(name) is not now.get(name):
+            return name
+    return None
 
 
 def _guard(forward: Callable[..., Any]) -> Callable[..., Any]:

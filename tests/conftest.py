@@ -69,6 +69,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _small_networks_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests' networks are so small that a loop of one's own would be left to PyTorch."""
+    from mamlpp_fast.engine.fused import differentiable
+
+    monkeypatch.setattr(differentiable, "EVEN_WITHOUT_GAIN", True)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN, in Python and in ``at::empty`` of C++ alike, so an unwritten element shows.

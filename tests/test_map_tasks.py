@@ -365,3 +365,50 @@ def test_again_and_again() -> None:
         now = found, [p.grad.clone() for p in model.parameters() if p.grad is not None]
         expected = now if expected is None else expected
         torch.testing.assert_close(now, expected, rtol=1e-11, atol=1e-13)
+
+
+def _evaluates(model: nn.Module, task: Any) -> Tensor:
+    loss = F.cross_entropy(model(task[0]), task[1])
+    model.eval()
+    loss = loss + F.cross_entropy(model(2 * task[0]), task[1])
+    model.train()
+    return loss
+
+
+def _resets(model: nn.Module, task: Any) -> Tensor:
+    model[1].reset_running_stats()  # type: ignore[operator, index]
+    return F.cross_entropy(model(task[0]), task[1])
+
+
+def _sets_momentum(model: nn.Module, task: Any) -> Tensor:
+    model[1].momentum = 0.5  # type: ignore[assignment, index]
+    return F.cross_entropy(model(task[0]), task[1])
+
+
+def _counts(model: nn.Module, task: Any) -> Tensor:
+    model.calls = getattr(model, "calls", 0) + 1  # type: ignore[assignment]
+    return F.cross_entropy(model(task[0]), task[1]) * model.calls
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize(
+    ("unkept", "message"),
+    [
+        (_evaluates, "evaluated batch norms, or wrote their running statistics"),
+        (_resets, "evaluated batch norms, or wrote their running statistics"),
+        (_sets_momentum, "changed the attribute momentum of a BatchNorm2d"),
+        (_counts, "changed the attribute calls of a Sequential"),
+    ],
+)
+def test_what_passes_from_task_to_task_is_refused(unkept: Any, message: str, accelerated: bool) -> None:
+    """The statistics that the loop's next task finds, or state of Python's, are not a thread's to know."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 3)
+    model = nn.Sequential(*layers).double()
+    if accelerated:
+        mf.accelerate(model)
+    tasks = [(torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.arange(5) % 3) for _ in range(4)]
+    with pytest.raises(RuntimeError, match=message):
+        mf.map_tasks(unkept, tasks, model)
+    assert all(p.grad is None for p in model.parameters())
+    assert int(model[1].num_batches_tracked) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Literal, Protocol
@@ -18,10 +19,12 @@ __all__ = [
     "Engine",
     "EngineName",
     "Precision",
+    "UncheckedError",
     "Unsupported",
     "called_modules",
     "dtype_of",
     "first_line",
+    "handed_over",
 ]
 
 EngineName = Literal["auto", "reference", "autograd", "fused"]
@@ -40,6 +43,10 @@ class Unsupported(ValueError):
 
     def __reduce__(self) -> tuple[type[Unsupported], tuple[str, str]]:
         return type(self), (self.module, self.why)
+
+
+class UncheckedError(Unsupported):
+    """These examples cannot be checked on; others may."""
 
 
 class Engine(Protocol):
@@ -86,6 +93,22 @@ class Engine(Protocol):
     def explain(self) -> str:
         """What the engine does for the batches seen so far, lines of text; empty where there is nothing to say."""
         ...
+
+
+@contextlib.contextmanager
+def handed_over(model: nn.Module) -> Iterator[None]:
+    """Within it whatever goes wrong is a reason to let another engine serve: a fault of ours is no reason to stop.
+
+    Raises:
+        Unsupported: in place of any other error.
+    """
+    try:
+        yield
+    except Unsupported:
+        raise
+    except Exception as error:
+        why = f"writing its program down failed, {type(error).__name__}: {first_line(error)}"
+        raise Unsupported(type(model).__name__, why) from error
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

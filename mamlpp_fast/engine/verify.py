@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mamlpp_fast import reference
-from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
+from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
@@ -186,7 +186,7 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
             results.append(derivatives(given, y, held))
     expected, found = results
     if not all(bool(torch.isfinite(t).all()) for t in expected.values()):
-        raise Unsupported(type(model).__name__, "its results are not finite, which cannot be checked")
+        raise UncheckedError(type(model).__name__, "its results are not finite, which cannot be checked")
     _compare(expected, found, "differs, by")
 
 

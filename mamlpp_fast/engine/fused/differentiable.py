@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mamlpp_fast import reference
 from mamlpp_fast.copying import copy_of
-from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.derivatives import Forward, as_recorded, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
 from mamlpp_fast.engine.fused.lowering import lower
@@ -42,8 +42,12 @@ def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
     Raises:
         Unsupported: names what the model does that is no fixed list of operations, or where the check parts from it.
     """
-    with as_recorded():
+    with as_recorded(), handed_over(model):
         return _differentiable(model, x.detach(), x.requires_grad)
+
+
+EVEN_WITHOUT_GAIN = False
+"""Whether what gains nothing is served as well, for tests."""
 
 
 def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> DifferentiableNetwork:
@@ -69,6 +73,13 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         )
     if not model.training and any(norm.statistics is not None for norm in network.norms.values()):
         raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
+    if not EVEN_WITHOUT_GAIN and not any(
+        step.convolves or isinstance(step, Generic) or step.name in network.norms for step in network.steps
+    ):
+        raise Unsupported(
+            type(model).__name__,
+            "is of matrix products and pointwise functions alone, which PyTorch is faster at",
+        )
     if network.output not in network.depends(frozenset(network.slots())):
         raise Unsupported(type(model).__name__, "its results take part in no gradient")
     read = {
@@ -137,7 +148,8 @@ class DifferentiableNetwork:
         self.few = few
         self.slots = network.slots()
         self.names = tuple(name for name, _ in model.named_parameters() if name in self.slots)
-        self.inert = tuple(n.bias for n in network.norms.values() if n.bias is not None)
+        dropped = (*(n.bias for n in network.norms.values() if n.bias is not None), *network.inert)
+        self.inert = tuple(name for name in dict.fromkeys(dropped) if name not in self.slots)
         self.device = device
         self.lock = threading.RLock()
         # By the order of what autograd sees: the examples, the parameters, those that are inert.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast._modes import float32_products
-from mamlpp_fast.engine.base import Precision, Unsupported
+from mamlpp_fast.engine.base import Precision, Unsupported, handed_over
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
@@ -177,7 +177,8 @@ class FusedEngine:
                 options = {"multi_step": multi_step, "second_order": second_order, "recompute": recompute}
                 form = self._form(given, tasks, self.rates.num_steps, **options)
                 own = self._lower(given, training=True)  # a check has fewer examples
-                written = write_meta_gradient(self._emitter(own, exact), own, self.loss, form)
+                with handed_over(self.model):
+                    written = write_meta_gradient(self._emitter(own, exact), own, self.loss, form)
                 return self._ready(written, own, own, form, exact)
 
             if self.verify:
@@ -198,7 +199,8 @@ class FusedEngine:
                 form = self._form(given, tasks, steps, second_order=False)
                 own = self._lower(given, training=False)
                 target = self._lower(given, training=False, running=True) if stats == "running" else own
-                written = write_evaluation(self._emitter(own, exact), own, target, self.loss, form)
+                with handed_over(self.model):
+                    written = write_evaluation(self._emitter(own, exact), own, target, self.loss, form)
                 return self._ready(written, own, target, form, exact)
 
             if self.verify:

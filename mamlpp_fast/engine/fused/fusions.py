@@ -42,12 +42,15 @@ def drop_inert_biases(network: Network) -> Network:
     for bias in [step for step in network.steps if isinstance(step, Bias)]:
         norm = network.reader(bias.output)
         if isinstance(norm, NormActPool) and (norm.norm in network.norms or norm.group == 1):
-            norms = dict(network.norms)
+            norms, inert = dict(network.norms), network.inert
             if norm.norm in norms:
                 norms[norm.norm] = replace(norms[norm.norm], bias=bias.bias.name)
+            else:
+                inert += (bias.bias.name,)
             network = replace(
                 _replaced(network, {bias.output: None, norm.output: replace(norm, inputs=bias.inputs)}),
                 norms=norms,
+                inert=inert,
             )
     return network
 

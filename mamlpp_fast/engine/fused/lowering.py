@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.composites import DENSE
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
@@ -72,7 +72,8 @@ def lower(
     Raises:
         Unsupported: names the first call that cannot be a step.
     """
-    return Lowering(recording, model, adapted, running).run(any_shape)
+    with handed_over(model):
+        return Lowering(recording, model, adapted, running).run(any_shape)
 
 
 class Lowering:

@@ -58,6 +58,7 @@ class Network:
         norms: the batch norms that normalise with the statistics of the batch, by name.
         frozen: the running statistics that others normalise with, by name.
         dtype: of the examples, as the model is given them; integers are token ids.
+        inert: biases that a norm of each example takes out again; those of batch norms are with ``norms``.
     """
 
     steps: tuple[Step, ...]
@@ -66,6 +67,7 @@ class Network:
     norms: dict[str, Norm]
     frozen: dict[str, Statistics]
     dtype: torch.dtype
+    inert: tuple[str, ...] = ()
 
     def channels(self, norm: str) -> int:
         """Of a batch norm, by name."""

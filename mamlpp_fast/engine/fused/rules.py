@@ -204,6 +204,8 @@ def _group_norm(
     x, shape = low.images(call, input, axes=(2, 3, 4))
     both = None if slots[0] is None or slots[1] is None else Scaling(slots[0], slots[1])
     group = shape[2] // num_groups
+    if group * shape[0] * shape[1] < 2:
+        raise call.refusal("group norm: expected more than one value a group")
     x = low.step(NormActPool, call, (x,), shape, both, eps, 1.0, False, False, "", group)
     if both is None and any(slot is not None for slot in slots):
         low.step(ScaleShift, call, (x,), shape, *slots)

@@ -84,7 +84,9 @@ def out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
         for home in (Tensor, torch, F):
             if getattr(home, name, None) == function and hasattr(home, name[:-1]):
                 return cast(Callable[..., Any], getattr(home, name[:-1]))
-    parameters = inspect.signature(function).parameters if inspect.isfunction(function) else {}
+    # Its own signature: what an operator's function wraps is a builtin, which has none.
+    own = inspect.signature(function, follow_wrapped=False) if inspect.isfunction(function) else None
+    parameters = {} if own is None else own.parameters
     if "inplace" not in parameters:
         return function
     place = list(parameters).index("inplace")

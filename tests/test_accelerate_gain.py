@@ -1,0 +1,151 @@
+"""What is left to PyTorch because nothing would be gained, and faults of our own that are no reason to stop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_batch, small_conv4
+from test_accelerate import conv_net, mlp
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+from mamlpp_fast.engine.fused import differentiable, lowering
+
+
+@pytest.fixture
+def as_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(differentiable, "EVEN_WITHOUT_GAIN", False)
+
+
+def test_linear_layers_alone_are_left_to_pytorch(as_for_users: None) -> None:
+    model = mf.accelerate(mlp())
+    model(torch.randn(6, 1, 8, 8)).sum().backward()
+    assert "matrix products and pointwise functions alone" in mf.acceleration(model)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ((nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), (6, 4)),
+        ((nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3)), (6, 4, 7)),
+        ((nn.Embedding(9, 4), nn.Flatten(), nn.Linear(28, 3)), (6, 7)),
+    ],
+)
+def test_what_has_more_in_it_is_served(
+    as_for_users: None, layers: tuple[nn.Module, ...], shape: tuple[int, ...]
+) -> None:
+    model = mf.accelerate(nn.Sequential(*layers))
+    x = torch.randint(9, shape) if isinstance(layers[0], nn.Embedding) else torch.randn(shape)
+    model(x).sum().backward()
+    assert "one operation" in mf.acceleration(model)
+
+
+def test_a_fault_of_ours_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the writing of a program: loops run plain PyTorch, learners take another engine, and both say why."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setitem(lowering._RULES, F.conv2d, broken)
+    plain = conv_net()
+    model = mf.accelerate(copy.deepcopy(plain))
+    x = torch.randn(6, 1, 8, 8)
+    assert_close(model(x), plain(x), rtol=0, atol=0)
+    assert "writing its program down failed, KeyError" in mf.acceleration(model)
+    learner = mf.MAMLPlusPlus(small_conv4(5), precision="float64")
+    learner.meta_step(random_batch())
+    assert learner.engine.name == "autograd"
+    assert "writing its program down failed, KeyError" in learner.engine_reason
+
+
+@pytest.mark.parametrize(
+    "power",
+    [
+        lambda h, p: h**2 * p,
+        lambda h, p: h**0.5 * p,
+        lambda h, p: h**-1 * p,
+        lambda h, p: h**p,
+        lambda h, p: p**h,
+        lambda h, p: 2**h * p,
+    ],
+)
+def test_powers(power: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Power(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 3)
+            self.p = nn.Parameter(torch.tensor(1.7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return power(self.body(x).exp(), self.p)
+
+    plain = Power().double()
+    own = mf.accelerate(copy.deepcopy(plain))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found = []
+    for model in (own, plain):
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+        found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)])
+    assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    assert "one operation" in mf.acceleration(own)
+    config = mf.MAMLConfig(steps=1)
+    batch = mf.EpisodeBatch(x[None], torch.arange(5)[None] % 3, x[None], torch.arange(5)[None] % 3)
+    learner = mf.MAMLPlusPlus(copy.deepcopy(plain), config, precision="float64")
+    learner.meta_step(batch)
+    assert learner.engine.name == "fused"
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(4, 4)]
+)
+def test_a_bias_that_a_norm_of_each_example_takes_out_stays_in_the_graph(norm: nn.Module) -> None:
+    """Its gradient is zero, not None: weight decay moves it, and ``autograd.grad`` finds it."""
+    layers = nn.Conv2d(2, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    plain = nn.Sequential(*layers).double()
+    own = mf.accelerate(copy.deepcopy(plain))
+    x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    for model in (own, plain):
+        torch.autograd.grad(model(x).sum(), list(model.parameters()), create_graph=True)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            sgd.zero_grad()
+            F.cross_entropy(model(x), torch.arange(5) % 3).backward()
+            sgd.step()
+    assert_close(list(own.parameters()), list(plain.parameters()), rtol=1e-9, atol=1e-12)
+    assert "one operation" in mf.acceleration(own)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(4, 4), nn.InstanceNorm2d(4)])
+def test_one_value_a_group(norm: nn.Module) -> None:
+    """PyTorch takes it for group norm, whose results are the bias, and refuses it for instance norm."""
+    plain = nn.Sequential(nn.Conv2d(2, 4, 6), norm, nn.Flatten(), nn.Linear(4, 3)).double()
+    own = mf.accelerate(copy.deepcopy(plain))
+    x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    if isinstance(norm, nn.InstanceNorm2d):
+        with pytest.raises(ValueError, match="Expected more than 1 spatial element"):
+            own(x)
+        return
+    for model in (own, plain):
+        model(x).square().sum().backward()
+    assert_close(
+        [p.grad for p in own.parameters()], [p.grad for p in plain.parameters()], rtol=1e-9, atol=1e-12
+    )
+
+
+def test_examples_that_cannot_be_checked_on_decide_nothing() -> None:
+    class Own(nn.Sequential):
+        """Of a class of its own, by which forms are kept."""
+
+    model = mf.accelerate(Own(*conv_net()))
+    x = torch.randn(6, 1, 8, 8)
+    model(x.clone().fill_(torch.nan))
+    assert "one operation" not in mf.acceleration(model)
+    model(x)
+    assert "one operation" in mf.acceleration(model)
