@@ -297,13 +297,13 @@ class _Forward(_Operation):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:
-        made: Any = _Backward.apply(replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        made: Any = _Backward.apply(replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)  # type: ignore[no-untyped-call, unused-ignore]
         return None, *ctx.use.gradients(made)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
         use, tensors = use.mapped(info.batch_size, in_dims[1:], given)
-        return _results(info.batch_size, _Forward.apply(use, *tensors))  # type: ignore[no-untyped-call]
+        return _results(info.batch_size, _Forward.apply(use, *tensors))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class _Backward(_Operation):
@@ -320,14 +320,14 @@ class _Backward(_Operation):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        made: Any = _Double.apply(ctx.use, cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        made: Any = _Double.apply(ctx.use, cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call, unused-ignore]
         moved, second = made
         return None, moved, *ctx.use.gradients(second)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
         use, tensors = use.mapped(info.batch_size, in_dims[1:], given)
-        return _results(info.batch_size, _Backward.apply(use, *tensors))  # type: ignore[no-untyped-call]
+        return _results(info.batch_size, _Backward.apply(use, *tensors))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class _Double(_Operation):
@@ -371,7 +371,7 @@ class _Double(_Operation):
     @staticmethod
     def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
         use, tensors = use.mapped(info.batch_size, in_dims[1:], given)
-        return _results(info.batch_size, _Double.apply(use, *tensors))  # type: ignore[no-untyped-call]
+        return _results(info.batch_size, _Double.apply(use, *tensors))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _taken(use: _Use, like: Tensor, of: Callable[[Place], list[Tensor]]) -> tuple[Tensor, _Plan]:
@@ -430,6 +430,6 @@ class Transformed:
         parameters = torch.cat([(p.detach() if n in net.constants else p).reshape(-1) for n, p in own])
         given = [x, *map(held.buffer, net.buffers), parameters]
         use = _Use(_Call(net, self._flat), 1, (False,) * len(given))
-        made: Any = _Forward.apply(use, *given)  # type: ignore[no-untyped-call]
+        made: Any = _Forward.apply(use, *given)  # type: ignore[no-untyped-call, unused-ignore]
         result: Tensor = made.squeeze(0)
         return result
