@@ -341,10 +341,12 @@ def random_numbers(w: Writer) -> None:
 
 def _hook(w: Writer) -> None:
     target = f"model.{w.pick(*w.layers)}" if w.chance(0.85) else "model"
-    hooks = [f"{target}.register_forward_hook(lambda m, i, o: 0.5 * o)"] * 2
+    # A block may give a tuple, and be called with keywords alone.
+    half = "lambda m, i, o: tuple(0.5 * t for t in o) if isinstance(o, tuple) else 0.5 * o"
+    hooks = [f"{target}.register_forward_hook({half})"] * 2
     hooks += [f"{target}.register_forward_pre_hook(lambda m, i: tuple(t + 1.0 for t in i))"] * 2
-    hooks += [f"model.seen = []\n{target}.register_forward_hook(lambda m, i, o: model.seen.append(o.shape))"]
-    hooks += [f"{target}.register_forward_hook(lambda m, i, o: 0.5 * o).remove()"]
+    hooks += [f"model.seen = []\n{target}.register_forward_hook(lambda m, i, o: model.seen.append(type(o)))"]
+    hooks += [f"{target}.register_forward_hook({half}).remove()"]
     w.after += w.pick(*hooks).splitlines()
 
 
