@@ -57,7 +57,7 @@ class Outcome:
 
 
 class _RaisedError(Exception):
-    """The learner raised; what the generator or the textbook raises is their own fault, and passes."""
+    """The learner raised, or both diverged; what generator or textbook raise is their own fault, and passes."""
 
 
 class _Comparison:
@@ -113,6 +113,14 @@ class _Comparison:
         if not expected.numel():
             return
         expected, ours = expected.detach().double(), ours.detach().double()
+        finite = expected.isfinite()
+        if not bool(
+            finite.all()
+        ):  # the textbook diverged: so must the learner, and there is no more to compare
+            if not torch.equal(ours.isfinite(), finite):
+                self.wrong.append(f"{what}: expected to be finite where the textbook's are alone")
+                return
+            expected, ours = (torch.where(finite, t, 0.0) for t in (expected, ours))
         difference = float((ours - expected).abs().max())
         error = difference / max(float(expected.abs().max()), floor)
         if not error <= tolerance and not difference <= noise():
@@ -130,7 +138,7 @@ class _Comparison:
         for name, value in expected.items():
             if not isinstance(value, nn.Parameter):
                 self.close(f"buffer {name} {when}", ours[name], value)
-            elif parameters and not torch.equal(ours[name], value):
+            elif parameters and not torch.allclose(ours[name], value, rtol=0, atol=0, equal_nan=True):
                 self.wrong.append(f"parameter {name} {when}: moved")
 
     def gradient(self, batch: Batch, when: str, *, update: bool) -> None:
@@ -141,6 +149,8 @@ class _Comparison:
         ours = self.ours(lambda: step(mf.EpisodeBatch(*batch)))
         self.close(f"{when}: task losses", ours.task_losses, losses)
         self.close(f"{when}: loss", ours.loss, losses.mean())
+        if not bool(losses.isfinite().all()):
+            raise _RaisedError  # diverged, both: no gradient is right then
         own = dict(self.model.named_parameters())
         expected = {n: p.grad for n, p in self.textbook.model.named_parameters() if p.grad is not None}
         found = {name: own[name].grad for name in expected}
