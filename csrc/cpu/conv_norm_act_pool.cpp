@@ -14,6 +14,8 @@
 #include <optional>
 #include <vector>
 
+#include "typed.h"
+
 namespace mf {
 namespace {
 
@@ -368,16 +370,6 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot, const Tensor& v_, 
     }
   };
   with_sums<T>(p, gy_dot, y, index, padded, moments, slope, finish);
-}
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename Work>
-void typed(const Tensor& t, const Work& work) {
-  t.scalar_type() == at::kDouble ? work(Type<double>{}) : work(Type<float>{});
 }
 
 void patch_moments_op(const Tensor& images, int64_t kh, int64_t kw, int64_t padding, Tensor& padded, Tensor& moments) {

@@ -16,6 +16,8 @@
 #include <optional>
 #include <vector>
 
+#include "typed.h"
+
 namespace mf {
 namespace {
 
@@ -408,17 +410,6 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_
               gz_dot.data() + at * p.dense());
       });
   for (const Out<T>* out : {&gz_dot, &ggamma_dot, &gbeta_dot}) out->finish();
-}
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-/// Runs `work` in double precision for float64, else in float32.
-template <typename Work>
-void typed(const Tensor& z, const Work& work) {
-  z.scalar_type() == at::kDouble ? work(Type<double>{}) : work(Type<float>{});
 }
 
 void norm_act_pool(const Tensor& z, const Tensor& gamma, const Tensor& beta, double eps, double slope, bool pool,

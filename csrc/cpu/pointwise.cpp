@@ -8,6 +8,8 @@
 
 #include <initializer_list>
 
+#include "typed.h"
+
 namespace mf {
 namespace {
 
@@ -28,11 +30,6 @@ Function check(int64_t function, std::initializer_list<const Tensor*> tensors) {
   return static_cast<Function>(function);
 }
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
 /// work(type, begin, elements) over parts of a tensor.
 template <typename Work>
 void spread(const Tensor& x, const Work& work) {
@@ -40,8 +37,7 @@ void spread(const Tensor& x, const Work& work) {
   const int64_t n = x.numel();
   at::parallel_for(0, (n + kPart - 1) / kPart, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPart, last = end * kPart < n ? end * kPart : n;
-    x.scalar_type() == at::kDouble ? work(Type<double>{}, first, last - first)
-                                   : work(Type<float>{}, first, last - first);
+    typed(x, [&](auto type) { work(type, first, last - first); });
   });
 }
 

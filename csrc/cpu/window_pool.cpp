@@ -7,6 +7,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "typed.h"
+
 namespace mf {
 namespace {
 
@@ -52,16 +54,6 @@ void each_image(const Problem& p, const Work& work) {
   at::parallel_for(0, p.images, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) work(i * p.dense, i * p.pooled);
   });
-}
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename Work>
-void typed(const Tensor& t, const Work& work) {
-  t.scalar_type() == at::kDouble ? work(Type<double>{}) : work(Type<float>{});
 }
 
 void window_max(const Tensor& x, at::IntArrayRef window, Tensor& y, Tensor& index) {

@@ -216,13 +216,7 @@ class Place:
         # The backward pass of autograd's, by its number, that has left the tangent pass of these gradients here.
         self.pending: tuple[int, frozenset[str]] | None = None
 
-    def backward(self) -> None:
-        """The backward pass to all gradients."""
-        self.of[self.sections.parts[0]].backward()
-
-    def double(self) -> None:
-        """The derivative of that, with a gradient of the output that does not move."""
-        part = self.of[self.sections.parts[0]]
-        self.gy_dot.zero_()
-        part.tangent()
-        part.second()
+    @property
+    def whole(self) -> Part:
+        """The sections for all gradients."""
+        return self.of[self.sections.parts[0]]

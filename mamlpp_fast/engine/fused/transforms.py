@@ -27,7 +27,7 @@ from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fused.derivatives import Lease, plain
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, Held
 from mamlpp_fast.engine.fused.program import Section
-from mamlpp_fast.engine.fused.sections import Part, Place
+from mamlpp_fast.engine.fused.sections import Place
 
 __all__ = ["Transformed", "active", "outside", "refusal"]
 
@@ -145,11 +145,6 @@ def _listed_copies(to: list[Tensor], of: list[Tensor]) -> Any:
     return calls
 
 
-def _all(place: Place) -> Part:
-    """The sections for all gradients."""
-    return place.of[place.sections.parts[0]]
-
-
 _Plan = Callable[[int, Place], Iterable[_Item]]
 
 
@@ -214,7 +209,7 @@ class _Use:
 
         def plan(task: int, place: Place) -> Iterator[_Item]:
             yield [place.gy], [gy[task]]
-            yield _all(place).backward
+            yield place.whole.backward
             yield from after(task, place)
 
         if state is None or state.tasks != self.tasks:
@@ -345,8 +340,8 @@ class _Double(_Operation):
         def plan(task: int, place: Place) -> Iterator[_Item]:
             yield place.directions, flat.arranged(cotangent[task])
             yield [place.gy_dot], [still]
-            yield _all(place).tangent
-            yield _all(place).second
+            yield place.whole.tangent
+            yield place.whole.second
             yield [moved[task]], [place.moved]
             yield from after(task, place)
 
@@ -398,8 +393,8 @@ def _written_double(use: _Use, along: Tensor, gy: Tensor, given: Sequence[Tensor
         moved, second = pull(along)
         return moved, second
 
-    # Not by `vmap`: PyTorch's rules for norms in it lose the history of means and deviations, and are wrong from the
-    # second derivative (batch norm) or the third (layer norm) on.
+    # Not by `vmap`: PyTorch's rules for batch, layer and instance norms in it lose the history of means and deviations,
+    # so that further derivatives are wrong (findings/norm_meta_gradient.sh).
     many = (True, True, *use.many)
     tasks = [
         one(*(t[i] if own else t for t, own in zip((along, gy, *given), many, strict=True)))
