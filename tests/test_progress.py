@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,13 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     progress.say("a line")
     progress.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_time_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 40.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = Progress(1000, 400, 2, quiet=True)
+    assert progress.left(400) == ""
+    # 30 s for 60 iterations of this process, 540 to go.
+    assert progress.left(460) == ", 4 min to go"
+    assert progress.left(1000) == ""

@@ -60,7 +60,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         kind = "training" if name == "latest.pt" else "model"
         first, second = (load_checkpoint(f / "checkpoints" / name, kind) for f in (a, b))  # type: ignore[arg-type]
         for content in (first, second):
-            for key in ("seconds", "train_seconds", "metrics_bytes"):
+            for key in ("seconds", "train_seconds", "metrics_bytes", "resumed_at"):
                 content.pop(key, None)
         torch.testing.assert_close(_leaves(first), _leaves(second), rtol=0, atol=0)
 
@@ -136,7 +136,8 @@ def test_max_iters_cuts_a_run_that_can_go_on(
         summary = run(tmp_path / "run", data, max_iters=stop)
         assert summary["iterations"] == stop
         assert 0 <= summary["test_accuracy"] <= 1
-    run(tmp_path / "run", data)
+    summary = run(tmp_path / "run", data)
+    assert summary["resumed_at"] == stops
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
 }
 
 # What may differ between two runs with the same result.
-TIMING = {"seconds", "seconds_per_iteration", "peak_memory_mib"}
+TIMING = {"seconds", "seconds_per_iteration", "peak_memory_mib", "resumed_at"}
 
 
 def tiny(**changes: Any) -> TrainConfig:

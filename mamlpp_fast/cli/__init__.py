@@ -11,12 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from mamlpp_fast.cli import bench, evaluate, export, import_, info, replay, report, reproduce, train
+from mamlpp_fast.cli import bench, evaluate, export, import_, info, replay, report, reproduce, runs, train
 from mamlpp_fast.cli._arguments import Parser
 
 __all__ = ["main"]
 
-_COMMANDS = (info, train, evaluate, report, reproduce, import_, export, replay, bench)
+_COMMANDS = (info, train, runs, evaluate, report, reproduce, import_, export, replay, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,6 +43,8 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
     for name in ("config", "learner"):
         need(name, isinstance(content.get(name), dict), "a dictionary")
     need("untimed", _whole(content.get("untimed", 0)), "an integer of at least 0")
+    resumed = content.get("resumed_at", [])
+    need("resumed_at", isinstance(resumed, list) and all(map(_whole, resumed)), "a list of iterations")
     need("data", isinstance(content.get("data"), dict | None), "a dictionary or none")
     need("engine", isinstance(content.get("engine"), str), "a name")
     for name in ("epochs_done", "metrics_bytes"):

@@ -167,6 +167,8 @@ class _Trainer:
         self.train_seconds = 0.0
         # Iterations that other code made, before an import.
         self.untimed = 0
+        # Iterations from which a process went on with the run.
+        self.resumed_at: list[int] = []
         # Sums over the epoch's iterations: loss, accuracy.
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         window = _GPU_WINDOW if device.type == "cuda" else 1
@@ -307,7 +309,7 @@ class _Trainer:
             f"epoch {metrics['epoch']}: loss {metrics['train_loss']:.4f}, "
             f"training accuracy {100 * metrics['train_accuracy']:.2f} %, "
             f"validation {100 * metrics['val_accuracy']:.2f} %{' (best)' if metrics['best'] else ''}, "
-            f"{rate:.1f} tasks/s"
+            f"{rate:.1f} tasks/s{self.progress.left(metrics['iteration'])}"
         )
 
     def _metrics(self, epoch: int, validation: Score, steps: list[float], best: bool) -> dict[str, Any]:
@@ -402,6 +404,7 @@ class _Trainer:
             "iterations": iterations,
             "seconds": self.seconds,
             "seconds_per_iteration": self.train_seconds / max(iterations - self.untimed, 1),
+            "resumed_at": self.resumed_at,
             "engine": learner.training_engine.name,
             "precision": self.precision,
             "device": device_name(self.device),
@@ -458,6 +461,7 @@ class _Trainer:
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "untimed": self.untimed,
+            "resumed_at": self.resumed_at,
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             "environment": self._environment(),
@@ -494,6 +498,7 @@ class _Trainer:
         self.seconds = content["seconds"]
         self.train_seconds = content["train_seconds"]
         self.untimed = content.get("untimed", 0)
+        self.resumed_at = [*content.get("resumed_at", ()), self.learner.iteration]
         torch.set_rng_state(content["rng_cpu"].cpu())
         if content["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(content["rng_cuda"].cpu(), self.device)

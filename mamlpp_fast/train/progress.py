@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Curves", "Progress"]
+__all__ = ["Curves", "Progress", "duration"]
+
+
+def duration(seconds: float) -> str:
+    """A time in two figures: ``40 s``, ``12 min``, ``2.9 h``, ``3.1 days``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 class Progress:
@@ -34,7 +44,9 @@ class Progress:
             dynamic_ncols=True,
             file=sys.stderr,
         )
-        self._shown = done
+        self._shown = self._done = done
+        self._total = total
+        self._begun = time.monotonic()
 
     def update(self, iteration: int, epoch: int, loss: float, accuracy: float) -> None:
         """Moves the bar to ``iteration`` with the running epoch's figures."""
@@ -42,6 +54,13 @@ class Progress:
         self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {100 * accuracy:.1f} %", refresh=False)
         self._bar.update((iteration - self._shown) * self.tasks)
         self._shown = iteration
+
+    def left(self, iteration: int) -> str:
+        """Half a sentence on how long the rest takes at this process's speed so far; empty at the end."""
+        made, rest = iteration - self._done, self._total - iteration
+        if made < 1 or rest < 1:
+            return ""
+        return f", {duration(rest * (time.monotonic() - self._begun) / made)} to go"
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on standard output."""
