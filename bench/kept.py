@@ -10,19 +10,31 @@ from bench.tables import Rows, table
 from mamlpp_fast.report.runs import read_run
 from mamlpp_fast.reproduce.published import Published
 
-__all__ = ["curve_rows", "hard_use", "reproduced", "reproduced_headline", "run_headline", "runs"]
+__all__ = ["curve_rows", "hard_use", "rates", "reproduced", "reproduced_headline", "run_headline", "runs"]
 
+# Epochs that a curve's table shows, about.
+_ROWS = 25
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def run_headline(names: list[str]) -> str:
-    """Test accuracy and time of each run, one line a run."""
+    """Test accuracies, share of the budget and time of each run, one line a run."""
     lines = []
     for name in names:
-        s = read_run(RESULTS / name).summary
-        accuracy = f"{100 * s['test_accuracy']:.1f} ± {100 * s['test_accuracy_ci95']:.1f}"
-        lines.append([name, accuracy, f"{s['seconds'] / 60:.0f}"])
-    return table(["run", "test accuracy, %", "minutes"], lines)
+        run = read_run(RESULTS / name)
+        s = run.summary
+        share = s["iterations"] / (run.config["epochs"] * run.config["iterations_per_epoch"])
+        made = f"{s['iterations']}" + ("" if share == 1 else f" ({share:.0%})")
+        lines.append([name, *_tested(s, 1), made, f"{s['seconds'] / 3600:.1f}"])
+    return table(["run", "test, %", "ensemble, %", "iterations (of the schedule)", "hours"], lines)
+
+
+def _tested(s: dict[str, Any], digits: int) -> list[str]:
+    """The best checkpoint's accuracy and the ensemble's, in per cent."""
+    return [
+        f"{100 * s[key]:.{digits}f} ± {100 * s[f'{key}_ci95']:.{digits}f}"
+        for key in ("test_accuracy", "ensemble_test_accuracy")
+    ]
 
 
 def runs(names: list[str]) -> str:
@@ -31,8 +43,7 @@ def runs(names: list[str]) -> str:
     lines = [
         [
             name,
-            f"{100 * s['test_accuracy']:.2f} ± {100 * s['test_accuracy_ci95']:.2f}",
-            f"{100 * s['ensemble_test_accuracy']:.2f} ± {100 * s['ensemble_test_accuracy_ci95']:.2f}",
+            *_tested(s, 2),
             str(s["iterations"]),
             f"{s['seconds'] / 60:.1f}",
             f"{s['engine']}, {s['precision']}",
@@ -40,11 +51,60 @@ def runs(names: list[str]) -> str:
         for name, s in zip(names, (run.summary for run in found), strict=True)
     ]
     header = ["run", "test, single, %", "ensemble, %", "iterations", "minutes", "engine"]
+    by_iteration = [{e["iteration"]: f"{100 * e['val_accuracy']:.1f}" for e in run.epochs} for run in found]
+    ends = sorted(set().union(*by_iteration))
+    every = -(-len(ends) // _ROWS)
     epochs = [
-        [str(row[0]["iteration"]), *(f"{100 * r['val_accuracy']:.1f}" for r in row)]
-        for row in zip(*(run.epochs for run in found), strict=True)
+        [str(end), *(curve.get(end, "") for curve in by_iteration)]
+        for i, end in enumerate(ends, 1)
+        if i % every == 0 or end == ends[-1]
     ]
     return f"{table(header, lines)}\n\n{table(['iteration, validation %', *names], epochs)}"
+
+
+def rates(names: list[str]) -> str:
+    """The learned inner rates of a run's last epoch, and what the paper's charts for 20-way 1-shot say of theirs.
+
+    Tensors whose rates never moved, convolution biases in front of batch norms, are left out.
+    """
+    (name,) = names
+    found: dict[str, list[float]] = {
+        tensor: values
+        for tensor, values in read_run(RESULTS / name).epochs[-1]["inner_rates"].items()
+        if len(set(values)) > 1
+    }
+    steps = list(zip(*found.values(), strict=True))
+    by_step = [sum(step) / len(step) for step in steps]
+    means = {tensor: sum(values) / len(values) for tensor, values in found.items()}
+    header = ["tensor", *(f"step {k + 1}" for k in range(len(steps))), "mean"]
+    lines = [
+        [f"`{tensor}`", *(f"{v:.3f}" for v in values), f"{means[tensor]:.3f}"]
+        for tensor, values in found.items()
+    ]
+    lines.append(["mean", *(f"{v:.3f}" for v in by_step), f"{sum(by_step) / len(by_step):.3f}"])
+    convolutions = [tensor for tensor in found if "conv" in tensor]
+    first, last = convolutions[:2], convolutions[-1]
+    negative = sum(v < 0 for step in steps for v in step)
+    largest = max(means, key=lambda tensor: means[tensor])
+    order = sorted(range(len(steps)), key=lambda k: -by_step[k])
+    early = ", ".join(f"{means[tensor]:.3f}" for tensor in first)
+    statements = [
+        ("the last convolution's are the largest", f"largest mean: `{largest}`", largest == last),
+        (
+            "the first layers' are near zero or below",
+            f"means {early}; {means[last]:.3f} the last convolution's",
+            max(abs(means[tensor]) for tensor in first) < means[last] / 5,
+        ),
+        ("some are negative", f"{negative} of {len(found) * len(steps)}", negative > 0),
+        (
+            "steps 1 and 3 high, 2 and 4 between, 5 low",
+            "from high to low: " + ", ".join(str(k + 1) for k in order),
+            set(order[:2]) == {0, 2} and order[-1] == len(steps) - 1,
+        ),
+    ]
+    held = [[what, seen, "yes" if holds else "no"] for what, seen, holds in statements]
+    charts = table(["the paper's charts", "this run", "holds"], held)
+    return f"{table(header, lines)}\n\n{charts}"
 
 
 def reproduced_headline(names: list[str]) -> str:

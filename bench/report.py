@@ -4,7 +4,7 @@
 
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
 show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table;
-`runs/` or `run-headline/` and the folders under results/ to compare, with commas; `reproduced/` or
+`runs/` or `run-headline/` and the folders under results/ to compare, with commas; `rates/`, `reproduced/` or
 `reproduced-headline/` and one folder; or `hard-use/` and a file of results/hard_use/. Plots are of the same machine and
 go to docs/images/; so do the curves of each reproduced table, and the figures of docs/how_it_works.md, which the
 package's own functions and a kept run make.
@@ -62,6 +62,7 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
 RUNS = {
     "runs": kept.runs,
     "run-headline": kept.run_headline,
+    "rates": kept.rates,
     "reproduced": kept.reproduced,
     "reproduced-headline": kept.reproduced_headline,
     "hard-use": kept.hard_use,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 
 import torch
 
-__all__ = ["peak_memory_mib"]
+__all__ = ["peak_memory_mib", "release_memory"]
+
+
+def release_memory() -> None:
+    """Gives memory that was freed back to the operating system, where the C library keeps it until it is asked."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def peak_memory_mib(device: torch.device) -> float:

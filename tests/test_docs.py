@@ -307,7 +307,8 @@ def _arguments(line: str) -> list[str] | None:
     found = list(words)
     for i, word in enumerate(found):
         if Path(word).name == "mamlpp-fast" or (word == "mamlpp_fast" and found[i - 1] == "-m"):
-            return [w for w in found[i + 1 :] if w not in ("…", "...")]
+            own = itertools.takewhile(lambda w: w.strip("&|;<>"), found[i + 1 :])
+            return [w for w in own if w not in ("…", "...")]
     return None
 
 

@@ -56,7 +56,12 @@ def test_runs_of_every_state(tmp_path: Path) -> None:
     }
     assert [found[name]["iteration"] for name in ("new", "stopped", "cut", "finished")] == [0, 15, 10, 20]
     # The last epoch: 20 s for 5 iterations, 5 to go; then 50 s for 5, and 10 to go.
-    assert [found[name]["seconds_left"] for name in ("new", "stopped", "cut", "finished")] == [None, 20, 100, None]
+    assert [found[name]["seconds_left"] for name in ("new", "stopped", "cut", "finished")] == [
+        None,
+        20,
+        100,
+        None,
+    ]
     assert found["finished"]["val_accuracy"] == 0.7 and found["finished"]["best_iteration"] == 10
     assert found["finished"]["test_accuracy"] == 0.75 and found["at work"]["test_accuracy"] is None
     assert "config.json: expected JSON" in found["damaged"]["fault"]

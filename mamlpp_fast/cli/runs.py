@@ -11,9 +11,7 @@ __all__ = ["add", "run"]
 
 def add(commands: Commands) -> None:
     sub = add_command(commands, "runs", run, "Runs under a folder: state, progress, best figures.")
-    sub.add_argument(
-        "dirs", nargs="*", default=["runs"], metavar="DIR", help="where to look (default: runs)"
-    )
+    sub.add_argument("dirs", nargs="*", default=["runs"], metavar="DIR", help="where to look (default: runs)")
     add_json(sub)
 
 

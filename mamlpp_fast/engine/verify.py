@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
     from mamlpp_fast.engine.fused.prepared import Prepared
 
-__all__ = ["check_call", "check_evaluation", "check_meta_gradient", "sample"]
+__all__ = ["check_call", "check_evaluation", "check_meta_gradient", "enough", "sample"]
 
 TOLERANCE = 1e-6
 # Tensors whose largest value is below this share of the largest of all are compared against that.
@@ -38,17 +38,20 @@ _NOISE = 1e-8
 
 # Values of the examples of a side that a check takes, and the fewest examples: the loop in float64 keeps every
 # activation of every step, some hundred times as much.
-_VALUES = 2**12
+_VALUES = 2**11
 _EXAMPLES = 4
+
+
+def enough(x: Tensor) -> int:
+    """How many examples [n, ...] a check takes."""
+    return min(len(x), max(_EXAMPLES, _VALUES // max(x[0].numel(), 1)))
 
 
 def sample(batch: EpisodeBatch) -> EpisodeBatch:
     """The first task of a batch; of large examples some, evenly over the classes."""
 
     def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        count = max(_EXAMPLES, _VALUES // max(x[0, 0].numel(), 1))
-        if x.shape[1] <= count:
-            return x[:1], y[:1]
+        count = enough(x[0])
         chosen = torch.arange(count, device=x.device) * x.shape[1] // count
         return x[:1, chosen], y[:1, chosen]
 

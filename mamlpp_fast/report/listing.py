@@ -67,7 +67,12 @@ def _progress(run: Run, running: bool) -> dict[str, Any]:
     # At the pace of the last epoch: a machine is not as busy for days as it was at first.
     before = run.epochs[-2] if len(run.epochs) > 1 else {"seconds": 0.0, "iteration": 0}
     each = (last["seconds"] - before["seconds"]) / (last["iteration"] - before["iteration"]) if last else None
-    accuracies = ("test_accuracy", "test_accuracy_ci95", "ensemble_test_accuracy", "ensemble_test_accuracy_ci95")
+    accuracies = (
+        "test_accuracy",
+        "test_accuracy_ci95",
+        "ensemble_test_accuracy",
+        "ensemble_test_accuracy_ci95",
+    )
     return {
         "state": state,
         "iteration": made,

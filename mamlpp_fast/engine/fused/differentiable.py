@@ -26,7 +26,8 @@ from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections
 from mamlpp_fast.engine.fused.steps import Generic
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Parameter
-from mamlpp_fast.engine.verify import check_call
+from mamlpp_fast.engine.verify import check_call, enough
+from mamlpp_fast.machine import release_memory
 
 __all__ = ["DifferentiableNetwork", "Held", "differentiable"]
 
@@ -86,9 +87,10 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         (r.name, r.detached) for op in recording.operations for r in op.inputs() if isinstance(r, Parameter)
     }
     constants = frozenset(name for name, detached in read if detached and (name, False) not in read)
-    few = x[: max(4, min(len(x), 2**13 // max(x[0].numel(), 1)))].clone()
+    few = x[: enough(x)].clone()
     exact = DifferentiableNetwork(network, template, len(few), x.device, torch.float64, constants, inputs)
     check_call(exact, template, few, exact.everything)
+    release_memory()
     dtype = next(iter(parameters.values())).dtype
     return DifferentiableNetwork(network, template, len(x), x.device, dtype, constants, inputs, few)
 

@@ -27,6 +27,7 @@ from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.machine import release_memory
 from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.reference import EvalStats, LossFn, MetaResult
 
@@ -217,6 +218,7 @@ class FusedEngine:
             check = self._unchecked[key]
             if check(sample(batch)):
                 del self._unchecked[key]
+            release_memory()  # the graph of a loop in float64
         prepared = self._prepared[key]
         prepared.bind(self.workspace)
         return prepared
