@@ -36,9 +36,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from mamlpp_fast import adam, testing
+from mamlpp_fast import adam, labels, testing
 from mamlpp_fast._modes import float32_products
-from mamlpp_fast.engine import EngineName, Precision
+from mamlpp_fast.engine import EngineName, Precision, base
 from mamlpp_fast.engine.base import PRECISIONS
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.engine.fused.steps import linear
@@ -148,6 +148,10 @@ def on_a_gpu(precision: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(testing, "_interprets", return_value=True))
         stack.enter_context(mock.patch.object(FusedEngine, "_convolves", return_value=False))
         stack.enter_context(mock.patch.object(linear, "_FEW_CHANNELS", 0))
+        stack.enter_context(mock.patch.object(base, "launches_cost", return_value=True))
+        # Labels are looked at on a CPU alone.
+        stack.enter_context(mock.patch.object(labels, "unsuited", return_value=None))
+        stack.enter_context(mock.patch.object(labels, "out_of_range", return_value=None))
         stack.enter_context(testing.use_backend("triton"))
         yield
 

@@ -15,12 +15,14 @@ from mamlpp_fast.kernels import (
     linear_cross_entropy,
     norm_act_pool,
     per_step_batch_norm,
+    running_blend,
+    strided_sums,
     task_conv2d,
 )
 from mamlpp_fast.kernels._launch import TYPE_NAMES, Configuration
 from triton.runtime import interpreter
 
-TYPES = {**TYPE_NAMES, torch.uint8: "u8"}
+TYPES = {**TYPE_NAMES, torch.uint8: "u8", torch.int64: "i64"}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -131,6 +133,20 @@ def _task_conv2d() -> None:
             torch.backends.cuda.matmul.fp32_precision = precision
 
 
+def _running_blend() -> None:
+    for own, stats, bias in itertools.product(FLOATS[:2], FLOATS[:2], (False, True)):
+        passes, rows = torch.ones(2, 2, 1, 3, 5, dtype=stats), torch.ones(1, 5, dtype=own)
+        share, decay = torch.ones(1, 12, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        shift = rows[0] if bias else None
+        running_blend.blend(rows, rows, passes, passes, decay, share, share, shift, 1e-5)
+
+
+def _strided_sums() -> None:
+    for source, target, count in itertools.product(FLOATS[:2], FLOATS[:2], (1, 65)):
+        term, out = torch.ones(4, 2, dtype=source), torch.ones(2, dtype=target)
+        strided_sums.sums([out] * count, [term] * count, [1.0] * count)
+
+
 @pytest.mark.parametrize(
     ("module", "calls"),
     [
@@ -138,6 +154,8 @@ def _task_conv2d() -> None:
         pytest.param(norm_act_pool, _norm_act_pool, id="norm_act_pool"),
         pytest.param(conv_norm_act_pool, _conv_norm_act_pool, id="conv_norm_act_pool"),
         pytest.param(linear_cross_entropy, _linear_cross_entropy, id="linear_cross_entropy"),
+        pytest.param(running_blend, _running_blend, id="running_blend"),
+        pytest.param(strided_sums, _strided_sums, id="strided_sums"),
         pytest.param(task_conv2d, _task_conv2d, id="task_conv2d"),
     ],
 )
