@@ -22,7 +22,7 @@ from mamlpp_fast.kernels import (
 from mamlpp_fast.kernels._launch import TYPE_NAMES, Configuration
 from triton.runtime import interpreter
 
-TYPES = {**TYPE_NAMES, torch.uint8: "u8", torch.int64: "i64"}
+TYPES = {**TYPE_NAMES, torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32"}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 
 
