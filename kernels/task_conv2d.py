@@ -117,9 +117,9 @@ def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride,
-                    pad_y, pad_x, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW,
+                    TAPS, stride, pad_y, pad_x, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+                    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Sum over all rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [T, TAPS, CA, CB].
 
     Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
@@ -174,7 +174,9 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr
         if last_piece(counter_ptr + tile_of_all, S):
             total = tl.load(part_ptr + at, mask=written, other=0.0, cache_modifier=".cg")
             for other in range(1, S):
-                total += tl.load(part_ptr + other * elements + at, mask=written, other=0.0, cache_modifier=".cg")
+                total += tl.load(
+                    part_ptr + other * elements + at, mask=written, other=0.0, cache_modifier=".cg"
+                )
             tl.store(out_ptr + at, total, mask=written)
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -75,17 +76,22 @@ def _batch_norm() -> None:
 
 
 def _norm_act_pool() -> None:
-    for dtype, channels, pool in itertools.product(FLOATS, (64, 3), (False, True)):
-        z, small = (torch.ones(2, 3, s, s, channels, dtype=dtype) for s in (6, 3 if pool else 6))
-        index = torch.ones(small.shape, dtype=torch.uint8)
-        mean = torch.ones(2, channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        row, saved = mean[0], (z, index, mean, mean, mean[0], mean[0], 0.01)
-        norm_act_pool.forward(z, row, row, 1e-5, 0.01, pool, small, index, mean, mean)
-        norm_act_pool.backward(small, *saved, pool, z, mean, mean)
-        for moving in ((), (mean, None), (None, row)):
-            norm_act_pool.tangent(z, *saved, pool, small, mean, mean, *moving)
-        for moved in ((), (mean,)):
-            norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean, *moved)
+    for dtype, channels, pool, whole in itertools.product(FLOATS, (64, 3), *[(False, True)] * 2):
+        with mock.patch.object(norm_act_pool, "_WHOLE", 1024 if whole else 0):
+            _norm_act_pool_of(dtype, channels, pool)
+
+
+def _norm_act_pool_of(dtype: torch.dtype, channels: int, pool: bool) -> None:
+    z, small = (torch.ones(2, 3, s, s, channels, dtype=dtype) for s in (6, 3 if pool else 6))
+    index = torch.ones(small.shape, dtype=torch.uint8)
+    mean = torch.ones(2, channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    row, saved = mean[0], (z, index, mean, mean, mean[0], mean[0], 0.01)
+    norm_act_pool.forward(z, row, row, 1e-5, 0.01, pool, small, index, mean, mean)
+    norm_act_pool.backward(small, *saved, pool, z, mean, mean)
+    for moving in ((), (mean, None), (None, row)):
+        norm_act_pool.tangent(z, *saved, pool, small, mean, mean, *moving)
+    for moved in ((), (mean,)):
+        norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean, *moved)
 
 
 def _conv_norm_act_pool() -> None:
