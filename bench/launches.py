@@ -36,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from mamlpp_fast import adam, testing
+from bench import instructions
+from mamlpp_fast import adam, labels, testing
 from mamlpp_fast._modes import float32_products
-from mamlpp_fast.engine import EngineName, Precision
+from mamlpp_fast.engine import EngineName, Precision, base
 from mamlpp_fast.engine.base import PRECISIONS
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.engine.fused.steps import linear
@@ -55,6 +56,7 @@ class Kernel:
     Attributes:
         name: of the kernel.
         registers, spilled, shared: of a thread, in bytes of a thread, in bytes of a program.
+        binary: the machine code.
         grids: programs of a launch, with how many launches had as many.
     """
 
@@ -62,6 +64,7 @@ class Kernel:
     registers: int = 0
     spilled: int = 0
     shared: int = 0
+    binary: bytes = b""
     grids: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
     def faults(self) -> list[str]:
@@ -112,7 +115,7 @@ class Standin(DriverBase):
 
     def _load(self, name: str, binary: bytes, shared: int, _: int) -> tuple[int, Kernel, int, int, int]:
         registers, spilled, static = aot.usage(binary)
-        kernel = Kernel(name, registers, spilled, max(shared, static))
+        kernel = Kernel(name, registers, spilled, max(shared, static), binary)
         self.kernels.append(kernel)
         return 1, kernel, registers, spilled, 1024
 
@@ -148,6 +151,10 @@ def on_a_gpu(precision: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(testing, "_interprets", return_value=True))
         stack.enter_context(mock.patch.object(FusedEngine, "_convolves", return_value=False))
         stack.enter_context(mock.patch.object(linear, "_FEW_CHANNELS", 0))
+        stack.enter_context(mock.patch.object(base, "launches_cost", return_value=True))
+        # Labels are looked at on a CPU alone.
+        stack.enter_context(mock.patch.object(labels, "unsuited", return_value=None))
+        stack.enter_context(mock.patch.object(labels, "out_of_range", return_value=None))
         stack.enter_context(testing.use_backend("triton"))
         yield
 
@@ -180,7 +187,15 @@ def launches(
         "aten": sum(operations.found.values()),
         "faults": [fault for k in standin.kernels for fault in k.faults()],
         "kernels": [
-            dataclasses.asdict(k) | {"grids": [[*g, n] for g, n in k.grids.most_common()]} for k in kernels
+            {
+                "name": k.name,
+                "registers": k.registers,
+                "spilled": k.spilled,
+                "shared": k.shared,
+                "grids": [[*g, n] for g, n in k.grids.most_common()],
+            }
+            | ({"loop": instructions.products(k.binary)} if "product" in k.name else {})
+            for k in kernels
         ],
         "operations": dict(operations.found.most_common()),
     }
@@ -218,7 +233,8 @@ def main() -> int:
         for k in sorted(row["kernels"], key=lambda k: -sum(g[3] for g in k["grids"])):
             count = sum(g[3] for g in k["grids"])
             programs = " ".join(f"{x * y * z}" for x, y, z, _ in k["grids"][:4])
-            print(f"{count:5} {k['name']:28} {k['registers']:4} registers, programs {programs}")
+            loop = ", ".join(f"{name} {value:.3g}" for name, value in (k.get("loop") or {}).items())
+            print(f"{count:5} {k['name']:28} {k['registers']:4} registers, programs {programs}  {loop}")
         print("      " + ", ".join(f"{name} {count}" for name, count in row["operations"].items()))
         print("\n".join(row["faults"]))
         if arguments.json:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -97,6 +98,37 @@ def directions(rows: Sequence[Tensor | None], like: Tensor) -> tuple[bool, list[
         for row in rows
     )
     return True, aligned(wide)
+
+
+_counters: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
+def counters(out: Tensor, count: int) -> Tensor:
+    """Zeros [count] by which the pieces of a result's tiles find out which of them is the last.
+
+    That one adds up all pieces in their order, and sets its counter back to zero for the next launch: which one it is
+    makes no difference to the bits. Each result has counters of its own, by its address: launches that write to one
+    place do not overlap. They are kept for good, as captured graphs use them: some bytes for each place.
+    """
+    key = out.device, out.data_ptr(), count
+    if key not in _counters:
+        _counters[key] = torch.zeros(count, dtype=torch.int32, device=out.device)
+    return _counters[key]
+
+
+@triton.jit
+def last_piece(counter_ptr, pieces):
+    """Whether this program is the last of so many to come here; what the others stored before is then in memory.
+
+    Loads of that must bypass the multiprocessor's own cache (``cache_modifier=".cg"``).
+    """
+    tl.debug_barrier()  # all threads' stores come before the one thread's count
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    last = before == pieces - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    tl.debug_barrier()
+    return last
 
 
 def split(rows: int, programs: int, block: int, *, target: int = 512, limit: int = 32) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """Device code of ``norm_act_pool``: four orders, each a reduction (`*_sums`) and an elementwise pass (`*_apply`).
 
+WHOLE: a program of the latter has all rows of its channels, and reduces them itself.
+
 C channels; T tasks; M dense rows (image, pixel) of a task, Mo rows of the result; S pieces of `piece` dense rows and of
 `stretch` rows of the result. CA says that C is a multiple of 16, MOVES that γ or β has a tangent; BM, BC are the rows
 and channels of a tile.
@@ -91,14 +93,19 @@ def _activate(z, mean, rstd, gamma, beta, slope, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_ptr, rstd_ptr, eps: tl.float64,
                    slope: tl.float64, C, H, W, M, Mo, T, S, piece, stretch, row_stride, CA: tl.constexpr,
-                   POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                   BS: tl.constexpr):  # fmt: skip
+                   POOL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                   BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     t = tl.program_id(0)
     s = tl.program_id(2)
     z_ptr += t.to(tl.int64) * M * C
     shift = origin(z_ptr, c, C, 1, True, ACC)
-    mean, _, rstd = combine(part_ptr, shift, eps, t, c, C, M, T, S, piece, ACC, BS)
+    if WHOLE:
+        mean, squares = moments(z_ptr, 0, M, c, C, 1, True, CA, ACC, BM, BC)
+        mean += shift
+        rstd = 1.0 / tl.sqrt(squares / M.to(ACC) + tl.full([1], eps, ACC))
+    else:
+        mean, _, rstd = combine(part_ptr, shift, eps, t, c, C, M, T, S, piece, ACC, BS)
     if s == 0:
         tl.store(mean_ptr + t * C + c, mean, mask=c < C)
         tl.store(rstd_ptr + t * C + c, rstd, mask=c < C)
@@ -128,6 +135,24 @@ def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_p
             tl.store(y_ptr + out, y, mask=valid)
 
 
+@triton.jit
+def _backward_reduce(gy_ptr, z_ptr, index_ptr, mean, rstd, gamma, beta, leak, start, stop, c, C, H, W,
+                     CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                     BC: tl.constexpr):  # fmt: skip
+    """Sums [BC] over rows start..stop of the result of g, the gradient before the activation, and of g·x̂."""
+    g_sum = tl.zeros([BM, BC], ACC)
+    gx_sum = tl.zeros([BM, BC], ACC)
+    for first in range(start, stop, BM):
+        out, dense, valid = _chosen(index_ptr, first, stop, c, C, H, W, CA, POOL, BM)
+        z = tl.load(z_ptr + dense, mask=valid, other=0.0).to(ACC)
+        normal = (z - mean[None, :]) * rstd[None, :]
+        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        g = tl.load(gy_ptr + out, mask=valid, other=0.0).to(ACC) * slopes
+        g_sum += g
+        gx_sum += g * normal
+    return tl.sum(g_sum, axis=0), tl.sum(gx_sum, axis=0)
+
+
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, slope: tl.float64, C,
                    H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
@@ -141,37 +166,22 @@ def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_
     beta = row(beta_ptr + t * row_stride, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
-    z_ptr += t.to(tl.int64) * M * C
-    g_sum = tl.zeros([BM, BC], ACC)
-    gx_sum = tl.zeros([BM, BC], ACC)
+    dense = t.to(tl.int64) * M * C
     stop = tl.minimum(Mo, (s + 1) * stretch)
-    for first in range(s * stretch, stop, BM):
-        out, dense, valid = _chosen(index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, BM)
-        z = tl.load(z_ptr + dense, mask=valid, other=0.0).to(ACC)
-        normal = (z - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
-        g = tl.load(gy_ptr + pooled + out, mask=valid, other=0.0).to(ACC) * slopes
-        g_sum += g
-        gx_sum += g * normal
-    keep(part_ptr, 0, tl.sum(g_sum, axis=0), t, c, s, C, T, S)
-    keep(part_ptr, 1, tl.sum(gx_sum, axis=0), t, c, s, C, T, S)
+    g, gx = _backward_reduce(gy_ptr + pooled, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma, beta, leak,
+                             s * stretch, stop, c, C, H, W, CA, POOL, ACC, BM, BC)  # fmt: skip
+    keep(part_ptr, 0, g, t, c, s, C, T, S)
+    keep(part_ptr, 1, gx, t, c, s, C, T, S)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, gz_ptr, ggamma_ptr,
                     gbeta_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr,
-                    POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                    BS: tl.constexpr):  # fmt: skip
+                    POOL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                    BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     t = tl.program_id(0)
     s = tl.program_id(2)
-    g_total = total(part_ptr, 0, t, c, C, T, S, ACC, BS)
-    gx_total = total(part_ptr, 1, t, c, C, T, S, ACC, BS)
-    if s == 0:
-        tl.store(gbeta_ptr + t * C + c, g_total, mask=c < C)
-        tl.store(ggamma_ptr + t * C + c, gx_total, mask=c < C)
-    p = g_total / M.to(ACC)
-    q = gx_total / M.to(ACC)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
     gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
@@ -179,6 +189,19 @@ def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
     dense = t.to(tl.int64) * M * C
+    if WHOLE:
+        g_total, gx_total = _backward_reduce(
+            gy_ptr + pooled, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma, beta, leak, 0, Mo, c, C, H, W, CA,
+            POOL, ACC, BM, BC,
+        )  # fmt: skip
+    else:
+        g_total = total(part_ptr, 0, t, c, C, T, S, ACC, BS)
+        gx_total = total(part_ptr, 1, t, c, C, T, S, ACC, BS)
+    if s == 0:
+        tl.store(gbeta_ptr + t * C + c, g_total, mask=c < C)
+        tl.store(ggamma_ptr + t * C + c, gx_total, mask=c < C)
+    p = g_total / M.to(ACC)
+    q = gx_total / M.to(ACC)
     stop = tl.minimum(M, (s + 1) * piece)
     for first in range(s * piece, stop, BM):
         offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
@@ -190,6 +213,21 @@ def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta
         tl.store(gz_ptr + dense + offsets, gz, mask=valid)
 
 
+@triton.jit
+def _tangent_reduce(u_ptr, z_ptr, mean, rstd, start, stop, c, C, CA: tl.constexpr, ACC: tl.constexpr,
+                    BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """Sums [BC] over dense rows start..stop of the tangent u and of u·x̂."""
+    u_sum = tl.zeros([BM, BC], ACC)
+    ux_sum = tl.zeros([BM, BC], ACC)
+    for first in range(start, stop, BM):
+        offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
+        z = tl.load(z_ptr + offsets, mask=valid, other=0.0).to(ACC)
+        u = tl.load(u_ptr + offsets, mask=valid, other=0.0).to(ACC)
+        u_sum += u
+        ux_sum += u * ((z - mean[None, :]) * rstd[None, :])
+    return tl.sum(u_sum, axis=0), tl.sum(ux_sum, axis=0)
+
+
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, CA: tl.constexpr,
                   ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
@@ -199,42 +237,40 @@ def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, 
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
     dense = t.to(tl.int64) * M * C
-    u_sum = tl.zeros([BM, BC], ACC)
-    ux_sum = tl.zeros([BM, BC], ACC)
     stop = tl.minimum(M, (s + 1) * piece)
-    for first in range(s * piece, stop, BM):
-        offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
-        z = tl.load(z_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
-        u_sum += u
-        ux_sum += u * ((z - mean[None, :]) * rstd[None, :])
-    keep(part_ptr, 0, tl.sum(u_sum, axis=0), t, c, s, C, T, S)
-    keep(part_ptr, 1, tl.sum(ux_sum, axis=0), t, c, s, C, T, S)
+    u, ux = _tangent_reduce(u_ptr + dense, z_ptr + dense, mean, rstd, s * piece, stop, c, C, CA, ACC, BM, BC)
+    keep(part_ptr, 0, u, t, c, s, C, T, S)
+    keep(part_ptr, 1, ux, t, c, s, C, T, S)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, gamma_dot_ptr, beta_dot_ptr,
                    part_ptr, uy_ptr, r_ptr, t_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride,
-                   CA: tl.constexpr, POOL: tl.constexpr, MOVES: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
-                   BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+                   CA: tl.constexpr, POOL: tl.constexpr, MOVES: tl.constexpr, WHOLE: tl.constexpr,
+                   ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     t = tl.program_id(0)
     s = tl.program_id(2)
-    along = total(part_ptr, 0, t, c, C, T, S, ACC, BS) / M.to(ACC)
-    across = total(part_ptr, 1, t, c, C, T, S, ACC, BS) / M.to(ACC)
+    mean = row(mean_ptr + t * C, c, C, ACC)
+    rstd = row(rstd_ptr + t * C, c, C, ACC)
+    dense = t.to(tl.int64) * M * C
+    if WHOLE:
+        along, across = _tangent_reduce(u_ptr + dense, z_ptr + dense, mean, rstd, 0, M, c, C, CA, ACC, BM, BC)
+    else:
+        along = total(part_ptr, 0, t, c, C, T, S, ACC, BS)
+        across = total(part_ptr, 1, t, c, C, T, S, ACC, BS)
+    along /= M.to(ACC)
+    across /= M.to(ACC)
     if s == 0:
         tl.store(r_ptr + t * C + c, along, mask=c < C)
         tl.store(t_ptr + t * C + c, across, mask=c < C)
     if MOVES:
         gamma_dot = row(gamma_dot_ptr + t * C, c, C, ACC)
         beta_dot = row(beta_dot_ptr + t * C, c, C, ACC)
-    mean = row(mean_ptr + t * C, c, C, ACC)
-    rstd = row(rstd_ptr + t * C, c, C, ACC)
     gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
     beta = row(beta_ptr + t * row_stride, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
-    dense = t.to(tl.int64) * M * C
     stop = tl.minimum(Mo, (s + 1) * stretch)
     for first in range(s * stretch, stop, BM):
         out, source, valid = _chosen(index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, BM)
@@ -246,6 +282,38 @@ def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_p
         if MOVES:
             before += gamma_dot[None, :] * normal + beta_dot[None, :]
         tl.store(uy_ptr + pooled + out, before * slopes, mask=valid)
+
+
+@triton.jit
+def _backward_tangent_reduce(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean, rstd, gamma, beta, leak, start, stop, c,
+                             C, H, W, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                             BC: tl.constexpr):  # fmt: skip
+    """Sums [BC] over rows start..stop of the result of g, g·x̂ and g·u, and with g's tangent d of d and d·x̂."""
+    g_sum = tl.zeros([BM, BC], ACC)
+    gx_sum = tl.zeros([BM, BC], ACC)
+    gu_sum = tl.zeros([BM, BC], ACC)
+    d_sum = tl.zeros([BM, BC], ACC)
+    dx_sum = tl.zeros([BM, BC], ACC)
+    for first in range(start, stop, BM):
+        out, source, valid = _chosen(index_ptr, first, stop, c, C, H, W, CA, POOL, BM)
+        z = tl.load(z_ptr + source, mask=valid, other=0.0).to(ACC)
+        u = tl.load(u_ptr + source, mask=valid, other=0.0).to(ACC)
+        normal = (z - mean[None, :]) * rstd[None, :]
+        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        g = tl.load(gy_ptr + out, mask=valid, other=0.0).to(ACC) * slopes
+        d = tl.load(gy_dot_ptr + out, mask=valid, other=0.0).to(ACC) * slopes
+        g_sum += g
+        gx_sum += g * normal
+        gu_sum += g * u
+        d_sum += d
+        dx_sum += d * normal
+    return (
+        tl.sum(g_sum, axis=0),
+        tl.sum(gx_sum, axis=0),
+        tl.sum(gu_sum, axis=0),
+        tl.sum(d_sum, axis=0),
+        tl.sum(dx_sum, axis=0),
+    )
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
@@ -263,53 +331,53 @@ def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr,
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
     dense = t.to(tl.int64) * M * C
-    g_sum = tl.zeros([BM, BC], ACC)
-    gx_sum = tl.zeros([BM, BC], ACC)
-    gu_sum = tl.zeros([BM, BC], ACC)
-    d_sum = tl.zeros([BM, BC], ACC)
-    dx_sum = tl.zeros([BM, BC], ACC)
     stop = tl.minimum(Mo, (s + 1) * stretch)
-    for first in range(s * stretch, stop, BM):
-        out, source, valid = _chosen(index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, BM)
-        z = tl.load(z_ptr + dense + source, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + dense + source, mask=valid, other=0.0).to(ACC)
-        normal = (z - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
-        g = tl.load(gy_ptr + pooled + out, mask=valid, other=0.0).to(ACC) * slopes
-        d = tl.load(gy_dot_ptr + pooled + out, mask=valid, other=0.0).to(ACC) * slopes
-        g_sum += g
-        gx_sum += g * normal
-        gu_sum += g * u
-        d_sum += d
-        dx_sum += d * normal
-    keep(part_ptr, 0, tl.sum(g_sum, axis=0), t, c, s, C, T, S)
-    keep(part_ptr, 1, tl.sum(gx_sum, axis=0), t, c, s, C, T, S)
-    keep(part_ptr, 2, tl.sum(gu_sum, axis=0), t, c, s, C, T, S)
-    keep(part_ptr, 3, tl.sum(d_sum, axis=0), t, c, s, C, T, S)
-    keep(part_ptr, 4, tl.sum(dx_sum, axis=0), t, c, s, C, T, S)
+    g, gx, gu, d, dx = _backward_tangent_reduce(
+        gy_dot_ptr + pooled, gy_ptr + pooled, u_ptr + dense, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma, beta,
+        leak, s * stretch, stop, c, C, H, W, CA, POOL, ACC, BM, BC,
+    )  # fmt: skip
+    keep(part_ptr, 0, g, t, c, s, C, T, S)
+    keep(part_ptr, 1, gx, t, c, s, C, T, S)
+    keep(part_ptr, 2, gu, t, c, s, C, T, S)
+    keep(part_ptr, 3, d, t, c, s, C, T, S)
+    keep(part_ptr, 4, dx, t, c, s, C, T, S)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
                             gamma_dot_ptr, r_ptr, t_ptr, part_ptr, gz_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64,
                             C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr, POOL: tl.constexpr,
-                            MOVES: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-                            BS: tl.constexpr):  # fmt: skip
+                            MOVES: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+                            BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     t = tl.program_id(0)
     s = tl.program_id(2)
     count = M.to(ACC)
-    p = total(part_ptr, 0, t, c, C, T, S, ACC, BS) / count
-    q = total(part_ptr, 1, t, c, C, T, S, ACC, BS) / count
-    w = total(part_ptr, 2, t, c, C, T, S, ACC, BS) / count
-    p_dot = total(part_ptr, 3, t, c, C, T, S, ACC, BS) / count
-    q_dot = total(part_ptr, 4, t, c, C, T, S, ACC, BS) / count
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
     gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
     beta = row(beta_ptr + t * row_stride, c, C, ACC)
     along = row(r_ptr + t * C, c, C, ACC)
     across = row(t_ptr + t * C, c, C, ACC)
+    leak = tl.full([1, 1], slope, ACC)
+    pooled = t.to(tl.int64) * Mo * C
+    dense = t.to(tl.int64) * M * C
+    if WHOLE:
+        p, q, w, p_dot, q_dot = _backward_tangent_reduce(
+            gy_dot_ptr + pooled, gy_ptr + pooled, u_ptr + dense, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma,
+            beta, leak, 0, Mo, c, C, H, W, CA, POOL, ACC, BM, BC,
+        )  # fmt: skip
+    else:
+        p = total(part_ptr, 0, t, c, C, T, S, ACC, BS)
+        q = total(part_ptr, 1, t, c, C, T, S, ACC, BS)
+        w = total(part_ptr, 2, t, c, C, T, S, ACC, BS)
+        p_dot = total(part_ptr, 3, t, c, C, T, S, ACC, BS)
+        q_dot = total(part_ptr, 4, t, c, C, T, S, ACC, BS)
+    p /= count
+    q /= count
+    w /= count
+    p_dot /= count
+    q_dot /= count
     q_dot += rstd * (w - along * p - across * q)
     if s == 0:
         tl.store(gbeta_ptr + t * C + c, count * p_dot, mask=c < C)
@@ -323,9 +391,6 @@ def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr
         scale_dot = row(gamma_dot_ptr + t * C, c, C, ACC) * rstd
         of_normal -= scale_dot * q
         constant -= scale_dot * p
-    leak = tl.full([1, 1], slope, ACC)
-    pooled = t.to(tl.int64) * Mo * C
-    dense = t.to(tl.int64) * M * C
     stop = tl.minimum(M, (s + 1) * piece)
     for first in range(s * piece, stop, BM):
         offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)

@@ -2,7 +2,8 @@
 
 Arguments and formulas are those of ``mamlpp_fast.ops.norm_act_pool``. Each order is a reduction, which cuts the rows of
 a task into at most 32 pieces and leaves one partial sum of each, and an elementwise pass, which adds them up in a fixed
-order: no atomics. What the pool dropped has no gradient, so sums that hold one run over the pooled grid.
+order: no atomics. Of a task of few rows one program has all and does both, in one launch. What the pool dropped has no
+gradient, so sums that hold one run over the pooled grid.
 """
 
 import itertools
@@ -17,7 +18,8 @@ from . import _norm_act_pool_kernels as kernels
 from ._launch import TYPE_NAMES, Configuration, accumulator, directions, each_task, launch_options, split
 
 _PIECES = 32
-_WARPS = 4
+_WHOLE = 1024
+"""Rows of a task up to which one program takes all of a few channels, four tiles: one launch in place of two."""
 
 
 def _wide(row_like: Tensor, mean: Tensor) -> Tensor:
@@ -41,10 +43,13 @@ class _Launch:
                 "z, mean: expected float32 or bfloat16 with float32, or float64 with float64, "
                 f"got {z.dtype} and {mean.dtype}"
             )
-        self.constants = _constants(z.dtype, channels, pool)
-        self.options = launch_options(_WARPS)
+        self.whole = rows <= _WHOLE
+        self.constants = _constants(z.dtype, channels, pool, self.whole)
+        self.options = launch_options(_warps(self.whole))
         blocks = triton.cdiv(channels, self.constants["BC"])
-        piece, pieces = split(rows, blocks * tasks, self.constants["BM"], limit=_PIECES)
+        piece, pieces = rows, 1
+        if not self.whole:
+            piece, pieces = split(rows, blocks * tasks, self.constants["BM"], limit=_PIECES)
         # Tasks first: layer norms have as many as tokens, and the other axes of a grid end at 65,535.
         self.grid = (tasks, blocks, pieces)
         self.tasks, self.channels, self.pieces = tasks, channels, pieces
@@ -60,8 +65,12 @@ class _Launch:
             "stretch": triton.cdiv(out, pieces), "row_stride": channels if gamma.dim() == 2 else 0, "slope": slope,
         }  # fmt: skip
 
-    def parts(self, mean: Tensor, quantities: int) -> Tensor:
-        return mean.new_empty(quantities, self.pieces, self.tasks, self.channels)
+    def reduced(self, kernel: Any, quantities: int, mean: Tensor, *tensors: Tensor) -> Tensor:
+        """The pieces' sums by a reduction; nothing, and no launch, where the second pass makes them itself."""
+        parts = mean.new_empty(0 if self.whole else quantities, self.pieces, self.tasks, self.channels)
+        if not self.whole:
+            self(kernel, *tensors, parts)
+        return parts
 
     def __call__(self, kernel: Any, *tensors: Tensor, **scalars: float) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
@@ -93,8 +102,7 @@ def forward(
 ) -> None:
     """``norm_act_pool`` of ``mamlpp_fast.ops``, as are the three below; all tensors contiguous."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
-    parts = launch.parts(mean, 2)
-    launch(kernels.forward_sums, z, parts)
+    parts = launch.reduced(kernels.forward_sums, 2, mean, z)
     launch(kernels.forward_apply, z, launch.gamma, launch.beta, parts, y, index, mean, rstd, eps=eps)
 
 
@@ -115,8 +123,7 @@ def backward(
     """``norm_act_pool_backward``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     saved = (gy, z, index, mean, rstd, launch.gamma, launch.beta)
-    parts = launch.parts(mean, 2)
-    launch(kernels.backward_sums, *saved, parts)
+    parts = launch.reduced(kernels.backward_sums, 2, mean, *saved)
     launch(kernels.backward_apply, *saved, parts, gz, ggamma, gbeta)
 
 
@@ -138,8 +145,7 @@ def tangent(
 ) -> None:
     """``norm_act_pool_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
-    parts = launch.parts(mean, 2)
-    launch(kernels.tangent_sums, u, z, mean, rstd, parts)
+    parts = launch.reduced(kernels.tangent_sums, 2, mean, u, z, mean, rstd)
     moves, rows = directions((gamma_dot, beta_dot), mean)
     saved = (u, z, index, mean, rstd, launch.gamma, launch.beta)
     launch(kernels.tangent_apply, *saved, *rows, parts, uy, r, t, MOVES=moves)
@@ -167,8 +173,7 @@ def backward_tangent(
     """``norm_act_pool_backward_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     saved = (gy_dot, gy, u, z, index, mean, rstd, launch.gamma, launch.beta)
-    parts = launch.parts(mean, 5)
-    launch(kernels.backward_tangent_sums, *saved, parts)
+    parts = launch.reduced(kernels.backward_tangent_sums, 5, mean, *saved)
     moves, rows = directions((gamma_dot,), mean)
     results = (gz_dot, ggamma_dot, gbeta_dot)
     launch(kernels.backward_tangent_apply, *saved, *rows, r, t, parts, *results, MOVES=moves)
@@ -189,26 +194,34 @@ _KERNELS = (
 )
 
 
-def _constants(dtype: torch.dtype, channels: int, pool: bool) -> dict[str, Any]:
-    """Launch configuration: 32 rows of 32 neighbouring channels at a time, four warps."""
+def _constants(dtype: torch.dtype, channels: int, pool: bool, whole: bool) -> dict[str, Any]:
+    """Launch configuration: 32 rows of 32 neighbouring channels at a time, or 256 of 8, 32 bytes of each row."""
     return {
         "CA": channels % 16 == 0 and dtype != torch.float64,
         "POOL": pool,
+        "WHOLE": whole,
         "ACC": accumulator(dtype)[1],
-        "BM": 32,
-        "BC": 32,
+        "BM": 256 if whole else 32,
+        "BC": 8 if whole else 32,
         "BS": _PIECES,
     }
 
 
+def _warps(whole: bool) -> int:
+    return 8 if whole else 4
+
+
 def launch_configurations() -> Iterator[Configuration]:
-    """Everything a call can launch: types, channels in multiples of 16 or not, pool or not, γ and β fixed or not."""
-    for dtype, channels, pool, moves in itertools.product(_TYPES, (64, 5), (True, False), (True, False)):
+    """Everything a call can launch: types, channels in multiples of 16 or not, pool, γ and β fixed, few rows or not."""
+    flags = [(True, False)] * 3
+    for dtype, channels, pool, moves, whole in itertools.product(_TYPES, (64, 5), *flags):
         if dtype == torch.float64 and channels == 64:
             continue
-        given = {**_constants(dtype, channels, pool), "MOVES": moves}
+        given = {**_constants(dtype, channels, pool, whole), "MOVES": moves}
         for kernel in _KERNELS:
-            if moves and "MOVES" not in kernel.arg_names:
+            if (moves, "MOVES" in kernel.arg_names) == (True, False):
+                continue
+            if (whole, "WHOLE" in kernel.arg_names) == (True, False):
                 continue
             constants = {n: given[n] for n in kernel.arg_names if n in given}
             if not pool and "POOL" not in constants:
@@ -224,7 +237,7 @@ def launch_configurations() -> Iterator[Configuration]:
             }
             pointers = tuple(n for n in types if n in _ALIGNED)
             label = (
-                f"{kernel.__name__}{' moving' * moves} {'pool' if pool else 'no pool'} "
+                f"{kernel.__name__}{' whole' * whole}{' moving' * moves} {'pool' if pool else 'no pool'} "
                 f"C%16={'0' if channels == 64 else 'any'}"
             )
             yield Configuration(
@@ -232,6 +245,6 @@ def launch_configurations() -> Iterator[Configuration]:
                 kernel,
                 types,
                 constants,
-                _WARPS,
+                _warps(whole),
                 aligned=pointers,
             )

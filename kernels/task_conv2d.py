@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, launch_options, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, counters, last_piece, launch_options, split
 
 _SIZES = [
     "pairs",
@@ -117,12 +117,13 @@ def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride,
-                    pad_y, pad_x, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Sum over `piece` rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [S, T, TAPS, CA, CB].
+def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW,
+                    TAPS, stride, pad_y, pad_x, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+                    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Sum over all rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [T, TAPS, CA, CB].
 
-    DENSE: program 0 is a tap and a block of channels; otherwise taps and channels are one axis.
+    Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
+    of a tile adds them up. DENSE: program 0 is a tap and a block of channels; otherwise taps and channels are one axis.
     """
     cb = tl.program_id(1) * BN + tl.arange(0, BN)
     t = tl.program_id(2) % T
@@ -162,21 +163,23 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, out_ptr, pairs, M, OH, OW, IH,
                 g + m[:, None] * CB + cb[None, :], mask=(m < stop)[:, None] & (cb < CB)[None, :], other=0.0
             )
             result = _dot(tl.trans(left), right, result, ACC, PRECISION)
-    rows = (s * T + t).to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None]
-    tl.store(out_ptr + rows + cb[None, :], result, mask=real[:, None] & (cb < CB)[None, :])
+    at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
+    written = real[:, None] & (cb < CB)[None, :]
+    if S == 1:
+        tl.store(out_ptr + at, result, mask=written)
+    else:
+        elements = T.to(tl.int64) * TAPS * CA * CB
+        tl.store(part_ptr + s * elements + at, result, mask=written)
+        tile_of_all = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * T + t
+        if last_piece(counter_ptr + tile_of_all, S):
+            total = tl.load(part_ptr + at, mask=written, other=0.0, cache_modifier=".cg")
+            for other in range(1, S):
+                total += tl.load(
+                    part_ptr + other * elements + at, mask=written, other=0.0, cache_modifier=".cg"
+                )
+            tl.store(out_ptr + at, total, mask=written)
 
 
-@triton.jit(do_not_specialize=["E", "S"])
-def _add_pieces(part_ptr, out_ptr, E, S, BLOCK: tl.constexpr):
-    """out [E] = sum of part [S, E] over S, in order."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    result = tl.load(part_ptr + e, mask=e < E, other=0.0)
-    for s in range(1, S):
-        result += tl.load(part_ptr + s * E.to(tl.int64) + e, mask=e < E, other=0.0)
-    tl.store(out_ptr + e, result, mask=e < E)
-
-
-_BLOCK = 1024
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -326,17 +329,13 @@ def to_weight(
     blocks = taps * triton.cdiv(ci, bm) if tile.constants["DENSE"] else triton.cdiv(taps * ci, bm)
     columns = triton.cdiv(co, tile.constants["BN"])
     piece, pieces = split(rows, blocks * columns * tasks, tile.constants["BK"], target=264)
-    wide = accumulator(dtype)[0]
-    whole = pieces == 1 and out.dtype == wide
-    parts = out if whole else out.new_empty(pieces, out.numel(), dtype=wide)
+    # With one piece neither is used.
+    parts = out.new_empty(pieces, out.numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
+    counts = counters(out, blocks * columns * tasks)
     sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, *pads, tasks, pieces, piece)
     _weight_product[blocks, columns, tasks * pieces](
-        *tensors, parts, *sizes, **tile.constants, **tile.options
+        *tensors, parts, counts, out, *sizes, **tile.constants, **tile.options
     )
-    if not whole:
-        elements = out.numel()
-        grid = (triton.cdiv(elements, _BLOCK),)
-        _add_pieces[grid](parts, out, elements, pieces, BLOCK=_BLOCK, **launch_options(4))
 
 
 def launch_configurations() -> Iterator[Configuration]:
@@ -351,12 +350,11 @@ def launch_configurations() -> Iterator[Configuration]:
     for (dtype, precision, out), dense in itertools.product(modes, (True, False)):
         for order in ("forward", "to_input", "to_weight"):
             weight = order == "to_weight"
-            if weight and out == torch.bfloat16:
-                continue  # its partial sums are float32 whatever the result
             kernel = _weight_product if weight else _product
             tile = _tile(dtype, dense, precision, weight)
             constants = tile.constants if weight else {**tile.constants, "TRANSPOSED": order == "to_input"}
-            kinds = {"out_ptr": f"*{TYPE_NAMES[out]}"}
+            wide = TYPE_NAMES[accumulator(dtype)[0]]
+            kinds = {"out_ptr": f"*{TYPE_NAMES[out]}", "part_ptr": f"*{wide}", "counter_ptr": "*i32"}
             operand = f"*{TYPE_NAMES[dtype]}"
             types = {
                 n: kinds.get(n, operand if n.endswith("_ptr") else "i32")
@@ -377,7 +375,3 @@ def launch_configurations() -> Iterator[Configuration]:
                 aligned=pointers,
                 tensor_cores=matrix,
             )
-    for wide, out in ((torch.float64,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)):
-        types = {"part_ptr": f"*{TYPE_NAMES[wide]}", "out_ptr": f"*{TYPE_NAMES[out]}", "E": "i32", "S": "i32"}
-        label = f"add_pieces {TYPE_NAMES[wide]} -> {TYPE_NAMES[out]}"
-        yield Configuration(label, _add_pieces, types, {"BLOCK": _BLOCK}, 4, aligned=("part_ptr", "out_ptr"))

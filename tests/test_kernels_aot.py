@@ -41,6 +41,7 @@ def test_every_kernel_compiles_for_every_architecture(compiled: list[dict[str, A
     assert len(compiled) == len(ARCHS) * len(labels[0])
     modules = {
         "per_step_batch_norm", "norm_act_pool", "conv_norm_act_pool", "linear_cross_entropy", "task_conv2d",
+        "strided_sums", "running_blend",
     }  # fmt: skip
     assert modules <= {r["module"] for r in compiled}
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from mamlpp_fast.kernels import (
     linear_cross_entropy,
     norm_act_pool,
     per_step_batch_norm,
+    running_blend,
+    strided_sums,
     task_conv2d,
 )
 from mamlpp_fast.kernels._launch import TYPE_NAMES, Configuration
 from triton.runtime import interpreter
 
-TYPES = {**TYPE_NAMES, torch.uint8: "u8"}
+TYPES = {**TYPE_NAMES, torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32"}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -73,17 +76,22 @@ def _batch_norm() -> None:
 
 
 def _norm_act_pool() -> None:
-    for dtype, channels, pool in itertools.product(FLOATS, (64, 3), (False, True)):
-        z, small = (torch.ones(2, 3, s, s, channels, dtype=dtype) for s in (6, 3 if pool else 6))
-        index = torch.ones(small.shape, dtype=torch.uint8)
-        mean = torch.ones(2, channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        row, saved = mean[0], (z, index, mean, mean, mean[0], mean[0], 0.01)
-        norm_act_pool.forward(z, row, row, 1e-5, 0.01, pool, small, index, mean, mean)
-        norm_act_pool.backward(small, *saved, pool, z, mean, mean)
-        for moving in ((), (mean, None), (None, row)):
-            norm_act_pool.tangent(z, *saved, pool, small, mean, mean, *moving)
-        for moved in ((), (mean,)):
-            norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean, *moved)
+    for dtype, channels, pool, whole in itertools.product(FLOATS, (64, 3), *[(False, True)] * 2):
+        with mock.patch.object(norm_act_pool, "_WHOLE", 1024 if whole else 0):
+            _norm_act_pool_of(dtype, channels, pool)
+
+
+def _norm_act_pool_of(dtype: torch.dtype, channels: int, pool: bool) -> None:
+    z, small = (torch.ones(2, 3, s, s, channels, dtype=dtype) for s in (6, 3 if pool else 6))
+    index = torch.ones(small.shape, dtype=torch.uint8)
+    mean = torch.ones(2, channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    row, saved = mean[0], (z, index, mean, mean, mean[0], mean[0], 0.01)
+    norm_act_pool.forward(z, row, row, 1e-5, 0.01, pool, small, index, mean, mean)
+    norm_act_pool.backward(small, *saved, pool, z, mean, mean)
+    for moving in ((), (mean, None), (None, row)):
+        norm_act_pool.tangent(z, *saved, pool, small, mean, mean, *moving)
+    for moved in ((), (mean,)):
+        norm_act_pool.backward_tangent(small, small, z, *saved, mean, mean, pool, z, mean, mean, *moved)
 
 
 def _conv_norm_act_pool() -> None:
@@ -131,6 +139,20 @@ def _task_conv2d() -> None:
             torch.backends.cuda.matmul.fp32_precision = precision
 
 
+def _running_blend() -> None:
+    for own, stats, bias in itertools.product(FLOATS[:2], FLOATS[:2], (False, True)):
+        passes, rows = torch.ones(2, 2, 1, 3, 5, dtype=stats), torch.ones(1, 5, dtype=own)
+        share, decay = torch.ones(1, 12, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        shift = rows[0] if bias else None
+        running_blend.blend(rows, rows, passes, passes, decay, share, share, shift, 1e-5)
+
+
+def _strided_sums() -> None:
+    for source, target, count in itertools.product(FLOATS[:2], FLOATS[:2], (1, 65)):
+        term, out = torch.ones(4, 2, dtype=source), torch.ones(2, dtype=target)
+        strided_sums.sums([out] * count, [term] * count, [1.0] * count)
+
+
 @pytest.mark.parametrize(
     ("module", "calls"),
     [
@@ -138,6 +160,8 @@ def _task_conv2d() -> None:
         pytest.param(norm_act_pool, _norm_act_pool, id="norm_act_pool"),
         pytest.param(conv_norm_act_pool, _conv_norm_act_pool, id="conv_norm_act_pool"),
         pytest.param(linear_cross_entropy, _linear_cross_entropy, id="linear_cross_entropy"),
+        pytest.param(running_blend, _running_blend, id="running_blend"),
+        pytest.param(strided_sums, _strided_sums, id="strided_sums"),
         pytest.param(task_conv2d, _task_conv2d, id="task_conv2d"),
     ],
 )

@@ -12,11 +12,21 @@ if "triton" not in testing.backends("norm_act_pool"):
         "no Triton interpreter: TRITON_INTERPRET is not 1 or triton is absent", allow_module_level=True
     )
 
+from mamlpp_fast.kernels import norm_act_pool as kernels
+
+
+@pytest.fixture(params=[0, 1024], ids=["two-passes", "whole"], autouse=True)
+def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows up to which one launch does both passes."""
+    monkeypatch.setattr(kernels, "_WHOLE", request.param)
+
+
 CASES = [
     pytest.param((2, 3, 5, 7, 3), True, False, 0.01, id="odd-pooled"),
     pytest.param((2, 2, 4, 5, 33), True, True, 0.01, id="two-channel-blocks"),
     pytest.param((1, 3, 5, 3, 2), False, True, 0.0, id="relu-unpooled"),
     pytest.param((1, 6, 14, 14, 1), True, False, 1.0, id="many-pieces"),
+    pytest.param((2, 4, 9, 8, 9), True, True, 0.1, id="two-tiles-two-blocks-of-a-whole"),
 ]
 
 

@@ -90,3 +90,21 @@ def test_other_memory_order_is_refused() -> None:
     x, w, out = torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 3, 3, 3, 5), torch.zeros(1, 2, 4, 4, 5)
     with testing.use_backend("triton"), pytest.raises(ValueError, match="expected contiguous tensors"):
         op.task_conv2d(x.permute(0, 1, 3, 4, 2), w, out)
+
+
+def test_pieces_are_counted_anew_in_every_launch() -> None:
+    """The last piece of a tile adds up all, and leaves its counter at zero: a replay is a launch like the first."""
+    from mamlpp_fast.kernels import _launch
+
+    torch.manual_seed(0)
+    x, g = (torch.randn(1, 3, 6, 6, c, dtype=torch.float64) for c in (5, 7))
+    expected, gw = torch.empty(1, 3, 3, 5, 7).double(), torch.full((1, 3, 3, 5, 7), torch.nan).double()
+    with testing.use_backend("python"):
+        op.task_conv2d_to_weight(x, g, expected)
+    for _ in range(2):
+        gw.fill_(torch.nan)
+        with testing.use_backend("triton"):
+            op.task_conv2d_to_weight(x, g, gw)
+        torch.testing.assert_close(gw, expected, rtol=1e-12, atol=1e-12)
+    (counts,) = (c for (_, address, _), c in _launch._counters.items() if address == gw.data_ptr())
+    assert not counts.any()

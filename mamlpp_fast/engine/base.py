@@ -25,6 +25,7 @@ __all__ = [
     "dtype_of",
     "first_line",
     "handed_over",
+    "launches_cost",
 ]
 
 EngineName = Literal["auto", "reference", "autograd", "fused"]
@@ -126,3 +127,8 @@ def called_modules(frames: Iterable[tuple[FrameType, int]]) -> Iterator[nn.Modul
     for frame, _ in frames:
         if frame.f_code is nn.Module._call_impl.__code__:
             yield frame.f_locals["self"]
+
+
+def launches_cost(device: torch.device) -> bool:
+    """Whether many small calls are better one large one: a GPU's launch takes longer than what most compute."""
+    return device.type != "cpu"

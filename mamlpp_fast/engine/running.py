@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import mamlpp_fast.ops.running_blend  # noqa: F401 - registers the operation
+from mamlpp_fast.engine import base
+
 __all__ = ["RunningStats", "decay", "made_passes", "row_of"]
 
 
@@ -122,6 +125,22 @@ class RunningStats:
         """
         rows = self.decay.shape[0]
         running_mean, running_var = (tensors[name].view(rows, -1) for name in (self.mean, self.var))
+        if base.launches_cost(running_mean.device):
+            bias = None if self.bias is None else tensors[self.bias].detach()
+            torch.ops.mamlpp_fast.running_blend(
+                running_mean,
+                running_var,
+                mean,
+                rstd,
+                self.decay,
+                self.share,
+                self.unbiased_share,
+                bias,
+                self.eps,
+            )
+            if self.counted is not None:
+                tensors[self.counted].add_(self.passes)
+            return
         means = variance = self.scratch[0]
         means.view(mean.shape).copy_(mean)
         # The buffers may be of lower precision than the statistics.

@@ -6,6 +6,8 @@ from mamlpp_fast.ops import (  # noqa: F401 - registers them
     linear_cross_entropy,
     norm_act_pool,
     pointwise,
+    running_blend,
+    strided_sums,
     task_conv2d,
     window_pool,
 )

@@ -8,7 +8,7 @@ chooses.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +88,18 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the process's current device, wherever the tensors are."""
 
     def launched(*args: Any) -> Any:
-        with torch.cuda.device(next(t.device for t in args if isinstance(t, Tensor))):
+        with torch.cuda.device(_tensors(args)[0].device):
             return launch(*args)
 
     return launched
+
+
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
+    """Those among arguments, and in lists of tensors among them."""
+    found = []
+    for value in args:
+        found += [t for t in value if isinstance(t, Tensor)] if isinstance(value, (list, tuple)) else [value]
+    return [t for t in found if isinstance(t, Tensor)]
 
 
 def differentiate(
@@ -145,7 +153,7 @@ def _raise_versions(name: str, overload: OpOverload[..., Any]) -> None:
     below = torch._C._after_ADInplaceOrView_keyset
 
     def raise_versions(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+        torch.autograd.graph.increment_version(_tensors([args[i] for i in written]))
         return overload.redispatch(keyset & below, *args)
 
     library.impl(name, raise_versions, "ADInplaceOrView", with_keyset=True)

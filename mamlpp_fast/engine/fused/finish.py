@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref
 from mamlpp_fast.engine.fused.steps import Rows
@@ -67,15 +68,25 @@ class Finish:
         self.left = left
         self.total_tasks = total_tasks
         em.phase = Phase("finish")
+        self._sums: list[tuple[Ref, Ref, float]] = []
 
     def _zeros(self, name: str, *shape: int) -> Ref:
         return self.em.own(name, torch.zeros(shape, dtype=self.em.dtype, device=self.em.device))
 
     def _mean(self, name: str, terms: Ref, axes: list[int]) -> Ref:
-        mean = self._zeros(name, *(n for i, n in enumerate(terms.shape) if i not in axes))
+        """Over the first axes of the terms."""
+        mean = self._zeros(name, *terms.shape[len(axes) :])
+        if base.launches_cost(self.em.device):
+            self._sums.append((mean, terms, 1 / self.total_tasks))
+            return mean
         self.em.call(aten.sum.IntList_out, terms, axes, out=mean)
         self.em.call(aten.mul_.Scalar, mean, 1 / self.total_tasks)
         return mean
+
+    def sum_all(self) -> None:
+        """What is left to be summed, in one call where launches cost."""
+        if self._sums:
+            self.em.strided_sums(self._sums)
 
     def parameters(self, layout: Layout) -> dict[str, Ref]:
         """Of the adjoints, in the layout of the parameters."""
@@ -90,10 +101,26 @@ class Finish:
         self.em.label = "rates"
         return self._mean("rates' gradient", self.left["rates"], [0])
 
+    def _row_sums(self, name: str, rows: Rows, steps: int) -> tuple[Ref, Ref]:
+        """Each step's terms are a row's, those of the last steps all the last row's (``row_of``)."""
+        found = []
+        for what in ("weight", "bias"):
+            mean = self._zeros(f"{name} {what} gradient", rows.rows, rows.channels)
+            terms = self.left[name, what].view(lambda t: t.permute(0, 2, 3, 1, 4))  # [G, 2, T, K, C]
+            last = min(rows.rows, steps) - 1
+            if last:
+                self._sums.append((mean[:last], terms[:, :, :, :last], 1 / self.total_tasks))
+            rest = self.left[name, what][:, last:]
+            self._sums.append((mean[last], rest, 1 / self.total_tasks))
+            found.append(mean)
+        return found[0], found[1]
+
     def rows(self, rows: Mapping[str, Rows], steps: int) -> dict[str, tuple[Ref, Ref]]:
         """Of the terms [G, K, 2, T, C] of batch norms' weights and biases, summed by row."""
         em = self.em
         em.label = "batch-norm rows"
+        if base.launches_cost(em.device):
+            return {name: self._row_sums(name, r, steps) for name, r in rows.items()}
         means = {}
         for name, r in rows.items():
             # In float64, in which no GPU rounds the operands of a product.

@@ -127,9 +127,10 @@ class Prepared:
     def _store(self, statistics: Mapping[str, Tensor] | None, gradients: Gradients | None) -> None:
         left = {key: ref.tensor() for key, ref in self.memory.all.items()}
         logits = left["logits"].movedim(0, self.axis)
-        self.logits.view(logits.shape).copy_(logits)
+        results = [(self.logits.view(logits.shape), logits)]
         if "losses" in left:
-            self.losses.view(left["losses"].shape).copy_(left["losses"])
+            results.append((self.losses.view(left["losses"].shape), left["losses"]))
+        self.transfer.move(results)
         if statistics is not None:
             for name, running in self.running.items():
                 mean, rstd = (left[name, what].movedim(0, 2) for what in ("mean", "rstd"))

@@ -15,17 +15,18 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+import mamlpp_fast.ops.strided_sums  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
+from mamlpp_fast.engine import base
+from mamlpp_fast.engine.fused.placing import place
 from mamlpp_fast.engine.lanes import NEVER, Halt, watched
 
 __all__ = ["Buffer", "Copied", "Emitter", "Instruction", "Phase", "Program", "Ref", "Section", "Workspace"]
 
-_ALIGNMENT = 64
 _Made = TypeVar("_Made")
 _Arguments = tuple[Any, ...]
 _Named = dict[str, Any]
@@ -104,6 +105,9 @@ class Ref:
 
     def reshape(self, *shape: int) -> Ref:
         return self.view(lambda t: t.view(*shape))
+
+    def expand(self, *shape: int) -> Ref:
+        return self.view(lambda t: t.expand(*shape))
 
     def tensor(self, lane: int = 0) -> Tensor:
         """The tensor, a lane's own where lanes have one each, once the buffer has memory."""
@@ -411,6 +415,19 @@ class Emitter:
             self._operands[id(ref)] = (ref, rounded)
         return self._operands[id(ref)][1]
 
+    def move(self, pairs: Sequence[tuple[Ref, Ref]]) -> None:
+        """Copies the second of each pair to the first, of a shape that it broadcasts to."""
+        if not base.launches_cost(self.device):
+            for out, ref in pairs:
+                self.call(torch.ops.aten.copy_.default, out, ref)
+        elif pairs:
+            self.strided_sums([(out, ref.expand(*out.shape), 1.0) for out, ref in pairs])
+
+    def strided_sums(self, sums: Sequence[tuple[Ref, Ref, float]]) -> None:
+        """Results, terms and scales in one call of ``mamlpp_fast.ops.strided_sums``."""
+        outs, terms, scales = map(list, zip(*sums, strict=True))
+        self.call(torch.ops.mamlpp_fast.strided_sums.default, outs, terms, scales)
+
     def sum(self, name: str, terms: Sequence[Ref]) -> Ref:
         """The sum of one or more buffers of one shape; a single one is returned as it is."""
         total = terms[0]
@@ -451,32 +468,6 @@ class Emitter:
         used = [b for b in self._buffers if b.owned or b.first >= 0]
         nbytes = place([b for b in used if not b.owned])
         return Program(self._instructions, used, nbytes)
-
-
-def place(buffers: Sequence[Buffer]) -> int:
-    """Gives each buffer an offset such that no two alive together overlap; returns the bytes needed.
-
-    Largest first, each at the lowest place that is free throughout its life.
-    """
-    # Of those placed, in the order of their offsets: first and last call, offset and aligned end.
-    placed = np.empty((4, len(buffers)), dtype=np.int64)
-    total = 0
-    for count, b in enumerate(sorted(buffers, key=lambda b: (-b.nbytes, b.first))):
-        first, last, offsets, ends = placed[:, :count]
-        busy = (first <= b.last) & (b.first <= last)
-        starts = offsets[busy]
-        free = np.maximum.accumulate(np.concatenate([[0], ends[busy]]))  # in front of each, and behind all
-        fits = np.flatnonzero(free[:-1] + b.nbytes <= starts)
-        b.offset = int(free[fits[0]] if len(fits) else free[-1])
-        at = int(np.searchsorted(offsets, b.offset))
-        placed[:, at + 1 : count + 1] = placed[:, at:count]
-        placed[:, at] = b.first, b.last, b.offset, _align(b.offset + b.nbytes)
-        total = max(total, b.offset + b.nbytes)
-    return _align(total)
-
-
-def _align(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _bound(instruction: Instruction, args: _Arguments, kwargs: _Named) -> Callable[[], Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
+from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.finish import Finish, Key, Row
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Network
@@ -126,6 +127,7 @@ class _Writer:
         others = sorted((self.slots.keys() & self.meta) - self.inner)
         self.meta_layout = Layout(self.slots, [*self.inner_layout.names, *others], form.tasks, em.dtype)
         self.finish = Emitter(em.device, em.dtype)
+        self._results: list[tuple[Ref, Ref, float]] = []
         self.memory = self._memory()
         # Rates by element need no segments.
         self.segments: Ref | None = None
@@ -196,13 +198,26 @@ class _Writer:
     def load(self) -> tuple[Ref, dict[str, Ref]]:
         """θ_0: the meta-parameters, once for every task; those that adapt lie in the flat buffer that comes first."""
         self.em.phase, self.em.label = Phase("load"), "parameters"
+        pairs = []
         flat = self.inner_layout.new(self.em, "fast weights")
         theta = self.inner_layout.views(flat)
         for name, slot in self.slots.items():
             if name not in theta:
                 theta[name] = self.em.new(name, (self.form.tasks, *slot.shape))
-            self.em.call(aten.copy_.default, theta[name], self.memory.meta[name])
+            pairs.append((theta[name], self.memory.meta[name]))
+        self.em.move(pairs)
         return flat, theta
+
+    def leave(self, place: Ref, result: Ref) -> None:
+        """Copies a result of the group: at once, or with all others at the end where launches cost."""
+        if base.launches_cost(self.em.device):
+            self._results.append((place, result, 1.0))
+        else:
+            self.em.call(aten.copy_.default, place, result)
+
+    def leave_all(self) -> None:
+        if self._results:
+            self.em.strided_sums(self._results)
 
     def rate_row(self, step: int) -> int:
         return min(step, self.form.rate_steps - 1)
@@ -285,6 +300,7 @@ class _MetaGradient(_Writer):
     def __init__(self, em: Emitter, net: Network, loss: Loss, form: Form) -> None:
         super().__init__(em, net, net, loss, form)
         self.meta_values = net.depends(self.meta)
+        self._losses: Ref | None = None
         for name in net.norms:
             self.left[name, "rstd"].tensor().fill_(1)  # also of passes that are not made
 
@@ -338,29 +354,45 @@ class _MetaGradient(_Writer):
             self.em.phase, self.em.label = Phase("reverse", k), "adjoint"
             adjoint = self._reverse(k, thetas[k], support[k], self.em.sum("adjoint", terms))
         assert adjoint is not None
-        self.em.call(aten.copy_.default, self.left["adjoint"], adjoint)
+        self.leave(self.left["adjoint"], adjoint)
+        if self._losses is not None:
+            self._results.append((self.left["losses"], self._losses[:, : f.tasks], 1.0))
+        self.leave_all()
         finish, m = Finish(self.finish, self.memory.all, f.total_tasks), self.memory
         m.meta_grads = finish.parameters(self.meta_layout)
         m.rate_grads = finish.rates()
         m.row_grads = finish.rows(self.rows, f.steps)
+        finish.sum_all()
 
     def _target_pass(self, k: int, theta: Mapping[str, Ref]) -> Ref:
         """w_k ∇T_k(θ_{k+1}), flat."""
         em, m = self.em, self.memory
-        goal = Goal(m.target_t, m.weights[k] if self.form.multi_step else None, want_loss=True)
+        weights = m.weights if self.form.multi_step else None
+        goal = Goal(m.target_t, weights, k, want_loss=True, loss=self._loss_row(k))
         ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1), goal)
         write_forward(self.em, self.net, ps)
         em.label = "loss"
         value = self.loss.of_pass(em, ps, self.net.output)
         assert value.loss is not None
-        first = k == 0 or not self.form.multi_step
-        em.call(aten.copy_.default if first else aten.add_.Tensor, self.left["losses"], value.loss)
+        if goal.loss is None:
+            first = k == 0 or not self.form.multi_step
+            em.call(aten.copy_.default if first else aten.add_.Tensor, self.left["losses"], value.loss)
         if k == self.form.steps - 1:
-            em.call(aten.copy_.default, self.left["logits"], ps.values[self.net.output])
+            self.leave(self.left["logits"], ps.values[self.net.output])
         flat, out = self._meta_gradients("target gradient", k, 0)
         write_backward(self.em, self.net, ps, value.grad, out)
         clear_missing(self.em, out)
         return flat
+
+    def _loss_row(self, k: int) -> Ref | None:
+        """Where a target pass leaves its losses [T], in a table that is summed at the end; None: added one by one."""
+        if not base.launches_cost(self.em.device):
+            return None
+        if self._losses is None:
+            rows, step = self.form.steps if self.form.multi_step else 1, 16
+            # Kernels take pointers to multiples of 16 bytes.
+            self._losses = self.em.new("losses of all steps", (rows, -(-self.form.tasks // step) * step))
+        return self._losses[k if self.form.multi_step else 0, : self.form.tasks]
 
     def _reverse(self, k: int, theta: Mapping[str, Ref], support: tuple[Pass, Ref], adjoint: Ref) -> Ref:
         """One step of the reverse sweep: λ after the update to λ before it."""
@@ -429,7 +461,8 @@ class _Evaluation(_Writer):
             self.em.phase = Phase("target", k)
             ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
             write_forward(self.em, self.target_net, ps)
-            self.em.call(aten.copy_.default, self.left["logits"][k], ps.values[self.target_net.output])
+            self.leave(self.left["logits"][k], ps.values[self.target_net.output])
+        self.leave_all()
 
 
 def write_meta_gradient(em: Emitter, net: Network, loss: Loss, form: Form) -> Written:

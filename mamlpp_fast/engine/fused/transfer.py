@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.flat import Layout
 from mamlpp_fast.engine.fused.network import Statistics
 from mamlpp_fast.engine.fused.steps import Loss, Rows, Slot
@@ -38,10 +39,14 @@ class Gradients:
     def rates(self) -> Tensor | None:
         return self._of(self._rates)
 
-    def zero(self) -> None:
+    def all(self) -> Iterator[Tensor]:
         for p in (*self._parameters.values(), self._rates):
             if (gradient := self._of(p)) is not None:
-                gradient.zero_()
+                yield gradient
+
+    def zero(self) -> None:
+        for gradient in self.all():
+            gradient.zero_()
 
     def hand_over(self) -> None:
         """Makes them the parameters' ``.grad``."""
@@ -87,6 +92,10 @@ class Transfer:
         self.frozen = frozen
         self.layout = layout
         self.memory = memory
+        table = memory.table.tensor()
+        self.device = table.device
+        # Of weight and bias of a norm without.
+        self._defaults = tuple(table.new_tensor(value) for value in (1.0, 0.0))
 
     def load_batch(self, batch: EpisodeBatch, lane: int = 0) -> None:
         """Images [T, N, C, H, W] become [T, N, H, W, C]; labels what the loss stores. Into a lane's memory."""
@@ -97,56 +106,81 @@ class Transfer:
         self.loss.load(m.target_t.tensor(lane), batch.target_y)
 
     def load_parameters(self) -> None:
-        m = self.memory
         with torch.no_grad():
-            for name, slot in self.slots.items():
-                slot.arranged(m.meta[name].tensor()).copy_(slot.arrange(self.parameters[name]))
-            for name, rows in self.rows.items():
-                for ref, source, default in zip(
-                    m.rows[name], (rows.weight, rows.bias), (1.0, 0.0), strict=True
-                ):
-                    stored = ref.tensor()
-                    if source is None:
-                        stored.fill_(default)
-                    else:
-                        stored.copy_(self.parameters[source].view(stored.shape))
-            for name, ref in m.buffers.items():
-                ref.tensor().copy_(self.buffers[name])
-            self._load_rates()
-            for name, pair in m.running.items():
-                statistics = self.frozen[name]
-                for ref, buffer in zip(pair, (statistics.mean, statistics.var), strict=True):
-                    table = self.buffers[buffer].view(statistics.rows, -1)
-                    for k, row in enumerate(ref.tensor()):
-                        row.copy_(table[min(k, statistics.rows - 1)])
+            self.move(self._loaded())
+
+    def move(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copies the second of each pair to the first; or sums it, over the axes that it has more."""
+        if base.launches_cost(self.device):
+            outs, terms = map(list, zip(*pairs, strict=True))
+            torch.ops.mamlpp_fast.strided_sums(outs, terms, [1.0] * len(outs))
+            return
+        for out, term in pairs:
+            if out.dim() == term.dim():
+                out.copy_(term)
+            else:
+                torch.sum(term, dim=0, out=out)
+
+    def _loaded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        m = self.memory
+        for name, slot in self.slots.items():
+            yield slot.arranged(m.meta[name].tensor()), slot.arrange(self.parameters[name])
+        for name, rows in self.rows.items():
+            for ref, source, default in zip(
+                m.rows[name], (rows.weight, rows.bias), self._defaults, strict=True
+            ):
+                stored = ref.tensor()
+                if source is None:
+                    yield stored, default.expand(stored.shape)
+                else:
+                    yield stored, self.parameters[source].view(stored.shape)
+        for name, ref in m.buffers.items():
+            yield ref.tensor(), self.buffers[name]
+        stored, rates = m.rates.tensor(), self.rates.rates.detach()
+        if self.rates.kind == "tensor":
+            yield stored, rates
+        else:
+            for view, place in self._elements(rates, stored):
+                yield place, view.unsqueeze(1).expand(place.shape)
+        for name, pair in m.running.items():
+            statistics = self.frozen[name]
+            for ref, buffer in zip(pair, (statistics.mean, statistics.var), strict=True):
+                table = self.buffers[buffer].view(statistics.rows, -1)
+                for k, row in enumerate(ref.tensor()):
+                    yield row, table[min(k, statistics.rows - 1)]
 
     def store_gradients(self, gradients: Gradients) -> None:
-        """The means over all tasks to where the gradients lie."""
+        """The means over all tasks to where the gradients lie; what has none is zero."""
+        written: set[int] = set()
+        moved = list(self._stored(gradients, written))
+        rest = [g for g in gradients.all() if id(g) not in written]
+        self.move([*moved, *((g, self._defaults[1].expand(g.shape)) for g in rest)])
+
+    def _stored(self, gradients: Gradients, written: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places and what goes there; ``written``: gradients that are filled with it, by identity."""
         m = self.memory
-        gradients.zero()
         for name, ref in m.meta_grads.items():
             if (place := gradients.of(name)) is not None:
                 slot = self.slots[name]
-                slot.arrange(place).copy_(slot.arranged(ref.tensor()))
+                written.add(id(place))
+                yield slot.arrange(place), slot.arranged(ref.tensor())
         for name, rows in self.rows.items():
             for ref, source in zip(m.row_grads[name], (rows.weight, rows.bias), strict=True):
                 if source is not None and (place := gradients.of(source)) is not None:
-                    place.view(ref.shape).copy_(ref.tensor())
+                    written.add(id(place))
+                    yield place.view(ref.shape), ref.tensor()
         if (place := gradients.rates) is None or m.rate_grads is None:
             return
+        written.add(id(place))
         if self.rates.kind == "tensor":
-            place.copy_(m.rate_grads.tensor())
-        else:
-            for view, stored in self._elements(place, m.rate_grads.tensor()):
-                torch.sum(stored, dim=1, out=view)
-
-    def _load_rates(self) -> None:
-        stored, rates = self.memory.rates.tensor(), self.rates.rates.detach()
-        if self.rates.kind == "tensor":
-            stored.copy_(rates)
+            yield place, m.rate_grads.tensor()
             return
-        for view, place in self._elements(rates, stored):
-            place.copy_(view.unsqueeze(1))
+        for view, stored in self._elements(place, m.rate_grads.tensor()):
+            yield view, stored.movedim(1, 0)
+        absent = set(self.rates.names) - self.layout.places().keys()
+        for name, part in zip(self.rates.names, place.split(self.rates.sizes, dim=1), strict=True):
+            if name in absent:
+                yield part, self._defaults[1].expand(part.shape)
 
     def _elements(self, rates: Tensor, stored: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rates by element [K, P] and those of every task [K, size], parameter by parameter in the kernels' axes."""

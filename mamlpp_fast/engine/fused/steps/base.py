@@ -69,13 +69,17 @@ class Goal:
 
     Attributes:
         target: [T, N, O], as the loss stores it.
-        weight: of the loss, a device scalar; None for 1.
+        weights: of the losses of all steps [K]; None for 1.
+        step: whose weight is meant.
         want_loss: whether its value is wanted beside the gradient.
+        loss: where that goes, [T]; new memory where None.
     """
 
     target: Ref
-    weight: Ref | None = None
+    weights: Ref | None = None
+    step: int = 0
     want_loss: bool = False
+    loss: Ref | None = None
 
 
 @dataclass

@@ -10,7 +10,7 @@ import mamlpp_fast.ops.linear_cross_entropy  # noqa: F401 - registers the operat
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import LOSS, Gradients, Pass
 from mamlpp_fast.engine.fused.steps.linear import Linear
-from mamlpp_fast.engine.fused.steps.loss import LossValue, scaled
+from mamlpp_fast.engine.fused.steps.loss import LossValue, loss_place, scaled
 
 __all__ = ["Head"]
 
@@ -31,8 +31,8 @@ class Head(Linear):
             return
         logits = self.new_output(em, ps)
         p, gz = em.like("p", logits), em.like("gradient of logits", logits)
-        loss = em.new("loss", (ps.tasks,)) if ps.goal.want_loss else None
-        scale = scaled(em, 1 / ps.images, ps.goal.weight)
+        loss = loss_place(em, ps.goal, ps.tasks)
+        scale = scaled(em, 1 / ps.images, ps.goal)
         bias = None if self.bias is None else ps.weights[self.bias.name]
         x, w = ps.values[self.inputs[0]], ps.weights[self.weight.name]
         em.call(

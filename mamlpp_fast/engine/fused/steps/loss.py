@@ -14,7 +14,10 @@ from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import LOSS, Goal, Pass, aten
 from mamlpp_fast.reference import LossFn
 
-__all__ = ["CrossEntropy", "Loss", "LossValue", "SquaredError", "loss_of", "scaled"]
+__all__ = ["CrossEntropy", "Loss", "LossValue", "SquaredError", "loss_of", "loss_place", "scaled"]
+
+_SCALE_ROW = 16
+"""Elements from scale to scale: kernels take pointers to multiples of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,26 @@ class Loss:
         raise NotImplementedError
 
 
-def scaled(em: Emitter, mean: float, weight: Ref | None) -> Ref:
-    """``mean`` times ``weight``, as a device scalar."""
-    scale = em.constant(mean)
-    if weight is None:
+def scaled(em: Emitter, mean: float, goal: Goal) -> Ref:
+    """``mean`` times the weight of a pass's step, as a device scalar; those of all steps are taken at once."""
+    scale, weights = em.constant(mean), goal.weights
+    if weights is None:
         return scale
-    out = em.new("loss scale", ())
-    em.call(aten.mul.out, weight, scale, out=out)
-    return out
+
+    def all_steps() -> Ref:
+        shape = weights.shape[0], _SCALE_ROW
+        out = em.new("loss scales", shape)
+        em.call(aten.mul.out, weights.reshape(-1, 1).expand(*shape), scale, out=out)
+        return out
+
+    return em.once(("loss scales", mean, weights.buffer), all_steps)[goal.step, 0]
+
+
+def loss_place(em: Emitter, goal: Goal, tasks: int) -> Ref | None:
+    """Where the loss [T] goes, None where it is not wanted."""
+    if not goal.want_loss:
+        return None
+    return em.new("loss", (tasks,)) if goal.loss is None else goal.loss
 
 
 @dataclass(frozen=True)
@@ -94,15 +109,15 @@ class CrossEntropy(Loss):
             )
 
     def value(self, em: Emitter, z: Ref, goal: Goal) -> LossValue:
-        scale = scaled(em, 1 / z.shape[1], goal.weight)
+        scale = scaled(em, 1 / z.shape[1], goal)
         log_p, p, grad = em.like("log p", z), em.like("p", z), em.like("gradient of logits", z)
         em.call(aten._log_softmax.out, z, -1, False, out=log_p)
         em.call(aten.exp.out, log_p, out=p)
         em.call(aten.sub.out, p, goal.target, out=grad)
         em.call(aten.mul.out, grad, scale, out=grad)
-        loss = None
-        if goal.want_loss:
-            terms, loss = em.like("loss terms", z), em.new("loss", z.shape[:1])
+        loss = loss_place(em, goal, z.shape[0])
+        if loss is not None:
+            terms = em.like("loss terms", z)
             em.call(aten.mul.out, goal.target, log_p, out=terms)
             em.call(aten.mul.out, terms, scale, out=terms)
             em.call(aten.sum.IntList_out, terms, [1, 2], out=loss)
@@ -141,13 +156,13 @@ class SquaredError(Loss):
             )
 
     def value(self, em: Emitter, z: Ref, goal: Goal) -> LossValue:
-        scale = scaled(em, 1 / (z.shape[1] * z.shape[2]), goal.weight)
+        scale = scaled(em, 1 / (z.shape[1] * z.shape[2]), goal)
         difference, grad = em.like("difference", z), em.like("gradient of predictions", z)
         em.call(aten.sub.out, z, goal.target, out=difference)
         em.call(aten.mul.out, difference, scale, out=grad)
-        loss = None
-        if goal.want_loss:
-            terms, loss = em.like("loss terms", z), em.new("loss", z.shape[:1])
+        loss = loss_place(em, goal, z.shape[0])
+        if loss is not None:
+            terms = em.like("loss terms", z)
             em.call(aten.mul.out, difference, grad, out=terms)
             em.call(aten.sum.IntList_out, terms, [1, 2], out=loss)
         em.call(aten.add.out, grad, grad, out=grad)

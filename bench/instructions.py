@@ -1,0 +1,68 @@
+"""What a compiled kernel spends its innermost loops on: instructions by name, from the machine code.
+
+``python -m bench.launches`` prints it for the products that a meta-step launches.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+
+__all__ = ["loops", "products", "read"]
+
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "DMMA")
+
+
+def loops(cubin: bytes) -> list[Counter[str]]:
+    """Instructions of every loop that has no other inside, by their first name (``HGMMA``, ``FFMA``)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return read(text)
+
+
+def read(text: str) -> list[Counter[str]]:
+    """The same from a disassembly."""
+    code = [(int(m[1], 16), m[2].split(".")[0], m[3]) for m in map(_LINE.match, text.splitlines()) if m]
+    spans = []
+    for address, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip())
+        if name == "BRA" and target and int(target[1], 16) < address:
+            spans.append((int(target[1], 16), address))
+    inner = [
+        (begin, end)
+        for begin, end in spans
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
+    ]
+    return [
+        Counter(name for address, name, _ in code if begin <= address <= end and name != "NOP")
+        for begin, end in inner
+    ]
+
+
+def products(cubin: bytes) -> dict[str, float] | None:
+    """Of the innermost loop with the most arithmetic of products: its instructions and what of them they are.
+
+    Returns:
+        ``instructions``; ``matrix``, the tensor cores', and ``instructions per 4 matrix``, or ``ffma`` and ``ffma
+        share``; None where no loop has either.
+    """
+
+    def arithmetic(loop: Counter[str]) -> int:
+        return 1000 * sum(loop[name] for name in _MATRIX) + loop["FFMA"]
+
+    loop = max(loops(cubin), key=arithmetic, default=Counter())
+    total, matrix = sum(loop.values()), sum(loop[name] for name in _MATRIX)
+    if matrix:
+        return {"instructions": total, "matrix": matrix, "instructions per 4 matrix": 4 * total / matrix}
+    if loop["FFMA"]:
+        return {"instructions": total, "ffma": loop["FFMA"], "ffma share": loop["FFMA"] / total}
+    return None
