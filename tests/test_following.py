@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import types
 import warnings
 from collections.abc import Callable
@@ -414,3 +415,19 @@ def test_a_scripted_module_is_looked_at_like_any_other() -> None:
     assert learner.engine_reason == "not fused: act: is compiled"
     found, expected = ([p.grad for p in one.model.parameters()] for one in (learner, plain))
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("read", [lambda: os.environ.get("SCALE", "1"), lambda: os.getenv("SCALE", "1")])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_environment_is_read_anew(
+    engine: str, read: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float(read())
+
+    torch.manual_seed(0)
+    learner = new(engine, Scaled().double())
+    assert_as_if_made_anew(learner, batch())
+    monkeypatch.setenv("SCALE", "3")
+    assert_as_if_made_anew(learner, batch())

@@ -8,6 +8,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import os
 import pickle
 import types
 from collections.abc import Iterable
@@ -245,6 +246,8 @@ class _Reader:
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or depth >= _DEPTH:
             return
+        if _reads_environment(function.__code__):
+            self.key += os.environ.items()
         found = [function.__globals__.get(name) for name in _globals_of(function.__code__)]
         for cell in function.__closure__ or ():
             try:
@@ -283,6 +286,10 @@ def _attributes_of(code: types.CodeType) -> tuple[str, ...]:
     """Names of the attributes that a function reads, methods among them."""
     named = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD"))
     return tuple(dict.fromkeys(named))
+
+
+def _reads_environment(code: types.CodeType) -> bool:
+    return not {"environ", "getenv"}.isdisjoint((*_globals_of(code), *_attributes_of(code)))
 
 
 def _is_record(value: object) -> bool:
@@ -339,7 +346,8 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     lists, dictionaries, dataclasses, namespaces and objects that hold nothing else too (up to 1000 entries and 6 levels
     of each), arrays and tensors by identity, version and, up to 1000 values on a CPU, those; other objects by identity.
     So are plain attributes, containers and records of the user's classes, and globals and closed-over values of these
-    kinds that a ``forward``, the methods and the functions it calls, or a function that is an attribute name. What a
+    kinds that a ``forward``, the methods and the functions it calls, or a function that is an attribute name, and the
+    environment of the process where one of them names that. What a
     pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Not seen are changes
     within other objects, and what functions read that are reached through a module (``lib.scale(x)``).
 
