@@ -21,8 +21,7 @@ import os
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,46 +32,20 @@ import torch
 import triton
 from mamlpp_fast.kernels import aot
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from bench import instructions
+from bench import instructions, predicted
+from bench.predicted import Call, Kernel
 from mamlpp_fast import adam, labels, testing
 from mamlpp_fast._modes import float32_products
 from mamlpp_fast.engine import EngineName, Precision, base
 from mamlpp_fast.engine.base import PRECISIONS
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.engine.fused.steps import linear
+from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.workloads import WORKLOADS, Workload
-
-_GRID = (2**31 - 1, 65_535, 65_535)
-"""Most programs along the axes of a grid (CUDA programming guide, compute capabilities)."""
-
-
-@dataclass
-class Kernel:
-    """A compiled form of a kernel, and its launches.
-
-    Attributes:
-        name: of the kernel.
-        registers, spilled, shared: of a thread, in bytes of a thread, in bytes of a program.
-        binary: the machine code.
-        grids: programs of a launch, with how many launches had as many.
-    """
-
-    name: str
-    registers: int = 0
-    spilled: int = 0
-    shared: int = 0
-    binary: bytes = b""
-    grids: Counter[tuple[int, ...]] = field(default_factory=Counter)
-
-    def faults(self) -> list[str]:
-        found = [f"{self.name}: {self.spilled} bytes of local memory"] if self.spilled else []
-        for grid in self.grids:
-            if not all(0 < n <= limit for n, limit in zip(grid, _GRID, strict=True)):
-                found.append(f"{self.name}: grid {grid}, of at most {_GRID}")
-        return found
 
 
 class Standin(DriverBase):
@@ -80,12 +53,14 @@ class Standin(DriverBase):
 
     Attributes:
         kernels: all that would have been launched.
+        launched: takes kernel and number of programs of every launch.
     """
 
     def __init__(self, arch: int) -> None:
         super().__init__()
         self.arch = arch
         self.kernels: list[Kernel] = []
+        self.launched: list[tuple[Kernel, int]] = []
         self.utils = types.SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": aot.SHARED_MEMORY_LIMIT[arch]},
             load_binary=self._load,
@@ -122,24 +97,55 @@ class Standin(DriverBase):
     def launcher_cls(self, *_: Any) -> Any:
         def launch(x: int, y: int, z: int, stream: int, kernel: Kernel, *_: Any) -> None:
             kernel.grids[x, y, z] += 1
+            self.launched.append((kernel, x * y * z))
 
         return launch
 
 
 class Operations(TorchDispatchMode):
-    """Counts PyTorch's operations that compute or copy."""
+    """Counts PyTorch's operations that compute or copy, and takes down what each of ours launches.
 
-    def __init__(self) -> None:
+    Attributes:
+        found: of PyTorch, those within our launchers too.
+        calls: of our operations and of PyTorch's, in order.
+    """
+
+    def __init__(self, standin: Standin | None = None, flops: Iterable[tuple[str, int]] = ()) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.calls: list[Call] = []
+        self._standin = standin
+        self._flops = list(flops)[::-1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "aten" and not func.is_view and func.overloadpacket.__name__ not in _FREE:
-            self.found[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if func.namespace == "mamlpp_fast" and self._standin is not None:
+            operation = OPERATIONS[name]
+            if operation.triton is not None:
+                call = Call(name, nbytes=_nbytes((args, kwargs)))
+                if self._flops and self._flops[-1][0] == name:
+                    call.flops = self._flops.pop()[1]
+                self.calls.append(call)
+                self._standin.launched = call.launched
+                with self:
+                    return operation.triton(*args, **kwargs)
+        if func.namespace == "aten" and not func.is_view and name not in _FREE:
+            self.found[name] += 1
+            if self._standin is not None:
+                self.calls.append(Call(f"PyTorch's {name}", nbytes=_nbytes((args, kwargs))))
+        return func(*args, **kwargs)
 
 
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_reshape_alias", "resize_", "set_"}
+def _nbytes(arguments: Any) -> int:
+    """Of all tensors given, what several places share once."""
+    given = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in given}.values())
+
+
+_FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "detach", "_reshape_alias", "resize_", "set_"),
+    *("promote_types", "broadcast_tensors"),
+}
 """What is no view and launches nothing."""
 
 
@@ -174,7 +180,9 @@ def launches(
         job()  # what is prepared once
         for kernel in standin.kernels:
             kernel.grids.clear()
-        with Operations() as operations:
+        program = used._current.program if engine == "fused" and not evaluate else None
+        flops = [(i.name, i.flops) for i in program.instructions if i.flops] if program else []
+        with Operations(standin, flops) as operations:
             job()
     kernels = [k for k in standin.kernels if k.grids]
     return {
@@ -198,6 +206,7 @@ def launches(
             for k in kernels
         ],
         "operations": dict(operations.found.most_common()),
+        "predicted": predicted.table(operations.calls, precision),
     }
 
 
@@ -236,6 +245,8 @@ def main() -> int:
             loop = ", ".join(f"{name} {value:.3g}" for name, value in (k.get("loop") or {}).items())
             print(f"{count:5} {k['name']:28} {k['registers']:4} registers, programs {programs}  {loop}")
         print("      " + ", ".join(f"{name} {count}" for name, count in row["operations"].items()))
+        for line in predicted.lines(row["predicted"]):
+            print(line)
         print("\n".join(row["faults"]))
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

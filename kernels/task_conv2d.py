@@ -19,32 +19,8 @@ from torch import Tensor
 
 from ._launch import TYPE_NAMES, Configuration, accumulator, counters, last_piece, launch_options, split
 
-_SIZES = [
-    "pairs",
-    "M",
-    "OH",
-    "OW",
-    "IH",
-    "IW",
-    "CA",
-    "CB",
-    "KW",
-    "TAPS",
-    "stride",
-    "pad_y",
-    "pad_x",
-    "T",
-    "S",
-    "piece",
-]
-
-
-@triton.jit
-def _multiple(size, DENSE: tl.constexpr):
-    """The size, marked a multiple of 16 when it is, so that loads along it are wide."""
-    if DENSE:
-        size = size // 16 * 16
-    return size
+_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW"]
+"""Not specialised: the sizes of images. Channels, kernel, step and padding are constants of the compiled program."""
 
 
 @triton.jit
@@ -66,12 +42,14 @@ def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW, TAPS, stride, pad_y,
-             pad_x, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA: tl.constexpr, CB: tl.constexpr,
+             KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+             TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     """Convolution of a [T, images, IH, IW, CA] with w, or (TRANSPOSED) its adjoint; out is [T, images, OH, OW, CB].
 
-    DENSE takes one tap at a time and needs channels in multiples of 16; otherwise taps and channels are one axis.
+    DENSE takes one tap at a time, UNROLL blocks of channels for the one address and mask of its pixels, and needs
+    channels in multiples of 16; otherwise taps and channels are one axis.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     cb = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -79,59 +57,73 @@ def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA
     n = m // (OH * OW)
     i = (m % (OH * OW) // OW)[:, None]
     j = (m % OW)[:, None]
-    CA = _multiple(CA, DENSE)
-    CB = _multiple(CB, DENSE)
     task_a = t * (M // (OH * OW)) * IH * IW * CA
     task_w = t * TAPS * CA * CB
-    blocks = tl.cdiv(CA, BK)
-    tiles = TAPS * blocks if DENSE else tl.cdiv(TAPS * CA, BK)
+    rounds: tl.constexpr = (CA + BK * UNROLL - 1) // (BK * UNROLL)
+    tiles: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
     result = tl.zeros([BM, BN], ACC)
     for pair in range(pairs):
         a = tl.where(pair == 0, a_ptr, a2_ptr) + task_a
         w = tl.where(pair == 0, w_ptr, w2_ptr) + task_w
         for tile in range(tiles):
             if DENSE:
-                tap = tile // blocks
-                c = tile % blocks * BK + tl.arange(0, BK)
-                real = c < CA
-                y, row_inside = _source(i, tap // KW, pad_y, stride, IH, TRANSPOSED)
-                x, column_inside = _source(j, tap % KW, pad_x, stride, IW, TRANSPOSED)
+                tap = tile // rounds
+                y, row_inside = _source(i, tap // KW, PAD_Y, STRIDE, IH, TRANSPOSED)
+                x, column_inside = _source(j, tap % KW, PAD_X, STRIDE, IW, TRANSPOSED)
+                left_row = a + ((n[:, None] * IH + y) * IW + x) * CA
+                inside = row_inside & column_inside & (m < M)[:, None]
+                for block in tl.static_range(UNROLL):
+                    c = (tile % rounds * UNROLL + block) * BK + tl.arange(0, BK)
+                    if CA % (BK * UNROLL) == 0:
+                        left = tl.load(left_row + c[None, :], mask=inside, other=0.0)
+                    else:
+                        left = tl.load(left_row + c[None, :], mask=inside & (c < CA)[None, :], other=0.0)
+                    if TRANSPOSED:
+                        weight = (tap * CB + cb)[None, :] * CA + c[:, None]
+                    else:
+                        weight = (tap * CA + c)[:, None] * CB + cb[None, :]
+                    if CA % (BK * UNROLL) == 0 and CB % BN == 0:
+                        right = tl.load(w + weight)
+                    else:
+                        right = tl.load(w + weight, mask=(c < CA)[:, None] & (cb < CB)[None, :], other=0.0)
+                    result = _dot(left, right, result, ACC, PRECISION)
             else:
                 k = tile * BK + tl.arange(0, BK)
                 tap = k // CA
                 c = k % CA
                 real = tap < TAPS
-                y, row_inside = _source(i, (tap // KW)[None, :], pad_y, stride, IH, TRANSPOSED)
-                x, column_inside = _source(j, (tap % KW)[None, :], pad_x, stride, IW, TRANSPOSED)
-            pixel = (n[:, None] * IH + y) * IW + x
-            inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
-            left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
-            if TRANSPOSED:
-                weight = (tap * CB * CA + c)[:, None] + cb[None, :] * CA
-            else:
-                weight = ((tap * CA + c) * CB)[:, None] + cb[None, :]
-            right = tl.load(w + weight, mask=real[:, None] & (cb < CB)[None, :], other=0.0)
-            result = _dot(left, right, result, ACC, PRECISION)
+                y, row_inside = _source(i, (tap // KW)[None, :], PAD_Y, STRIDE, IH, TRANSPOSED)
+                x, column_inside = _source(j, (tap % KW)[None, :], PAD_X, STRIDE, IW, TRANSPOSED)
+                pixel = (n[:, None] * IH + y) * IW + x
+                inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
+                left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
+                if TRANSPOSED:
+                    weight = (tap * CB * CA + c)[:, None] + cb[None, :] * CA
+                else:
+                    weight = ((tap * CA + c) * CB)[:, None] + cb[None, :]
+                right = tl.load(w + weight, mask=real[:, None] & (cb < CB)[None, :], other=0.0)
+                result = _dot(left, right, result, ACC, PRECISION)
     written = (m < M)[:, None] & (cb < CB)[None, :]
     tl.store(out_ptr + t * M * CB + m[:, None] * CB + cb[None, :], result, mask=written)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA, CB, KW,
-                    TAPS, stride, pad_y, pad_x, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["pairs", "M", "T", "S", "piece"])
+def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH: tl.constexpr,
+                    OW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
+                    KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
+                    PAD_X: tl.constexpr, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
                     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Sum over all rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [T, TAPS, CA, CB].
 
     Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
     of a tile adds them up. DENSE: program 0 is a tap and a block of channels; otherwise taps and channels are one axis.
+    The images' sizes are constants too: every step finds the pixels of its rows.
     """
     cb = tl.program_id(1) * BN + tl.arange(0, BN)
     t = tl.program_id(2) % T
     s = tl.program_id(2) // T
-    CA = _multiple(CA, DENSE)
-    CB = _multiple(CB, DENSE)
     if DENSE:
-        blocks = tl.cdiv(CA, BM)
+        blocks: tl.constexpr = (CA + BM - 1) // BM
         tap = tl.program_id(0) // blocks
         c = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
         real = c < CA
@@ -144,6 +136,7 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr
         real = tap < TAPS
         tap_row = (tap // KW)[None, :]
         tap_column = (tap % KW)[None, :]
+    same: tl.constexpr = STRIDE == 1 and OH == IH and OW == IW
     images = M // (OH * OW)
     task_x = t.to(tl.int64) * images * IH * IW * CA
     task_g = t.to(tl.int64) * M * CB
@@ -154,14 +147,25 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr
         g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
         for first in range(s * piece, stop, BK):
             m = first + tl.arange(0, BK)
-            i, row_inside = _source((m % (OH * OW) // OW)[:, None], tap_row, pad_y, stride, IH, False)
-            j, column_inside = _source((m % OW)[:, None], tap_column, pad_x, stride, IW, False)
-            pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
-            inside = row_inside & column_inside & (m < stop)[:, None] & real[None, :]
-            left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
-            right = tl.load(
-                g + m[:, None] * CB + cb[None, :], mask=(m < stop)[:, None] & (cb < CB)[None, :], other=0.0
+            line = (
+                m.to(tl.uint32) // OW
+            )  # a division of what may be negative takes twice as many instructions
+            i, row_inside = _source((line % OH).to(tl.int32)[:, None], tap_row, PAD_Y, STRIDE, IH, False)
+            j, column_inside = _source(
+                (m - line.to(tl.int32) * OW)[:, None], tap_column, PAD_X, STRIDE, IW, False
             )
+            if same:  # a pixel of x lies as far from that of g for all of them
+                pixel = m[:, None] + ((tap_row - PAD_Y) * IW + tap_column - PAD_X)
+            else:
+                pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
+            inside = row_inside & column_inside & (m < stop)[:, None]
+            if not DENSE or CA % BM != 0:
+                inside = inside & real[None, :]
+            left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
+            there = (m < stop)[:, None]
+            if CB % BN != 0:
+                there = there & (cb < CB)[None, :]
+            right = tl.load(g + m[:, None] * CB + cb[None, :], mask=there, other=0.0)
             result = _dot(tl.trans(left), right, result, ACC, PRECISION)
     at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
     written = real[:, None] & (cb < CB)[None, :]
@@ -199,8 +203,9 @@ def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Til
     """The one tile (rows, columns, depth of a step) for operands of this type.
 
     Dense: 128 x 64 on tensor cores, 64 x 64 on the ordinary units and for weights, where the rows are channels of one
-    tap. Where taps and channels are one axis (the first layer's 9 to 27) every element finds its own address, so
-    steps are short; for weights 32 rows take all of them. float64, for checks, gets what its registers hold.
+    tap, and a step has twice as many pixels: finding them is a third of its instructions. Where taps and channels are
+    one axis (the first layer's 9 to 27) every element finds its own address, so steps are short; for weights 32 rows
+    take all of them. float64, for checks, gets what its registers hold.
     """
     matrix = dtype == torch.bfloat16 or precision == "tf32"
     if dtype == torch.float64:
@@ -208,6 +213,8 @@ def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Til
     elif dense:
         rows, columns = (128 if matrix and not weight else 64), 64
         depth = 64 if dtype == torch.bfloat16 else 32 if matrix else 16
+        if weight:
+            depth *= 2
     else:
         rows, columns, depth = (64 if matrix and not weight else 32), 64, 16
     constants = {
@@ -218,7 +225,8 @@ def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Til
         "BN": columns,
         "BK": depth,
     }
-    small = dtype == torch.float64 and not weight
+    # Four warps have fewer loads for as many products: eight spend a quarter of their instructions on loads.
+    small = not weight if dtype == torch.float64 else dense and weight and not matrix
     return _Tile(constants, 4 if small else 8, 3 if matrix and dense else 2)
 
 
@@ -312,9 +320,18 @@ def _launch_product(
     rows, channels = sizes[1], sizes[7]
     tile = _tile(dtype, _dense(sizes[6], channels), _precision(dtype), weight=False)
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
+    unroll = _unroll(tile, sizes[6])
     _product[grid](
-        *tensors, out, *sizes, TRANSPOSED=transposed, **tile.constants, **tile.options,
+        *tensors, out, *sizes, TRANSPOSED=transposed, **tile.constants, UNROLL=unroll, **tile.options,
     )  # fmt: skip
+
+
+def _unroll(tile: _Tile, channels: int) -> int:
+    """Blocks of channels that a step of the loop over taps takes: up to four, without a rest."""
+    if not tile.constants["DENSE"]:
+        return 1
+    blocks = triton.cdiv(channels, tile.constants["BK"])
+    return max(n for n in (1, 2, 3, 4) if blocks % n == 0)
 
 
 def to_weight(
@@ -338,8 +355,22 @@ def to_weight(
     )
 
 
+_GEOMETRIES = {True: (48, 64, 6), False: (1, 64, 6)}
+"""Channels of input and output and the side of an image, by layout: 3x3 taps, step and padding 1, compiled ahead.
+
+What is compiled in earnest has a network's own; the code is the same but for its constants.
+"""
+
+
+def _geometry_constants(order: str, ci: int, co: int, side: int) -> dict[str, int]:
+    weight = order == "to_weight"
+    sizes = {"OH": side, "OW": side, "IH": side, "IW": side} if weight else {}
+    ca, cb = (co, ci) if order == "to_input" else (ci, co)
+    return sizes | {"CA": ca, "CB": cb, "KW": 3, "TAPS": 9, "STRIDE": 1, "PAD_Y": 1, "PAD_X": 1}
+
+
 def launch_configurations() -> Iterator[Configuration]:
-    """Everything a call can launch: three products, two layouts of the reduction, four precisions, two results."""
+    """Three products, two layouts of the reduction, four precisions, two results, each for one geometry."""
     modes = (
         (torch.float64, "ieee", torch.float64),
         (torch.float32, "ieee", torch.float32),
@@ -347,31 +378,30 @@ def launch_configurations() -> Iterator[Configuration]:
         (torch.bfloat16, "ieee", torch.float32),
         (torch.bfloat16, "ieee", torch.bfloat16),
     )
-    for (dtype, precision, out), dense in itertools.product(modes, (True, False)):
-        for order in ("forward", "to_input", "to_weight"):
-            weight = order == "to_weight"
-            kernel = _weight_product if weight else _product
-            tile = _tile(dtype, dense, precision, weight)
-            constants = tile.constants if weight else {**tile.constants, "TRANSPOSED": order == "to_input"}
-            wide = TYPE_NAMES[accumulator(dtype)[0]]
-            kinds = {"out_ptr": f"*{TYPE_NAMES[out]}", "part_ptr": f"*{wide}", "counter_ptr": "*i32"}
-            operand = f"*{TYPE_NAMES[dtype]}"
-            types = {
-                n: kinds.get(n, operand if n.endswith("_ptr") else "i32")
-                for n in kernel.arg_names
-                if n not in constants
-            }
-            pointers = tuple(n for n in types if n.endswith("_ptr"))
-            shown = "tf32" if precision == "tf32" else TYPE_NAMES[dtype]
-            label = f"{order} {'dense' if dense else 'flat'} {shown} -> {TYPE_NAMES[out]}"
-            matrix = dtype == torch.bfloat16 or precision == "tf32"
-            yield Configuration(
-                label,
-                kernel,
-                types,
-                constants,
-                tile.num_warps,
-                tile.num_stages,
-                aligned=pointers,
-                tensor_cores=matrix,
-            )
+    orders = ("forward", "to_input", "to_weight")
+    for (dtype, precision, out), dense, order in itertools.product(modes, (True, False), orders):
+        kernel = _weight_product if order == "to_weight" else _product
+        tile = _tile(dtype, dense, precision, order == "to_weight")
+        constants = tile.constants | _geometry_constants(order, *_GEOMETRIES[dense])
+        if kernel is _product:
+            constants |= {"TRANSPOSED": order == "to_input", "UNROLL": _unroll(tile, constants["CA"])}
+        wide = TYPE_NAMES[accumulator(dtype)[0]]
+        kinds = {"out_ptr": f"*{TYPE_NAMES[out]}", "part_ptr": f"*{wide}", "counter_ptr": "*i32"}
+        operand = f"*{TYPE_NAMES[dtype]}"
+        types = {
+            n: kinds.get(n, operand if n.endswith("_ptr") else "i32")
+            for n in kernel.arg_names
+            if n not in constants
+        }
+        pointers = tuple(n for n in types if n.endswith("_ptr"))
+        shown = "tf32" if precision == "tf32" else TYPE_NAMES[dtype]
+        yield Configuration(
+            f"{order} {'dense' if dense else 'flat'} {shown} -> {TYPE_NAMES[out]}",
+            kernel,
+            types,
+            constants,
+            tile.num_warps,
+            tile.num_stages,
+            aligned=pointers,
+            tensor_cores=dtype == torch.bfloat16 or precision == "tf32",
+        )

@@ -130,7 +130,7 @@ def _task_conv2d() -> None:
     ):
         torch.backends.cuda.matmul.fp32_precision = mode
         try:
-            x, g = torch.ones(2, 3, 5, 5, ci, dtype=dtype), torch.ones(2, 3, 5, 5, 64, dtype=dtype)
+            x, g = torch.ones(2, 3, 6, 6, ci, dtype=dtype), torch.ones(2, 3, 6, 6, 64, dtype=dtype)
             w = torch.ones(2, 3, 3, ci, 64, dtype=dtype)
             task_conv2d.forward(x, w, None, None, 1, 1, g.to(out))
             task_conv2d.to_input(g, w, g, w, 1, 1, x.to(out))

@@ -27,16 +27,37 @@ def launched(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
     return rows
 
 
+LOOPS = {
+    "float32": {"_product": ("ffma share", 0.8, 1.0), "_weight_product": ("ffma share", 0.8, 1.0)},
+    "tf32": {
+        "_product": ("instructions per 4 matrix", 20, 110),
+        "_weight_product": ("instructions per 4 matrix", 20, 132),
+    },
+    "bfloat16": {
+        "_product": ("instructions per 4 matrix", 20, 110),
+        "_weight_product": ("instructions per 4 matrix", 20, 110),
+    },
+}
+"""What the loops of the products spend their instructions on: the measure, and what it lies between."""
+
+
 @pytest.mark.parametrize(("precision", "nodes"), [("float32", 409), ("tf32", 409), ("bfloat16", 532)])
 def test_a_whole_meta_step_could_be_launched(tmp_path: Path, precision: str, nodes: int) -> None:
     """Compiled without spills, within the limits of grids and of shared memory; no more nodes than there were."""
     omniglot, mini = launched(tmp_path, "omniglot-5w1s", "miniimagenet-5w1s", "--precision", precision)
     for row in (omniglot, mini):
         assert row["faults"] == []
-        assert {"_product", "_weight_product", "forward_sums", "_update"} <= {
+        assert {"_product", "_weight_product", "forward_apply", "_update"} <= {
             k["name"] for k in row["kernels"]
         }
     assert omniglot["triton"] + omniglot["aten"] <= nodes
+    rows = omniglot["predicted"]
+    assert sum(row["nodes"] for row in rows) == omniglot["triton"] + omniglot["aten"]
+    assert {row["operation"] for row in rows if row["flops"]} >= {"task_conv2d", "task_conv2d_to_weight"}
+    for kernel in omniglot["kernels"]:
+        if kernel["name"] in LOOPS[precision]:
+            measure, least, most = LOOPS[precision][kernel["name"]]
+            assert least <= kernel["loop"][measure] <= most, kernel
 
 
 def test_an_evaluation_could_be_launched(tmp_path: Path) -> None:
@@ -52,7 +73,7 @@ def test_a_step_of_the_autograd_engine_could_be_launched(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_launched_is_named() -> None:
-    from bench.launches import Kernel
+    from bench.predicted import Kernel
 
     kernel = Kernel("k", spilled=8)
     kernel.grids[1, 70_000, 1] += 1
@@ -60,3 +81,37 @@ def test_what_cannot_be_launched_is_named() -> None:
         "k: 8 bytes of local memory",
         "k: grid (1, 70000, 1), of at most (2147483647, 65535, 65535)",
     ]
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R4, R4, 0x1, RZ ;
+        /*0020*/                   FFMA R2, R2, R3, R2 ;
+        /*0030*/               @P1 FFMA R2, R2, R3, R2 ;
+        /*0040*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8].tnspA.tnspB, R24 ;
+        /*0050*/                   NOP ;
+        /*0060*/              @!P0 BRA 0x20 ;
+        /*0070*/                   ISETP.GE.AND P0, PT, R4, R5, PT ;
+        /*0080*/              @!P0 BRA 0x10 ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   BRA 0xa0 ;
+"""
+
+
+def test_only_innermost_loops_are_counted() -> None:
+    from bench.instructions import read
+
+    assert read(SASS) == [{"FFMA": 2, "HGMMA": 1, "BRA": 1}]
+
+
+def test_a_prediction_is_the_larger_of_bytes_and_operations_and_a_time_for_each_node() -> None:
+    from bench.predicted import NODE, Call, Kernel, table
+
+    kernel = Kernel("_product")
+    kernel.__dict__["loop"] = {"instructions per 4 matrix": 128.0}
+    assert Call("x", 8_000_000_000).seconds("tf32") == pytest.approx(2e-3)
+    assert Call("PyTorch's add", 8_000_000_000).seconds("tf32") == pytest.approx(2e-3 + NODE)
+    half = Call("x", 0, flops=390_000_000, launched=[(kernel, 66)])  # of the machine, and of its instructions
+    assert half.seconds("tf32") == pytest.approx(4e-6 + NODE)
+    (row,) = table([half, half], "tf32")
+    assert (row["calls"], row["nodes"], row["flops"]) == (2, 2, 780_000_000)
