@@ -152,7 +152,6 @@ def forward(
     index: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool``."""
-    _check_slope(slope)
     call = _Call(padded, *w.shape[1:3], w.shape[4])
     gamma, beta = torch.broadcast_tensors(gamma, beta)
     stride, rows = call.affine(gamma, beta)
@@ -167,7 +166,6 @@ def tangent(
     slope: float, uy: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_tangent``."""
-    _check_slope(slope)
     call = _Call(padded, *w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
     folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
@@ -207,7 +205,6 @@ def backward(
     slope: float, gw: Tensor, sums: Tensor, ggamma: Tensor, gbeta: Tensor,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_backward``."""
-    _check_slope(slope)
     call = _Call(padded, *w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
     part, pieces = _sums(call, padded, gy, y, index, slope)
@@ -224,7 +221,6 @@ def backward_tangent(
     gamma_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_backward_tangent``."""
-    _check_slope(slope)
     call = _Call(padded, *w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
     part, pieces = _sums(call, padded, gy_dot, y, index, slope)
@@ -234,11 +230,6 @@ def backward_tangent(
         kernels.backward_tangent_finish, grid, part, v, moments, w, *rows, *dots, rstd, sums, t, gw_dot, ggamma_dot,
         gbeta_dot, M=call.images * call.out[0] * call.out[1], S=pieces, row_stride=stride, MOVES=moves,
     )  # fmt: skip
-
-
-def _check_slope(slope: float) -> None:
-    if slope < 0:
-        raise ValueError(f"slope: expected at least 0, got {slope}")
 
 
 def launch_configurations() -> Iterator[Configuration]:

@@ -18,14 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Case, Job, Subjects
-from mamlpp_fast.ops.conv_norm_act_pool import (
-    conv_norm_act_pool,
-    conv_norm_act_pool_backward,
-    conv_norm_act_pool_backward_tangent,
-    conv_norm_act_pool_tangent,
-    output_shape,
-    patch_moments,
-)
+from mamlpp_fast.ops.conv_norm_act_pool import output_shape
 
 EPS, SLOPE = 1e-5, 0.01
 # Images [T, N, H, W, Ci], filters.
@@ -94,22 +87,23 @@ def make(order: str, images: tuple[int, ...], filters: int) -> Subjects:
     affine = [torch.rand(filters) + 0.5, torch.randn(filters)]
     gy = torch.randn(small) * _clear(x, w, affine)
     mean, rstd, ggamma, gbeta, t = torch.empty(5, tasks, filters)
-    patch_moments(x, 3, 3, 1, padded, moments)  # once a batch of tasks, not once a pass
-    saved = (y, index, padded, moments, w, affine[0], rstd)
+    ops = torch.ops.mamlpp_fast
+    ops.patch_moments(x, 3, 3, 1, padded, moments)  # once a batch of tasks, not once a pass
+    saved = (y, index, padded, moments, w, affine[0], rstd, SLOPE)
 
     def forward() -> Sequence[Tensor]:
-        conv_norm_act_pool(padded, moments, w, *affine, y, index, mean, rstd, eps=EPS, slope=SLOPE)
+        ops.conv_norm_act_pool(padded, moments, w, *affine, EPS, SLOPE, y, index, mean, rstd)
         return y.unbind()
 
     def backward() -> Sequence[Tensor]:
         forward()
-        conv_norm_act_pool_backward(gy, *saved, gw, sums, ggamma, gbeta, slope=SLOPE)
+        ops.conv_norm_act_pool_backward(gy, *saved, gw, sums, ggamma, gbeta)
         return gw.unbind()
 
     def double() -> Sequence[Tensor]:
         backward()
-        conv_norm_act_pool_tangent(v, *saved, uy, t, slope=SLOPE)
-        conv_norm_act_pool_backward_tangent(zero, v, *saved, sums, t, gw_dot, ggamma, gbeta, slope=SLOPE)
+        ops.conv_norm_act_pool_tangent(v, *saved, uy, t)
+        ops.conv_norm_act_pool_backward_tangent(zero, v, *saved, sums, t, gw_dot, ggamma, gbeta)
         return gw_dot.unbind()
 
     jobs = {"forward": forward, "forward+backward": backward, "forward+backward+double": double}

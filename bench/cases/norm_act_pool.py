@@ -15,13 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Case, Job, Subjects
-from mamlpp_fast.ops.norm_act_pool import (
-    norm_act_pool,
-    norm_act_pool_backward,
-    norm_act_pool_backward_tangent,
-    norm_act_pool_tangent,
-    output_shape,
-)
+from mamlpp_fast.ops.norm_act_pool import output_shape
 
 EPS, SLOPE = 1e-5, 0.01
 OPERATIONS = {"forward": 8, "forward+backward": 16, "forward+backward+double": 40}
@@ -78,22 +72,22 @@ def make(order: str, shape: tuple[int, ...]) -> Subjects:
     index = torch.empty(small, dtype=torch.uint8)
     gamma, beta = torch.rand(channels) + 0.5, torch.randn(channels)
     mean, rstd, ggamma, gbeta, r, t = (torch.empty(tasks, channels) for _ in range(6))
-    saved = (z, index, mean, rstd, gamma, beta)
-    options = {"slope": SLOPE, "pool": True}
+    saved = (z, index, mean, rstd, gamma, beta, SLOPE)
+    ops = torch.ops.mamlpp_fast
 
     def forward() -> Sequence[Tensor]:
-        norm_act_pool(z, gamma, beta, y, index, mean, rstd, eps=EPS, **options)  # type: ignore[arg-type]
+        ops.norm_act_pool(z, gamma, beta, EPS, SLOPE, True, y, index, mean, rstd)
         return y.unbind()
 
     def backward() -> Sequence[Tensor]:
         forward()
-        norm_act_pool_backward(gy, *saved, gz, ggamma, gbeta, **options)  # type: ignore[arg-type]
+        ops.norm_act_pool_backward(gy, *saved, True, gz, ggamma, gbeta)
         return gz.unbind()
 
     def double() -> Sequence[Tensor]:
         backward()
-        norm_act_pool_tangent(u, *saved, uy, r, t, **options)  # type: ignore[arg-type]
-        norm_act_pool_backward_tangent(zero, gy, u, *saved, r, t, hz, ggamma, gbeta, **options)  # type: ignore[arg-type]
+        ops.norm_act_pool_tangent(u, *saved, True, uy, r, t)
+        ops.norm_act_pool_backward_tangent(zero, gy, u, *saved, r, t, True, hz, ggamma, gbeta)
         return [part for pair in zip(uy, hz, strict=True) for part in pair]
 
     jobs = {"forward": forward, "forward+backward": backward, "forward+backward+double": double}

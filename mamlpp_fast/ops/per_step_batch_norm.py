@@ -191,15 +191,10 @@ def _update(
         row_var.mul_(1 - momentum).add_(task_var, alpha=momentum * unbias)
 
 
-def _update_fake(*_: Any) -> None:
-    return None
-
-
 _update_running_stats = define(
     "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, int count, "
     "float momentum, int? step) -> ()",
     fallback=_update,
-    fake=_update_fake,
 )
 
 
