@@ -25,6 +25,7 @@ from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.train.build import versions
 
 __all__ = [
+    "ORDERS",
     "RESULTS",
     "Case",
     "Subjects",
@@ -35,9 +36,11 @@ __all__ = [
     "keep",
     "machine",
     "machine_name",
+    "of_order",
     "peak_flops",
     "pool",
     "rows",
+    "task_by_task",
 ]
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -84,6 +87,56 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operation} {self.order} {self.size} {self.layout} {self.dtype}"
+
+
+ORDERS = ("forward", "forward+backward", "forward+backward+double")
+
+
+def of_order(order: str, *jobs: Job) -> Job:
+    """The job of this order, of one for each of :data:`ORDERS`."""
+    return dict(zip(ORDERS, jobs, strict=True))[order]
+
+
+def task_by_task(
+    order: str,
+    forward: Callable[[], list[Tensor]],
+    leaves: Sequence[Tensor],
+    gy: Tensor,
+    directions: Sequence[Tensor],
+    axes: tuple[int, ...],
+    *,
+    tangent: bool = True,
+) -> Job:
+    """PyTorch's own operations on the images of each task, through autograd.
+
+    Args:
+        forward: a result [N, C, Ho, Wo] for every task.
+        leaves: what is differentiated by, one a task, and `directions` of its kind.
+        gy: gradients of the results, channels-last [T, N, Ho, Wo, C].
+        axes: those of a leaf as ours has them.
+        tangent: the double backward returns the gradient by gy too.
+    """
+    last = (0, 2, 3, 1)
+    gradients = [t.permute(0, 3, 1, 2).detach().requires_grad_() for t in gy]
+
+    def no_grad() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [y.permute(last) for y in forward()]
+
+    def backward() -> Sequence[Tensor]:
+        passes = zip(forward(), leaves, gradients, strict=True)
+        return [torch.autograd.grad(y, leaf, g)[0].permute(axes) for y, leaf, g in passes]
+
+    def double() -> Sequence[Tensor]:
+        """The gradient of <gradient, direction> by gy (the tangent) and by the leaf."""
+        results = []
+        for y, leaf, g, d in zip(forward(), leaves, gradients, directions, strict=True):
+            (found,) = torch.autograd.grad(y, leaf, g, create_graph=True)
+            by_gy, by_leaf = torch.autograd.grad(found, (g, leaf), d)
+            results += [by_gy.permute(last)] * tangent + [by_leaf.permute(axes)]
+        return results
+
+    return of_order(order, no_grad, backward, double)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ of N·F·O, one forward, two backward, two in the tangent, four in the backward'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Job, Subjects
+from bench.harness import Case, Job, Subjects, of_order
 from mamlpp_fast import ops as _ops  # noqa: F401 - registers them
 
 # tasks, images, features, classes
@@ -48,12 +48,7 @@ def _torch_job(order: str, leaves: Sequence[Tensor], dots: Sequence[Tensor], lab
             found += torch.autograd.grad(gradients, (f, w, b), along)
         return found
 
-    jobs: dict[str, Callable[[], Sequence[Tensor]]] = {
-        "forward": no_grad,
-        "forward+backward": backward,
-        "forward+backward+double": double,
-    }
-    return jobs[order]
+    return of_order(order, no_grad, backward, double)
 
 
 def make(order: str, shape: tuple[int, int, int, int]) -> Subjects:
@@ -88,9 +83,8 @@ def make(order: str, shape: tuple[int, int, int, int]) -> Subjects:
         ops.linear_cross_entropy_backward_tangent(gz_dot, gz, *dots[:2], f, weight, *grad_dots)
         return by_task(grad_dots)
 
-    jobs = {"forward": forward, "forward+backward": backward, "forward+backward+double": double}
     return Subjects(
-        jobs[order],
+        of_order(order, forward, backward, double),
         _torch_job(order, leaves, dots, labels),
         _torch_job(order, [t.double() for t in leaves], [t.double() for t in dots], labels),
     )
