@@ -278,15 +278,9 @@ _QUANTITIES = {"forward": 2, "backward": 2, "double_backward": 5}
 
 
 def _run(
-    order: str,
-    view: _View,
-    images: list[Tensor],
-    reduce_rows: list[Tensor],
-    apply_rows: list[Tensor],
-    outputs: list[Tensor],
-    scalars: list[float],
-    row_stride: int,
-) -> None:
+    order: str, view: _View, images: list[Tensor], reduce_rows: list[Tensor], apply_rows: list[Tensor],
+    outputs: list[Tensor], scalars: list[float], row_stride: int,
+) -> None:  # fmt: skip
     """Launches one order: one kernel, or a reduction and an elementwise one.
 
     Args:
@@ -369,17 +363,9 @@ def backward(
 
 
 def double_backward(
-    u: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    u: Tensor, a: Tensor, b: Tensor, gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `backward` for cotangents u of gx, a of gγ and b of gβ ([C] or [T, C]).
 
     Returns:

@@ -109,14 +109,8 @@ def _update(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, 
 
 
 def _backward_out(
-    gout: Tensor,
-    grad: Tensor,
-    rates: Tensor,
-    offsets: Tensor | None,
-    step: int,
-    ggrad: Tensor,
-    grates: Tensor,
-) -> None:
+    gout: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int, ggrad: Tensor, grates: Tensor,
+) -> None:  # fmt: skip
     gout, grad, rates = _wide(gout, grad, rates)
     ggrad.copy_(-_row(rates, offsets, step, gout.shape[-1]) * gout)
     _reduce_into(-gout * grad, offsets, step, grates)

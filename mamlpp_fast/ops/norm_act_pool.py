@@ -48,16 +48,9 @@ def output_shape(shape: torch.Size | tuple[int, ...], pool: bool) -> tuple[int, 
 
 
 def _check(
-    *,
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    pool: bool,
-    gamma_dot: Tensor | None = None,
-    beta_dot: Tensor | None = None,
-    group: int = 1,
-    **others: Any,
-) -> None:
+    *, z: Tensor, gamma: Tensor, beta: Tensor, pool: bool, gamma_dot: Tensor | None = None,
+    beta_dot: Tensor | None = None, group: int = 1, **others: Any,
+) -> None:  # fmt: skip
     """Raises unless the tensors belong together."""
     if z.dim() != 5:
         raise ValueError(f"z: expected [T, N, H, W, C], got {tuple(z.shape)}")
@@ -145,18 +138,9 @@ def _gate(normal: Tensor, gamma: Tensor, beta: Tensor, slope: float) -> Tensor:
 
 
 def _forward(
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    slope: float,
-    pool: bool,
-    y: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    group: int = 1,
-) -> None:
+    z: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, pool: bool, y: Tensor, index: Tensor,
+    mean: Tensor, rstd: Tensor, group: int = 1,
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     wide = z.to(mean.dtype)
     variance, level = torch.var_mean(wide, (1, 2, 3), correction=0)
@@ -172,20 +156,9 @@ def _forward(
 
 
 def _backward(
-    gy: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    gz: Tensor,
-    ggamma: Tensor,
-    gbeta: Tensor,
-    group: int = 1,
-) -> None:
+    gy: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, gz: Tensor, ggamma: Tensor, gbeta: Tensor, group: int = 1,
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal = _normal(z, mean, rstd)
@@ -198,22 +171,10 @@ def _backward(
 
 
 def _tangent(
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    uy: Tensor,
-    r: Tensor,
-    t: Tensor,
-    gamma_dot: Tensor | None = None,
-    beta_dot: Tensor | None = None,
+    u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, uy: Tensor, r: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
     group: int = 1,
-) -> None:
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)
@@ -229,25 +190,10 @@ def _tangent(
 
 
 def _backward_tangent(
-    gy_dot: Tensor,
-    gy: Tensor,
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    r: Tensor,
-    t: Tensor,
-    pool: bool,
-    gz_dot: Tensor,
-    ggamma_dot: Tensor,
-    gbeta_dot: Tensor,
-    gamma_dot: Tensor | None = None,
-    group: int = 1,
-) -> None:
+    gy_dot: Tensor, gy: Tensor, u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor,
+    beta: Tensor, slope: float, r: Tensor, t: Tensor, pool: bool, gz_dot: Tensor, ggamma_dot: Tensor,
+    gbeta_dot: Tensor, gamma_dot: Tensor | None = None, group: int = 1,
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)

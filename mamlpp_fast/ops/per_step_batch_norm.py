@@ -49,15 +49,8 @@ def _triton_forward(
 
 
 def _triton_backward(
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    step: int | None,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, step: int | None, slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from mamlpp_fast.kernels import per_step_batch_norm as kernels
 
     x = _dense(x)
@@ -68,18 +61,9 @@ def _triton_backward(
 
 
 def _triton_double_backward(
-    u: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    step: int | None,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    u: Tensor | None, a: Tensor | None, b: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+    mean: Tensor, rstd: Tensor, step: int | None, slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from mamlpp_fast.kernels import per_step_batch_norm as kernels
 
     x = _dense(x)
@@ -160,14 +144,9 @@ differentiate("per_step_batch_norm_double_backward", _differentiate_double_backw
 
 
 def _update(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float,
     step: int | None,
-) -> None:
+) -> None:  # fmt: skip
     if count < 2:
         raise ValueError(f"count: expected at least 2, got {count}")
     if (running_mean.dim() == 2) != (step is not None) or running_var.shape != running_mean.shape:
