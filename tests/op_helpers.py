@@ -9,20 +9,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.testing import backends, use_backend
 
 MOVING = {"gamma": ("gamma",), "beta": ("beta",), "both": ("gamma", "beta")}
 
 
-def backend_fixture(operation: str) -> Any:
-    """A fixture `backend`: the test runs once on every backend that serves the operation here."""
+def backend_fixture(operation: str, *, poisoned: bool = False) -> Any:
+    """A fixture `backend`: once on every backend that serves the operation here; on memory full of NaN if asked."""
 
     @pytest.fixture(params=backends(operation), name="backend")
     def fixture(request: pytest.FixtureRequest) -> Iterator[str]:
+        if poisoned:
+            request.getfixturevalue("poisoned_memory")
         with use_backend(request.param):
             yield request.param
 
     return fixture
+
+
+def opcheck(samples: Mapping[str, tuple[Any, ...]]) -> None:
+    """torch's own check of operations, on arguments of each."""
+    for name, sample in samples.items():
+        torch.library.opcheck(OPERATIONS[name].overload, sample)
 
 
 def tangents(directions: Mapping[str, tuple[Tensor, Mapping[Tensor, Tensor]]]) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from op_helpers import (
     assert_orders,
     assert_shared_directions,
     backend_fixture,
+    opcheck,
     tangents,
 )
 from torch import Tensor
 
-from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.ops.conv_norm_act_pool import output_shape
 from mamlpp_fast.testing import backends
 
@@ -186,12 +186,11 @@ def test_opcheck() -> None:
         "conv_norm_act_pool_tangent": (case.v, *saved, torch.empty_like(y), mean),
         "conv_norm_act_pool_backward_tangent": (case.gy_dot, case.v, *saved, sums, rstd, gw, *outputs),
     }
-    for name, sample in samples.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
     moved = torch.randn(2, *case.rows, dtype=torch.float64)
-    for name, rows in (("tangent", moved.unbind()), ("backward_tangent", moved[:1].unbind())):
-        sample = (*samples[f"conv_norm_act_pool_{name}"], *rows)
-        torch.library.opcheck(OPERATIONS[f"conv_norm_act_pool_{name}"].overload, sample)
+    opcheck(samples)
+    for order, rows in (("tangent", moved), ("backward_tangent", moved[:1])):
+        name = f"conv_norm_act_pool_{order}"
+        opcheck({name: (*samples[name], *rows)})
 
 
 def test_errors_name_the_argument(backend: str) -> None:

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads
-from op_helpers import assert_errs_at_most_twice_as_much_as_pytorch, assert_orders, backend_fixture
+from op_helpers import assert_errs_at_most_twice_as_much_as_pytorch, assert_orders, backend_fixture, opcheck
 from torch import Tensor
 
-from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.testing import backends, use_backend
 
 ops = torch.ops.mamlpp_fast
@@ -158,8 +157,7 @@ def test_opcheck(absent: bool) -> None:
         "linear_cross_entropy_tangent": (u, v, b, f, weight, z[0], case.scale, z[1]),
         "linear_cross_entropy_backward_tangent": (z[0], z[1], u, v, f, weight, *out),
     }  # fmt: skip
-    for name, sample in samples.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
+    opcheck(samples)
 
 
 def test_errors_name_the_argument(backend: str) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import kept_threads, spare_the_interpreter
-from op_helpers import backend_fixture
+from op_helpers import backend_fixture, opcheck
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from mamlpp_fast.ops import lslr_update
-from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.testing import backends, use_backend
 
 ops = torch.ops.mamlpp_fast
@@ -175,13 +174,11 @@ def test_opcheck(form: str) -> None:
         "lslr_update_backward": (theta, grad, rates, offsets, step),
         "lslr_update_double_backward": (theta, rates, theta, grad, rates, offsets, step),
     }
-    for name, sample in samples.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
+    opcheck(samples)
     theta, grad, rates = (t.detach() for t in (theta, grad, rates))
     out = torch.empty_like(theta)
-    torch.library.opcheck(OPERATIONS["lslr_update_out"].overload, (theta, grad, rates, offsets, step, out))
-    sample = (theta, grad, rates, offsets, step, out, torch.zeros_like(rates))
-    torch.library.opcheck(OPERATIONS["lslr_update_backward_out"].overload, sample)
+    given = (theta, grad, rates, offsets, step, out)
+    opcheck({"lslr_update_out": given, "lslr_update_backward_out": (*given, torch.zeros_like(rates))})
 
 
 def test_saved_tensors_are_guarded_by_their_version(backend: str) -> None:

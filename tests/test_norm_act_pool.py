@@ -13,12 +13,12 @@ from op_helpers import (
     assert_orders,
     assert_shared_directions,
     backend_fixture,
+    opcheck,
     tangents,
     wide,
 )
 from torch import Tensor
 
-from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.ops.norm_act_pool import output_shape
 from mamlpp_fast.testing import backends, use_backend
 
@@ -237,12 +237,11 @@ def test_opcheck(pool: bool) -> None:
             case.gy_dot, case.gy, case.u, *saved, mean, rstd.clone(), pool, *outputs,
         ),
     }  # fmt: skip
-    for name, sample in samples.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
     moved = torch.randn(2, *case.rows, dtype=torch.float64)
-    for name, rows in (("tangent", moved.unbind()), ("backward_tangent", moved[:1].unbind())):
-        sample = (*samples[f"norm_act_pool_{name}"], *rows)
-        torch.library.opcheck(OPERATIONS[f"norm_act_pool_{name}"].overload, sample)
+    opcheck(samples)
+    for order, rows in (("tangent", moved), ("backward_tangent", moved[:1])):
+        name = f"norm_act_pool_{order}"
+        opcheck({name: (*samples[name], *rows)})
 
 
 def test_errors_name_the_argument(backend: str) -> None:
