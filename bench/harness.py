@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import json
@@ -37,6 +38,7 @@ __all__ = [
     "machine",
     "machine_name",
     "of_order",
+    "parser_of",
     "peak_flops",
     "pool",
     "rows",
@@ -87,6 +89,16 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operation} {self.order} {self.size} {self.layout} {self.dtype}"
+
+
+def parser_of(doc: str | None, *, json: bool = True, **options: Any) -> argparse.ArgumentParser:
+    """The arguments of a script that its docstring describes: ``--json FILE`` for a start."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+    )
+    if json:
+        parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
 
 
 ORDERS = ("forward", "forward+backward", "forward+backward+double")
