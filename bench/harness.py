@@ -281,8 +281,9 @@ def peak_flops(dtype: str = "float32", device: str | torch.device | None = None)
     return one_thread * torch.get_num_threads() / (2 if dtype == "float64" else 1)
 
 
-def copy_bandwidth(nbytes: int = 2**28, device: str | torch.device | None = None) -> float:
+def copy_bandwidth(device: str | torch.device | None = None) -> float:
     """Bytes a second, read and written, of a copy too large for any cache."""
+    nbytes = 2**28
     source = torch.empty(nbytes // 2, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return nbytes / interleaved({"copy": lambda: target.copy_(source)}, 0.3)["copy"].median

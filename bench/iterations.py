@@ -50,9 +50,9 @@ def gradient_on(learner: MAMLPlusPlus, batch: EpisodeBatch) -> torch.Tensor:
 
 
 @functools.cache
-def reference(workload: Workload, precision: Precision, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+def reference(workload: Workload, precision: Precision, seed: int = 0) -> torch.Tensor:
     """The reference engine's gradient, the same for every engine that is held against it."""
-    return gradient(workload.learner("reference", precision, device), workload, seed)
+    return gradient(workload.learner("reference", precision, "cpu"), workload, seed)
 
 
 def fault(workload: Workload, engine: str, precision: str, device: str) -> str | None:
