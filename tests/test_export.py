@@ -45,6 +45,8 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+# torch 2.11's, of its own archive.
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_program_has_no_operation_of_the_package(name: str, tmp_path: Path) -> None:
     model, x = MODELS[name]()
