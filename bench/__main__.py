@@ -9,7 +9,6 @@ times, in minutes, for nothing that is to be kept. A part that fails is named at
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import RESULTS, machine_name
+from bench.harness import RESULTS, machine_name, parser_of
 from bench.peers.driver import PEERS
 from bench.peers.environments import default_cache, python_of
 from bench.tables import COMPILED
@@ -121,9 +120,7 @@ PARTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False, prog="python -m bench")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--quick", action="store_true")

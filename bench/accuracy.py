@@ -16,11 +16,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-from bench.harness import keep
+from bench.harness import keep, parser_of
 from bench.iterations import gradient_on
 from mamlpp_fast import data
 from mamlpp_fast.data import EpisodeSampler
@@ -64,12 +63,9 @@ def errors(episodes: int, updates: int) -> list[float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--updates", type=int, default=60, help="of the trained network")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = ["--episodes", str(options.episodes), "--updates", str(options.updates)]

@@ -10,13 +10,13 @@ and how many do; exit status 1 when some do not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness import parser_of
 from bench.tables import peer_rows, to_itself
 
 __all__ = ["agree", "compare", "measurements", "name_of", "summary"]
@@ -72,9 +72,7 @@ def summary(rows: Sequence[tuple[str, bool, float]]) -> Iterator[tuple[str, int,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     arguments = parser.parse_args()

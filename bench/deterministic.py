@@ -6,26 +6,23 @@ python -m bench.deterministic [--workload omniglot-5w1s] [--engines fused,fused:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import interleaved, keep
+from bench.harness import interleaved, keep, parser_of
 from bench.iterations import job, learner_of
 from mamlpp_fast.engine.deterministic import deterministic_algorithms
 from mamlpp_fast.workloads import WORKLOADS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
     parser.add_argument("--engines", default="fused,fused:bfloat16,autograd")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each engine")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     workload = WORKLOADS[options.workload]
     rows: list[dict[str, Any]] = []

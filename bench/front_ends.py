@@ -10,7 +10,6 @@ a capture.
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections import Counter
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bench.harness import parser_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Buffer, Constant, Parameter, Value
@@ -144,7 +144,7 @@ def _outcome(way: Callable[[nn.Module, Tensor], Captured], seed: int) -> tuple[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--models", type=int, default=1000)
     parser.add_argument("--start", type=int, default=0, help="first seed")
     options = parser.parse_args()

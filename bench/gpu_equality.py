@@ -8,7 +8,6 @@ one workload alone.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from bench.harness import parser_of
 from bench.iterations import fault, gradient
 from mamlpp_fast.workloads import WORKLOADS, Workload
 
@@ -72,9 +72,7 @@ def result(check: Callable[[], str | None]) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--first", action="store_true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import json
@@ -25,6 +26,7 @@ from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.train.build import versions
 
 __all__ = [
+    "ORDERS",
     "RESULTS",
     "Case",
     "Subjects",
@@ -35,9 +37,12 @@ __all__ = [
     "keep",
     "machine",
     "machine_name",
+    "of_order",
+    "parser_of",
     "peak_flops",
     "pool",
     "rows",
+    "task_by_task",
 ]
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -84,6 +89,66 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operation} {self.order} {self.size} {self.layout} {self.dtype}"
+
+
+def parser_of(doc: str | None, *, json: bool = True, **options: Any) -> argparse.ArgumentParser:
+    """The arguments of a script that its docstring describes: ``--json FILE`` for a start."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+    )
+    if json:
+        parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+ORDERS = ("forward", "forward+backward", "forward+backward+double")
+
+
+def of_order(order: str, *jobs: Job) -> Job:
+    """The job of this order, of one for each of :data:`ORDERS`."""
+    return dict(zip(ORDERS, jobs, strict=True))[order]
+
+
+def task_by_task(
+    order: str,
+    forward: Callable[[], list[Tensor]],
+    leaves: Sequence[Tensor],
+    gy: Tensor,
+    directions: Sequence[Tensor],
+    axes: tuple[int, ...],
+    *,
+    tangent: bool = True,
+) -> Job:
+    """PyTorch's own operations on the images of each task, through autograd.
+
+    Args:
+        forward: a result [N, C, Ho, Wo] for every task.
+        leaves: what is differentiated by, one a task, and `directions` of its kind.
+        gy: gradients of the results, channels-last [T, N, Ho, Wo, C].
+        axes: those of a leaf as ours has them.
+        tangent: the double backward returns the gradient by gy too.
+    """
+    last = (0, 2, 3, 1)
+    gradients = [t.permute(0, 3, 1, 2).detach().requires_grad_() for t in gy]
+
+    def no_grad() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [y.permute(last) for y in forward()]
+
+    def backward() -> Sequence[Tensor]:
+        passes = zip(forward(), leaves, gradients, strict=True)
+        return [torch.autograd.grad(y, leaf, g)[0].permute(axes) for y, leaf, g in passes]
+
+    def double() -> Sequence[Tensor]:
+        """The gradient of <gradient, direction> by gy (the tangent) and by the leaf."""
+        results = []
+        for y, leaf, g, d in zip(forward(), leaves, gradients, directions, strict=True):
+            (found,) = torch.autograd.grad(y, leaf, g, create_graph=True)
+            by_gy, by_leaf = torch.autograd.grad(found, (g, leaf), d)
+            results += [by_gy.permute(last)] * tangent + [by_leaf.permute(axes)]
+        return results
+
+    return of_order(order, no_grad, backward, double)
 
 
 @dataclass(frozen=True)
@@ -216,8 +281,9 @@ def peak_flops(dtype: str = "float32", device: str | torch.device | None = None)
     return one_thread * torch.get_num_threads() / (2 if dtype == "float64" else 1)
 
 
-def copy_bandwidth(nbytes: int = 2**28, device: str | torch.device | None = None) -> float:
+def copy_bandwidth(device: str | torch.device | None = None) -> float:
     """Bytes a second, read and written, of a copy too large for any cache."""
+    nbytes = 2**28
     source = torch.empty(nbytes // 2, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return nbytes / interleaved({"copy": lambda: target.copy_(source)}, 0.3)["copy"].median

@@ -15,7 +15,6 @@ from earlier runs.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Times, copy_bandwidth, interleaved, keep, machine, peak_flops, pool
+from bench.harness import Times, copy_bandwidth, interleaved, keep, machine, parser_of, peak_flops, pool
 from mamlpp_fast.engine import Precision
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.episodes import EpisodeBatch
@@ -51,9 +50,9 @@ def gradient_on(learner: MAMLPlusPlus, batch: EpisodeBatch) -> torch.Tensor:
 
 
 @functools.cache
-def reference(workload: Workload, precision: Precision, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+def reference(workload: Workload, precision: Precision, seed: int = 0) -> torch.Tensor:
     """The reference engine's gradient, the same for every engine that is held against it."""
-    return gradient(workload.learner("reference", precision, device), workload, seed)
+    return gradient(workload.learner("reference", precision, "cpu"), workload, seed)
 
 
 def fault(workload: Workload, engine: str, precision: str, device: str) -> str | None:
@@ -278,16 +277,13 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--engines", default="reference,autograd,fused,fused:bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each workload or size, and pass")
     parser.add_argument("--passes", type=int, default=1, help="through all of them, times pooled")
     parser.add_argument("--scaling", action="store_true", help="how the cost grows, instead")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
     ceilings = Ceilings(arguments.device)

@@ -9,17 +9,15 @@ ours differ by. An operation whose result fails its check against float64 gets n
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.cases import GROUPS, all_cases
-from bench.harness import Case, check, keep, machine, peak_flops, rows
+from bench.harness import Case, check, keep, machine, parser_of, peak_flops, rows
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -45,16 +43,13 @@ def check_all(cases: Sequence[Case]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check", action="store_true", help="check results, take no times")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row and pass")
     parser.add_argument("--passes", type=int, default=1, help="through all rows, times pooled")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)

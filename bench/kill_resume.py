@@ -7,7 +7,6 @@ Prints where each signal struck; exits with 1 if the summaries (times apart) or 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench.harness import parser_of
 from mamlpp_fast.train import load_checkpoint
 
 DEFAULT = "strokes --set filters=8 --set epochs=4 --set iterations_per_epoch=50 --set val_tasks=64 --set test_tasks=100"
@@ -60,7 +60,7 @@ def tensors_of(out: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--signals", default="KILL", help="drawn from: KILL, TERM, INT, separated by commas")
     parser.add_argument("--seed", type=int, default=0)

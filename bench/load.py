@@ -8,16 +8,14 @@ Both engines' meta-gradients are checked first, as in `bench.iterations`. A busy
 
 from __future__ import annotations
 
-import argparse
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from bench.harness import Times, interleaved, keep
+from bench.harness import Times, interleaved, keep, parser_of
 from bench.iterations import fault, job, learner_of
 from bench.tables import spread, table
 from mamlpp_fast.workloads import WORKLOADS, Workload
@@ -87,13 +85,10 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--workloads", default="omniglot-5w1s,omniglot-20w1s")
     parser.add_argument("--busy", default="0,1,2")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     busy = [int(count) for count in arguments.busy.split(",")]
     rows: list[dict[str, Any]] = []

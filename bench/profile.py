@@ -8,25 +8,20 @@ captured graph takes, and the difference is launches.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
-from pathlib import Path
 
 import torch
 
-from bench.harness import interleaved, keep
+from bench.harness import interleaved, keep, parser_of
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.workloads import WORKLOADS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("workload", nargs="?", default="omniglot-20w1s", choices=list(WORKLOADS))
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     workload = WORKLOADS[arguments.workload]
     learner = workload.learner("fused", arguments.precision, arguments.device)

@@ -10,7 +10,6 @@ process counts as wrong. At lowest priority, on one thread. Exits with 1 where a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import machine
+from bench.harness import machine, parser_of
 from tests.random_models import TOLERANCE, check
 from tests.random_programs import make_program
 
@@ -58,7 +57,7 @@ def _kind(reason: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--models", type=int, default=10_000)
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--out", type=Path, default=Path("results/random_models"))

@@ -8,7 +8,6 @@ killed rank leaves anything but an error status, one line and a whole checkpoint
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.harness import machine
+from bench.harness import machine, parser_of
 from mamlpp_fast.engine import Precision
 from mamlpp_fast.train import build_learner, load_checkpoint, load_data, make_sampler, preset
 
@@ -215,7 +214,7 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], command: str) -> str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("results/ranks"))
     options = parser.parse_args()

@@ -11,7 +11,6 @@ Exits with 1 where something grows. ``--share`` of one core is used: it sleeps t
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import keep
+from bench.harness import keep, parser_of
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.train import TrainConfig, load_checkpoint, train
 from mamlpp_fast.train.build import build_learner, load_data, make_sampler
@@ -121,10 +120,9 @@ class Work:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--share", type=float, default=0.25, help="of one core")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, float]] = []
     about = {"seconds": 60 * options.minutes, "share": options.share}

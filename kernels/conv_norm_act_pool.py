@@ -6,7 +6,7 @@ by channel. Two launches each, no atomics.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,8 +73,9 @@ def _padded_values(values: int) -> int:
 class _Call:
     """Sizes and scratch memory of one call, by name."""
 
-    def __init__(self, padded: Tensor, kh: int, kw: int, channels: int) -> None:
+    def __init__(self, padded: Tensor, kernel: Sequence[int], channels: int) -> None:
         tasks, images, height, width, ci = padded.shape
+        kh, kw = kernel
         if padded.dtype not in _TYPES or kh * kw * ci >= _PATCHES[-1]:
             raise TypeError(
                 f"padded: expected float32 or float64 in patches of fewer than {_PATCHES[-1]} values, "
@@ -122,7 +123,7 @@ class _Call:
 
 def moments(images: Tensor, kh: int, kw: int, padding: int, padded: Tensor, moments: Tensor) -> None:
     """``patch_moments`` of ``mamlpp_fast.ops``; all tensors contiguous, as below."""
-    call = _Call(padded, kh, kw, 0)
+    call = _Call(padded, (kh, kw), 0)
     tasks, count, height, width, ci = images.shape
     piece, pieces = split(count * height * width, tasks, 256, limit=_PIECES)
     part = call.empty(pieces, tasks, _CHANNELS, dtype=torch.float64)
@@ -152,8 +153,7 @@ def forward(
     index: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool``."""
-    _check_slope(slope)
-    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    call = _Call(padded, w.shape[1:3], w.shape[4])
     gamma, beta = torch.broadcast_tensors(gamma, beta)
     stride, rows = call.affine(gamma, beta)
     folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
@@ -167,8 +167,7 @@ def tangent(
     slope: float, uy: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_tangent``."""
-    _check_slope(slope)
-    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    call = _Call(padded, w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
     folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
     grid = (call.blocks(kernels.tangent_fold), call.tasks)
@@ -207,8 +206,7 @@ def backward(
     slope: float, gw: Tensor, sums: Tensor, ggamma: Tensor, gbeta: Tensor,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_backward``."""
-    _check_slope(slope)
-    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    call = _Call(padded, w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
     part, pieces = _sums(call, padded, gy, y, index, slope)
     grid = (call.blocks(kernels.backward_finish), call.tasks)
@@ -224,8 +222,7 @@ def backward_tangent(
     gamma_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_backward_tangent``."""
-    _check_slope(slope)
-    call = _Call(padded, *w.shape[1:3], w.shape[4])
+    call = _Call(padded, w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
     part, pieces = _sums(call, padded, gy_dot, y, index, slope)
     grid = (call.blocks(kernels.backward_tangent_finish), call.tasks)
@@ -234,11 +231,6 @@ def backward_tangent(
         kernels.backward_tangent_finish, grid, part, v, moments, w, *rows, *dots, rstd, sums, t, gw_dot, ggamma_dot,
         gbeta_dot, M=call.images * call.out[0] * call.out[1], S=pieces, row_stride=stride, MOVES=moves,
     )  # fmt: skip
-
-
-def _check_slope(slope: float) -> None:
-    if slope < 0:
-        raise ValueError(f"slope: expected at least 0, got {slope}")
 
 
 def launch_configurations() -> Iterator[Configuration]:

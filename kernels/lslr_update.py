@@ -258,14 +258,8 @@ def update(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, s
 
 
 def backward_out(
-    gout: Tensor,
-    grad: Tensor,
-    rates: Tensor,
-    offsets: Tensor | None,
-    step: int,
-    ggrad: Tensor,
-    grates: Tensor,
-) -> None:
+    gout: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int, ggrad: Tensor, grates: Tensor,
+) -> None:  # fmt: skip
     """Writes ``-rate * gout`` into `ggrad` and the sums of ``-gout * grad`` into this step's entries of `grates`."""
     call = _Call([gout, grad], [rates], offsets, step)
     target = call.empty(ggrad)

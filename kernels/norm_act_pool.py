@@ -214,7 +214,8 @@ def _warps(whole: bool) -> int:
 def launch_configurations() -> Iterator[Configuration]:
     """Everything a call can launch: types, channels in multiples of 16 or not, pool, γ and β fixed, few rows or not."""
     flags = [(True, False)] * 3
-    for dtype, channels, pool, moves, whole in itertools.product(_TYPES, (64, 5), *flags):
+    forms: Iterator[tuple[Any, ...]] = itertools.product(_TYPES, (64, 5), *flags)
+    for dtype, channels, pool, moves, whole in forms:
         if dtype == torch.float64 and channels == 64:
             continue
         given = {**_constants(dtype, channels, pool, whole), "MOVES": moves}

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamlpp_fast.ops import _batch_norm_closed_form as closed_form
+
 from ._batch_norm_passes import (
     backward_reduce,
     backward_write,
@@ -278,15 +280,9 @@ _QUANTITIES = {"forward": 2, "backward": 2, "double_backward": 5}
 
 
 def _run(
-    order: str,
-    view: _View,
-    images: list[Tensor],
-    reduce_rows: list[Tensor],
-    apply_rows: list[Tensor],
-    outputs: list[Tensor],
-    scalars: list[float],
-    row_stride: int,
-) -> None:
+    order: str, view: _View, images: list[Tensor], reduce_rows: list[Tensor], apply_rows: list[Tensor],
+    outputs: list[Tensor], scalars: list[float], row_stride: int,
+) -> None:  # fmt: skip
     """Launches one order: one kernel, or a reduction and an elementwise one.
 
     Args:
@@ -327,81 +323,60 @@ def _affine(view: _View, dtype: torch.dtype, *rows: Tensor) -> tuple[list[Tensor
     return aligned(r.to(kind).expand(shape).contiguous() for r in rows), view.channels if per_task else 0
 
 
+def _operands(
+    x: Tensor, weight: Tensor, bias: Tensor, step: int | None, *others: Tensor
+) -> tuple[_View, list[Tensor], list[Tensor]]:
+    """x and what is of its shape as the kernels take them, [T, N, C, H, W] or [N, C, H, W], and the step's rows."""
+    dense = closed_form.dense(x, closed_form.is_channels_last(x))
+    images = [t.to(x.dtype) for t in (dense, *others)]
+    images = [t[..., None, None] if x.dim() == 2 else t for t in images]
+    view = _view(images[0])
+    rows = [closed_form.row(weight, step), closed_form.row(bias, step)]
+    return view, aligned(_like(t, view) for t in images), rows
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float
+    x: Tensor, weight: Tensor, bias: Tensor, step: int | None, eps: float, slope: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalises x and applies the leaky ReLU (slope 1: none).
-
-    Args:
-        x: [T, N, C, H, W] or [N, C, H, W].
-        weight, bias: γ and β, [C] or [T, C].
-
-    Returns:
-        y like x; mean, 1/σ and biased variance, [T, C], float32 or, of float64, float64.
-    """
-    view = _view(x)
-    (x,) = aligned([_like(x, view)])
-    rows, stride = _affine(view, x.dtype, weight, bias)
-    y = torch.empty_like(x)
-    mean = x.new_empty(view.tasks, view.channels, dtype=accumulator(x.dtype)[0])
+    """``per_step_batch_norm`` of ``mamlpp_fast.ops``, as are the two below."""
+    closed_form.check(x, weight, bias, step)
+    view, (images,), affine = _operands(x, weight, bias, step)
+    rows, stride = _affine(view, x.dtype, *affine)
+    y = torch.empty_like(images)
+    mean = x.new_empty(closed_form.statistics_shape(x), dtype=accumulator(x.dtype)[0])
     rstd, var = torch.empty_like(mean), torch.empty_like(mean)
-    _run("forward", view, [x], [], rows, [y, mean, rstd, var], [eps, slope], stride)
-    return y, mean, rstd, var
+    _run("forward", view, [images], [], rows, [y, mean, rstd, var], [eps, slope], stride)
+    return y.reshape(x.shape), mean, rstd, var
 
 
 def backward(
-    gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, slope: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward` for the gradient gy of y.
-
-    Returns:
-        gx like x; gradients of γ and β [T, C] in the type of `mean`.
-    """
-    view = _view(x)
-    x, gy = aligned([_like(x, view), _like(gy.to(x.dtype), view)])
-    rows, stride = _affine(view, x.dtype, weight, bias)
+    gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, step: int | None, slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``per_step_batch_norm_backward``."""
+    view, images, affine = _operands(x, weight, bias, step, gy)
+    rows, stride = _affine(view, x.dtype, *affine)
     rows = [*aligned([mean.contiguous(), rstd.contiguous()]), *rows]
-    gx = torch.empty_like(x)
+    gx = torch.empty_like(images[0])
     ggamma = mean.new_empty(view.tasks, view.channels)
     gbeta = torch.empty_like(ggamma)
-    _run("backward", view, [x, gy], rows, rows, [gx, ggamma, gbeta], [slope], stride)
-    return gx, ggamma, gbeta
+    _run("backward", view, images, rows, rows, [gx, ggamma, gbeta], [slope], stride)
+    rows_of = closed_form.to_affine
+    return gx.reshape(x.shape), rows_of(ggamma, weight, step), rows_of(gbeta, bias, step)
 
 
 def double_backward(
-    u: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `backward` for cotangents u of gx, a of gγ and b of gβ ([C] or [T, C]).
-
-    Returns:
-        Gradients of gy and x, like x, and of γ [T, C] in the type of `mean`; that of β is zero.
-    """
-    view = _view(x)
-    x, gy, u = aligned([_like(x, view), _like(gy.to(x.dtype), view), _like(u.to(x.dtype), view)])
-    (a, b, weight, bias), stride = _affine(view, x.dtype, a, b, weight, bias)
-    statistics = aligned([mean.contiguous(), rstd.contiguous()])
-    cx, cgy = torch.empty_like(x), torch.empty_like(x)
+    u: Tensor | None, a: Tensor | None, b: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+    mean: Tensor, rstd: Tensor, step: int | None, slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``per_step_batch_norm_double_backward``."""
+    view, images, affine = _operands(x, weight, bias, step, gy, torch.zeros_like(x) if u is None else u)
+    given = (torch.zeros_like(affine[0]) if v is None else closed_form.row(v, step) for v in (a, b))
+    (*along, gamma, beta), stride = _affine(view, x.dtype, *given, *affine)
+    saved = [*aligned([mean.contiguous(), rstd.contiguous()]), gamma, beta]
+    cx, cgy = torch.empty_like(images[0]), torch.empty_like(images[0])
     cgamma = mean.new_empty(view.tasks, view.channels)
-    _run(
-        "double_backward",
-        view,
-        [x, gy, u],
-        [*statistics, weight, bias],
-        [a, b, *statistics, weight, bias],
-        [cx, cgy, cgamma],
-        [slope],
-        stride,
-    )
-    return cgy, cx, cgamma
+    _run("double_backward", view, images, saved, [*along, *saved], [cx, cgy, cgamma], [slope], stride)
+    return cgy.reshape(x.shape), cx.reshape(x.shape), closed_form.to_affine(cgamma, weight, step)
 
 
 def launch_configurations() -> Iterator[Configuration]:

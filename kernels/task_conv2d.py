@@ -239,8 +239,6 @@ def _operands(
     a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, out: Tensor
 ) -> tuple[list[Tensor], int]:
     """Both pairs (the first again where there is no second) in one type, and how many there are."""
-    if (a2 is None) != (b2 is None):
-        raise ValueError("second operand pair: expected both tensors or neither, got one")
     dtype = torch.promote_types(a.dtype, b.dtype)
     if (
         dtype not in _TYPES
@@ -249,11 +247,6 @@ def _operands(
     ):
         raise TypeError(f"task_conv2d: expected float64, float32 or bfloat16, got {dtype} for {out.dtype}")
     tensors = [a, b] if a2 is None or b2 is None else [a, b, a2, b2]
-    if any(x.shape != y.shape for x, y in zip(tensors[2:], (a, b), strict=False)):
-        raise ValueError(
-            f"second operand pair: expected shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-            f"got {tuple(tensors[2].shape)} and {tuple(tensors[3].shape)}"
-        )
     for tensor in (*tensors, out):
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise ValueError(
@@ -264,29 +257,18 @@ def _operands(
     return tensors if len(tensors) == 4 else tensors * 2, len(tensors) // 2
 
 
-def _geometry(x: Tensor, w: Tensor, y: Tensor, stride: int, padding: int) -> tuple[int, ...]:
+def _geometry(x: Tensor, w: Tensor, y: Tensor, padding: int) -> tuple[int, ...]:
     """Tasks, images, H, W, Ci, Ho, Wo, Co, kw, taps, padding of rows and of columns of a convolution x * w = y.
 
     Raises:
-        ValueError: shapes do not belong together or a task has 2**31 elements or more.
+        ValueError: a task has 2**31 elements or more.
     """
-    if x.dim() != 5 or w.dim() != 5 or y.dim() != 5:
-        raise ValueError(
-            "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], "
-            f"got {tuple(x.shape)}, {tuple(w.shape)} and {tuple(y.shape)}"
-        )
     tasks, images, height, width, ci = x.shape
-    kh, kw, co = w.shape[1], w.shape[2], w.shape[4]
+    kh, kw = w.shape[1:3]
     pads = padding if kh > 1 else 0, padding if kw > 1 else 0
-    size = [(s + 2 * p - k) // stride + 1 for s, p, k in zip((height, width), pads, (kh, kw), strict=True)]
-    if tuple(w.shape[::3]) != (tasks, ci) or tuple(y.shape) != (tasks, images, *size, co):
-        raise ValueError(
-            f"task_conv2d: expected output {(tasks, images, *size, co)} of {tuple(x.shape)} and {tuple(w.shape)}, "
-            f"got {tuple(y.shape)}"
-        )
     if max(x[0].numel(), y[0].numel(), w[0].numel()) >= 2**31:
         raise ValueError(f"x: expected fewer than 2**31 elements a task, got {tuple(x.shape)}")
-    return tasks, images, height, width, ci, *size, co, kw, kh * kw, *pads
+    return tasks, images, height, width, ci, *y.shape[2:], kw, kh * kw, *pads
 
 
 def _dense(ci: int, co: int) -> bool:
@@ -297,7 +279,7 @@ def forward(
     x: Tensor, w: Tensor, x2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d`` of ``mamlpp_fast.ops``; all tensors contiguous."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, out, stride, padding)
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, out, padding)
     tensors, pairs = _operands(x, w, x2, w2, out)
     sizes = (pairs, images * oh * ow, oh, ow, height, width, ci, co, kw, taps, stride, *pads)
     _launch_product(tensors, out, sizes, tasks, transposed=False)
@@ -307,7 +289,7 @@ def to_input(
     g: Tensor, w: Tensor, g2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d_to_input``."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(out, w, g, stride, padding)
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(out, w, g, padding)
     tensors, pairs = _operands(g, w, g2, w2, out)
     sizes = (pairs, images * height * width, height, width, oh, ow, co, ci, kw, taps, stride, *pads)
     _launch_product(tensors, out, sizes, tasks, transposed=True)
@@ -338,7 +320,7 @@ def to_weight(
     x: Tensor, g: Tensor, x2: Tensor | None, g2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d_to_weight``; the pixels of a task are cut into at most 32 pieces where programs are few."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, out, g, stride, padding)
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, out, g, padding)
     tensors, pairs = _operands(x, g, x2, g2, out)
     dtype, rows = tensors[0].dtype, images * oh * ow
     tile = _tile(dtype, _dense(ci, co), _precision(dtype), weight=True)

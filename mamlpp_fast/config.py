@@ -6,9 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-__all__ = ["MAMLConfig", "type_hints"]
+__all__ = ["MAMLConfig", "check_kind", "check_value", "type_hints"]
 
 _MOST = 1e18  # more than any setting needs, and what every type of tensor holds
 
@@ -79,23 +79,13 @@ class MAMLConfig:
     def __post_init__(self) -> None:
         hints = type_hints(type(self))  # type: ignore[arg-type]  # a class has a hash, which mypy takes for its instances'
         for field in dataclasses.fields(self):
-            _check_choice(field.name, getattr(self, field.name), hints[field.name])
-        for name, least in (("steps", 1), ("eval_steps", 1), ("epochs", 1), ("iterations_per_epoch", 1)):
+            check_value(field.name, getattr(self, field.name), hints[field.name])
+        for name, least in self.least().items():
             value = getattr(self, name)
-            if value is not None:
-                _check_number(name, value, integer=True)
-                if value < least:
-                    raise ValueError(f"{name}: expected at least {least}, got {value}")
-        for name in ("da_epoch", "msl_epochs"):
-            _check_number(name, getattr(self, name), integer=True)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         if self.da_epoch < -1:
             raise ValueError(f"da_epoch: expected -1 (off) or an epoch, got {self.da_epoch}")
-        if self.msl_epochs < 0:
-            raise ValueError(f"msl_epochs: expected at least 0, got {self.msl_epochs}")
-        for name in ("inner_lr", "meta_lr", "min_meta_lr", "clamp_meta_gradient"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_number(name, value)
         for name in ("meta_lr", "clamp_meta_gradient"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -108,6 +98,11 @@ class MAMLConfig:
             raise ValueError(
                 "adapt_norm: expected bnwb=False with it (per-step weights cannot adapt), got bnwb=True"
             )
+
+    @classmethod
+    def least(cls) -> dict[str, int]:
+        """The smallest value of each setting that has one."""
+        return {"steps": 1, "eval_steps": 1, "epochs": 1, "iterations_per_epoch": 1, "msl_epochs": 0}
 
     @classmethod
     def maml(cls, **changes: Any) -> MAMLConfig:
@@ -133,16 +128,35 @@ class MAMLConfig:
         return dataclasses.asdict(self)
 
 
-def _check_number(name: str, value: Any, *, integer: bool = False) -> None:
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not -_MOST < value < _MOST:
-        raise ValueError(f"{name}: expected {'an integer' if integer else 'a number'}, got {value!r}")
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    list: ((list,), "a list"),
+}
 
 
-def _check_choice(name: str, value: Any, hint: Any) -> None:
-    """Checks booleans and literals; numbers have their own ranges."""
-    if hint is bool and not isinstance(value, bool):
-        raise ValueError(f"{name}: expected true or false, got {value!r}")
-    choices = get_args(hint)
-    if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Raises unless a value is of the type that a setting has; of texts and tuples in it only choices are known.
+
+    Raises:
+        ValueError: names the setting, what was expected and what came.
+    """
+    options = get_args(hint)
+    if options and all(isinstance(o, str) for o in options):
+        if value not in options:
+            raise ValueError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
+        return
+    kind = next((o for o in options or (hint,) if o in (bool, int, float)), None)
+    if kind is None or (value is None and type(None) in options) or get_origin(hint) is tuple:
+        return
+    check_kind(name, value, kind)
+
+
+def check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raises unless a value is of a plain type; whole numbers are numbers, truth values are not."""
+    kinds, words = _KINDS[kind]
+    fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    if not fits or (kind in (int, float) and not -_MOST < value < _MOST):
+        raise ValueError(f"{name}: expected {words}, got {value!r}")

@@ -185,9 +185,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def launched(
-    device: torch.device | str = "cpu", *, timeout: timedelta = TIMEOUT
-) -> Iterator[dist.ProcessGroup | None]:
+def launched(device: torch.device | str = "cpu") -> Iterator[dist.ProcessGroup | None]:
     """The group of the processes that ``torchrun`` started together with this one; None where it is alone.
 
     NCCL for GPUs, gloo for CPUs and for what the hosts tell each other. Of several ranks that fail together, only the
@@ -195,7 +193,6 @@ def launched(
 
     Args:
         device: this process's own (:func:`own_device`).
-        timeout: how long a rank may keep the others waiting.
 
     Raises:
         RankLostError: when another rank ended without a word.
@@ -211,13 +208,13 @@ def launched(
     if on_gpu:
         torch.cuda.set_device(device)
     with _answering():
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,
             rank=rank,
             world_size=size,
-            timeout=timeout,
+            timeout=TIMEOUT,
         )
     try:
         yield dist.group.WORLD

@@ -189,12 +189,20 @@ class MAMLPlusPlus:
     def epoch(self) -> int:
         return self.iteration // self.config.iterations_per_epoch
 
+    def schedule(self, epoch: int) -> dict[str, Any]:
+        """What the schedules say of an epoch, as plain values: ``meta_lr``, ``second_order`` and ``msl_weights``."""
+        c = self.config
+        annealed = reference.cosine_annealing(min(epoch, c.epochs), c.epochs, c.meta_lr, c.min_meta_lr)
+        return {
+            "meta_lr": annealed if c.cosine_annealing else c.meta_lr,
+            "second_order": reference.is_second_order(epoch, c.second_order, c.da_epoch),
+            "msl_weights": reference.msl_weights(epoch, c.steps, c.msl_epochs) if c.msl else None,
+        }
+
     def step_weights(self) -> Tensor | None:
         """Multi-step-loss weights [K] of this epoch, or None once only the last step counts."""
         if self._weights[0] != self.epoch:
-            weights = None
-            if self.config.msl:
-                weights = reference.msl_weights(self.epoch, self.config.steps, self.config.msl_epochs)
+            weights = self.schedule(self.epoch)["msl_weights"]
             with undisturbed():
                 # Kept for the epoch: a copy from the host would hold up a GPU every iteration.
                 tensor = (
@@ -205,14 +213,11 @@ class MAMLPlusPlus:
 
     def meta_lr(self) -> float:
         """Adam's learning rate of this epoch."""
-        c = self.config
-        if not c.cosine_annealing:
-            return c.meta_lr
-        return reference.cosine_annealing(min(self.epoch, c.epochs), c.epochs, c.meta_lr, c.min_meta_lr)
+        return float(self.schedule(self.epoch)["meta_lr"])
 
     def second_order(self) -> bool:
         """Whether this epoch differentiates through the inner updates."""
-        return reference.is_second_order(self.epoch, self.config.second_order, self.config.da_epoch)
+        return bool(self.schedule(self.epoch)["second_order"])
 
     @undisturbed()
     def meta_gradient(self, batch: EpisodeBatch, *, total_tasks: int | None = None) -> StepMetrics:

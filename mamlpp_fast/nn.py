@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -14,6 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from mamlpp_fast import ops, reference
+from mamlpp_fast.ops._library import mapped
 from mamlpp_fast.reference import set_eval_stats, set_step
 
 __all__ = [
@@ -40,14 +42,18 @@ class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
     """:class:`mamlpp_fast.reference.PerStepBatchNorm2d` on the fused kernels: same arguments, state and result.
 
     Forward, backward and double backward are one operation each, the leaky ReLU included when ``negative_slope`` is
-    given. Inside :func:`plain_batch_norm` it runs PyTorch's own batch norm instead.
+    given. Inside :func:`plain_batch_norm`, ``torch.export`` and ``torch.onnx.export`` it runs PyTorch's own batch norm
+    instead. Under ``torch.func.vmap`` it must be in evaluation mode.
     """
 
     plain = False
 
     def normalise(self, x: Tensor) -> Tensor:
         without = self.weight is None or self.bias is None
-        if self.plain or without or (not self.training and self.eval_stats == "running"):
+        # A file that is to leave the package (torch.export, ONNX) holds none of its operations.
+        leaving = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+        plain = self.plain or without or leaving
+        if plain or (not self.training and self.eval_stats == "running"):
             return super().normalise(x)
         step = self.row if self.per_step_affine else None
         images = _images(x)
@@ -58,6 +64,11 @@ class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
         y, mean, var = ops.per_step_batch_norm_with_stats(
             images, self.weight, self.bias, step=step, eps=self.eps, negative_slope=self.negative_slope
         )
+        if mapped(mean):
+            raise NotImplementedError(
+                "PerStepBatchNorm2d: expected evaluation mode under torch.func.vmap, which normalises with the batch's "
+                "statistics too, got training mode: several tasks at once cannot write its running statistics"
+            )
         count = x.numel() // x.shape[1]
         if self.momentum is None:
             self.accumulate(mean, var * (count / (count - 1)))

@@ -22,7 +22,7 @@ class Predictor:
     A snapshot: it keeps a copy of the model with the adapted weights in evaluation mode, so that nothing done to the
     learner later changes it. It can be pickled and copied (where the model can), and called by several threads at once.
     A model that no copy stands for (see :func:`mamlpp_fast.copying.copy_of`) is called itself, with tensors of the
-    predictor's own.
+    predictor's own. ``torch.export`` and ``torch.onnx`` take ``predictor.model``.
 
     Args:
         model: copied.
@@ -33,7 +33,8 @@ class Predictor:
         deterministic: computes on one thread.
 
     Attributes:
-        model: the adapted copy.
+        model: the adapted copy; the learner's own where there is no copy.
+        tensors: what it is called with then, else None.
     """
 
     def __init__(

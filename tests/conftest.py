@@ -96,6 +96,38 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny images, one for the tests of a file."""
+    from train_helpers import draw_folder
+
+    return draw_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def own_generator() -> Iterator[None]:
+    """Training seeds torch's global generator: puts it back."""
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """Puts torch's number of threads back."""
+    from helpers import kept_threads
+
+    with kept_threads():
+        yield
+
+
+@pytest.fixture
+def nothing_accelerated() -> None:
+    """Forgets what accelerated models were served by."""
+    from mamlpp_fast import accelerated
+
+    accelerated._routes.clear()
+
+
 def _folder(variable: str, default: Path, what: str) -> Path:
     folder = Path(os.environ.get(variable) or default)
     if not folder.is_dir():

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mamlpp_fast as mf
+
 # What CUDA refuses while a stream is captured, as the host would have to wait for its result.
 SYNCHRONISES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "_unique2", "masked_select")
 
@@ -29,6 +31,12 @@ class OnGpu(Tensor):
 
 def on_gpu(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(OnGpu)
+
+
+def batch_on_gpu(batch: mf.EpisodeBatch) -> mf.EpisodeBatch:
+    return mf.EpisodeBatch(
+        *(on_gpu(t) for t in (batch.support_x, batch.support_y, batch.target_x, batch.target_y))
+    )
 
 
 class Graph(TorchDispatchMode):

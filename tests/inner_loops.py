@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import mamlpp_fast as mf
 from mamlpp_fast import reference
@@ -68,3 +69,26 @@ def learned(learner: nn.Module) -> Loss:
         return F.cross_entropy(clone(data[2]), data[3])
 
     return loss
+
+
+def assert_as_the_textbook(
+    model: nn.Module, witness: nn.Module, engine: str | None
+) -> mf.MAMLPlusPlus | None:
+    """Loss and meta-gradient of a task by a learner's engine, or by ``mf.adapt`` for None, are the textbook's.
+
+    Returns:
+        The learner.
+    """
+    data, learner = task(0), None
+    expected = textbook(witness)(data)
+    expected.backward()
+    if engine is None:
+        loss = adapted(model)(data)
+        loss.backward()
+    else:
+        config = mf.MAMLConfig.maml(steps=STEPS, inner_lr=RATE)
+        learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
+        loss = learner.meta_gradient(mf.EpisodeBatch(*(part[None] for part in data))).loss
+    assert_close(loss, expected.detach() if engine else expected)
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in witness.parameters()])
+    return learner

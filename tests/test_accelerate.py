@@ -102,9 +102,7 @@ def served(model: nn.Module) -> bool:
     return "one operation" in mf.acceleration(model) and "plain PyTorch" not in mf.acceleration(model)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    module._routes.clear()
+pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
 
 def textbook(

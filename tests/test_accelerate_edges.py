@@ -18,10 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import mamlpp_fast as mf
 from mamlpp_fast import accelerated as module
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    module._routes.clear()
+pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
 
 def in_many(model: nn.Module, x: Tensor) -> Tensor:

@@ -14,10 +14,7 @@ from mamlpp_fast import accelerated as module
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.sections import Place
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    module._routes.clear()
+pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
 
 @pytest.mark.parametrize("second_order", [True, False])

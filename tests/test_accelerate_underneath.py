@@ -22,9 +22,7 @@ from mamlpp_fast.nn import plain_batch_norm
 STEPS = 3
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    module._routes.clear()
+pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
 
 def served() -> bool:

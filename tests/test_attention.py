@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.testing import assert_close
 
 import mamlpp_fast as mf
 from mamlpp_fast.adaptation import inner_steps
-from tests.inner_loops import CLASSES, RATE, STEPS, adapted, task, textbook
+from tests.inner_loops import CLASSES, RATE, STEPS, assert_as_the_textbook, task
 
 
 class Attention(nn.Module):
@@ -56,18 +55,7 @@ def _switches() -> list[bool]:
 @pytest.mark.parametrize("how", ["module", "function"])
 @pytest.mark.parametrize("engine", ["reference", "autograd", "auto", None])
 def test_attention_has_second_derivatives(how: str, engine: str | None) -> None:
-    model, witness, data = attention(how), attention("written out"), task(0)
-    expected = textbook(witness)(data)
-    expected.backward()
-    if engine is None:
-        loss = adapted(model)(data)
-        loss.backward()
-    else:
-        config = mf.MAMLConfig.maml(steps=STEPS, inner_lr=RATE)
-        learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
-        loss = learner.meta_gradient(mf.EpisodeBatch(*(part[None] for part in data))).loss
-    assert_close(loss, expected.detach() if engine else expected)
-    assert_close([p.grad for p in model.parameters()], [p.grad for p in witness.parameters()])
+    assert_as_the_textbook(attention(how), attention("written out"), engine)
 
 
 def test_the_choice_of_attention_is_the_callers_between_steps_and_after_errors() -> None:

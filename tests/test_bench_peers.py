@@ -14,9 +14,7 @@ from bench.peers.driver import PEERS, Settings, compare, describe
 from bench.peers.problem import TINY, Problem, Sizes, make
 
 SMALL = TINY["tiny-final"]
-SETTINGS = Settings(
-    rounds=2, threads=1, device="cpu", tolerance=1e-6, float32_tolerance=0.3, limit=60, cache=None, lock=None
-)
+SETTINGS = Settings(rounds=2, threads=1, device="cpu", cache=None)
 WRONG = """
 from bench.peers import textbook
 

@@ -15,18 +15,13 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import fails
-from train_helpers import draw_folder, tiny_arguments
+from train_helpers import tiny_arguments
 
 from mamlpp_fast import _native, workloads
 from mamlpp_fast.cli import main
 from mamlpp_fast.data import FewShotData, from_arrays
 from mamlpp_fast.train import build, files
 from mamlpp_fast.workloads import WORKLOADS
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("images"))
 
 
 def train_command(data: Path, out: Path, **changes: Any) -> list[str]:

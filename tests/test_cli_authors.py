@@ -8,18 +8,13 @@ import pytest
 import torch
 from authors_helpers import TINY, TheirSystem, their_batches, write_experiment
 from cli_helpers import fails
-from train_helpers import draw_folder, metrics_of
+from train_helpers import metrics_of
 
 from mamlpp_fast.cli import main
 from mamlpp_fast.compat.experiment import read_experiment
 from mamlpp_fast.train import load_checkpoint, save_checkpoint
 
 ANY_IMAGES = ["--set", "dataset=folder"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("images"))
 
 
 def command(experiment: Path, data: Path, out: Path) -> list[str]:

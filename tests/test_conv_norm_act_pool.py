@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads, spare_the_interpreter
+from op_helpers import (
+    MOVING,
+    assert_double_backward,
+    assert_errs_at_most_twice_as_much_as_pytorch,
+    assert_orders,
+    assert_shared_directions,
+    backend_fixture,
+    opcheck,
+    tangents,
+)
 from torch import Tensor
 
-from mamlpp_fast.ops._library import OPERATIONS
-from mamlpp_fast.ops.conv_norm_act_pool import (
-    conv_norm_act_pool,
-    conv_norm_act_pool_backward,
-    conv_norm_act_pool_backward_tangent,
-    conv_norm_act_pool_tangent,
-    output_shape,
-    patch_moments,
-)
-from mamlpp_fast.testing import backends, use_backend
+from mamlpp_fast.ops.conv_norm_act_pool import output_shape
+from mamlpp_fast.testing import backends
 
-BACKENDS = backends("conv_norm_act_pool")
+ops = torch.ops.mamlpp_fast
+backend = backend_fixture("conv_norm_act_pool")
 # Images [T, N, H, W, Ci], filters, kernel, padding.
 SHAPES = {
     "even": ((2, 3, 6, 4, 1), 8, (3, 3), 1),
@@ -34,13 +35,6 @@ SHAPES = {
     "smallest": ((1, 1, 2, 2, 1), 1, (3, 3), 1),
 }
 EPS = 1e-5
-MOVING = {"gamma": ("gamma",), "beta": ("beta",), "both": ("gamma", "beta")}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 class Case:
@@ -80,25 +74,23 @@ class Case:
     def prepared(self) -> tuple[Tensor, Tensor]:
         (padded,) = self.fresh(self.padded)
         moments = padded.new_full((self.rows[0], self.values + 2, self.values), float("nan")).double()
-        patch_moments(self.x, *self.w.shape[1:3], self.padding, padded, moments)
+        ops.patch_moments(self.x, *self.w.shape[1:3], self.padding, padded, moments)
         return padded, moments
 
     def run(self) -> dict[str, Tensor]:
         images = self.prepared()
         y, mean, rstd = self.fresh(self.small, self.rows, self.rows)
         index = torch.full(self.small, 255, dtype=torch.uint8)
-        conv_norm_act_pool(
-            *images, self.w, self.gamma, self.beta, y, index, mean, rstd, eps=EPS, slope=self.slope
-        )
-        saved = (y, index, *images, self.w, self.gamma, rstd)
+        affine = (self.gamma, self.beta)
+        ops.conv_norm_act_pool(*images, self.w, *affine, EPS, self.slope, y, index, mean, rstd)
+        saved = (y, index, *images, self.w, self.gamma, rstd, self.slope)
         sums = (self.rows[0], self.values, self.rows[1])
         gw, b, ggamma, gbeta = self.fresh(tuple(self.w.shape), sums, self.rows, self.rows)
-        conv_norm_act_pool_backward(self.gy, *saved, gw, b, ggamma, gbeta, slope=self.slope)
+        ops.conv_norm_act_pool_backward(self.gy, *saved, gw, b, ggamma, gbeta)
         uy, t = self.fresh(self.small, self.rows)
-        options = {"slope": self.slope, "gamma_dot": self.gamma_dot}
-        conv_norm_act_pool_tangent(self.v, *saved, uy, t, **options, beta_dot=self.beta_dot)
+        ops.conv_norm_act_pool_tangent(self.v, *saved, uy, t, self.gamma_dot, self.beta_dot)
         dots = self.fresh(tuple(self.w.shape), self.rows, self.rows)
-        conv_norm_act_pool_backward_tangent(self.gy_dot, self.v, *saved, b, t, *dots, **options)
+        ops.conv_norm_act_pool_backward_tangent(self.gy_dot, self.v, *saved, b, t, *dots, self.gamma_dot)
         names = ("y", "mean", "rstd", "gw", "ggamma", "gbeta", "uy", "gw_dot", "ggamma_dot", "gbeta_dot")
         return dict(zip(names, (y, mean, rstd, gw, ggamma, gbeta, uy, *dots), strict=True))
 
@@ -126,18 +118,7 @@ class Case:
         directions = {"uy": (y, {w: self.v, **moves})}
         for name, gradient in zip(("gw_dot", "ggamma_dot", "gbeta_dot"), gradients, strict=True):
             directions[name] = (gradient, {w: self.v, gy: self.gy_dot, **moves})
-        for name, (value, along) in directions.items():
-            cotangent = torch.zeros_like(value).requires_grad_()
-            pulled = torch.autograd.grad(value, list(along), cotangent, create_graph=True, allow_unused=True)
-            product = sum((p * d).sum() for p, d in zip(pulled, along.values(), strict=True) if p is not None)
-            (results[name],) = torch.autograd.grad(product, cotangent, retain_graph=True)  # type: ignore[arg-type]
-        return results
-
-    def in_float64(self) -> Case:
-        exact = Case.__new__(Case)
-        exact.__dict__ = {k: v.double() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        exact.dtype = torch.float64
-        return exact
+        return results | tangents(directions)
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0], ids=["leaky", "relu", "linear"])
@@ -145,13 +126,7 @@ class Case:
 def test_four_orders(backend: str, name: str, slope: float) -> None:
     # To Triton's kernels the slope is a number like another.
     spare_the_interpreter(backend, slope != 0.01 and name != "odd")
-    case = Case(*SHAPES[name], slope=slope, per_task=slope == 0.01)
-    found, expected = case.run(), case.expected()
-    for key, value in found.items():
-        scale = max(1.0, float(expected[key].abs().max()))
-        torch.testing.assert_close(
-            value, expected[key], rtol=1e-10, atol=1e-10 * scale, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_orders(Case(*SHAPES[name], slope=slope, per_task=slope == 0.01), 1e-10)
 
 
 @pytest.mark.parametrize("moving", MOVING.values(), ids=MOVING)
@@ -159,38 +134,16 @@ def test_four_orders(backend: str, name: str, slope: float) -> None:
 def test_orders_along_moving_weights(backend: str, name: str, moving: tuple[str, ...]) -> None:
     case = Case(*SHAPES[name], per_task=name != "odd", moving=moving)
     case.gamma[..., 1] = 0
-    found, expected = case.run(), case.expected()
-    for key, value in found.items():
-        scale = max(1.0, float(expected[key].abs().max()))
-        torch.testing.assert_close(
-            value, expected[key], rtol=1e-10, atol=1e-10 * scale, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_orders(case, 1e-10)
 
 
 def test_the_tangents_are_the_double_backward(backend: str) -> None:
-    """Cotangents of the gradients of w, γ and β in the places of the directions; nothing moves gy."""
     case = Case((2, 3, 7, 6, 2), 5, per_task=True, moving=("gamma", "beta"))
-    case.gamma[:, 2], case.gy_dot[:] = 0, 0
-    inputs = [t.clone().requires_grad_() for t in (case.gy, case.w, case.gamma, case.beta)]
-    y, _ = case.plain(*inputs[1:])
-    gradients = torch.autograd.grad(y, inputs[1:], inputs[0], create_graph=True)
-    cotangents = (case.v, case.gamma_dot, case.beta_dot)
-    expected = torch.autograd.grad(gradients, inputs[:3], cotangents)
-    found = case.run()
-    for name, value in zip(("uy", "gw_dot", "ggamma_dot"), expected, strict=True):
-        scale = max(1.0, float(value.abs().max()))
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10 * scale)
-    assert torch.equal(found["gbeta_dot"], torch.zeros_like(found["gbeta_dot"]))
+    assert_double_backward(case, "w", lambda *inputs: case.plain(*inputs)[0])
 
 
 def test_directions_shared_by_all_tasks(backend: str) -> None:
-    case = Case((3, 2, 5, 4, 1), 6, moving=("gamma", "beta"))
-    assert case.gamma_dot is not None and case.beta_dot is not None
-    case.gamma_dot, case.beta_dot = case.gamma_dot[0], case.beta_dot[0]
-    shared = case.run()
-    case.gamma_dot, case.beta_dot = (row.expand(3, 6).clone() for row in (case.gamma_dot, case.beta_dot))
-    for name, value in case.run().items():
-        assert torch.equal(shared[name], value), name
+    assert_shared_directions(Case((3, 2, 5, 4, 1), 6, moving=("gamma", "beta")))
 
 
 @pytest.mark.parametrize("moving", [(), ("gamma", "beta")], ids=["fixed", "moving"])
@@ -199,12 +152,7 @@ def test_float32_errs_at_most_twice_as_much_as_pytorch(
     backend: str, offset: float, moving: tuple[str, ...]
 ) -> None:
     case = Case((2, 4, 14, 14, 3), 16, dtype=torch.float32, offset=offset, moving=moving)
-    ours, theirs = case.run(), case.expected()
-    for name, value in case.in_float64().expected().items():
-        if name == "mean":
-            continue
-        limit = 2 * (theirs[name].double() - value).abs().max() + 1e-6 * value.abs().max()
-        assert (ours[name].double() - value).abs().max() <= limit, name
+    assert_errs_at_most_twice_as_much_as_pytorch(case, but=("mean",))
 
 
 def test_blank_images_have_no_variance(backend: str) -> None:
@@ -216,7 +164,7 @@ def test_blank_images_have_no_variance(backend: str) -> None:
     torch.testing.assert_close(found["y"], F.leaky_relu(case.beta, case.slope).expand(case.small))
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="no native library")
+@pytest.mark.skipif("native" not in backends("conv_norm_act_pool"), reason="no native library")
 @pytest.mark.parametrize("tasks", [1, 3, 8])
 def test_result_does_not_depend_on_threads(tasks: int) -> None:
     case = Case((tasks, 5, 9, 8, 3), 21, dtype=torch.float32, moving=("gamma", "beta"))
@@ -238,12 +186,11 @@ def test_opcheck() -> None:
         "conv_norm_act_pool_tangent": (case.v, *saved, torch.empty_like(y), mean),
         "conv_norm_act_pool_backward_tangent": (case.gy_dot, case.v, *saved, sums, rstd, gw, *outputs),
     }
-    for name, sample in samples.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
     moved = torch.randn(2, *case.rows, dtype=torch.float64)
-    for name, rows in (("tangent", moved.unbind()), ("backward_tangent", moved[:1].unbind())):
-        sample = (*samples[f"conv_norm_act_pool_{name}"], *rows)
-        torch.library.opcheck(OPERATIONS[f"conv_norm_act_pool_{name}"].overload, sample)
+    opcheck(samples)
+    for order, rows in (("tangent", moved), ("backward_tangent", moved[:1])):
+        name = f"conv_norm_act_pool_{order}"
+        opcheck({name: (*samples[name], *rows)})
 
 
 def test_errors_name_the_argument(backend: str) -> None:
@@ -254,13 +201,11 @@ def test_errors_name_the_argument(backend: str) -> None:
 
     def attempt(**changes: Tensor | float) -> None:
         given = {"moments": images[1], "w": case.w, "y": y, "slope": 0.01} | changes
-        conv_norm_act_pool(
-            images[0], given["moments"], given["w"], case.gamma, case.beta, given["y"], index, mean, rstd,
-            eps=EPS, slope=given["slope"],
-        )  # fmt: skip
+        weights = (given["w"], case.gamma, case.beta, EPS, given["slope"])
+        ops.conv_norm_act_pool(images[0], given["moments"], *weights, given["y"], index, mean, rstd)
 
     attempt()
-    with pytest.raises(ValueError, match="moments: expected float64"):
+    with pytest.raises((ValueError, TypeError), match=r"moments: expected (float64|Double)"):
         attempt(moments=images[1].float())
     with pytest.raises(ValueError, match="y: expected"):
         attempt(y=y[:, :1])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, on_gpu
+from fake_cuda import FakeCuda, batch_on_gpu, on_gpu
 from helpers import gradients, random_batch, small_learner
 from mamlpp_fast.kernels import conv_norm_act_pool as kernels
 from mamlpp_fast.kernels import norm_act_pool
@@ -90,12 +90,6 @@ def test_settings_apart_are_no_error() -> None:
     assert precisions() == before
 
 
-def fake(batch: mf.EpisodeBatch) -> mf.EpisodeBatch:
-    return mf.EpisodeBatch(
-        *(on_gpu(t) for t in (batch.support_x, batch.support_y, batch.target_x, batch.target_y))
-    )
-
-
 @pytest.mark.parametrize("engine", ["autograd", "fused"])
 def test_a_replay_leaves_gradients_after_zero_grad(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """``zero_grad`` sets ``.grad`` to None; a replay writes to the captured tensors and assigns nothing."""
@@ -104,7 +98,7 @@ def test_a_replay_leaves_gradients_after_zero_grad(monkeypatch: pytest.MonkeyPat
     for i in range(3):
         batch = random_batch(seed=i)
         plain.engine.meta_gradient(batch, None, True)
-        learner.engine.meta_gradient(fake(batch), None, True)
+        learner.engine.meta_gradient(batch_on_gpu(batch), None, True)
         expected = gradients(plain.model, plain.rates)
         assert_close(gradients(learner.model, learner.rates), expected, rtol=1e-9, atol=1e-12)
         learner.model.zero_grad()

@@ -1,11 +1,10 @@
 """Deterministic mode: the same bits on one, two and three threads."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import kept_threads, random_batch
+from helpers import random_batch
 from torch import Tensor
 from train_helpers import draw_folder, metrics_of, tiny_arguments
 
@@ -13,11 +12,7 @@ import mamlpp_fast as mf
 from mamlpp_fast.cli import main
 from mamlpp_fast.engine.deterministic import one_thread
 
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    with kept_threads():
-        yield
+pytestmark = pytest.mark.usefixtures("own_threads")
 
 
 def steps(engine: str, precision: str, threads: int, *, deterministic: bool | None = True) -> list[Tensor]:

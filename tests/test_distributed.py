@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rank_helpers import on_ranks
 from torch import nn
-from train_helpers import draw_folder, metrics_of, tiny, tiny_arguments
+from train_helpers import metrics_of, tiny, tiny_arguments
 
 import mamlpp_fast as mf
 from mamlpp_fast.distributed import Ranks, own_device
@@ -220,11 +220,6 @@ def test_each_process_has_a_gpu_of_its_own(
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 RUN: dict[str, Any] = {"tasks": 4, "val_tasks": 20, "test_tasks": 7, "checkpoint_seconds": 0.0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("images"))
 
 
 def run(out: Path, data: Path, **options: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, on_gpu
+from fake_cuda import FakeCuda, batch_on_gpu, on_gpu
 from helpers import gradients, random_batch, small_learner
 from torch import Tensor
 from torch.testing import assert_close
@@ -135,12 +135,6 @@ def test_a_captured_step_inside_another_becomes_part_of_it(cuda: FakeCuda) -> No
     assert (outer.graphs, inner.graphs, len(cuda.captured)) == (1, 0, 1)
 
 
-def on_fake_gpu(batch: mf.EpisodeBatch) -> mf.EpisodeBatch:
-    return mf.EpisodeBatch(
-        *(on_gpu(t) for t in (batch.support_x, batch.support_y, batch.target_x, batch.target_y))
-    )
-
-
 def with_tensor_rate(learner: mf.MAMLPlusPlus) -> mf.MAMLPlusPlus:
     """Adam's learning rate in a tensor (of float32), as on a GPU."""
     for group in learner.optimizer.param_groups:
@@ -152,7 +146,7 @@ def captured_learner(config: mf.MAMLConfig, engine: str, monkeypatch: pytest.Mon
     """A learner that believes it is on a GPU: its whole step is captured, its batches say they are CUDA's."""
     learner = with_tensor_rate(small_learner(config, engine=engine))
     monkeypatch.setattr(learner, "device", torch.device("cuda"))
-    monkeypatch.setattr(mf.EpisodeBatch, "to", lambda self, *_, **__: on_fake_gpu(self))
+    monkeypatch.setattr(mf.EpisodeBatch, "to", lambda self, *_, **__: batch_on_gpu(self))
     return learner
 
 
@@ -212,7 +206,7 @@ def test_captured_gradients_are_the_plain_ones(cuda: FakeCuda, engine: str) -> N
         w = torch.tensor(weights, dtype=torch.float64)
         batch = random_batch(seed=i)
         expected = plain.engine.meta_gradient(batch, w, True)
-        found = learner.engine.meta_gradient(on_fake_gpu(batch), on_gpu(w), True)
+        found = learner.engine.meta_gradient(batch_on_gpu(batch), on_gpu(w), True)
         for ours, theirs in zip(found, expected, strict=True):
             assert_close(torch.Tensor(ours), theirs, rtol=1e-9, atol=1e-12)
         assert_close(gradients(learner.model, learner.rates), gradients(plain.model, plain.rates))

@@ -70,9 +70,9 @@ def _batch_norm() -> None:
         if last:
             x = x.movedim(2, -1).contiguous().movedim(-1, 2)
         row = torch.ones(channels, dtype=dtype)
-        _, mean, rstd, _ = per_step_batch_norm.forward(x, row, row, 1e-5, 0.01)
-        per_step_batch_norm.backward(x, x, row, row, mean, rstd, 0.01)
-        per_step_batch_norm.double_backward(x, row, row, x, x, row, row, mean, rstd, 0.01)
+        _, mean, rstd, _ = per_step_batch_norm.forward(x, row, row, None, 1e-5, 0.01)
+        per_step_batch_norm.backward(x, x, row, row, mean, rstd, None, 0.01)
+        per_step_batch_norm.double_backward(x, row, row, x, x, row, row, mean, rstd, None, 0.01)
 
 
 def _norm_act_pool() -> None:

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import gradients, kept_threads, random_batch, small_conv4
+from helpers import gradients, random_batch, small_conv4
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,11 +23,7 @@ from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fused import FusedEngine, engine, program
 from mamlpp_fast.engine.fused.prepared import Prepared
 
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    with kept_threads():
-        yield
+pytestmark = pytest.mark.usefixtures("own_threads")
 
 
 def learner(kind: str = "fused", precision: str = "float64", **settings: Any) -> mf.MAMLPlusPlus:

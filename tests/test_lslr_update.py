@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import kept_threads, spare_the_interpreter
+from helpers import assert_equal_on_any_threads, spare_the_interpreter
+from op_helpers import backend_fixture, opcheck
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from mamlpp_fast.ops._library import OPERATIONS
-from mamlpp_fast.ops.lslr_update import (
-    flatten_parameters,
-    lslr_update,
-    lslr_update_backward_out,
-    lslr_update_out,
-    unflatten_parameters,
-)
+from mamlpp_fast.ops import lslr_update
 from mamlpp_fast.testing import backends, use_backend
 
+ops = torch.ops.mamlpp_fast
 BACKENDS = backends("lslr_update")
+backend = backend_fixture("lslr_update")
 SIZES = {
     "one": [1],
     "primes": [7, 3, 11],
@@ -28,7 +24,7 @@ SIZES = {
 
 
 def segments(sizes: list[int]) -> Tensor:
-    return flatten_parameters([torch.empty(size) for size in sizes])[1]
+    return torch.tensor([0, *sizes]).cumsum(0)
 
 
 def plain(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int) -> Tensor:
@@ -52,12 +48,6 @@ def arguments(
     )
     offsets = segments(sizes) if form == "tensor" else None
     return theta, grad, alpha, offsets, 0 if form == "single" else step
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> object:
-    with use_backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("form", ["tensor", "element", "single"])
@@ -146,8 +136,8 @@ def test_out_forms_write_what_they_name_and_nothing_else(backend: str) -> None:
     )
     out, ggrad = (torch.full_like(theta, float("nan")) for _ in range(2))
     grates = torch.full_like(rates, 7.0)
-    assert lslr_update_out(theta, grad, rates, offsets, step, out) is out
-    lslr_update_backward_out(theta, grad, rates, offsets, step, ggrad, grates)
+    ops.lslr_update_out(theta, grad, rates, offsets, step, out)
+    ops.lslr_update_backward_out(theta, grad, rates, offsets, step, ggrad, grates)
     row = rates[:, step].repeat_interleave(offsets.diff())
     torch.testing.assert_close(out, theta - row * grad)
     torch.testing.assert_close(ggrad, -row * theta)
@@ -156,7 +146,7 @@ def test_out_forms_write_what_they_name_and_nothing_else(backend: str) -> None:
     others = [k for k in range(rates.shape[1]) if k != step]
     assert (grates[:, others] == 7.0).all()
     in_place = theta.clone()
-    lslr_update_out(in_place, grad, rates, offsets, step, in_place)
+    ops.lslr_update_out(in_place, grad, rates, offsets, step, in_place)
     torch.testing.assert_close(in_place, out, rtol=0, atol=0)
 
 
@@ -164,14 +154,12 @@ def test_out_forms_write_what_they_name_and_nothing_else(backend: str) -> None:
 @pytest.mark.parametrize("form", ["tensor", "element"])
 def test_result_does_not_depend_on_threads(form: str) -> None:
     args = arguments([70_000, 64, 9_001], 3, form, dtype=torch.float32)
-    results = []
-    with kept_threads():
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            out = lslr_update(*args)
-            results.append([out, *torch.autograd.grad((out * out).sum(), args[:3])])
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+    def run() -> list[Tensor]:
+        out = lslr_update(*args)
+        return [out, *torch.autograd.grad((out * out).sum(), args[:3])]
+
+    assert_equal_on_any_threads(run)
 
 
 # torch 2.14's opcheck gives AOTAutograd non-leaf tensors, which it asks for their gradient.
@@ -184,13 +172,11 @@ def test_opcheck(form: str) -> None:
         "lslr_update_backward": (theta, grad, rates, offsets, step),
         "lslr_update_double_backward": (theta, rates, theta, grad, rates, offsets, step),
     }
-    for name, sample in samples.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
+    opcheck(samples)
     theta, grad, rates = (t.detach() for t in (theta, grad, rates))
     out = torch.empty_like(theta)
-    torch.library.opcheck(OPERATIONS["lslr_update_out"].overload, (theta, grad, rates, offsets, step, out))
-    sample = (theta, grad, rates, offsets, step, out, torch.zeros_like(rates))
-    torch.library.opcheck(OPERATIONS["lslr_update_backward_out"].overload, sample)
+    given = (theta, grad, rates, offsets, step, out)
+    opcheck({"lslr_update_out": given, "lslr_update_backward_out": (*given, torch.zeros_like(rates))})
 
 
 def test_saved_tensors_are_guarded_by_their_version(backend: str) -> None:
@@ -227,14 +213,3 @@ def test_offsets_must_rise_to_the_end(name: str, ends: list[int]) -> None:
     theta, grad, rates, _, step = arguments([5, 2], 2, "tensor")
     with use_backend(name), pytest.raises(ValueError, match="offsets: expected to rise from 0 to 7"):
         lslr_update(theta, grad, rates, torch.tensor(ends), step)
-
-
-def test_flatten_and_unflatten() -> None:
-    tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(4)]
-    flat, offsets = flatten_parameters(tensors, tasks=2)
-    assert offsets.tolist() == [0, 6, 7, 11]
-    parts = unflatten_parameters(flat, [t.shape for t in tensors])
-    for part, tensor in zip(parts, tensors, strict=True):
-        torch.testing.assert_close(part, tensor.expand(2, *tensor.shape))
-    with pytest.raises(ValueError, match="tensors: expected"):
-        flatten_parameters([])

@@ -137,3 +137,20 @@ def test_torch_function_sees_a_per_step_norm_as_one_operation(kind: type[nn.Modu
     assert calls.seen == [reference.per_step_norm]
     assert_close(y, expected, rtol=0, atol=0)
     assert isinstance(norm(x.as_subclass(_Marked)), _Marked)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_vmap_in_training_mode_is_refused_in_words(momentum: float | None) -> None:
+    norm = mf.PerStepBatchNorm2d(3, 2, momentum=momentum).double()
+    x = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with pytest.raises(
+        NotImplementedError, match=r"PerStepBatchNorm2d: expected evaluation mode under torch.func"
+    ):
+        torch.func.vmap(norm)(x)
+    with pytest.raises(NotImplementedError, match="got training mode"):
+        torch.func.vmap(torch.func.grad(lambda t: norm(t).square().sum()))(x)
+    assert_close(dict(norm.state_dict()), before, rtol=0, atol=0)
+    for stats in ("batch", "running"):
+        mf.set_eval_stats(norm.eval(), stats)
+        assert_close(torch.func.vmap(norm)(x), torch.stack([norm(t) for t in x]))

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads, spare_the_interpreter
+from op_helpers import (
+    MOVING,
+    assert_double_backward,
+    assert_errs_at_most_twice_as_much_as_pytorch,
+    assert_orders,
+    assert_shared_directions,
+    backend_fixture,
+    opcheck,
+    tangents,
+    wide,
+)
 from torch import Tensor
 
-from mamlpp_fast.ops._library import OPERATIONS
-from mamlpp_fast.ops.norm_act_pool import (
-    norm_act_pool,
-    norm_act_pool_backward,
-    norm_act_pool_backward_tangent,
-    norm_act_pool_tangent,
-    output_shape,
-)
+from mamlpp_fast.ops.norm_act_pool import output_shape
 from mamlpp_fast.testing import backends, use_backend
 
+ops = torch.ops.mamlpp_fast
 BACKENDS = backends("norm_act_pool")
+backend = backend_fixture("norm_act_pool")
 SHAPES = {
     "even": (2, 3, 6, 4, 8),
     "odd": (2, 3, 7, 5, 5),
@@ -29,15 +33,9 @@ SHAPES = {
     "one-channel": (2, 2, 3, 3, 1),
     "smallest": (1, 1, 2, 2, 3),
     "long": (1, 1, 2, 37, 12),
+    "many-pieces": (1, 6, 14, 14, 1),
 }
 EPS = 1e-5
-MOVING = {"gamma": ("gamma",), "beta": ("beta",), "both": ("gamma", "beta")}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def plain(z: Tensor, gamma: Tensor, beta: Tensor, slope: float, pool: bool, group: int = 1) -> Tensor:
@@ -71,6 +69,7 @@ class Case:
         moving: tuple[str, ...] = (),
         group: int = 1,
         each: int = 1,
+        statistics: torch.dtype | None = None,
     ) -> None:
         tasks, channels = shape[0], shape[-1]
         small = output_shape(shape, pool)
@@ -78,32 +77,36 @@ class Case:
         self.group, self.each = group, each
         self.z, self.u = torch.randn(shape, dtype=dtype) + offset, torch.randn(shape, dtype=dtype)
         self.gy, self.gy_dot = torch.randn(small, dtype=dtype), torch.randn(small, dtype=dtype)
-        self.gamma, self.beta = torch.randn(rows, dtype=dtype), torch.randn(rows, dtype=dtype)
+        self.statistics = statistics or dtype
+        self.gamma, self.beta = (torch.randn(rows, dtype=self.statistics) for _ in range(2))
         dots = {name: torch.randn(tasks // each, channels, dtype=dtype) for name in moving}
         self.gamma_dot, self.beta_dot = dots.get("gamma"), dots.get("beta")
         self.pool, self.slope = pool, slope
         self.small, self.rows = small, (tasks, channels)
 
     def fresh(self, *shapes: tuple[int, ...]) -> list[Tensor]:
-        return [torch.full(shape, float("nan"), dtype=self.z.dtype) for shape in shapes]
+        types = [self.statistics if shape == self.rows else self.z.dtype for shape in shapes]
+        return [torch.full(s, float("nan"), dtype=dtype) for s, dtype in zip(shapes, types, strict=True)]
 
     def tasks_of(self, row: Tensor) -> Tensor:
         """γ, β or a direction of theirs, of every task."""
         return row.expand(self.rows) if row.dim() == 1 else row.repeat_interleave(self.each, 0)
 
     def run(self) -> dict[str, Tensor]:
-        options = {"slope": self.slope, "pool": self.pool, "group": self.group}
         y, mean, rstd = self.fresh(self.small, self.rows, self.rows)
         index = torch.full(self.small if self.pool else (0,), 255, dtype=torch.uint8)
-        norm_act_pool(self.z, self.gamma, self.beta, y, index, mean, rstd, eps=EPS, **options)
-        saved = (self.z, index, mean, rstd, self.gamma, self.beta)
+        group = {"group": self.group}
+        form = (self.slope, self.pool)
+        ops.norm_act_pool(self.z, self.gamma, self.beta, EPS, *form, y, index, mean, rstd, **group)
+        saved = (self.z, index, mean, rstd, self.gamma, self.beta, self.slope)
         gz, ggamma, gbeta = self.fresh(self.z.shape, self.rows, self.rows)
-        norm_act_pool_backward(self.gy, *saved, gz, ggamma, gbeta, **options)
+        ops.norm_act_pool_backward(self.gy, *saved, self.pool, gz, ggamma, gbeta, **group)
         uy, r, t = self.fresh(self.small, self.rows, self.rows)
-        moved = {"gamma_dot": self.gamma_dot}
-        norm_act_pool_tangent(self.u, *saved, uy, r, t, **options, **moved, beta_dot=self.beta_dot)
+        moved = (self.gamma_dot, self.beta_dot)
+        ops.norm_act_pool_tangent(self.u, *saved, self.pool, uy, r, t, *moved, **group)
         dots = self.fresh(self.z.shape, self.rows, self.rows)
-        norm_act_pool_backward_tangent(self.gy_dot, self.gy, self.u, *saved, r, t, *dots, **options, **moved)
+        along = (self.gy_dot, self.gy, self.u)
+        ops.norm_act_pool_backward_tangent(*along, *saved, r, t, self.pool, *dots, moved[0], **group)
         names = ("y", "mean", "rstd", "gz", "ggamma", "gbeta", "uy", "gz_dot", "ggamma_dot", "gbeta_dot")
         return dict(zip(names, (y, mean, rstd, gz, ggamma, gbeta, uy, *dots), strict=True))
 
@@ -125,12 +128,7 @@ class Case:
             directions[name] = (gradient, {z: self.u, gy: self.gy_dot, **moves})
         names = ("y", "mean", "rstd", "gz", "ggamma", "gbeta")
         results = dict(zip(names, (f.detach() for f in found), strict=True))
-        for name, (value, along) in directions.items():
-            cotangent = torch.zeros_like(value).requires_grad_()
-            pulled = torch.autograd.grad(value, list(along), cotangent, create_graph=True, allow_unused=True)
-            product = sum((p * d).sum() for p, d in zip(pulled, along.values(), strict=True) if p is not None)
-            (results[name],) = torch.autograd.grad(product, cotangent, retain_graph=True)  # type: ignore[arg-type]
-        return results
+        return results | tangents(directions)
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0], ids=["leaky", "relu", "linear"])
@@ -139,12 +137,7 @@ class Case:
 def test_four_orders(backend: str, name: str, pool: bool, slope: float) -> None:
     # To Triton's kernels the slope is a number like another.
     spare_the_interpreter(backend, slope != 0.01 and name not in ("odd", "odd-columns"))
-    case = Case(SHAPES[name], pool=pool, slope=slope, per_task=slope == 0.01)
-    found, expected = case.run(), case.expected()
-    for key, value in found.items():
-        torch.testing.assert_close(
-            value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_orders(Case(SHAPES[name], pool=pool, slope=slope, per_task=slope == 0.01), 1e-11, scaled=False)
 
 
 @pytest.mark.parametrize("moving", MOVING.values(), ids=MOVING)
@@ -153,27 +146,13 @@ def test_four_orders(backend: str, name: str, pool: bool, slope: float) -> None:
 def test_orders_along_moving_weights(backend: str, name: str, pool: bool, moving: tuple[str, ...]) -> None:
     case = Case(SHAPES[name], pool=pool, per_task=name != "odd", moving=moving)
     case.gamma[..., 1] = 0
-    found, expected = case.run(), case.expected()
-    for key, value in found.items():
-        torch.testing.assert_close(
-            value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_orders(case, 1e-11, scaled=False)
 
 
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
 def test_the_tangents_are_the_double_backward(backend: str, pool: bool) -> None:
-    """Cotangents of the gradients of z, γ and β in the places of the directions; nothing moves gy."""
     case = Case((2, 3, 7, 5, 5), pool=pool, per_task=True, moving=("gamma", "beta"))
-    case.gamma[:, 2], case.gy_dot[:] = 0, 0
-    inputs = [t.clone().requires_grad_() for t in (case.gy, case.z, case.gamma, case.beta)]
-    y = plain(*inputs[1:], case.slope, pool)
-    gradients = torch.autograd.grad(y, inputs[1:], inputs[0], create_graph=True)
-    cotangents = (case.u, case.gamma_dot, case.beta_dot)
-    expected = torch.autograd.grad(gradients, inputs[:3], cotangents)
-    found = case.run()
-    for name, value in zip(("uy", "gz_dot", "ggamma_dot"), expected, strict=True):
-        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11)
-    assert torch.equal(found["gbeta_dot"], torch.zeros_like(found["gbeta_dot"]))
+    assert_double_backward(case, "z", lambda *inputs: plain(*inputs, case.slope, pool))
 
 
 @pytest.mark.parametrize(
@@ -194,34 +173,21 @@ def test_groups_of_channels_and_rows_for_several_tasks(
 ) -> None:
     spare_the_interpreter(backend, group > 1)  # the closed form's
     case = Case(shape, pool=pool, per_task=True, moving=moving, group=group, each=each)
-    found, expected = case.run(), case.expected()
-    for key, value in found.items():
-        torch.testing.assert_close(
-            value, expected[key], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_orders(case, 1e-11, scaled=False)
 
 
 def test_groups_with_a_large_mean_in_float32(backend: str) -> None:
     """The levels of the channels differ by a thousand, their deviations by one."""
     case = Case((2, 1, 7, 7, 16), dtype=torch.float32, group=8)
     case.z += torch.arange(16.0) * 100 + 1e3
-    exact = Case(tuple(case.z.shape), group=8)
-    for name in ("z", "u", "gy", "gy_dot", "gamma", "beta"):
-        setattr(exact, name, getattr(case, name).double())
     found = case.run()
-    for name, value in exact.expected().items():
+    for name, value in wide(case).expected().items():
         scale = float(value.abs().max())
         torch.testing.assert_close(found[name].double(), value, rtol=0, atol=2e-5 * scale, msg=name)
 
 
 def test_directions_shared_by_all_tasks(backend: str) -> None:
-    case = Case((3, 2, 5, 4, 6), moving=("gamma", "beta"))
-    assert case.gamma_dot is not None and case.beta_dot is not None
-    case.gamma_dot, case.beta_dot = case.gamma_dot[0], case.beta_dot[0]
-    shared = case.run()
-    case.gamma_dot, case.beta_dot = (row.expand(3, 6).clone() for row in (case.gamma_dot, case.beta_dot))
-    for name, value in case.run().items():
-        assert torch.equal(shared[name], value), name
+    assert_shared_directions(Case((3, 2, 5, 4, 6), moving=("gamma", "beta")))
 
 
 @pytest.mark.parametrize("moving", [(), ("gamma", "beta")], ids=["fixed", "moving"])
@@ -229,16 +195,7 @@ def test_large_mean_in_float32_errs_at_most_twice_as_much_as_pytorch(
     backend: str, moving: tuple[str, ...]
 ) -> None:
     case = Case((1, 4, 14, 14, 16), dtype=torch.float32, offset=1e3, moving=moving)
-    ours, theirs = case.run(), case.expected()
-    exact = Case(tuple(case.z.shape))
-    for name in ("z", "u", "gy", "gy_dot", "gamma", "beta", "gamma_dot", "beta_dot"):
-        if (value := getattr(case, name)) is not None:
-            setattr(exact, name, value.double())
-    for name, value in exact.expected().items():
-        if name == "mean":
-            continue
-        limit = 2 * (theirs[name].double() - value).abs().max() + 1e-6 * value.abs().max()
-        assert (ours[name].double() - value).abs().max() <= limit, name
+    assert_errs_at_most_twice_as_much_as_pytorch(case, but=("mean",))
 
 
 def test_float32_is_close(backend: str) -> None:
@@ -280,29 +237,18 @@ def test_opcheck(pool: bool) -> None:
             case.gy_dot, case.gy, case.u, *saved, mean, rstd.clone(), pool, *outputs,
         ),
     }  # fmt: skip
-    for name, sample in samples.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
     moved = torch.randn(2, *case.rows, dtype=torch.float64)
-    for name, rows in (("tangent", moved.unbind()), ("backward_tangent", moved[:1].unbind())):
-        sample = (*samples[f"norm_act_pool_{name}"], *rows)
-        torch.library.opcheck(OPERATIONS[f"norm_act_pool_{name}"].overload, sample)
+    opcheck(samples)
+    for order, rows in (("tangent", moved), ("backward_tangent", moved[:1])):
+        name = f"norm_act_pool_{order}"
+        opcheck({name: (*samples[name], *rows)})
 
 
 def test_errors_name_the_argument(backend: str) -> None:
     def attempt(shape: tuple[int, ...], *, gamma: int = 3, small: tuple[int, ...] | None = None) -> None:
         small = output_shape(shape, True) if small is None else small
-        norm_act_pool(
-            torch.randn(shape),
-            torch.randn(gamma),
-            torch.randn(3),
-            torch.empty(small),
-            torch.empty(small, dtype=torch.uint8),
-            torch.empty(shape[0], 3),
-            torch.empty(shape[0], 3),
-            eps=EPS,
-            slope=0.01,
-            pool=True,
-        )
+        results = (torch.empty(small), torch.empty(small, dtype=torch.uint8), *torch.empty(2, shape[0], 3))
+        ops.norm_act_pool(torch.randn(shape), torch.randn(gamma), torch.randn(3), EPS, 0.01, True, *results)
 
     with pytest.raises(ValueError, match="gamma: expected"):
         attempt((2, 2, 4, 4, 3), gamma=2)
@@ -329,3 +275,58 @@ def test_a_direction_of_another_shape_is_refused(backend: str) -> None:
         with pytest.raises(ValueError, match=f"{name}: expected"):
             case.run()
         setattr(case, name, right)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no interpreter")
+@pytest.mark.parametrize("whole", [0, 1024], ids=["two-passes", "whole"])
+@pytest.mark.parametrize(
+    ("shape", "pool", "per_task", "slope"),
+    [
+        ((2, 3, 5, 7, 3), True, False, 0.01),
+        ((2, 2, 4, 5, 33), True, True, 0.01),
+        ((1, 3, 5, 3, 2), False, True, 0.0),
+        ((1, 6, 14, 14, 1), True, False, 1.0),
+        ((2, 4, 9, 8, 9), True, True, 0.1),
+    ],
+    ids=[
+        "odd-pooled",
+        "two-channel-blocks",
+        "relu-unpooled",
+        "many-pieces",
+        "two-tiles-two-blocks-of-a-whole",
+    ],
+)
+def test_one_launch_for_both_passes_and_two(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    pool: bool,
+    per_task: bool,
+    slope: float,
+    whole: int,
+) -> None:
+    """Up to so many rows a program takes all of them."""
+    from mamlpp_fast.kernels import norm_act_pool as kernels
+
+    monkeypatch.setattr(kernels, "_WHOLE", whole)
+    with use_backend("triton"):
+        assert_orders(Case(shape, pool=pool, per_task=per_task, slope=slope), 1e-11, scaled=False)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_low_precision_kernels_are_near_the_closed_form(dtype: torch.dtype) -> None:
+    case = Case((2, 3, 5, 7, 3), dtype=dtype, statistics=torch.float32)
+    with use_backend("python"):
+        expected = case.run()
+    with use_backend("triton"):
+        actual = case.run()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no interpreter")
+def test_other_memory_order_is_refused_by_the_kernels() -> None:
+    case = Case((1, 4, 3, 4, 2))
+    case.z = case.z.transpose(1, 2).contiguous().transpose(1, 2)
+    with use_backend("triton"), pytest.raises(ValueError, match="z: expected a contiguous tensor"):
+        case.run()

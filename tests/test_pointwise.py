@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads
+from op_helpers import backend_fixture
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.ops.pointwise import FUNCTIONS
-from mamlpp_fast.testing import backends, use_backend
+from mamlpp_fast.testing import backends
 
 ops = torch.ops.mamlpp_fast
 A = 1.7
@@ -32,10 +33,7 @@ THEIRS: dict[str, Callable[[Tensor], Tensor]] = {
 NATIVE = "native" in backends("pointwise")
 
 
-@pytest.fixture(params=backends("pointwise"))
-def backend(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
+backend = backend_fixture("pointwise", poisoned=True)
 
 
 def found(name: str, x: Tensor, g_dot: Tensor, g: Tensor, u: Tensor) -> list[Tensor]:

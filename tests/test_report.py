@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from PIL import Image
-from train_helpers import draw_folder, tiny
+from train_helpers import tiny
 
 from mamlpp_fast.cli import main
 from mamlpp_fast.report import confusion, write_report
@@ -68,11 +68,6 @@ class Page(HTMLParser):
     def figures(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(self.texts["script"][-2])
         return found
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("images"))
 
 
 def _train(out: Path, data: Path, **changes: Any) -> Path:

@@ -3,13 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_helpers import TINY, draw_folder, tiny_arguments
+from train_helpers import TINY, tiny_arguments
 
 from mamlpp_fast.cli import main
 from mamlpp_fast.learner import MAMLPlusPlus, NonFiniteLossError
@@ -23,16 +22,7 @@ BUDGET = TINY | {"epochs": 2, "iterations_per_epoch": 2}
 ROWS = ["maml", "maml++"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(autouse=True)
-def _generator() -> Iterator[None]:
-    """Training seeds torch's global generator."""
-    with torch.random.fork_rng():
-        yield
+pytestmark = pytest.mark.usefixtures("own_generator")
 
 
 def run(out: Path, data: Path, **changes: Any) -> str:

@@ -15,13 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlpp_fast import _native
-from mamlpp_fast.ops.task_conv2d import (
-    output_size,
-    task_conv2d,
-    task_conv2d_to_input,
-    task_conv2d_to_weight,
-)
+from mamlpp_fast.ops.task_conv2d import output_size
 from mamlpp_fast.testing import backends, use_backend
+
+ops = torch.ops.mamlpp_fast
 
 # tasks, images, height, width, channels in, channels out, kernel, stride, padding
 SHAPES: dict[str, tuple[Any, ...]] = {
@@ -85,8 +82,19 @@ TILE_SHAPES = {
     "tiles-column": (1, 3, 40, 1, 32, 48, 3, 1, 1),
 }
 BFLOAT16_SHAPES |= TILE_SHAPES
+# What Triton's interpreter takes in time.
+INTERPRETED = {
+    "odd-3x3": (2, 2, 5, 7, 3, 5, 3, 1, 1),
+    "dense-stride-2": (2, 1, 5, 6, 16, 32, 3, 2, 1),
+    "one-channel-stride-2": (1, 2, 6, 5, 1, 17, 3, 2, 1),
+    "dense-1x1-stride-2": (1, 2, 5, 5, 48, 16, 1, 2, 0),
+    "1x1": (1, 4, 9, 8, 2, 3, 1, 1, 0),
+    "dense-sequence": (1, 2, 9, 1, 16, 16, (5, 1), 1, 2),
+    "5x5": (1, 2, 6, 7, 2, 3, (5, 5), 1, 2),
+}
 FEW = ("omniglot-14", "omniglot-7", "imagenet-first", "stride-2", "odd-channels")
 NATIVE = "native" in backends("task_conv2d")
+interpreted = pytest.mark.skipif("triton" not in backends("task_conv2d"), reason="no Triton interpreter")
 ISA = _native.status().isa
 
 
@@ -129,17 +137,16 @@ class Case:
         )
         return [y.detach(), *torch.autograd.grad(y, (x, w), g)]
 
-    def compare(self, check: Callable[[Tensor, Tensor], None]) -> None:
+    def compare(self, check: Callable[[Tensor, Tensor], None], out: torch.dtype | None = None) -> None:
         """Calls check(result, float64 result) for the three products, without and with the second pair."""
         first, second = self._exact(0), self._exact(1)
-        jobs = [(task_conv2d, self.x, self.w), (task_conv2d_to_input, self.g, self.w)]
-        for k, (op, a, b) in enumerate([*jobs, (task_conv2d_to_weight, self.x, self.g)]):
-            dtype = torch.promote_types(self.x[0].dtype, torch.float32)
-            out = torch.full(first[k].shape, float("nan"), dtype=dtype)
-            geometry = {"stride": self.stride, "padding": self.padding}
-            check(op(a[0], b[0], out, **geometry), first[k])
-            out.fill_(float("nan"))
-            check(op(a[0], b[0], out, second=(a[1], b[1]), **geometry), first[k] + second[k])
+        jobs = [(ops.task_conv2d, self.x, self.w), (ops.task_conv2d_to_input, self.g, self.w)]
+        dtype = out or torch.promote_types(self.x[0].dtype, torch.float32)
+        for k, (op, a, b) in enumerate([*jobs, (ops.task_conv2d_to_weight, self.x, self.g)]):
+            for pair, exact in (((None, None), first[k]), ((a[1], b[1]), first[k] + second[k])):
+                result = torch.full(first[k].shape, float("nan"), dtype=dtype)
+                op(a[0], b[0], *pair, self.stride, self.padding, result)
+                check(result, exact)
 
 
 def relative(result: Tensor, exact: Tensor) -> float:
@@ -188,6 +195,36 @@ def test_winograd_rounds_twice_as_much_as_the_direct_form_at_most(name: str) -> 
         Case(SHAPES[name], torch.float32).compare(check)
 
 
+@interpreted
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_gpu_kernels_are_exact_in_float64(name: str) -> None:
+    with use_backend("triton"):
+        Case(INTERPRETED[name], torch.float64).compare(
+            lambda result, exact: torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12)
+        )
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["odd-3x3", "dense-stride-2"])
+def test_gpu_kernels_round_in_float32(name: str) -> None:
+    with use_backend("triton"):
+        Case(INTERPRETED[name], torch.float32).compare(
+            lambda result, exact: torch.testing.assert_close(result, exact.float(), rtol=1e-5, atol=2e-5)
+        )
+
+
+@interpreted
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=["to-float32", "to-bfloat16"])
+def test_gpu_kernels_sum_bfloat16_operands_in_float32(out: torch.dtype) -> None:
+    tolerance = 1e-5 if out == torch.float32 else 1e-2
+
+    def check(result: Tensor, exact: Tensor) -> None:
+        torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=10 * tolerance)
+
+    with use_backend("triton"):
+        Case((2, 1, 5, 6, 16, 32, 3, 1, 1), torch.bfloat16).compare(check, out)
+
+
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -213,10 +250,10 @@ def test_bfloat16_operands_at_any_address() -> None:
     """Half an element off, operands cannot be read in pairs."""
     x = torch.randn(1 + 2 * 3 * 7 * 7 * 16).bfloat16()[1:].view(2, 3, 7, 7, 16)
     w = torch.randn(2, 3, 3, 16, 8).bfloat16()
+    out, same, wide = torch.empty(3, 2, 3, 7, 7, 8)
     with use_backend("native"):
-        out = task_conv2d(x, w, torch.empty(2, 3, 7, 7, 8))
-        same = task_conv2d(x.clone(), w, torch.empty(2, 3, 7, 7, 8))
-        wide = task_conv2d(x.float(), w.float(), torch.empty(2, 3, 7, 7, 8))
+        for a, b, result in ((x, w, out), (x.clone(), w, same), (x.float(), w.float(), wide)):
+            ops.task_conv2d(a, b, None, None, 1, 1, result)
     assert torch.equal(out, wide)
     torch.testing.assert_close(out, same, rtol=1e-5, atol=1e-4)
 
@@ -234,16 +271,54 @@ def test_bfloat16_operands_at_any_address() -> None:
     ],
     ids=["output", "channels", "stride", "padding", "padding-1x1", "padding-of-one-axis", "dimensions"],
 )
+@pytest.mark.parametrize("name", backends("task_conv2d"))
 def test_wrong_shapes_are_refused(
-    backend: str,
+    name: str,
     x: tuple[int, ...],
     w: tuple[int, ...],
     out: tuple[int, ...],
     options: dict[str, int],
     message: str,
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        task_conv2d(torch.zeros(x), torch.zeros(w), torch.zeros(out), **options)
+    operands = (torch.zeros(x), torch.zeros(w))
+    form = (options.get("stride", 1), options.get("padding", 1))
+    with use_backend(name), pytest.raises(ValueError, match=message):
+        ops.task_conv2d(*operands, None, None, *form, torch.zeros(out))
+
+
+@pytest.mark.parametrize("name", backends("task_conv2d"))
+def test_a_second_pair_of_another_shape_is_refused(name: str) -> None:
+    x, w, out = torch.zeros(1, 2, 4, 4, 3), torch.zeros(1, 3, 3, 3, 5), torch.zeros(1, 2, 4, 4, 5)
+    with use_backend(name):
+        with pytest.raises(ValueError, match="second operand pair: expected both tensors or neither"):
+            ops.task_conv2d(x, w, x, None, 1, 1, out)
+        with pytest.raises(ValueError, match="second operand pair: expected"):
+            ops.task_conv2d(x, w, x[:, :1], w, 1, 1, out)
+
+
+@interpreted
+def test_pieces_are_counted_anew_in_every_launch() -> None:
+    """The last piece of a tile adds up all, and leaves its counter at zero: a replay is a launch like the first."""
+    from mamlpp_fast.kernels import _launch
+
+    x, g = (torch.randn(1, 3, 6, 6, c, dtype=torch.float64) for c in (5, 7))
+    expected, gw = (torch.empty(1, 3, 3, 5, 7, dtype=torch.float64) for _ in range(2))
+    with use_backend("python"):
+        ops.task_conv2d_to_weight(x, g, None, None, 1, 1, expected)
+    for _ in range(2):
+        gw.fill_(torch.nan)
+        with use_backend("triton"):
+            ops.task_conv2d_to_weight(x, g, None, None, 1, 1, gw)
+        torch.testing.assert_close(gw, expected, rtol=1e-12, atol=1e-12)
+    (counts,) = (c for (_, address, _), c in _launch._counters.items() if address == gw.data_ptr())
+    assert not counts.any()
+
+
+@interpreted
+def test_gpu_kernels_refuse_another_memory_order() -> None:
+    x, w, out = torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 3, 3, 3, 5), torch.zeros(1, 2, 4, 4, 5)
+    with use_backend("triton"), pytest.raises(ValueError, match="expected contiguous tensors"):
+        ops.task_conv2d(x.permute(0, 1, 3, 4, 2), w, None, None, 1, 1, out)
 
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,7 @@ from mamlpp_fast.train.checkpoint import CheckpointError, save_checkpoint
 from mamlpp_fast.train.config import TrainConfig
 from mamlpp_fast.train.evaluate import mean_and_interval, score
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(autouse=True)
-def _generator() -> Iterator[None]:
-    """Training seeds torch's global generator."""
-    with torch.random.fork_rng():
-        yield
+pytestmark = pytest.mark.usefixtures("own_generator")
 
 
 def run(out: Path, data: Path, config: TrainConfig | None = None, **changes: Any) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads
+from op_helpers import backend_fixture
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.ops.window_pool import output_shape
-from mamlpp_fast.testing import backends, use_backend
+from mamlpp_fast.testing import backends
 
 ops = torch.ops.mamlpp_fast
 Window = tuple[int, int, int, int, int, int]
@@ -31,10 +30,7 @@ CASES: dict[str, tuple[tuple[int, ...], Window]] = {
 }
 
 
-@pytest.fixture(params=backends("window_max"))
-def backend(request: pytest.FixtureRequest, poisoned_memory: None) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
+backend = backend_fixture("window_max", poisoned=True)
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:

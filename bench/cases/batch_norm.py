@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Job, Subjects
+from bench.harness import Case, Job, Subjects, of_order
 from mamlpp_fast import ops
 
 SHAPES = [(20, 64, 28, 28), (20, 64, 14, 14), (20, 64, 7, 7), (25, 48, 84, 84)]
@@ -49,7 +49,7 @@ def job(f: Callable[[Tensor, Tensor, Tensor], Tensor], order: str, tensors: Sequ
         gx, *_ = torch.autograd.grad(f(*leaves), leaves, gy, create_graph=True)
         return torch.autograd.grad(gx, (gy, x, weight), u)
 
-    return {"forward": forward, "forward+backward": backward, "forward+backward+double": double}[order]
+    return of_order(order, forward, backward, double)
 
 
 def make(order: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Subjects:

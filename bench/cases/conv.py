@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Case, Job, Subjects
-from mamlpp_fast.ops.task_conv2d import task_conv2d, task_conv2d_to_input, task_conv2d_to_weight
+from mamlpp_fast import ops as _ops  # noqa: F401 - registers them
 
 # tasks, images, side, channels in, channels out
 SHAPES = {
@@ -61,13 +61,14 @@ def make(order: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subjects:
     out = torch.empty_like(outputs[order], dtype=torch.float32)
     axes = (2, 3, 1, 0) if order == "to weight" else (0, 2, 3, 1)
 
+    op, *pair = {
+        "forward": (torch.ops.mamlpp_fast.task_conv2d, x, w),
+        "to input": (torch.ops.mamlpp_fast.task_conv2d_to_input, g, w),
+        "to weight": (torch.ops.mamlpp_fast.task_conv2d_to_weight, x, g),
+    }[order]
+
     def ours() -> Sequence[Tensor]:
-        if order == "forward":
-            task_conv2d(x, w, out)
-        elif order == "to input":
-            task_conv2d_to_input(g, w, out)
-        else:
-            task_conv2d_to_weight(x, g, out)
+        op(*pair, None, None, 1, 1, out)
         return out.unbind()
 
     def arranged(job: Job) -> Job:

@@ -10,22 +10,15 @@ timed with the rest, is compared in the tests alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Job, Subjects
-from mamlpp_fast.ops.conv_norm_act_pool import (
-    conv_norm_act_pool,
-    conv_norm_act_pool_backward,
-    conv_norm_act_pool_backward_tangent,
-    conv_norm_act_pool_tangent,
-    output_shape,
-    patch_moments,
-)
+from bench.harness import Case, Job, Subjects, of_order, task_by_task
+from mamlpp_fast.ops.conv_norm_act_pool import output_shape
 
 EPS, SLOPE = 1e-5, 0.01
 # Images [T, N, H, W, Ci], filters.
@@ -36,8 +29,6 @@ PASSES = {"forward": 1, "forward+backward": 2, "forward+backward+double": 4}
 def _torch_job(order: str, x: Tensor, w: Tensor, affine: list[Tensor], gy: Tensor, v: Tensor) -> Job:
     images = [t.permute(0, 3, 1, 2) for t in x]
     weights = [t.permute(3, 2, 0, 1).detach().requires_grad_() for t in w]
-    gradients = [t.permute(0, 3, 1, 2).detach().requires_grad_() for t in gy]
-    directions = [t.permute(3, 2, 0, 1) for t in v]
     rows = [p.detach().clone().requires_grad_() for p in affine]
 
     def forward() -> list[Tensor]:
@@ -45,30 +36,8 @@ def _torch_job(order: str, x: Tensor, w: Tensor, affine: list[Tensor], gy: Tenso
         normal = (F.batch_norm(z, None, None, *rows, True, 0.0, EPS) for z in features)
         return [F.max_pool2d(F.leaky_relu(z, SLOPE), 2) for z in normal]
 
-    def no_grad() -> Sequence[Tensor]:
-        with torch.no_grad():
-            return [y.permute(0, 2, 3, 1) for y in forward()]
-
-    def backward() -> Sequence[Tensor]:
-        return [
-            torch.autograd.grad(y, weight, g)[0].permute(2, 3, 1, 0)
-            for y, weight, g in zip(forward(), weights, gradients, strict=True)
-        ]
-
-    def double() -> Sequence[Tensor]:
-        """The gradient of <gw, v> with respect to gy (the tangent, not returned) and w."""
-        results = []
-        for y, weight, g, d in zip(forward(), weights, gradients, directions, strict=True):
-            (gw,) = torch.autograd.grad(y, weight, g, create_graph=True)
-            results.append(torch.autograd.grad(gw, (g, weight), d)[1].permute(2, 3, 1, 0))
-        return results
-
-    jobs: dict[str, Callable[[], Sequence[Tensor]]] = {
-        "forward": no_grad,
-        "forward+backward": backward,
-        "forward+backward+double": double,
-    }
-    return jobs[order]
+    directions = [t.permute(3, 2, 0, 1) for t in v]
+    return task_by_task(order, forward, weights, gy, directions, (2, 3, 1, 0), tangent=False)
 
 
 def _clear(x: Tensor, w: Tensor, affine: list[Tensor]) -> Tensor:
@@ -94,27 +63,31 @@ def make(order: str, images: tuple[int, ...], filters: int) -> Subjects:
     affine = [torch.rand(filters) + 0.5, torch.randn(filters)]
     gy = torch.randn(small) * _clear(x, w, affine)
     mean, rstd, ggamma, gbeta, t = torch.empty(5, tasks, filters)
-    patch_moments(x, 3, 3, 1, padded, moments)  # once a batch of tasks, not once a pass
-    saved = (y, index, padded, moments, w, affine[0], rstd)
+    ops = torch.ops.mamlpp_fast
+    ops.patch_moments(x, 3, 3, 1, padded, moments)  # once a batch of tasks, not once a pass
+    saved = (y, index, padded, moments, w, affine[0], rstd, SLOPE)
 
     def forward() -> Sequence[Tensor]:
-        conv_norm_act_pool(padded, moments, w, *affine, y, index, mean, rstd, eps=EPS, slope=SLOPE)
+        ops.conv_norm_act_pool(padded, moments, w, *affine, EPS, SLOPE, y, index, mean, rstd)
         return y.unbind()
 
     def backward() -> Sequence[Tensor]:
         forward()
-        conv_norm_act_pool_backward(gy, *saved, gw, sums, ggamma, gbeta, slope=SLOPE)
+        ops.conv_norm_act_pool_backward(gy, *saved, gw, sums, ggamma, gbeta)
         return gw.unbind()
 
     def double() -> Sequence[Tensor]:
         backward()
-        conv_norm_act_pool_tangent(v, *saved, uy, t, slope=SLOPE)
-        conv_norm_act_pool_backward_tangent(zero, v, *saved, sums, t, gw_dot, ggamma, gbeta, slope=SLOPE)
+        ops.conv_norm_act_pool_tangent(v, *saved, uy, t)
+        ops.conv_norm_act_pool_backward_tangent(zero, v, *saved, sums, t, gw_dot, ggamma, gbeta)
         return gw_dot.unbind()
 
-    jobs = {"forward": forward, "forward+backward": backward, "forward+backward+double": double}
     exact = (x.double(), w.double(), [a.double() for a in affine], gy.double(), v.double())
-    return Subjects(jobs[order], _torch_job(order, x, w, affine, gy, v), _torch_job(order, *exact))
+    return Subjects(
+        of_order(order, forward, backward, double),
+        _torch_job(order, x, w, affine, gy, v),
+        _torch_job(order, *exact),
+    )
 
 
 def cases() -> Iterator[Case]:

@@ -6,20 +6,15 @@ of N·F·O, one forward, two backward, two in the tangent, four in the backward'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Job, Subjects
-from mamlpp_fast.ops.linear_cross_entropy import (
-    linear_cross_entropy,
-    linear_cross_entropy_backward,
-    linear_cross_entropy_backward_tangent,
-    linear_cross_entropy_tangent,
-)
+from bench.harness import Case, Job, Subjects, of_order
+from mamlpp_fast import ops as _ops  # noqa: F401 - registers them
 
 # tasks, images, features, classes
 SHAPES = {"omniglot": (8, 20, 64, 20), "miniimagenet": (2, 75, 1200, 5)}
@@ -53,12 +48,7 @@ def _torch_job(order: str, leaves: Sequence[Tensor], dots: Sequence[Tensor], lab
             found += torch.autograd.grad(gradients, (f, w, b), along)
         return found
 
-    jobs: dict[str, Callable[[], Sequence[Tensor]]] = {
-        "forward": no_grad,
-        "forward+backward": backward,
-        "forward+backward+double": double,
-    }
-    return jobs[order]
+    return of_order(order, no_grad, backward, double)
 
 
 def make(order: str, shape: tuple[int, int, int, int]) -> Subjects:
@@ -73,9 +63,10 @@ def make(order: str, shape: tuple[int, int, int, int]) -> Subjects:
     logits, p, gz, gz_dot = (torch.empty_like(target) for _ in range(4))
     scale, loss = torch.tensor(1 / images), torch.empty(tasks)
     f, weight, bias = leaves
+    ops = torch.ops.mamlpp_fast
 
     def forward() -> Sequence[Tensor]:
-        linear_cross_entropy(f, weight, bias, target, scale, logits, p, gz, loss)
+        ops.linear_cross_entropy(f, weight, bias, target, scale, logits, p, gz, loss)
         return loss.unbind()
 
     def by_task(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -83,18 +74,17 @@ def make(order: str, shape: tuple[int, int, int, int]) -> Subjects:
 
     def backward() -> Sequence[Tensor]:
         forward()
-        linear_cross_entropy_backward(gz, f, weight, *grads)
+        ops.linear_cross_entropy_backward(gz, f, weight, *grads)
         return by_task(grads)
 
     def double() -> Sequence[Tensor]:
         backward()
-        linear_cross_entropy_tangent(*dots, f, weight, p, scale, gz_dot)
-        linear_cross_entropy_backward_tangent(gz_dot, gz, *dots[:2], f, weight, *grad_dots)
+        ops.linear_cross_entropy_tangent(*dots, f, weight, p, scale, gz_dot)
+        ops.linear_cross_entropy_backward_tangent(gz_dot, gz, *dots[:2], f, weight, *grad_dots)
         return by_task(grad_dots)
 
-    jobs = {"forward": forward, "forward+backward": backward, "forward+backward+double": double}
     return Subjects(
-        jobs[order],
+        of_order(order, forward, backward, double),
         _torch_job(order, leaves, dots, labels),
         _torch_job(order, [t.double() for t in leaves], [t.double() for t in dots], labels),
     )

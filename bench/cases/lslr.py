@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mamlpp_fast as mf
 from bench.harness import Case, Subjects
-from mamlpp_fast.ops.lslr_update import flatten_parameters, lslr_update, unflatten_parameters
+from mamlpp_fast.ops import lslr_update
 
 TASKS, STEPS, STEP = 8, 5, 2
 BUFFERS = {"forward": 3, "forward+backward": 6}
@@ -27,12 +27,17 @@ def conv4_shapes() -> list[torch.Size]:
 
 
 def make(order: str, shapes: list[torch.Size], tasks: int) -> Subjects:
-    theta, offsets = flatten_parameters([torch.randn(shape) for shape in shapes], tasks)
+    sizes = [shape.numel() for shape in shapes]
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    theta = torch.randn(sum(sizes)).repeat(tasks, 1)
     grad, cotangent = torch.randn_like(theta), torch.randn_like(theta)
     rates = torch.rand(len(shapes), STEPS)
 
+    def parts(buffer: Tensor) -> list[Tensor]:
+        return [p.view(s) for row in buffer for p, s in zip(row.split(sizes), shapes, strict=True)]
+
     def split(buffer: Tensor) -> list[Tensor]:
-        return [p.clone().requires_grad_() for row in buffer for p in unflatten_parameters(row, shapes)]
+        return [p.clone().requires_grad_() for p in parts(buffer)]
 
     def loop(dtype: torch.dtype) -> Callable[[], Sequence[Tensor]]:
         own = [split(t.to(dtype)) for t in (theta, grad)]
@@ -61,8 +66,7 @@ def make(order: str, shapes: list[torch.Size], tasks: int) -> Subjects:
         return torch.autograd.grad(lslr_update(*leaves, offsets, STEP), leaves, cotangent)
 
     def tensors(buffers: Sequence[Tensor]) -> list[Tensor]:
-        split = [p for flat in buffers[:2] for row in flat for p in unflatten_parameters(row, shapes)]
-        return [*split, *buffers[2:]]
+        return [*(p for flat in buffers[:2] for p in parts(flat)), *buffers[2:]]
 
     return Subjects(
         forward if order == "forward" else backward, loop(torch.float32), loop(torch.float64), tensors

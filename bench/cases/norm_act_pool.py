@@ -7,21 +7,15 @@ pass. Operations of an element of z: forward 8, backward 8, the tangents 24 toge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, Job, Subjects
-from mamlpp_fast.ops.norm_act_pool import (
-    norm_act_pool,
-    norm_act_pool_backward,
-    norm_act_pool_backward_tangent,
-    norm_act_pool_tangent,
-    output_shape,
-)
+from bench.harness import Case, Job, Subjects, of_order, task_by_task
+from mamlpp_fast.ops.norm_act_pool import output_shape
 
 EPS, SLOPE = 1e-5, 0.01
 OPERATIONS = {"forward": 8, "forward+backward": 16, "forward+backward+double": 40}
@@ -35,38 +29,14 @@ _DENSE = {
 
 def _torch_job(order: str, z: Tensor, gamma: Tensor, beta: Tensor, gy: Tensor, u: Tensor) -> Job:
     images = [t.permute(0, 3, 1, 2).detach().requires_grad_() for t in z]
-    gradients = [t.permute(0, 3, 1, 2).detach().requires_grad_() for t in gy]
-    directions = [t.permute(0, 3, 1, 2) for t in u]
     affine = [p.detach().clone().requires_grad_() for p in (gamma, beta)]
 
     def forward() -> list[Tensor]:
         normal = (F.batch_norm(x, None, None, *affine, True, 0.0, EPS) for x in images)
         return [F.max_pool2d(F.leaky_relu(x, SLOPE), 2) for x in normal]
 
-    def no_grad() -> Sequence[Tensor]:
-        with torch.no_grad():
-            return [y.permute(0, 2, 3, 1) for y in forward()]
-
-    def backward() -> Sequence[Tensor]:
-        return [
-            torch.autograd.grad(y, x, g)[0].permute(0, 2, 3, 1)
-            for y, x, g in zip(forward(), images, gradients, strict=True)
-        ]
-
-    def double() -> Sequence[Tensor]:
-        """The gradient of <gz, u> with respect to gy (the tangent) and z."""
-        results = []
-        for y, x, g, d in zip(forward(), images, gradients, directions, strict=True):
-            (gz,) = torch.autograd.grad(y, x, g, create_graph=True)
-            results += [t.permute(0, 2, 3, 1) for t in torch.autograd.grad(gz, (g, x), d)]
-        return results
-
-    jobs: dict[str, Callable[[], Sequence[Tensor]]] = {
-        "forward": no_grad,
-        "forward+backward": backward,
-        "forward+backward+double": double,
-    }
-    return jobs[order]
+    directions = [t.permute(0, 3, 1, 2) for t in u]
+    return task_by_task(order, forward, images, gy, directions, (0, 2, 3, 1))
 
 
 def make(order: str, shape: tuple[int, ...]) -> Subjects:
@@ -78,28 +48,29 @@ def make(order: str, shape: tuple[int, ...]) -> Subjects:
     index = torch.empty(small, dtype=torch.uint8)
     gamma, beta = torch.rand(channels) + 0.5, torch.randn(channels)
     mean, rstd, ggamma, gbeta, r, t = (torch.empty(tasks, channels) for _ in range(6))
-    saved = (z, index, mean, rstd, gamma, beta)
-    options = {"slope": SLOPE, "pool": True}
+    saved = (z, index, mean, rstd, gamma, beta, SLOPE)
+    ops = torch.ops.mamlpp_fast
 
     def forward() -> Sequence[Tensor]:
-        norm_act_pool(z, gamma, beta, y, index, mean, rstd, eps=EPS, **options)  # type: ignore[arg-type]
+        ops.norm_act_pool(z, gamma, beta, EPS, SLOPE, True, y, index, mean, rstd)
         return y.unbind()
 
     def backward() -> Sequence[Tensor]:
         forward()
-        norm_act_pool_backward(gy, *saved, gz, ggamma, gbeta, **options)  # type: ignore[arg-type]
+        ops.norm_act_pool_backward(gy, *saved, True, gz, ggamma, gbeta)
         return gz.unbind()
 
     def double() -> Sequence[Tensor]:
         backward()
-        norm_act_pool_tangent(u, *saved, uy, r, t, **options)  # type: ignore[arg-type]
-        norm_act_pool_backward_tangent(zero, gy, u, *saved, r, t, hz, ggamma, gbeta, **options)  # type: ignore[arg-type]
+        ops.norm_act_pool_tangent(u, *saved, True, uy, r, t)
+        ops.norm_act_pool_backward_tangent(zero, gy, u, *saved, r, t, True, hz, ggamma, gbeta)
         return [part for pair in zip(uy, hz, strict=True) for part in pair]
 
-    jobs = {"forward": forward, "forward+backward": backward, "forward+backward+double": double}
     tensors = (z, gamma, beta, gy, u)
     return Subjects(
-        jobs[order], _torch_job(order, *tensors), _torch_job(order, *(tensor.double() for tensor in tensors))
+        of_order(order, forward, backward, double),
+        _torch_job(order, *tensors),
+        _torch_job(order, *(tensor.double() for tensor in tensors)),
     )
 
 

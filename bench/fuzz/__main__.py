@@ -10,21 +10,19 @@ crash is seen and counted too. Exits with 1 where anything fails; ``--keep`` wri
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from bench.fuzz.driver import fuzz
-from bench.harness import keep
+from bench.harness import keep, parser_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
     parser.add_argument("--jobs", type=int, default=1, help="batches at a time; finds the same")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     only = [name for name in options.only.split(",") if name]

@@ -9,8 +9,8 @@ workloads that it has from earlier runs. ``--here`` takes the driver's own inter
 Every peer is a process of its own at the same weights and tasks. Before any time is taken, its mean target loss and the
 meta-gradient of every parameter must agree with textbook PyTorch's in float64 twice; a peer that fails gets none:
 
-- run in float64, to --tolerance of each tensor's largest value: the same function;
-- run in float32, what is timed, the whole meta-gradient to --float32-tolerance of its norm. Coarse, for in float32 any
+- run in float64, to 1e-6 of each tensor's largest value: the same function;
+- run in float32, what is timed, the whole meta-gradient to 0.3 of its norm. Coarse, for in float32 any
   two ways differ so much: one value near a max-pool's or leaky ReLU's kink that falls to the other side moves the inner
   gradients, and the steps after it amplify that.
 
@@ -21,21 +21,18 @@ to build and compile, timed apart from importing its libraries, and once more, d
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import math
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import Times, machine
+from bench.harness import Times, machine, parser_of
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, recorded
 from bench.peers.problem import SIZES, TINY, Arrays, Sizes, make
@@ -67,7 +64,7 @@ PEERS = (
 _NEEDED = ("textbook", "ours-fused")
 _TOLERANCE = 1e-6
 _FLOAT32_TOLERANCE = 0.3
-_HOLD_SECONDS = 120
+_LIMIT = 1200.0  # seconds a peer may take to build and compile
 
 
 class Settings(argparse.Namespace):
@@ -76,34 +73,26 @@ class Settings(argparse.Namespace):
     rounds: int
     threads: int
     device: str
-    tolerance: float
-    float32_tolerance: float
-    limit: float
     cache: Path | None
-    lock: Path | None
 
 
 def compare(sizes: Sizes, peers: Sequence[Peer], settings: Settings) -> list[dict[str, Any]]:
     """A row for each peer: times, or the fault that keeps it from one."""
     with ExitStack() as stack:
-        lock = stack.enter_context(closing(_Lock(settings.lock)))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         problem = folder / "problem.npz"
         make(sizes).save(problem)
         rows: dict[str, dict[str, Any]] = {}
         live: dict[str, Worker] = {}
-        lock.turn()
         with _start(EXACT, settings) as worker:
             worker.ask("setup", path=str(problem), device=settings.device, dtype="float64")
             exact = worker.computed()
         for peer in peers:
-            lock.turn()
             rows[peer.name], ready = _prepare(peer, problem, exact, settings)
             print(f"  {peer.name}: {_readiness(rows[peer.name])}", file=sys.stderr, flush=True)
             if ready is not None:
                 live[peer.name] = stack.enter_context(ready)
         for _ in range(settings.rounds):
-            lock.turn()
             for name, worker in list(live.items()):
                 try:
                     answer = worker.ask("time", runs=1)
@@ -130,7 +119,7 @@ def _start(peer: Peer, settings: Settings) -> Worker:
         if (fault := recorded(settings.cache, peer.environment)["fault"]) is not None:
             raise Failed(fault)
         python = python_of(settings.cache / peer.environment)
-    return Worker(peer, python, settings.threads, settings.limit)
+    return Worker(peer, python, settings.threads, _LIMIT)
 
 
 def _prepare(
@@ -144,39 +133,18 @@ def _prepare(
             with _start(peer, settings) as worker:
                 worker.ask("setup", dtype="float64", **request)
                 row["error"], row["error_in"] = differs(worker.computed(), exact)
-            if not row["error"] <= settings.tolerance:
+            if not row["error"] <= _TOLERANCE:
                 raise Failed(f"check: float64 error {row['error']:.1e} in {row['error_in']}")
             worker = stack.enter_context(_start(peer, settings))
             row |= worker.ask("setup", dtype="float32", **request)
             row["float32_error"] = distance(worker.computed(), exact)
-            if not row["float32_error"] <= settings.float32_tolerance:
+            if not row["float32_error"] <= _FLOAT32_TOLERANCE:
                 raise Failed(f"check: float32 error {row['float32_error']:.1e}")
             (row["second_seconds"],) = worker.ask("time", runs=1)["seconds"]
         except Failed as error:
             return row | {"fault": str(error)}, None
         stack.pop_all()
     return row | {"seconds": [], "peak_mib": None}, worker
-
-
-class _Lock:
-    """Holds the lock of a file, if there is one, and lets others have it from time to time."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else path.open("a")
-        self._since = -math.inf
-
-    def turn(self) -> None:
-        """Waits for the lock; called before anything computes, it gives it away first once held for long."""
-        if self._file is None or time.monotonic() - self._since < _HOLD_SECONDS:
-            return
-        fcntl.flock(self._file, fcntl.LOCK_UN)
-        time.sleep(0.1)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._since = time.monotonic()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 def _readiness(row: dict[str, Any]) -> str:
@@ -201,25 +169,14 @@ def describe(row: dict[str, Any], textbook: float | None) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--workloads", default=",".join(SIZES))
     parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tolerance", type=float, default=_TOLERANCE)
-    parser.add_argument("--float32-tolerance", type=float, default=_FLOAT32_TOLERANCE)
-    parser.add_argument(
-        "--limit", type=float, default=1200, help="seconds a peer may take to build and compile"
-    )
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--here", dest="cache", action="store_const", const=None)
-    parser.add_argument(
-        "--lock", type=Path, help="a file to lock while anything computes, two minutes at a time"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE")
     settings = parser.parse_args(namespace=Settings())
     torch.set_num_threads(settings.threads)
     wanted = settings.peers.split(",")
@@ -234,8 +191,8 @@ def main() -> int:
     result |= {
         "machine": machine(),
         "device": settings.device,
-        "tolerance": settings.tolerance,
-        "float32_tolerance": settings.float32_tolerance,
+        "tolerance": _TOLERANCE,
+        "float32_tolerance": _FLOAT32_TOLERANCE,
     }
     if settings.cache is not None:
         result["environments"] = {name: recorded(settings.cache, name) for name in ENVIRONMENTS}

@@ -8,7 +8,6 @@ the driver lists it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -19,6 +18,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.harness import parser_of
 
 __all__ = ["ENVIRONMENTS", "Environment", "default_cache", "recorded"]
 
@@ -166,9 +167,7 @@ def _complete(cache: Path, name: str, cuda: bool) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--only", default=",".join(ENVIRONMENTS))
     parser.add_argument("--missing", action="store_true", help="only what is not there yet")

@@ -6,7 +6,6 @@
 
 #include "kernels/conv_norm_act_pool.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -14,7 +13,7 @@
 #include <optional>
 #include <vector>
 
-#include "typed.h"
+#include "arguments.h"
 
 namespace mf {
 namespace {
@@ -33,12 +32,6 @@ struct Problem {
   int64_t moments() const { return (s.values() + 2) * s.values(); }
 };
 
-void check_like(const char* name, const Tensor& t, at::IntArrayRef shape, at::ScalarType type) {
-  TORCH_CHECK_VALUE(t.sizes() == shape && t.is_contiguous(), name, ": expected contiguous ", shape, ", got ", t.sizes(),
-                    " of strides ", t.strides());
-  TORCH_CHECK_TYPE(t.scalar_type() == type, name, ": expected ", type, ", got ", t.scalar_type());
-}
-
 Problem check(const Tensor& padded, const Tensor& moments, const Tensor& w, double slope) {
   TORCH_CHECK_VALUE(padded.dim() == 5 && w.dim() == 5 && w.size(0) == padded.size(0) && w.size(3) == padded.size(4),
                     "padded, w: expected [T, N, H, W, Ci] and [T, kh, kw, Ci, C], got ", padded.sizes(), " and ",
@@ -52,8 +45,7 @@ Problem check(const Tensor& padded, const Tensor& moments, const Tensor& w, doub
   p.s.columns = p.s.out_width() / 2;
   TORCH_CHECK_VALUE(p.s.out_height() >= 2 && p.s.out_width() >= 2,
                     "padded: expected at least 2x2 outputs to pool, got images ", padded.sizes());
-  const auto type = padded.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "padded: expected float32 or float64, got ", type);
+  const auto type = check_float("padded", padded);
   check_like("padded", padded, padded.sizes(), type);
   check_like("w", w, w.sizes(), type);
   check_like("moments", moments, {p.tasks, p.s.values() + 2, p.s.values()}, at::kDouble);
@@ -134,26 +126,9 @@ class Closed {
   const double* data_;
 };
 
-/// Memory the calling thread keeps from call to call.
-template <typename T>
-T* scratch(int64_t elements) {
-  static thread_local std::vector<T> kept;
-  if (static_cast<int64_t>(kept.size()) < elements) kept.resize(static_cast<size_t>(elements));
-  return kept.data();
-}
-
 template <typename Work>
 void each_image(const Problem& p, const Work& work) {
-  at::parallel_for(0, p.tasks * p.images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i / p.images, i);
-  });
-}
-
-template <typename Work>
-void each_task(const Problem& p, const Work& work) {
-  at::parallel_for(0, p.tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) work(task);
-  });
+  each(p.tasks * p.images, [&](int64_t i) { work(i / p.images, i); });
 }
 
 /// The rows [K, stride] and [stride] of one task that a pass over its images reads.
@@ -190,7 +165,7 @@ void moments_of(const Problem& p, const Tensor& images, int64_t padding, Tensor&
   const T* from = images.const_data_ptr<T>();
   T* to = padded.mutable_data_ptr<T>();
   double* out = moments.mutable_data_ptr<double>();
-  each_task(p, [&](int64_t task) {
+  each(p.tasks, [&](int64_t task) {
     Row centre(static_cast<size_t>(s.ci), 0.0);
     const T* all = from + task * pixels * s.ci;
     for (int64_t i = 0; i < pixels; ++i)
@@ -233,7 +208,7 @@ void forward(const Problem& p, const Tensor& padded, const Tensor& moments, cons
   const AffineRow<T> gamma(p, "gamma", gamma_), beta(p, "beta", beta_);
   const Folded<T> folded(p);
   const int64_t co = p.s.co;
-  each_task(p, [&](int64_t task) {
+  each(p.tasks, [&](int64_t task) {
     const Closed closed(p, moments, task);
     const T* w = w_.const_data_ptr<T>() + task * p.s.values() * co;
     const Row variance = closed.dot(w, closed.covariance(w).data()), means = closed.along(closed.true_mean(), w);
@@ -266,7 +241,7 @@ void with_sums(const Problem& p, const Tensor& gy, const Tensor& y, const Tensor
          y.const_data_ptr<T>() + i * p.pooled(), index.const_data_ptr<uint8_t>() + i * p.pooled(), slope,
          parts + i * size);
   });
-  each_task(p, [&](int64_t task) {
+  each(p.tasks, [&](int64_t task) {
     const Closed closed(p, moments, task);
     Row b(static_cast<size_t>((values + 1) * p.s.co), 0.0);
     for (int64_t n = 0; n < p.images; ++n)
@@ -314,7 +289,7 @@ void tangent(const Problem& p, const Tensor& v_, const Tensor& y, const Tensor& 
   const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_), beta_dot = direction<T>(p, "beta_dot", beta_dot_);
   const Folded<T> folded(p);
   const int64_t co = p.s.co, size = p.s.values() * co;
-  each_task(p, [&](int64_t task) {
+  each(p.tasks, [&](int64_t task) {
     const Closed closed(p, moments, task);
     const T *w = w_.const_data_ptr<T>() + task * size, *v = v_.const_data_ptr<T>() + task * size;
     const T* rstd = rstd_.const_data_ptr<T>() + task * co;

@@ -3,13 +3,13 @@
 
 #include "kernels/linear_cross_entropy.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
-#include <vector>
+
+#include "arguments.h"
 
 namespace mf {
 namespace {
@@ -19,10 +19,9 @@ using OptTensor = std::optional<Tensor>;
 
 class Problem {
  public:
-  Problem(const Tensor& f, const Tensor& weight) : tasks(f.size(0)), type(f.scalar_type()) {
+  Problem(const Tensor& f, const Tensor& weight) : tasks(f.size(0)), type(check_float("f", f)) {
     TORCH_CHECK_VALUE(f.dim() == 3 && weight.dim() == 3 && weight.size(0) == tasks && weight.size(1) == f.size(2),
                       "f, weight: expected [T, N, F] and [T, F, O], got ", f.sizes(), " and ", weight.sizes());
-    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "f: expected float32 or float64, got ", type);
     s = {f.size(1), f.size(2), weight.size(2)};
     features("f", f);
     weights("weight", weight);
@@ -32,10 +31,7 @@ class Problem {
   void bias(const char* name, const OptTensor& t) const { check(name, t, {tasks, s.classes}); }
   void logits(const char* name, const OptTensor& t) const { check(name, t, {tasks, s.images, s.classes}); }
   void check(const char* name, const OptTensor& t, at::IntArrayRef shape) const {
-    if (!t.has_value()) return;
-    TORCH_CHECK_VALUE(t->sizes() == shape && t->is_contiguous(), name, ": expected contiguous ", shape, ", got ",
-                      t->sizes(), " of strides ", t->strides());
-    TORCH_CHECK_TYPE(t->scalar_type() == type, name, ": expected ", type, ", got ", t->scalar_type());
+    if (t.has_value()) check_like(name, *t, shape, type);
   }
 
   Head s;
@@ -51,21 +47,6 @@ const T* part(const OptTensor& t, int64_t task) {
 template <typename T>
 T* result(const OptTensor& t, int64_t task) {
   return t.has_value() && t->numel() ? t->mutable_data_ptr<T>() + task * (t->numel() / t->size(0)) : nullptr;
-}
-
-/// Memory the calling thread keeps from call to call.
-template <typename T>
-T* scratch(int64_t elements) {
-  static thread_local std::vector<T> kept;
-  if (static_cast<int64_t>(kept.size()) < elements) kept.resize(static_cast<size_t>(elements));
-  return kept.data();
-}
-
-template <typename Work>
-void each_task(const Problem& p, const Work& work) {
-  at::parallel_for(0, p.tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) work(task);
-  });
 }
 
 /// z = f1 . w1 + f2 . w2 + bias, each where present.
@@ -90,7 +71,7 @@ void forward(const Problem& p, const Tensor& f, const Tensor& weight, const OptT
              const OptTensor& loss) {
   static const auto softmax = MF_DISPATCH(head_softmax<T>);
   const T scale = scale_.const_data_ptr<T>()[0];
-  each_task(p, [&](int64_t task) {
+  each(p.tasks, [&](int64_t task) {
     T* z = result<T>(logits, task);
     products<T>(p.s, part<T>(f, task), part<T>(weight, task), nullptr, nullptr, part<T>(bias, task), z);
     const T chosen = softmax(p.s, z, part<T>(target, task), scale, result<T>(probabilities, task), result<T>(gz, task));
@@ -104,7 +85,7 @@ void tangent(const Problem& p, const OptTensor& f_dot, const OptTensor& weight_d
              const Tensor& gz_dot) {
   static const auto softmax = MF_DISPATCH(head_softmax_tangent<T>);
   const T scale = scale_.const_data_ptr<T>()[0];
-  each_task(p, [&](int64_t task) {
+  each(p.tasks, [&](int64_t task) {
     T* z_dot = result<T>(gz_dot, task);
     products<T>(p.s, part<T>(f_dot, task), part<T>(weight, task), part<T>(f, task), part<T>(weight_dot, task),
                 part<T>(bias_dot, task), z_dot);
@@ -121,7 +102,7 @@ void gradients(const Problem& p, const Tensor& g, const OptTensor& g0, const Opt
   static const auto transpose = MF_DISPATCH(head_transpose<T>);
   static const auto combine = MF_DISPATCH(head_combine<T>);
   const Head& s = p.s;
-  each_task(p, [&](int64_t task) {
+  each(p.tasks, [&](int64_t task) {
     const T *first = part<T>(g, task), *second = part<T>(g0, task);
     const T *v = part<T>(weight_dot, task), *u = part<T>(f_dot, task);
     T* wt = scratch<T>(s.features * s.classes);

@@ -16,7 +16,7 @@
 #include <optional>
 #include <vector>
 
-#include "typed.h"
+#include "arguments.h"
 
 namespace mf {
 namespace {

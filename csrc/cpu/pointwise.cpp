@@ -2,13 +2,12 @@
 
 #include "kernels/pointwise.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <initializer_list>
 
-#include "typed.h"
+#include "arguments.h"
 
 namespace mf {
 namespace {
@@ -19,14 +18,8 @@ Function check(int64_t function, std::initializer_list<const Tensor*> tensors) {
   TORCH_CHECK_VALUE(function >= 0 && function < kFunctions, "function: expected 0 to ", kFunctions - 1, ", got ",
                     function);
   const Tensor& x = **tensors.begin();
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
-                   "x: expected float32 or float64, got ", x.scalar_type());
-  for (const Tensor* t : tensors) {
-    TORCH_CHECK_VALUE(t->sizes() == x.sizes() && t->is_contiguous(), "pointwise: expected contiguous ", x.sizes(),
-                      ", got ", t->sizes(), " of strides ", t->strides());
-    TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), "pointwise: expected ", x.scalar_type(), ", got ",
-                     t->scalar_type());
-  }
+  const auto type = check_float("x", x);
+  for (const Tensor* t : tensors) check_like("pointwise", *t, x.sizes(), type);
   return static_cast<Function>(function);
 }
 

@@ -3,11 +3,12 @@
 
 #include "kernels/window_pool.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include "typed.h"
+#include <type_traits>
+
+#include "arguments.h"
 
 namespace mf {
 namespace {
@@ -31,86 +32,70 @@ Problem check(const Tensor& dense, at::IntArrayRef w, const Tensor& pooled, cons
       w, " of ", dense.sizes());
   const int64_t rows = (height + 2 * w[4] - w[0]) / w[2] + 1, columns = (width + 2 * w[5] - w[1]) / w[3] + 1;
   const int64_t expected[] = {dense.size(0), dense.size(1), rows, columns, dense.size(4)};
-  TORCH_CHECK_VALUE(pooled.sizes() == at::IntArrayRef(expected), "window pool: expected ", at::IntArrayRef(expected),
-                    ", got ", pooled.sizes());
-  TORCH_CHECK_TYPE((dense.scalar_type() == at::kFloat || dense.scalar_type() == at::kDouble) &&
-                       pooled.scalar_type() == dense.scalar_type(),
-                   "window pool: expected float32 or float64, got ", dense.scalar_type(), " and ",
-                   pooled.scalar_type());
-  TORCH_CHECK_VALUE(dense.is_contiguous() && pooled.is_contiguous(), "window pool: expected contiguous tensors");
-  if (index != nullptr) {
-    TORCH_CHECK_VALUE(index->sizes() == pooled.sizes() && index->is_contiguous(), "index: expected contiguous ",
-                      pooled.sizes(), ", got ", index->sizes());
-    TORCH_CHECK_TYPE(index->scalar_type() == at::kByte, "index: expected uint8, got ", index->scalar_type());
-  }
+  const auto type = check_float("window pool", dense);
+  check_like("window pool", dense, dense.sizes(), type);
+  check_like("window pool", pooled, expected, type);
+  if (index != nullptr) check_like("index", *index, expected, at::kByte);
   return {{height, width, dense.size(4), rows, columns, w[0], w[1], w[2], w[3], w[4], w[5]},
           dense.size(0) * dense.size(1),
           height * width * dense.size(4),
           rows * columns * dense.size(4)};
 }
 
+/// work(from, to, dense, pooled) for every image: the values of both tensors, and where the image begins in them.
 template <typename Work>
-void each_image(const Problem& p, const Work& work) {
-  at::parallel_for(0, p.images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i * p.dense, i * p.pooled);
+void each_image(const Problem& p, const Tensor& from, const Tensor& to, const Work& work) {
+  typed(from, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T* in = from.const_data_ptr<T>();
+    T* out = to.mutable_data_ptr<T>();
+    each(p.images, [&](int64_t i) { work(in, out, i * p.dense, i * p.pooled); });
   });
 }
 
+template <typename T>
+using Value = std::remove_pointer_t<T>;
+
 void window_max(const Tensor& x, at::IntArrayRef window, Tensor& y, Tensor& index) {
   const Problem p = check(x, window, y, &index);
-  typed(x, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static const auto run = MF_DISPATCH(window_max<T>);
-    const T* from = x.const_data_ptr<T>();
-    T* to = y.mutable_data_ptr<T>();
-    uint8_t* at = index.mutable_data_ptr<uint8_t>();
-    each_image(p, [&](int64_t dense, int64_t pooled) { run(p.windows, from + dense, to + pooled, at + pooled); });
+  uint8_t* at = index.mutable_data_ptr<uint8_t>();
+  each_image(p, x, y, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_max<Value<decltype(to)>>);
+    run(p.windows, from + dense, to + pooled, at + pooled);
   });
 }
 
 void window_max_pick(const Tensor& u, const Tensor& index, at::IntArrayRef window, Tensor& uy) {
   const Problem p = check(u, window, uy, &index);
-  typed(u, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static const auto run = MF_DISPATCH(window_max_pick<T>);
-    const T* from = u.const_data_ptr<T>();
-    T* to = uy.mutable_data_ptr<T>();
-    const uint8_t* at = index.const_data_ptr<uint8_t>();
-    each_image(p, [&](int64_t dense, int64_t pooled) { run(p.windows, from + dense, at + pooled, to + pooled); });
+  const uint8_t* at = index.const_data_ptr<uint8_t>();
+  each_image(p, u, uy, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_max_pick<Value<decltype(to)>>);
+    run(p.windows, from + dense, at + pooled, to + pooled);
   });
 }
 
 void window_max_place(const Tensor& gy, const Tensor& index, at::IntArrayRef window, Tensor& gx) {
   const Problem p = check(gx, window, gy, &index);
-  typed(gx, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static const auto run = MF_DISPATCH(window_max_place<T>);
-    const T* from = gy.const_data_ptr<T>();
-    T* to = gx.mutable_data_ptr<T>();
-    const uint8_t* at = index.const_data_ptr<uint8_t>();
-    each_image(p, [&](int64_t dense, int64_t pooled) { run(p.windows, from + pooled, at + pooled, to + dense); });
+  const uint8_t* at = index.const_data_ptr<uint8_t>();
+  each_image(p, gy, gx, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_max_place<Value<decltype(to)>>);
+    run(p.windows, from + pooled, at + pooled, to + dense);
   });
 }
 
 void window_mean(const Tensor& x, at::IntArrayRef window, Tensor& y) {
   const Problem p = check(x, window, y, nullptr);
-  typed(x, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static const auto run = MF_DISPATCH(window_mean<T>);
-    const T* from = x.const_data_ptr<T>();
-    T* to = y.mutable_data_ptr<T>();
-    each_image(p, [&](int64_t dense, int64_t pooled) { run(p.windows, from + dense, to + pooled); });
+  each_image(p, x, y, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_mean<Value<decltype(to)>>);
+    run(p.windows, from + dense, to + pooled);
   });
 }
 
 void window_mean_place(const Tensor& gy, at::IntArrayRef window, Tensor& gx) {
   const Problem p = check(gx, window, gy, nullptr);
-  typed(gx, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static const auto run = MF_DISPATCH(window_mean_place<T>);
-    const T* from = gy.const_data_ptr<T>();
-    T* to = gx.mutable_data_ptr<T>();
-    each_image(p, [&](int64_t dense, int64_t pooled) { run(p.windows, from + pooled, to + dense); });
+  each_image(p, gy, gx, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_mean_place<Value<decltype(to)>>);
+    run(p.windows, from + pooled, to + dense);
   });
 }
 

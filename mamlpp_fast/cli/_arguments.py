@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
+from mamlpp_fast.engine import ENGINES, PRECISIONS
+
 __all__ = [
     "ENGINES",
     "Commands",
@@ -20,9 +22,6 @@ __all__ = [
     "at_least",
     "print_json",
 ]
-
-ENGINES = ("auto", "reference", "autograd", "fused")
-PRECISIONS = ("float64", "float32", "tf32", "bfloat16")
 
 
 class Parser(argparse.ArgumentParser):

@@ -274,8 +274,6 @@ def _write_metrics(
     (folder / "metrics.jsonl").write_bytes(b"")
     highest = float("-inf")
     for epoch, row in enumerate(rows, epochs - len(rows)):
-        learner.iteration = epoch * config.iterations_per_epoch
-        weights = learner.step_weights()
         rates = learner.rates.as_dict() if epoch == epochs - 1 else {}
         append_line(
             folder / "metrics.jsonl",
@@ -285,16 +283,13 @@ def _write_metrics(
                 **row,
                 "val_accuracy_ci95": None,
                 "best": row["val_accuracy"] > highest,
-                "meta_lr": learner.meta_lr(),
-                "second_order": learner.second_order(),
-                "msl_weights": None if weights is None else weights.tolist(),
+                **learner.schedule(epoch),
                 "inner_rates": {name: rate.tolist() for name, rate in rates.items()},
                 "seconds": None,
                 "seconds_per_iteration": None,
             },
         )
         highest = max(highest, row["val_accuracy"])
-    learner.iteration = checkpoint.iteration
     return notes
 
 

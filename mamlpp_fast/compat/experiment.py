@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mamlpp_fast.config import check_kind
 from mamlpp_fast.data.authors import OMNIGLOT_FRACTIONS
 from mamlpp_fast.train.config import TrainConfig
 from mamlpp_fast.train.files import read_json
@@ -173,16 +174,8 @@ class _Translation:
             if str(value).lower() not in known:
                 raise ValueError(f"{key}: expected true or false, got {value!r}")
             return known[str(value).lower()]
-        kinds = (int, float) if kind is float else (kind,)
-        if key in self.values and (isinstance(value, bool) or not isinstance(value, kinds)):
-            names = {
-                int: "an integer",
-                float: "a number",
-                str: "a text",
-                list: "a list",
-                bool: "true or false",
-            }
-            raise ValueError(f"{key}: expected {names[kind]}, got {value!r}")
+        if key in self.values and kind is not bool:
+            check_kind(key, value, kind)
         return value
 
     def experiment(self) -> Experiment:

@@ -50,10 +50,8 @@ def authors_episode(
     return classes, np.stack(drawn), turns
 
 
-def authors_class_split(
-    num_classes: int, fractions: Sequence[float] = OMNIGLOT_FRACTIONS
-) -> tuple[list[int], list[int], list[int]]:
-    """Their split of a sorted class list: shuffled by RandomState(985773) and cut by fractions.
+def authors_class_split(num_classes: int) -> tuple[list[int], list[int], list[int]]:
+    """Their split of a sorted class list: shuffled by RandomState(985773) and cut by :data:`OMNIGLOT_FRACTIONS`.
 
     Returns:
         class numbers of train, val and test, in the order their code keeps them (1150, 50 and 423 of
@@ -61,8 +59,8 @@ def authors_class_split(
     """
     order = np.arange(num_classes, dtype=np.int32)
     np.random.RandomState(authors_seed(0)).shuffle(order)
-    first = int(fractions[0] * num_classes)
-    second = int(float(np.sum(fractions[:2])) * num_classes)
+    first = int(OMNIGLOT_FRACTIONS[0] * num_classes)
+    second = int(float(np.sum(OMNIGLOT_FRACTIONS[:2])) * num_classes)
     listed: list[int] = order.tolist()
     return listed[:first], listed[first:second], listed[second:]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ __all__ = [
 
 EngineName = Literal["auto", "reference", "autograd", "fused"]
 Precision = Literal["float64", "float32", "tf32", "bfloat16"]
-ENGINES: tuple[EngineName, ...] = ("auto", "reference", "autograd", "fused")
-PRECISIONS: tuple[Precision, ...] = ("float64", "float32", "tf32", "bfloat16")
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 class Unsupported(ValueError):

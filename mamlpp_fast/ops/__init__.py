@@ -1,4 +1,7 @@
-"""The operations, each differentiable as often as its page in ``docs/derivations`` says."""
+"""The operations, each differentiable as often as its page in ``docs/derivations`` says.
+
+Those that only the engine calls have no function here: ``torch.ops.mamlpp_fast.S``, described in the module S.
+"""
 
 from mamlpp_fast import _native
 from mamlpp_fast.ops import (  # noqa: F401 - registers them

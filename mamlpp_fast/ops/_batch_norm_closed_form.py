@@ -142,15 +142,8 @@ def _gated(
 
 
 def backward(
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    step: int | None,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, step: int | None, slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     last = is_channels_last(x)
     x, gy = dense(x, last), dense(gy, last)
     gamma = row(weight, step)
@@ -166,18 +159,9 @@ def backward(
 
 
 def double_backward(
-    u: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    step: int | None,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    u: Tensor | None, a: Tensor | None, b: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+    mean: Tensor, rstd: Tensor, step: int | None, slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     last = is_channels_last(x)
     x, gy = dense(x, last), dense(gy, last)
     u = torch.zeros_like(x) if u is None else dense(u, last)
@@ -214,12 +198,6 @@ def backward_fake(gy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tenso
 
 
 def double_backward_fake(
-    u: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    u: Tensor | None, a: Tensor | None, b: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _empty_like(x), _empty_like(x), weight.new_empty(weight.shape)

@@ -18,7 +18,16 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-__all__ = ["OPERATIONS", "Operation", "define", "differentiate", "launcher", "served_by", "transformed"]
+__all__ = [
+    "OPERATIONS",
+    "Operation",
+    "define",
+    "differentiate",
+    "launcher",
+    "mapped",
+    "served_by",
+    "transformed",
+]
 
 NAMESPACE = "mamlpp_fast"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -49,8 +58,9 @@ def define(
     schema: str,
     *,
     fallback: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any] = lambda *_: None,
     triton: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> OpOverload[..., Any]:
     """Registers an operation and returns its overload (faster to call than the packet).
 
@@ -59,16 +69,22 @@ def define(
     Args:
         schema: ``name(Tensor x, ...) -> ...`` without a namespace.
         fallback: closed form with the arguments of the schema; runs with autograd off, on any device.
-        fake: shapes, types and strides of the results, without data.
+        fake: shapes, types and strides of the results, without data; none where the schema returns nothing.
         triton: serves CUDA tensors. It imports its kernels when first called, never at import; :func:`launcher`.
+        check: raises unless the arguments, given by their names in the schema, belong together. It is called before the
+            closed form and before Triton's kernels; the native ones check for themselves.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    overload: OpOverload[..., Any] = getattr(torch.ops.mamlpp_fast, name).default
+    if check is not None:
+        names = [argument.name for argument in overload._schema.arguments]
+        fallback = _checked(check, names, fallback)
+        triton = None if triton is None else _checked(check, names, triton)
     library.impl(name, fallback, "CompositeExplicitAutograd")
     if triton is not None:
         library.impl(name, _on_its_device(triton), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    overload: OpOverload[..., Any] = getattr(torch.ops.mamlpp_fast, name).default
     if overload._schema.is_mutable:
         _raise_versions(name, overload)
     OPERATIONS[name] = Operation(name, overload, fallback, triton)
@@ -82,6 +98,14 @@ def launcher(module: str, function: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"mamlpp_fast.kernels.{module}"), function)(*args)
 
     return launch
+
+
+def _checked(check: Callable[..., None], names: list[str], serve: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        check(**dict(zip(names, args, strict=False)))  # without the defaults at the end
+        return serve(*args)
+
+    return checked
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,6 +166,16 @@ def differentiate(
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work: the functions above the operations are plain PyTorch then."""
     return torch._C._are_functorch_transforms_active()
+
+
+def mapped(t: Tensor) -> bool:
+    """Whether a level of ``torch.func.vmap`` stands for several values of a tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
 
 
 def _raise_versions(name: str, overload: OpOverload[..., Any]) -> None:

@@ -6,17 +6,23 @@ do not change while the weights adapt, and so do the dense sums of every backwar
 the pooled grid that recompute the four products of a window. Exact algebra: ``docs/derivations/conv_norm_act_pool.md``.
 
 The orders are those of ``norm_act_pool``, but that the weights move instead of z; every op writes into the tensors that
-its schema marks and returns nothing. The slope is not negative, the stride 1. With K = kh·kw·Ci values of a patch:
-    padded: images [T, N, H + 2p, W + 2p, Ci] minus their mean, border included, that of ``patch_moments``.
+its schema marks and returns nothing. The slope is not negative, the stride 1. ``patch_moments`` pads and centres the
+images and takes the moments of their patches, once for all weights of a task; images take no gradient. With
+K = kh·kw·Ci values of a patch, in the native kernels of at most 9 taps:
+    padded: images [T, N, H + 2p, W + 2p, Ci] minus their mean, border included.
     moments: float64 [T, K + 2, K]: mean of the patches, mean of the centred ones, their covariance.
     w: weights [T, kh, kw, Ci, C]; v: their tangent.
     gamma, beta: affine parameters, [C] or [T, C]; gamma_dot, beta_dot: their tangents, likewise, or None where they
         do not move.
     y: result [T, N, Ho, Wo, C]; index: uint8, position 2·row + column of the maximum in its window.
     mean, rstd: statistics of the convolution's output [T, C], rstd = 1/√(var + ε).
+    sums: Σ g·(patch − mean) [T, K, C], written by the backward; t: mean(u·x̂) [T, C], written by the tangent; the
+        backward's tangent reads both.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +40,10 @@ def output_shape(padded: torch.Size | tuple[int, ...], w: torch.Size | tuple[int
     return (*padded[:2], (padded[2] - w[1] + 1) // 2, (padded[3] - w[2] + 1) // 2, w[4])
 
 
-def _check(padded: Tensor, moments: Tensor, w: Tensor, **pooled: Tensor) -> None:
-    """Raises unless the tensors belong together; ``pooled`` are those of the result's shape."""
+def _check(*, padded: Tensor, moments: Tensor, w: Tensor, slope: float, **others: Any) -> None:
+    """Raises unless the tensors belong together."""
+    if slope < 0:
+        raise ValueError(f"slope: expected at least 0, got {slope}")
     if padded.dim() != 5 or w.dim() != 5 or w.shape[0] != padded.shape[0] or w.shape[3] != padded.shape[4]:
         raise ValueError(
             "padded, w: expected [T, N, H, W, Ci] and [T, kh, kw, Ci, C], "
@@ -50,14 +58,9 @@ def _check(padded: Tensor, moments: Tensor, w: Tensor, **pooled: Tensor) -> None
     expected = output_shape(padded.shape, w.shape)
     if min(expected[2:4]) < 1:
         raise ValueError(f"padded: expected at least 2x2 outputs to pool, got images {tuple(padded.shape)}")
-    for name, tensor in pooled.items():
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-
-
-def _check_slope(slope: float) -> None:
-    if slope < 0:
-        raise ValueError(f"slope: expected at least 0, got {slope}")
+    for name in ("y", "index", "gy", "uy", "gy_dot"):
+        if (small := others.get(name)) is not None and tuple(small.shape) != expected:
+            raise ValueError(f"{name}: expected {expected}, got {tuple(small.shape)}")
 
 
 def _patches(padded: Tensor, kh: int, kw: int) -> Tensor:
@@ -132,8 +135,6 @@ def _forward(
     padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float,
     y: Tensor, index: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
-    _check(padded, moments, w, y=y, index=index)
-    _check_slope(slope)
     k = _Weights(padded, moments, w, gamma)
     scale_of = (k.dot(k.w, k.cw) + eps).rsqrt()
     mean.copy_((k.true_mean @ k.w)[:, 0])
@@ -151,8 +152,6 @@ def _backward(
     gy: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
     slope: float, gw: Tensor, sums: Tensor, ggamma: Tensor, gbeta: Tensor,
 ) -> None:  # fmt: skip
-    _check(padded, moments, w, gy=gy, y=y, index=index)
-    _check_slope(slope)
     k = _Weights(padded, moments, w, gamma)
     b, total = _centred_sums(gy, y, index, padded, k, w, slope)
     inverse = rstd.to(b.dtype)[:, None]
@@ -167,8 +166,6 @@ def _tangent(
     v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
     slope: float, uy: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _check(padded, moments, w, y=y, index=index, uy=uy)
-    _check_slope(slope)
     k = _Weights(padded, moments, w, gamma)
     direction, inverse = v.flatten(1, 3).to(k.w.dtype), rstd.to(k.w.dtype)[:, None]
     along = inverse * k.dot(direction, k.cw)
@@ -190,8 +187,6 @@ def _backward_tangent(
     rstd: Tensor, slope: float, sums: Tensor, t: Tensor, gw_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor,
     gamma_dot: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _check(padded, moments, w, gy_dot=gy_dot, y=y, index=index)
-    _check_slope(slope)
     k = _Weights(padded, moments, w, gamma)
     b_dot, total = _centred_sums(gy_dot, y, index, padded, k, w, slope)
     b, direction = sums.to(b_dot.dtype), v.flatten(1, 3).to(b_dot.dtype)
@@ -208,139 +203,36 @@ def _backward_tangent(
     gbeta_dot.copy_(total[:, 0])
 
 
-def _fake(*args: Tensor | float | None) -> None:
-    return None
-
-
-_patch_moments = define(
+define(
     "patch_moments(Tensor images, int kh, int kw, int padding, Tensor(a!) padded, Tensor(b!) moments) -> ()",
     fallback=_moments,
-    fake=_fake,
     triton=launcher("conv_norm_act_pool", "moments"),
 )
-_conv_norm_act_pool = define(
+define(
     "conv_norm_act_pool(Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor beta, float eps, float slope, "
     "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd) -> ()",
     fallback=_forward,
-    fake=_fake,
     triton=launcher("conv_norm_act_pool", "forward"),
+    check=_check,
 )
-_conv_norm_act_pool_backward = define(
+define(
     f"conv_norm_act_pool_backward(Tensor gy, {_SAVED}, "
     "Tensor(a!) gw, Tensor(b!) sums, Tensor(c!) ggamma, Tensor(d!) gbeta) -> ()",
     fallback=_backward,
-    fake=_fake,
     triton=launcher("conv_norm_act_pool", "backward"),
+    check=_check,
 )
-_conv_norm_act_pool_tangent = define(
+define(
     f"conv_norm_act_pool_tangent(Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t, "
     "Tensor? gamma_dot=None, Tensor? beta_dot=None) -> ()",
     fallback=_tangent,
-    fake=_fake,
     triton=launcher("conv_norm_act_pool", "tangent"),
+    check=_check,
 )
-_conv_norm_act_pool_backward_tangent = define(
+define(
     f"conv_norm_act_pool_backward_tangent(Tensor gy_dot, Tensor v, {_SAVED}, Tensor sums, Tensor t, "
     "Tensor(a!) gw_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None) -> ()",
     fallback=_backward_tangent,
-    fake=_fake,
     triton=launcher("conv_norm_act_pool", "backward_tangent"),
+    check=_check,
 )
-
-
-def patch_moments(images: Tensor, kh: int, kw: int, padding: int, padded: Tensor, moments: Tensor) -> None:
-    """Pads and centres the images, and takes the moments of their patches: once for all weights of a task.
-
-    Args:
-        images: [T, N, H, W, Ci].
-        kh, kw, padding: of the convolution; at most 9 taps in the native kernels.
-        padded: [T, N, H + 2·padding, W + 2·padding, Ci], overwritten.
-        moments: float64 [T, K + 2, K], overwritten.
-    """
-    _patch_moments(images, kh, kw, padding, padded, moments)
-
-
-def conv_norm_act_pool(
-    padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, y: Tensor, index: Tensor,
-    mean: Tensor, rstd: Tensor, *, eps: float, slope: float,
-) -> Tensor:  # fmt: skip
-    """Convolves, normalises, applies the leaky ReLU and pools; arguments are those of the module's docstring.
-
-    Args:
-        y: result [T, N, Ho, Wo, C], overwritten; as are `index`, `mean` and `rstd`.
-        eps: added to the variance.
-
-    Returns:
-        `y`.
-
-    Raises:
-        ValueError: shapes do not belong together, or a negative slope.
-    """
-    _check(padded, moments, w, y=y, index=index)
-    _conv_norm_act_pool(padded, moments, w, gamma, beta, eps, slope, y, index, mean, rstd)
-    return y
-
-
-def conv_norm_act_pool_backward(
-    gy: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
-    gw: Tensor, sums: Tensor, ggamma: Tensor, gbeta: Tensor, *, slope: float,
-) -> Tensor:  # fmt: skip
-    """Gradients of `conv_norm_act_pool` for a gradient gy [T, N, Ho, Wo, C] of its result; images take none.
-
-    Args:
-        gw: gradient of w, overwritten.
-        sums: Σ g · (patch − mean) [T, K, C], overwritten; `conv_norm_act_pool_backward_tangent` reads it.
-        ggamma, gbeta: gradients of the affine parameters of every task [T, C], overwritten.
-
-    Returns:
-        `gw`.
-    """
-    _check(padded, moments, w, gy=gy, y=y, index=index)
-    _conv_norm_act_pool_backward(
-        gy, y, index, padded, moments, w, gamma, rstd, slope, gw, sums, ggamma, gbeta
-    )
-    return gw
-
-
-def conv_norm_act_pool_tangent(
-    v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor, rstd: Tensor,
-    uy: Tensor, t: Tensor, *, slope: float, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Tangent of `conv_norm_act_pool` along a tangent v of w, and of γ and β where given.
-
-    Args:
-        uy: tangent of the result [T, N, Ho, Wo, C], overwritten.
-        t: mean(u·x̂) [T, C], overwritten; `conv_norm_act_pool_backward_tangent` reads it.
-
-    Returns:
-        `uy`.
-    """
-    _check(padded, moments, w, y=y, index=index, uy=uy)
-    _conv_norm_act_pool_tangent(
-        v, y, index, padded, moments, w, gamma, rstd, slope, uy, t, gamma_dot, beta_dot
-    )
-    return uy
-
-
-def conv_norm_act_pool_backward_tangent(
-    gy_dot: Tensor, v: Tensor, y: Tensor, index: Tensor, padded: Tensor, moments: Tensor, w: Tensor, gamma: Tensor,
-    rstd: Tensor, sums: Tensor, t: Tensor, gw_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor, *, slope: float,
-    gamma_dot: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Tangent of `conv_norm_act_pool_backward` along tangents v of w and gy_dot of gy, and of γ where given.
-
-    Args:
-        gy_dot: tangent of the result's gradient [T, N, Ho, Wo, C].
-        sums, t: what the backward wrote for gy, and the tangent for v.
-        gw_dot: tangent of the gradient of w, overwritten.
-        ggamma_dot, gbeta_dot: tangents of the parameters' gradients [T, C], overwritten.
-
-    Returns:
-        `gw_dot`.
-    """
-    _check(padded, moments, w, gy_dot=gy_dot, y=y, index=index)
-    _conv_norm_act_pool_backward_tangent(
-        *(gy_dot, v, y, index, padded, moments, w, gamma, rstd, slope, sums, t),
-        *(gw_dot, ggamma_dot, gbeta_dot, gamma_dot),
-    )
-    return gw_dot

@@ -7,8 +7,9 @@ Formulas: ``docs/derivations/linear_cross_entropy.md``.
     target: shares of the classes [T, N, O], each row's sum 1: one-hot, or smoothed.
     scale: [], what a row's cross-entropy counts: 1/N for a mean.
     logits, probabilities: z and softmax(z) [T, N, O].
-    gz: gradient of the logits, scale·(probabilities − target); gz_dot: its tangent.
-    gf, gweight, gbias: gradients of f, weight and bias, of their shapes, or None.
+    gz: gradient of the logits, scale·(probabilities − target); gz_dot: its tangent along those of f, weight and bias.
+    loss: scale times the sum of a task's cross-entropies [T], or None.
+    gf, gweight, gbias: gradients of f, weight and bias, of their shapes, or None; ``_dot``: tangents of these.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _PARTS = {
 _KINDS = {name: kind for kind, names in _PARTS.items() for name in names}
 
 
-def _check(f: Tensor, weight: Tensor, **others: Tensor | None) -> None:
-    """Raises unless the tensors belong together; each of `others` is known by its name, logits by default."""
+def _check(*, f: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    """Raises unless the tensors belong together; those whose kind no name says are of the logits' shape."""
     if f.dim() != 3 or weight.dim() != 3 or weight.shape[:2] != f.shape[::2]:
         raise ValueError(
             f"f, weight: expected [T, N, F] and [T, F, O], got {tuple(f.shape)} and {tuple(weight.shape)}"
@@ -95,106 +96,31 @@ def _backward_tangent(
         torch.sum(gz_dot, 1, out=gbias_dot)
 
 
-def _fake(*args: Tensor | None) -> None:
-    return None
-
-
-_linear_cross_entropy = define(
+define(
     "linear_cross_entropy(Tensor f, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
     "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) gz, Tensor(d!)? loss) -> ()",
     fallback=_forward,
-    fake=_fake,
     triton=launcher("linear_cross_entropy", "forward"),
+    check=_check,
 )
-_linear_cross_entropy_backward = define(
+define(
     "linear_cross_entropy_backward(Tensor gz, Tensor f, Tensor weight, "
     "Tensor(a!)? gf, Tensor(b!)? gweight, Tensor(c!)? gbias) -> ()",
     fallback=_backward,
-    fake=_fake,
     triton=launcher("linear_cross_entropy", "backward"),
+    check=_check,
 )
-_linear_cross_entropy_tangent = define(
+define(
     "linear_cross_entropy_tangent(Tensor? f_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor f, Tensor weight, "
     "Tensor probabilities, Tensor scale, Tensor(a!) gz_dot) -> ()",
     fallback=_tangent,
-    fake=_fake,
     triton=launcher("linear_cross_entropy", "tangent"),
+    check=_check,
 )
-_linear_cross_entropy_backward_tangent = define(
+define(
     "linear_cross_entropy_backward_tangent(Tensor gz_dot, Tensor gz, Tensor? f_dot, Tensor? weight_dot, Tensor f, "
     "Tensor weight, Tensor(a!)? gf_dot, Tensor(b!)? gweight_dot, Tensor(c!)? gbias_dot) -> ()",
     fallback=_backward_tangent,
-    fake=_fake,
     triton=launcher("linear_cross_entropy", "backward_tangent"),
+    check=_check,
 )
-
-
-def linear_cross_entropy(
-    f: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor,
-    logits: Tensor, probabilities: Tensor, gz: Tensor, loss: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Logits, their probabilities and gradient, and where wanted the loss of every task.
-
-    Args:
-        f, weight, bias, target, scale: as the module's docstring has them.
-        logits, probabilities, gz: [T, N, O], overwritten.
-        loss: scale times the sum of a task's cross-entropies [T], overwritten; None where nobody wants it.
-
-    Raises:
-        ValueError: shapes do not belong together.
-    """
-    _check(
-        f, weight, bias=bias, target=target, scale=scale, logits=logits, probabilities=probabilities, gz=gz, loss=loss
-    )  # fmt: skip
-    _linear_cross_entropy(f, weight, bias, target, scale, logits, probabilities, gz, loss)
-
-
-def linear_cross_entropy_backward(
-    gz: Tensor, f: Tensor, weight: Tensor, gf: Tensor | None, gweight: Tensor | None, gbias: Tensor | None
-) -> None:
-    """Gradients of the losses' sum.
-
-    Args:
-        gz: what the forward wrote.
-        f, weight: as in the forward.
-        gf, gweight, gbias: overwritten; None where nobody wants them.
-    """
-    _check(f, weight, gz=gz, gf=gf, gweight=gweight, gbias=gbias)
-    _linear_cross_entropy_backward(gz, f, weight, gf, gweight, gbias)
-
-
-def linear_cross_entropy_tangent(
-    f_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None, f: Tensor, weight: Tensor,
-    probabilities: Tensor, scale: Tensor, gz_dot: Tensor,
-) -> None:  # fmt: skip
-    """Tangent of the logits' gradient along tangents of f, weight and bias; None for one that is zero.
-
-    Args:
-        f, weight, scale: as in the forward; probabilities as it wrote them.
-        gz_dot: [T, N, O], overwritten.
-    """
-    _check(
-        f, weight, f_dot=f_dot, weight_dot=weight_dot, bias_dot=bias_dot, probabilities=probabilities, scale=scale,
-        gz_dot=gz_dot,
-    )  # fmt: skip
-    _linear_cross_entropy_tangent(f_dot, weight_dot, bias_dot, f, weight, probabilities, scale, gz_dot)
-
-
-def linear_cross_entropy_backward_tangent(
-    gz_dot: Tensor, gz: Tensor, f_dot: Tensor | None, weight_dot: Tensor | None, f: Tensor, weight: Tensor,
-    gf_dot: Tensor | None, gweight_dot: Tensor | None, gbias_dot: Tensor | None,
-) -> None:  # fmt: skip
-    """Tangent of `linear_cross_entropy_backward` along the tangents that gave gz_dot.
-
-    Args:
-        gz_dot, gz: what the tangent and the forward wrote.
-        f_dot, weight_dot: as given to the tangent; f, weight as in the forward.
-        gf_dot, gweight_dot, gbias_dot: overwritten; None where nobody wants them.
-    """
-    _check(
-        f, weight, gz_dot=gz_dot, gz=gz, f_dot=f_dot, weight_dot=weight_dot, gf_dot=gf_dot, gweight_dot=gweight_dot,
-        gbias_dot=gbias_dot,
-    )  # fmt: skip
-    _linear_cross_entropy_backward_tangent(
-        gz_dot, gz, f_dot, weight_dot, f, weight, gf_dot, gweight_dot, gbias_dot
-    )

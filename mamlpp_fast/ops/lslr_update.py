@@ -2,12 +2,16 @@
 
 ``theta' = theta - rate * grad``: one rate per parameter tensor and step (LSLR) or one per element (Meta-SGD).
 Derivatives of every order exist with respect to theta, grad and rates. Formulas: ``docs/derivations/lslr_update.md``.
+
+``lslr_update_out`` writes the update into `out`, which may be theta itself; ``lslr_update_backward_out`` is its
+adjoint for a gradient gout of the result (theta's is the same): ggrad, which may be gout itself, becomes
+``-rate * gout``, and the step's entries of grates, like rates, and no others, ``-(gout * grad)`` summed over tasks and
+the elements a rate serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,18 +19,14 @@ from torch import Tensor
 
 from mamlpp_fast.ops._library import define, differentiate, launcher, transformed
 
-__all__ = [
-    "flatten_parameters",
-    "lslr_update",
-    "lslr_update_backward_out",
-    "lslr_update_out",
-    "unflatten_parameters",
-]
+__all__ = ["lslr_update"]
 
 _RATES = "Tensor rates, Tensor? offsets, int step"
 
 
-def _check(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int) -> None:
+def _check(
+    theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int, **_: Tensor
+) -> None:
     """Raises unless the shapes and types belong together; the values of `offsets` are the kernels' to check."""
     if theta.dim() not in (1, 2):
         raise ValueError(f"theta: expected [P] or [tasks, P], got {tuple(theta.shape)}")
@@ -109,14 +109,8 @@ def _update(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, 
 
 
 def _backward_out(
-    gout: Tensor,
-    grad: Tensor,
-    rates: Tensor,
-    offsets: Tensor | None,
-    step: int,
-    ggrad: Tensor,
-    grates: Tensor,
-) -> None:
+    gout: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int, ggrad: Tensor, grates: Tensor,
+) -> None:  # fmt: skip
     gout, grad, rates = _wide(gout, grad, rates)
     ggrad.copy_(-_row(rates, offsets, step, gout.shape[-1]) * gout)
     _reduce_into(-gout * grad, offsets, step, grates)
@@ -157,21 +151,17 @@ def _double_backward_fake(
     return gout.new_empty(gout.shape), grad.new_empty(grad.shape), rates.new_empty(rates.shape)
 
 
-def _nothing(*args: Any) -> None:
-    return None
-
-
 _lslr_update = define(
     f"lslr_update(Tensor theta, Tensor grad, {_RATES}) -> Tensor",
     fallback=_update,
     fake=_update_fake,
     triton=launcher("lslr_update", "update"),
 )
-_lslr_update_out = define(
+define(
     f"lslr_update_out(Tensor theta, Tensor grad, {_RATES}, Tensor(a!) out) -> ()",
     fallback=_update_out,
-    fake=_nothing,
     triton=launcher("lslr_update", "update_out"),
+    check=_check,
 )
 _lslr_update_backward = define(
     f"lslr_update_backward(Tensor gout, Tensor grad, {_RATES}) -> (Tensor, Tensor)",
@@ -179,11 +169,11 @@ _lslr_update_backward = define(
     fake=_backward_fake,
     triton=launcher("lslr_update", "backward"),
 )
-_lslr_update_backward_out = define(
+define(
     f"lslr_update_backward_out(Tensor gout, Tensor grad, {_RATES}, Tensor(a!) ggrad, Tensor(b!) grates) -> ()",
     fallback=_backward_out,
-    fake=_nothing,
     triton=launcher("lslr_update", "backward_out"),
+    check=lambda gout, **named: _check(gout, **named),
 )
 _lslr_update_double_backward = define(
     f"lslr_update_double_backward(Tensor a, Tensor b, Tensor gout, Tensor grad, {_RATES}) "
@@ -266,65 +256,3 @@ def lslr_update(
         return _updated(theta, grad, rates, offsets, step).to(theta.dtype)
     updated: Tensor = _lslr_update(theta, grad, rates, offsets, step)
     return updated
-
-
-def lslr_update_out(
-    theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int, out: Tensor
-) -> Tensor:
-    """`lslr_update` into `out` [tasks, P] without allocation or autograd; `out` may be theta itself.
-
-    Returns:
-        `out`.
-    """
-    _check(theta, grad, rates, offsets, step)
-    _lslr_update_out(theta, grad, rates, offsets, step, out)
-    return out
-
-
-def lslr_update_backward_out(
-    gout: Tensor,
-    grad: Tensor,
-    rates: Tensor,
-    offsets: Tensor | None,
-    step: int,
-    ggrad: Tensor,
-    grates: Tensor,
-) -> None:
-    """Adjoint of `lslr_update` without allocation or autograd.
-
-    Args:
-        gout: gradient of the updated parameters, [P] or [tasks, P]; theta's gradient is the same.
-        grad, rates, offsets, step: as in `lslr_update`.
-        ggrad: overwritten with grad's gradient, ``-rate * gout``; may be gout itself.
-        grates: like rates; its entries of this step, and no others, are overwritten with ``-(gout * grad)`` summed
-            over tasks and the elements a rate serves.
-    """
-    _check(gout, grad, rates, offsets, step)
-    _lslr_update_backward_out(gout, grad, rates, offsets, step, ggrad, grates)
-
-
-def flatten_parameters(tensors: Sequence[Tensor], tasks: int | None = None) -> tuple[Tensor, Tensor]:
-    """Concatenates parameter tensors into one flat buffer and says where each starts.
-
-    Args:
-        tensors: L parameter tensors of one type and device.
-        tasks: repeat the buffer for so many tasks.
-
-    Returns:
-        The buffer [P], or [tasks, P], and offsets int64 [L + 1].
-
-    Raises:
-        ValueError: without tensors.
-    """
-    if not tensors:
-        raise ValueError("tensors: expected at least one tensor, got none")
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    ends = list(accumulate((tensor.numel() for tensor in tensors), initial=0))
-    offsets = torch.tensor(ends, device=flat.device)
-    return (flat if tasks is None else flat.repeat(tasks, 1)), offsets
-
-
-def unflatten_parameters(flat: Tensor, shapes: Sequence[torch.Size | tuple[int, ...]]) -> list[Tensor]:
-    """Views of a flat buffer [P] as tensors of these shapes, or of [tasks, P] as [tasks, \\*shape]."""
-    parts = flat.split([torch.Size(shape).numel() for shape in shapes], dim=-1)
-    return [part.view(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -16,6 +16,10 @@ Common arguments:
     index: uint8 [T, N, Ho, Wo, C], position 2·row + column of the maximum in its window (the first of equal
         ones); without `pool` it is not touched and may have any shape.
     mean, rstd: statistics [T, C], rstd = 1/√(var + ε).
+    y: result [T, N, Ho, Wo, C]; gy: its gradient; gy_dot, uy: tangents of gy and y.
+    gz, ggamma, gbeta: gradients of z and, task by task [T, C], of the parameters; ``_dot``: their tangents. A tangent
+        of β changes none of them: the gate and the positions of the maxima are piecewise constant.
+    r, t: mean(u) and mean(u·x̂) [T, C], written by the tangent, read by the backward's.
     group: neighbouring channels that share their statistics, over m·group elements; mean and rstd then repeat. With
         images as tasks that is group norm, and instance norm where it is 1. gamma and beta may have [R, C], each row
         for T / R neighbouring tasks.
@@ -44,17 +48,10 @@ def output_shape(shape: torch.Size | tuple[int, ...], pool: bool) -> tuple[int, 
 
 
 def _check(
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    pool: bool,
-    gamma_dot: Tensor | None = None,
-    beta_dot: Tensor | None = None,
-    *,
-    group: int = 1,
-    **small: Tensor,
-) -> None:
-    """Raises unless the tensors belong together; `small` are those of the result's shape."""
+    *, z: Tensor, gamma: Tensor, beta: Tensor, pool: bool, gamma_dot: Tensor | None = None,
+    beta_dot: Tensor | None = None, group: int = 1, **others: Any,
+) -> None:  # fmt: skip
+    """Raises unless the tensors belong together."""
     if z.dim() != 5:
         raise ValueError(f"z: expected [T, N, H, W, C], got {tuple(z.shape)}")
     tasks, images, height, width, channels = z.shape
@@ -76,9 +73,10 @@ def _check(
     if pool and (height < 2 or width < 2):
         raise ValueError(f"z: expected at least 2x2 pixels to pool, got {tuple(z.shape)}")
     expected = output_shape(z.shape, pool)
-    for name, tensor in small.items():
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+    for name in ("y", "gy", "uy", "gy_dot", "index"):
+        small = others.get(name)
+        if small is not None and (pool or name != "index") and tuple(small.shape) != expected:
+            raise ValueError(f"{name}: expected {expected}, got {tuple(small.shape)}")
 
 
 def _spread(row: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,19 +138,9 @@ def _gate(normal: Tensor, gamma: Tensor, beta: Tensor, slope: float) -> Tensor:
 
 
 def _forward(
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    slope: float,
-    pool: bool,
-    y: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    group: int = 1,
-) -> None:
-    _check(z, gamma, beta, pool, group=group, y=y, **({"index": index} if pool else {}))
+    z: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, pool: bool, y: Tensor, index: Tensor,
+    mean: Tensor, rstd: Tensor, group: int = 1,
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     wide = z.to(mean.dtype)
     variance, level = torch.var_mean(wide, (1, 2, 3), correction=0)
@@ -168,21 +156,9 @@ def _forward(
 
 
 def _backward(
-    gy: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    gz: Tensor,
-    ggamma: Tensor,
-    gbeta: Tensor,
-    group: int = 1,
-) -> None:
-    _check(z, gamma, beta, pool, group=group, gy=gy, **({"index": index} if pool else {}))
+    gy: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, gz: Tensor, ggamma: Tensor, gbeta: Tensor, group: int = 1,
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal = _normal(z, mean, rstd)
@@ -195,24 +171,10 @@ def _backward(
 
 
 def _tangent(
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    uy: Tensor,
-    r: Tensor,
-    t: Tensor,
-    gamma_dot: Tensor | None = None,
-    beta_dot: Tensor | None = None,
+    u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, uy: Tensor, r: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
     group: int = 1,
-) -> None:
-    small = {"uy": uy, **({"index": index} if pool else {})}
-    _check(z, gamma, beta, pool, gamma_dot, beta_dot, group=group, **small)
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)
@@ -228,27 +190,10 @@ def _tangent(
 
 
 def _backward_tangent(
-    gy_dot: Tensor,
-    gy: Tensor,
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    r: Tensor,
-    t: Tensor,
-    pool: bool,
-    gz_dot: Tensor,
-    ggamma_dot: Tensor,
-    gbeta_dot: Tensor,
-    gamma_dot: Tensor | None = None,
-    group: int = 1,
-) -> None:
-    small = {"gy_dot": gy_dot, "gy": gy, **({"index": index} if pool else {})}
-    _check(z, gamma, beta, pool, gamma_dot, group=group, **small)
+    gy_dot: Tensor, gy: Tensor, u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor,
+    beta: Tensor, slope: float, r: Tensor, t: Tensor, pool: bool, gz_dot: Tensor, ggamma_dot: Tensor,
+    gbeta_dot: Tensor, gamma_dot: Tensor | None = None, group: int = 1,
+) -> None:  # fmt: skip
     gamma, beta = _each(gamma, len(z)), _each(beta, len(z))
     dtype = mean.dtype
     normal, wide = _normal(z, mean, rstd), u.to(dtype)
@@ -272,10 +217,6 @@ def _backward_tangent(
     gz_dot.copy_(gradients + along_normal - along_u + constant)
 
 
-def _fake(*args: Tensor | float | None) -> None:
-    return None
-
-
 def _triton(name: str, closed: Callable[..., None]) -> Callable[..., None]:
     """The kernels have a statistic for each channel; where groups share one the closed form serves."""
     kernel = launcher("norm_act_pool", name)
@@ -292,170 +233,32 @@ def _triton(name: str, closed: Callable[..., None]) -> Callable[..., None]:
     return launch
 
 
-_norm_act_pool = define(
+define(
     "norm_act_pool(Tensor z, Tensor gamma, Tensor beta, float eps, float slope, bool pool, "
     "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd, int group=1) -> ()",
     fallback=_forward,
-    fake=_fake,
     triton=_triton("forward", _forward),
+    check=_check,
 )
-_norm_act_pool_backward = define(
+define(
     f"norm_act_pool_backward(Tensor gy, {_SAVED}, bool pool, "
     "Tensor(a!) gz, Tensor(b!) ggamma, Tensor(c!) gbeta, int group=1) -> ()",
     fallback=_backward,
-    fake=_fake,
     triton=_triton("backward", _backward),
+    check=_check,
 )
-_norm_act_pool_tangent = define(
+define(
     f"norm_act_pool_tangent(Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t, "
     "Tensor? gamma_dot=None, Tensor? beta_dot=None, int group=1) -> ()",
     fallback=_tangent,
-    fake=_fake,
     triton=_triton("tangent", _tangent),
+    check=_check,
 )
-_norm_act_pool_backward_tangent = define(
+define(
     f"norm_act_pool_backward_tangent(Tensor gy_dot, Tensor gy, Tensor u, {_SAVED}, Tensor r, Tensor t, "
     "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None, "
     "int group=1) -> ()",
     fallback=_backward_tangent,
-    fake=_fake,
     triton=_triton("backward_tangent", _backward_tangent),
+    check=_check,
 )
-
-
-def norm_act_pool(
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    y: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    eps: float,
-    slope: float,
-    pool: bool,
-    group: int = 1,
-) -> Tensor:
-    """Normalises, applies the leaky ReLU and pools; the other arguments are those of the module's docstring.
-
-    Args:
-        y: result [T, N, Ho, Wo, C], overwritten; as are `index`, `mean` and `rstd`.
-        eps: added to the variance.
-
-    Returns:
-        `y`.
-
-    Raises:
-        ValueError: shapes do not belong together, or only one element to normalise.
-    """
-    _check(z, gamma, beta, pool, group=group, y=y, **({"index": index} if pool else {}))
-    _norm_act_pool(z, gamma, beta, eps, slope, pool, y, index, mean, rstd, group)
-    return y
-
-
-def norm_act_pool_backward(
-    gy: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    gz: Tensor,
-    ggamma: Tensor,
-    gbeta: Tensor,
-    *,
-    slope: float,
-    pool: bool,
-    group: int = 1,
-) -> Tensor:
-    """Gradients of `norm_act_pool` for a gradient gy [T, N, Ho, Wo, C] of its result.
-
-    Args:
-        gz: gradient of z [T, N, H, W, C], overwritten.
-        ggamma, gbeta: gradients of the affine parameters of every task [T, C], overwritten.
-
-    Returns:
-        `gz`.
-    """
-    _check(z, gamma, beta, pool, group=group, gy=gy, **({"index": index} if pool else {}))
-    _norm_act_pool_backward(gy, z, index, mean, rstd, gamma, beta, slope, pool, gz, ggamma, gbeta, group)
-    return gz
-
-
-def norm_act_pool_tangent(
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    uy: Tensor,
-    r: Tensor,
-    t: Tensor,
-    *,
-    slope: float,
-    pool: bool,
-    gamma_dot: Tensor | None = None,
-    beta_dot: Tensor | None = None,
-    group: int = 1,
-) -> Tensor:
-    """Tangent of `norm_act_pool` along a tangent u [T, N, H, W, C] of z, and of γ and β where given.
-
-    Args:
-        uy: tangent of the result [T, N, Ho, Wo, C], overwritten.
-        r, t: mean(u) and mean(u·x̂) [T, C], overwritten; `norm_act_pool_backward_tangent` reads them.
-
-    Returns:
-        `uy`.
-    """
-    small = {"uy": uy, **({"index": index} if pool else {})}
-    _check(z, gamma, beta, pool, gamma_dot, beta_dot, group=group, **small)
-    saved = (z, index, mean, rstd, gamma, beta, slope)
-    _norm_act_pool_tangent(u, *saved, pool, uy, r, t, gamma_dot, beta_dot, group)
-    return uy
-
-
-def norm_act_pool_backward_tangent(
-    gy_dot: Tensor,
-    gy: Tensor,
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    r: Tensor,
-    t: Tensor,
-    gz_dot: Tensor,
-    ggamma_dot: Tensor,
-    gbeta_dot: Tensor,
-    *,
-    slope: float,
-    pool: bool,
-    gamma_dot: Tensor | None = None,
-    group: int = 1,
-) -> Tensor:
-    """Tangent of `norm_act_pool_backward` along tangents u of z and gy_dot of gy, and of γ where given.
-
-    A tangent of β changes nothing here: the gate and the positions of the maxima are piecewise constant.
-
-    Args:
-        gy_dot, gy: tangent of the result's gradient, and that gradient, [T, N, Ho, Wo, C].
-        u: tangent of z [T, N, H, W, C]; r, t: what `norm_act_pool_tangent` wrote for it.
-        gz_dot: tangent of the gradient of z [T, N, H, W, C], overwritten.
-        ggamma_dot, gbeta_dot: tangents of the parameters' gradients [T, C], overwritten.
-
-    Returns:
-        `gz_dot`.
-    """
-    small = {"gy_dot": gy_dot, "gy": gy, **({"index": index} if pool else {})}
-    _check(z, gamma, beta, pool, gamma_dot, group=group, **small)
-    _norm_act_pool_backward_tangent(
-        *(gy_dot, gy, u, z, index, mean, rstd, gamma, beta, slope, r, t, pool),
-        *(gz_dot, ggamma_dot, gbeta_dot, gamma_dot, group),
-    )
-    return gz_dot

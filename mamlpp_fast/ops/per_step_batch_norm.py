@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast.ops import _batch_norm_closed_form as closed_form
-from mamlpp_fast.ops._library import define, differentiate, transformed
+from mamlpp_fast.ops._library import define, differentiate, launcher, transformed
 
 __all__ = [
     "per_step_batch_norm",
@@ -32,89 +32,25 @@ __all__ = [
 _SAVED = "Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int? step, float slope"
 
 
-def _images(x: Tensor) -> Tensor:
-    return x[..., None, None] if x.dim() == 2 else x
-
-
-def _triton_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, step: int | None, eps: float, slope: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from mamlpp_fast.kernels import per_step_batch_norm as kernels
-
-    closed_form.check(x, weight, bias, step)
-    rows = closed_form.row(weight, step), closed_form.row(bias, step)
-    y, *statistics = kernels.forward(_images(_dense(x)), *rows, eps, slope)
-    mean, rstd, var = (s.reshape(closed_form.statistics_shape(x)) for s in statistics)
-    return y.reshape(x.shape), mean, rstd, var
-
-
-def _triton_backward(
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    step: int | None,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mamlpp_fast.kernels import per_step_batch_norm as kernels
-
-    x = _dense(x)
-    rows = closed_form.row(weight, step), closed_form.row(bias, step)
-    gx, ggamma, gbeta = kernels.backward(_images(gy), _images(x), *rows, mean, rstd, slope)
-    gx = gx.reshape(x.shape)
-    return gx, closed_form.to_affine(ggamma, weight, step), closed_form.to_affine(gbeta, bias, step)
-
-
-def _triton_double_backward(
-    u: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    gy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    step: int | None,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mamlpp_fast.kernels import per_step_batch_norm as kernels
-
-    x = _dense(x)
-    u = torch.zeros_like(x) if u is None else u
-    gamma, beta = closed_form.row(weight, step), closed_form.row(bias, step)
-    a, b = (torch.zeros_like(gamma) if v is None else closed_form.row(v, step) for v in (a, b))
-    c_gy, c_x, c_gamma = kernels.double_backward(
-        _images(u), a, b, _images(gy), _images(x), gamma, beta, mean, rstd, slope
-    )
-    return c_gy.reshape(x.shape), c_x.reshape(x.shape), closed_form.to_affine(c_gamma, weight, step)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return closed_form.dense(x, closed_form.is_channels_last(x))
-
-
 _forward = define(
     "per_step_batch_norm(Tensor x, Tensor weight, Tensor bias, int? step, float eps, float slope)"
     " -> (Tensor y, Tensor mean, Tensor rstd, Tensor var)",
     fallback=closed_form.forward,
     fake=closed_form.forward_fake,
-    triton=_triton_forward,
+    triton=launcher("per_step_batch_norm", "forward"),
 )
 _backward = define(
     f"per_step_batch_norm_backward(Tensor gy, {_SAVED}) -> (Tensor gx, Tensor gweight, Tensor gbias)",
     fallback=closed_form.backward,
     fake=closed_form.backward_fake,
-    triton=_triton_backward,
+    triton=launcher("per_step_batch_norm", "backward"),
 )
 _double_backward = define(
     f"per_step_batch_norm_double_backward(Tensor? u, Tensor? a, Tensor? b, Tensor gy, {_SAVED})"
     " -> (Tensor c_gy, Tensor c_x, Tensor c_weight)",
     fallback=closed_form.double_backward,
     fake=closed_form.double_backward_fake,
-    triton=_triton_double_backward,
+    triton=launcher("per_step_batch_norm", "double_backward"),
 )
 
 
@@ -160,14 +96,9 @@ differentiate("per_step_batch_norm_double_backward", _differentiate_double_backw
 
 
 def _update(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float,
     step: int | None,
-) -> None:
+) -> None:  # fmt: skip
     if count < 2:
         raise ValueError(f"count: expected at least 2, got {count}")
     if (running_mean.dim() == 2) != (step is not None) or running_var.shape != running_mean.shape:
@@ -191,15 +122,10 @@ def _update(
         row_var.mul_(1 - momentum).add_(task_var, alpha=momentum * unbias)
 
 
-def _update_fake(*_: Any) -> None:
-    return None
-
-
 _update_running_stats = define(
     "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, int count, "
     "float momentum, int? step) -> ()",
     fallback=_update,
-    fake=_update_fake,
 )
 
 

@@ -77,18 +77,12 @@ def _bend(x: Tensor, g_dot: Tensor, g: Tensor, u: Tensor, function: int, a: floa
     out.copy_(g_dot * slope + g * u * curve)
 
 
-def _fake(*args: Tensor | float) -> None:
-    return None
-
-
-define("pointwise(Tensor x, int function, float a, Tensor(a!) y) -> ()", fallback=_value, fake=_fake)
+define("pointwise(Tensor x, int function, float a, Tensor(a!) y) -> ()", fallback=_value)
 define(
     "pointwise_slope(Tensor x, Tensor g, int function, float a, Tensor(a!) out) -> ()",
     fallback=_slope,
-    fake=_fake,
 )
 define(
     "pointwise_bend(Tensor x, Tensor g_dot, Tensor g, Tensor u, int function, float a, Tensor(a!) out) -> ()",
     fallback=_bend,
-    fake=_fake,
 )

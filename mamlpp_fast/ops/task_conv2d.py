@@ -1,12 +1,21 @@
 """Convolutions of a batch of tasks, each task with weights of its own.
 
-Activations are channels-last, ``[tasks, images, height, width, channels]``; weights are ``[tasks, kh, kw, in, out]``.
-Every op may take a second operand pair whose product is added in the same accumulator (the pairs of
-derivation ``docs/derivations/task_conv2d.md``), writes into ``out`` and returns nothing. An axis along which the kernel
+``task_conv2d`` is ``F.conv2d`` of each task, ``_to_input`` and ``_to_weight`` are its gradients for a gradient g of the
+result, the latter summed over a task's images. Every op may take a second operand pair whose product is added in the
+same accumulator (the pairs of derivation ``docs/derivations/task_conv2d.md``), writes into ``out`` and returns nothing.
+All tensors are contiguous:
+    x: activations [T, N, H, W, Ci]; w: weights [T, kh, kw, Ci, Co], at most 49 taps in the native kernels.
+    g, and the result: [T, N, Ho, Wo, Co], Ho = (H + 2·padding - kh) // stride + 1.
+    x2, w2, g2: the second pair, of the same shapes, or None.
+    out: what the op computes, overwritten; float32 where the operands are bfloat16.
+An axis along which the kernel
 is one pixel is not padded, so that sequences [T, N, L, 1, C] have kernels [T, k, 1, Ci, Co].
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +23,6 @@ from torch import Tensor
 from torch.nn import grad as conv_grad
 
 from mamlpp_fast.ops._library import define, launcher
-
-_FORWARD = "task_conv2d"
-_TO_INPUT = "task_conv2d_to_input"
-_TO_WEIGHT = "task_conv2d_to_weight"
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
@@ -31,45 +36,43 @@ def pads(w: Tensor, padding: int) -> tuple[int, int]:
     return padding if kh > 1 else 0, padding if kw > 1 else 0
 
 
-def _pairs(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    if (a2 is None) != (b2 is None):
-        raise ValueError("second operand pair: expected both tensors or neither, got one")
-    if a2 is None or b2 is None:
-        return [(a, b)]
-    if a2.shape != a.shape or b2.shape != b.shape:
-        raise ValueError(
-            f"second operand pair: expected shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-            f"got {tuple(a2.shape)} and {tuple(b2.shape)}"
-        )
-    return [(a, b), (a2, b2)]
-
-
-def _check(activation: Tensor, weight: Tensor, result: Tensor, stride: int, padding: int) -> None:
+def _check(
+    activation: str, weight: str, result: str, *, stride: int, padding: int, **named: Tensor | None
+) -> None:
     """Raises unless result [T,N,Ho,Wo,Co] is the shape of activation [T,N,H,W,Ci] * weight [T,kh,kw,Ci,Co]."""
-    if activation.dim() != 5 or weight.dim() != 5 or result.dim() != 5:
+    x, w, y = named[activation], named[weight], named[result]
+    assert x is not None and w is not None and y is not None
+    if x.dim() != 5 or w.dim() != 5 or y.dim() != 5:
         raise ValueError(
             "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], "
-            f"got {tuple(activation.shape)}, {tuple(weight.shape)} and {tuple(result.shape)}"
+            f"got {tuple(x.shape)}, {tuple(w.shape)} and {tuple(y.shape)}"
         )
-    tasks, images, height, width, channels = activation.shape
-    kh, kw = weight.shape[1:3]
-    pad_y, pad_x = pads(weight, padding)
+    tasks, images, height, width, channels = x.shape
+    kh, kw = w.shape[1:3]
+    pad_y, pad_x = pads(w, padding)
     if stride < 1 or padding < 0 or pad_y >= kh or pad_x >= kw or padding >= max(kh, kw):
         raise ValueError(
             f"stride, padding: expected stride >= 1, 0 <= padding < kernel, got {stride}, {padding}"
         )
-    expected = (
-        tasks,
-        images,
-        output_size(height, kh, stride, pad_y),
-        output_size(width, kw, stride, pad_x),
-        weight.shape[4],
-    )
-    if weight.shape[0] != tasks or weight.shape[3] != channels or tuple(result.shape) != expected:
+    size = (output_size(height, kh, stride, pad_y), output_size(width, kw, stride, pad_x))
+    expected = (tasks, images, *size, w.shape[4])
+    if w.shape[0] != tasks or w.shape[3] != channels or tuple(y.shape) != expected:
         raise ValueError(
-            f"task_conv2d: expected output {expected} of {tuple(activation.shape)} and {tuple(weight.shape)}, "
-            f"got {tuple(result.shape)}"
+            f"task_conv2d: expected output {expected} of {tuple(x.shape)} and {tuple(w.shape)}, got {tuple(y.shape)}"
         )
+    second = {name: t for name, t in named.items() if name.endswith("2") and t is not None}
+    if len(second) == 1:
+        raise ValueError("second operand pair: expected both tensors or neither, got one")
+    for name, tensor in second.items():
+        first = named[name[:-1]]
+        if first is None or tensor.shape != first.shape:
+            raise ValueError(
+                f"second operand pair: expected the shape of {name[:-1]}, got {name} {tuple(tensor.shape)}"
+            )
+
+
+def _pairs(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    return [(a, b)] if a2 is None or b2 is None else [(a, b), (a2, b2)]
 
 
 def _images(x: Tensor) -> Tensor:
@@ -80,175 +83,61 @@ def _filters(w: Tensor) -> Tensor:
     return w.permute(3, 2, 0, 1)
 
 
+def _each_task(
+    pairs: list[tuple[Tensor, Tensor]],
+    product: Callable[[Tensor, Tensor], Tensor],
+    order: tuple[int, int, int, int],
+    out: Tensor,
+) -> None:
+    """The sum of the pairs' products, task by task in the type of `out`, which has their axes in this order."""
+    for task in range(out.shape[0]):
+        terms = [product(a[task].to(out.dtype), b[task].to(out.dtype)) for a, b in pairs]
+        out[task].copy_(torch.stack(terms).sum(0).permute(order))
+
+
 def _forward(
     x: Tensor, w: Tensor, x2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
-    _check(x, w, out, stride, padding)
-    pairs = _pairs(x, w, x2, w2)
-    for task in range(x.shape[0]):
-        terms = [
-            F.conv2d(
-                _images(a[task]).to(out.dtype),
-                _filters(b[task]).to(out.dtype),
-                None,
-                stride,
-                pads(w, padding),
-            )
-            for a, b in pairs
-        ]
-        out[task].copy_(torch.stack(terms).sum(0).permute(0, 2, 3, 1))
+
+    def product(x: Tensor, v: Tensor) -> Tensor:
+        return F.conv2d(_images(x), _filters(v), None, stride, pads(w, padding))
+
+    _each_task(_pairs(x, w, x2, w2), product, (0, 2, 3, 1), out)
 
 
 def _to_input(
     g: Tensor, w: Tensor, g2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
-    _check(out, w, g, stride, padding)
-    pairs = _pairs(g, w, g2, w2)
     size = _images(out[0]).shape
-    for task in range(g.shape[0]):
-        terms = [
-            conv_grad.conv2d_input(
-                size,
-                _filters(b[task]).to(out.dtype),
-                _images(a[task]).to(out.dtype),
-                stride,
-                pads(w, padding),
-            )
-            for a, b in pairs
-        ]
-        out[task].copy_(torch.stack(terms).sum(0).permute(0, 2, 3, 1))
+
+    def product(g: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = conv_grad.conv2d_input(size, _filters(v), _images(g), stride, pads(w, padding))
+        return result
+
+    _each_task(_pairs(g, w, g2, w2), product, (0, 2, 3, 1), out)
 
 
 def _to_weight(
     x: Tensor, g: Tensor, x2: Tensor | None, g2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
-    _check(x, out, g, stride, padding)
-    pairs = _pairs(x, g, x2, g2)
     size = _filters(out[0]).shape
-    for task in range(x.shape[0]):
-        terms = [
-            conv_grad.conv2d_weight(
-                _images(a[task]).to(out.dtype),
-                size,
-                _images(b[task]).to(out.dtype),
-                stride,
-                pads(out, padding),
-            )
-            for a, b in pairs
-        ]
-        out[task].copy_(torch.stack(terms).sum(0).permute(2, 3, 1, 0))
+
+    def product(x: Tensor, g: Tensor) -> Tensor:
+        result: Tensor = conv_grad.conv2d_weight(_images(x), size, _images(g), stride, pads(out, padding))
+        return result
+
+    _each_task(_pairs(x, g, x2, g2), product, (2, 3, 1, 0), out)
 
 
-def _fake(
-    a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, stride: int, padding: int, out: Tensor
-) -> None:
-    return None
-
-
-define(
-    f"{_FORWARD}(Tensor x, Tensor w, Tensor? x2, Tensor? w2, int stride, int padding, Tensor(a!) out) -> ()",
-    fallback=_forward,
-    fake=_fake,
-    triton=launcher("task_conv2d", "forward"),
-)
-define(
-    f"{_TO_INPUT}(Tensor g, Tensor w, Tensor? g2, Tensor? w2, int stride, int padding, Tensor(a!) out) -> ()",
-    fallback=_to_input,
-    fake=_fake,
-    triton=launcher("task_conv2d", "to_input"),
-)
-define(
-    f"{_TO_WEIGHT}(Tensor x, Tensor g, Tensor? x2, Tensor? g2, int stride, int padding, Tensor(a!) out) -> ()",
-    fallback=_to_weight,
-    fake=_fake,
-    triton=launcher("task_conv2d", "to_weight"),
-)
-
-
-def task_conv2d(
-    x: Tensor,
-    w: Tensor,
-    out: Tensor,
-    *,
-    stride: int = 1,
-    padding: int = 1,
-    second: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Convolves the images of every task with that task's own weights.
-
-    Equivalent to ``F.conv2d`` of each task, summed over the operand pairs.
-
-    Args:
-        x: activations [T, N, H, W, Ci], contiguous.
-        w: weights [T, kh, kw, Ci, Co], contiguous; at most 49 taps in the native kernels.
-        out: result [T, N, Ho, Wo, Co], contiguous, overwritten.
-        stride, padding: of both axes.
-        second: another (x, w) of the same shapes whose convolution is added.
-
-    Returns:
-        `out`.
-
-    Raises:
-        ValueError: shapes do not belong together.
-    """
-    x2, w2 = second if second is not None else (None, None)
-    torch.ops.mamlpp_fast.task_conv2d(x, w, x2, w2, stride, padding, out)
-    return out
-
-
-def task_conv2d_to_input(
-    g: Tensor,
-    w: Tensor,
-    out: Tensor,
-    *,
-    stride: int = 1,
-    padding: int = 1,
-    second: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Gradient of `task_conv2d` with respect to its activations.
-
-    Args:
-        g: gradient of the result [T, N, Ho, Wo, Co], contiguous.
-        w: weights [T, kh, kw, Ci, Co], contiguous.
-        out: gradient of the activations [T, N, H, W, Ci], contiguous, overwritten.
-        stride, padding: of the forward convolution.
-        second: another (g, w) of the same shapes whose product is added.
-
-    Returns:
-        `out`.
-
-    Raises:
-        ValueError: shapes do not belong together.
-    """
-    g2, w2 = second if second is not None else (None, None)
-    torch.ops.mamlpp_fast.task_conv2d_to_input(g, w, g2, w2, stride, padding, out)
-    return out
-
-
-def task_conv2d_to_weight(
-    x: Tensor,
-    g: Tensor,
-    out: Tensor,
-    *,
-    stride: int = 1,
-    padding: int = 1,
-    second: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Gradient of `task_conv2d` with respect to its weights, summed over a task's images.
-
-    Args:
-        x: activations [T, N, H, W, Ci], contiguous.
-        g: gradient of the result [T, N, Ho, Wo, Co], contiguous.
-        out: gradient of the weights [T, kh, kw, Ci, Co], contiguous, overwritten.
-        stride, padding: of the forward convolution.
-        second: another (x, g) of the same shapes whose product is added.
-
-    Returns:
-        `out`.
-
-    Raises:
-        ValueError: shapes do not belong together.
-    """
-    x2, g2 = second if second is not None else (None, None)
-    torch.ops.mamlpp_fast.task_conv2d_to_weight(x, g, x2, g2, stride, padding, out)
-    return out
+for _name, _first, _second, _roles, _closed in (
+    ("task_conv2d", "x", "w", ("x", "w", "out"), _forward),
+    ("task_conv2d_to_input", "g", "w", ("out", "w", "g"), _to_input),
+    ("task_conv2d_to_weight", "x", "g", ("x", "out", "g"), _to_weight),
+):
+    define(
+        f"{_name}(Tensor {_first}, Tensor {_second}, Tensor? {_first}2, Tensor? {_second}2, "
+        "int stride, int padding, Tensor(a!) out) -> ()",
+        fallback=_closed,
+        triton=launcher("task_conv2d", _closed.__name__[1:]),
+        check=partial(_check, *_roles),
+    )

@@ -101,10 +101,6 @@ def _mean_place(gy: Tensor, window: Sequence[int], gx: Tensor) -> None:
     _sum_windows((gy / pixels)[..., None].expand(*gy.shape, pixels), window, gx)
 
 
-def _fake(*args: Tensor | Sequence[int]) -> None:
-    return None
-
-
 for _schema, _closed in (
     ("window_max(Tensor x, int[] window, Tensor(a!) y, Tensor(b!) index) -> ()", _max),
     ("window_max_pick(Tensor u, Tensor index, int[] window, Tensor(a!) uy) -> ()", _max_pick),
@@ -112,4 +108,4 @@ for _schema, _closed in (
     ("window_mean(Tensor x, int[] window, Tensor(a!) y) -> ()", _mean),
     ("window_mean_place(Tensor gy, int[] window, Tensor(a!) gx) -> ()", _mean_place),
 ):
-    define(_schema, fallback=_closed, fake=_fake)
+    define(_schema, fallback=_closed)

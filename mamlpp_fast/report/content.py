@@ -176,10 +176,10 @@ def _thinning_note(runs: Sequence[Run]) -> list[str]:
     return []
 
 
-def _step_header(rows: Sequence[Sequence[str]], first: Sequence[str], one: str = "step 1") -> list[str]:
+def _step_header(rows: Sequence[Sequence[str]], first: Sequence[str]) -> list[str]:
     """``first`` and a column a step; shorter rows are filled up by the page."""
     steps = max((len(row) for row in rows), default=len(first)) - len(first)
-    return [*first, *(f"step {k + 1}" if steps > 1 else one for k in range(steps))]
+    return [*first, *(f"step {k + 1}" for k in range(steps))]
 
 
 def step_accuracy(runs: Sequence[Run]) -> Figure:

@@ -87,13 +87,13 @@ def load_checkpoint(path: Path, kind: Kind, device: torch.device | str = "cpu") 
     return result
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+def load_tensors(path: Path) -> Any:
     """What ``torch.save`` wrote, in either of its formats, provided it is tensors and plain values.
 
     Raises:
         CheckpointError: for a file that is missing or damaged, or that holds anything else, which is never run.
     """
-    return _load(path, device, legacy=True)
+    return _load(path, "cpu", legacy=True)
 
 
 def _load(path: Path, device: torch.device | str, *, legacy: bool) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,25 +15,6 @@ from mamlpp_fast.data import DATASETS
 
 __all__ = ["TrainConfig", "parse_settings", "suggestion"]
 
-_AT_LEAST = {
-    "ways": 2,
-    "shots": 1,
-    "targets": 1,
-    "tasks": 1,
-    "filters": 1,
-    "stages": 1,
-    "val_tasks": 1,
-    "test_tasks": 1,
-    "ensemble": 1,
-    "image_size": 1,
-    "val_seed": 0,
-    "test_seed": 0,
-    "seed": 0,
-    "init_seed": 0,
-    "task_seed": 0,
-    "checkpoint_seconds": 0,
-}
-_INTEGERS = _AT_LEAST.keys() - {"checkpoint_seconds"}
 # Settings that decide how a run is carried out, not what it computes.
 _NOT_RESULTS = frozenset({"checkpoint_seconds"})
 
@@ -97,22 +77,27 @@ class TrainConfig(MAMLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            kinds = (int,) if name in _INTEGERS else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-                raise ValueError(
-                    f"{name}: expected {'an integer' if len(kinds) == 1 else 'a number'}, got {value!r}"
-                )
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
         if self.dataset not in DATASETS:
             hint = suggestion(self.dataset, DATASETS)
             raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, got {self.dataset!r}{hint}")
         if self.loss != "cross_entropy":
             raise ValueError(f"loss: expected cross_entropy to train on classes of images, got {self.loss}")
+
+    @classmethod
+    def least(cls) -> dict[str, int]:
+        counts = (
+            "shots",
+            "targets",
+            "tasks",
+            "filters",
+            "stages",
+            "val_tasks",
+            "test_tasks",
+            "ensemble",
+            "image_size",
+        )
+        free = ("seed", "init_seed", "task_seed", "val_seed", "test_seed", "checkpoint_seconds")
+        return super().least() | {"ways": 2} | dict.fromkeys(counts, 1) | dict.fromkeys(free, 0)
 
     @property
     def iterations(self) -> int:
@@ -184,6 +169,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+_TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
 def _parse(key: str, text: str, hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         options = get_args(hint)
@@ -193,19 +181,9 @@ def _parse(key: str, text: str, hint: Any) -> Any:
             return tuple(part.strip() for part in text.split(",")) if "," in text else text
         hint = next(o for o in options if o is not type(None))
     if hint is bool:
-        known = {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-        }
-        if text.lower() not in known:
+        if text.lower() not in _TRUTH:
             raise ValueError(f"{key}: expected true or false, got {text!r}")
-        return known[text.lower()]
+        return _TRUTH[text.lower()]
     if hint in (int, float):
         try:
             return hint(text)

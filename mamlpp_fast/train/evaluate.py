@@ -77,7 +77,6 @@ def predict(
     num_tasks: int,
     batch_size: int,
     *,
-    steps: int | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Predictions:
     """Target logits after the last inner step on tasks 0 .. num_tasks - 1 of a sampler, shared by the learner's ranks.
@@ -87,7 +86,6 @@ def predict(
         sampler: the tasks.
         num_tasks: number of tasks.
         batch_size: tasks a rank takes at once.
-        steps: inner updates; the learner's evaluation steps without it.
         between: called before every batch, as often on every rank; may raise to stop.
     """
     ranks = learner.ranks
@@ -102,7 +100,7 @@ def predict(
             continue
         # A rank that never gets a task computes one that nobody counts, for the shape.
         batch = sampler.batch(start + share.start, len(share)) if share else sampler.batch(0, 1)
-        result = learner.evaluate(batch, steps=steps)
+        result = learner.evaluate(batch)
         rows += range(start + share.start, start + share.stop)
         logits.append(result.logits[-1].detach().clone()[: len(share)])
         accuracies.append(result.accuracy.double().T[: len(share)])

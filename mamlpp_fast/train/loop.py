@@ -318,14 +318,6 @@ class _Trainer:
         made = learner.iteration - epoch * c.iterations_per_epoch
         loss, accuracy = (self.sums / made).tolist()
         after = learner.iteration
-        learner.iteration = epoch * c.iterations_per_epoch
-        weights = learner.step_weights()
-        schedule = {
-            "meta_lr": learner.meta_lr(),
-            "second_order": learner.second_order(),
-            "msl_weights": None if weights is None else weights.tolist(),
-        }
-        learner.iteration = after
         return {
             "epoch": epoch,
             "iteration": after,
@@ -335,7 +327,7 @@ class _Trainer:
             "val_accuracy": validation.accuracy,
             "val_accuracy_ci95": validation.ci95,
             "best": best,
-            **schedule,
+            **learner.schedule(epoch),
             "val_step_accuracy": steps,
             "inner_rates": inner_rates(learner),
             "batch_norm": batch_norms(learner.model),

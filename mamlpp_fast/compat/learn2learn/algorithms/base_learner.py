@@ -9,6 +9,11 @@ from torch import nn
 __all__ = ["BaseLearner"]
 
 
+def given(learner: nn.Module, **options: bool | None) -> dict[str, Any]:
+    """Each option as it is given, or as the learner has it where that is None."""
+    return {name: getattr(learner, name) if value is None else value for name, value in options.items()}
+
+
 class BaseLearner(nn.Module):
     """Wraps a module; calls it, and answers with its attributes where it has none of its own."""
 

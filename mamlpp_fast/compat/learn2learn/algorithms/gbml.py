@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast.accelerated import accelerate
+from mamlpp_fast.compat.learn2learn.algorithms.base_learner import given
 from mamlpp_fast.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
 from mamlpp_fast.compat.learn2learn.utils import clone_module
 
@@ -66,15 +67,14 @@ class GBML(nn.Module):
         adapt_transform: bool | None = None,
     ) -> GBML:
         """A learner on differentiable copies of module and transforms; what is not given is as this learner has it."""
+        options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
         return GBML(
             module=accelerate(clone_module(self.module)),
             transform=self.transform,
             lr=self.lr,
-            adapt_transform=self.adapt_transform if adapt_transform is None else adapt_transform,
-            first_order=self.first_order if first_order is None else first_order,
-            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
-            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
             compute_update=clone_module(self.compute_update),
+            **options,
+            **given(self, adapt_transform=adapt_transform),
         )
 
     def adapt(
@@ -89,16 +89,15 @@ class GBML(nn.Module):
         Raises:
             AdaptationError: a RuntimeError; a parameter is unused or takes no gradient, and that is not allowed.
         """
-        second_order = not (self.first_order if first_order is None else first_order)
-        allow_unused = self.allow_unused if allow_unused is None else allow_unused
-        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
+        second_order = not options.pop("first_order")
         if self.adapt_transform and self._params_updated:
             gradients = torch.autograd.grad(
                 loss,
                 list(self.compute_update.parameters()),
                 create_graph=second_order,
                 retain_graph=second_order,
-                allow_unused=allow_unused,
+                allow_unused=options["allow_unused"],
             )
             self.diff_sgd(self.compute_update, gradients)
             self._params_updated = False
@@ -107,8 +106,7 @@ class GBML(nn.Module):
             self.module.parameters(),
             create_graph=second_order or self.adapt_transform,
             retain_graph=second_order or self.adapt_transform,
-            allow_unused=allow_unused,
-            allow_nograd=allow_nograd,
+            **options,
         )
         self.diff_sgd(self.module, updates)
         self._params_updated = True

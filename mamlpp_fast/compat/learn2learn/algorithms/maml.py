@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn._gradients import inner_gradients
-from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner
+from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner, given
 from mamlpp_fast.compat.learn2learn.utils import clone_module, update_module, warn_of_lengths
 
 __all__ = ["MAML", "maml_update"]
@@ -79,15 +78,15 @@ class MAML(BaseLearner):
         Raises:
             AdaptationError: a RuntimeError; a parameter is unused or takes no gradient, and that is not allowed.
         """
-        second_order = not (self.first_order if first_order is None else first_order)
+        options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
+        second_order = not options.pop("first_order")
         gradients = inner_gradients(
             loss,
             self.module.parameters(),
             create_graph=second_order,
             retain_graph=second_order,
-            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
-            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
             hint="learn2learn: Maybe try with allow_nograd=True and/or allow_unused=True ?",
+            **options,
         )
         self.module = maml_update(self.module, self.lr, gradients)
 
@@ -98,9 +97,5 @@ class MAML(BaseLearner):
         allow_nograd: bool | None = None,
     ) -> MAML:
         """A learner on a differentiable copy of the module; what is not given is as this learner has it."""
-        options: dict[str, Any] = {
-            "first_order": self.first_order if first_order is None else first_order,
-            "allow_unused": self.allow_unused if allow_unused is None else allow_unused,
-            "allow_nograd": self.allow_nograd if allow_nograd is None else allow_nograd,
-        }
+        options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
         return MAML(accelerate(clone_module(self.module)), lr=self.lr, **options)

@@ -53,6 +53,17 @@ def maml_init_(module: M) -> M:
     return module
 
 
+class Classifier(nn.Module):
+    """Features, and logits of them."""
+
+    features: nn.Module
+    classifier: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
+
+
 class LinearBlock(nn.Module):
     """Linear, batch norm without running statistics, ReLU."""
 
@@ -124,7 +135,7 @@ class ConvBase(nn.Sequential):
         super().__init__(*(ConvBlock(i, o, (3, 3), max_pool, max_pool_factor) for i, o in pairwise(widths)))
 
 
-class OmniglotFC(nn.Module):
+class OmniglotFC(Classifier):
     """The fully-connected network for Omniglot (Santoro et al. 2016).
 
     Args:
@@ -141,12 +152,8 @@ class OmniglotFC(nn.Module):
         self.classifier = fc_init_(nn.Linear(sizes[-1], output_size))
         self.input_size = input_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
 
-
-class OmniglotCNN(nn.Module):
+class OmniglotCNN(Classifier):
     """The convolutional network for Omniglot (Finn et al. 2017), on images of 28x28 pixels.
 
     Args:
@@ -168,10 +175,6 @@ class OmniglotCNN(nn.Module):
         self.classifier = nn.Linear(hidden_size, output_size)
         nn.init.normal_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
 
 
 def _as_images(x: Tensor) -> Tensor:
@@ -209,7 +212,7 @@ class CNN4Backbone(ConvBase):
         return x.flatten(1)
 
 
-class CNN4(nn.Module):
+class CNN4(Classifier):
     """The convolutional network for mini-ImageNet (Ravi & Larochelle 2017).
 
     Args:
@@ -235,10 +238,6 @@ class CNN4(nn.Module):
         size = 25 * hidden_size if embedding_size is None else embedding_size
         self.classifier = maml_init_(nn.Linear(size, output_size))
         self.hidden_size = hidden_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
 
 
 MiniImagenetCNN = CNN4

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mamlpp_fast.compat.learn2learn._batch_norm import FusedBatchNorm2d, normalise_relu
 from mamlpp_fast.compat.learn2learn.nn import Flatten, Lambda
+from mamlpp_fast.compat.learn2learn.vision.models.cnn4 import Classifier
 
 __all__ = ["BasicBlock", "DropBlock", "ResNet12", "ResNet12Backbone"]
 
@@ -143,7 +144,7 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-class ResNet12(nn.Module):
+class ResNet12(Classifier):
     """The 12-layer residual network (Mishra et al. 2018; widths of Lee et al. 2019).
 
     Args:
@@ -173,7 +174,3 @@ class ResNet12(nn.Module):
             avg_pool, wider, embedding_dropout, dropblock_dropout, dropblock_size, channels
         )
         self.classifier = nn.Linear(hidden_size, output_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(x))
-        return logits
