@@ -117,7 +117,7 @@ def _shared() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "module", "why"),
     [
-        pytest.param(nn.Sequential(nn.Dropout(0.5)), "0", "draws random numbers", id="dropout"),
+        pytest.param(nn.Sequential(nn.RReLU()), "0", "draws random numbers", id="random-slopes"),
         pytest.param(nn.Sequential(nn.Identity(), _Branching()), "1", "asks for values", id="control-flow"),
         pytest.param(_shared(), "1", "weight is used more than once in a pass", id="shared-norm"),
         pytest.param(
@@ -132,11 +132,11 @@ def test_unsupported_names_the_module(model: nn.Module, module: str, why: str) -
 
 
 def test_auto_says_which_module_stopped_it() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 5), nn.Dropout(0.5), nn.Flatten(), nn.Linear(128, 3))
+    model = nn.Sequential(nn.Conv2d(1, 2, 5), nn.RReLU(), nn.Flatten(), nn.Linear(128, 3))
     learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), precision="float64")
     learner.meta_gradient(random_batch())
     assert learner.engine.name != "fused"
-    assert "1: dropout draws random numbers" in learner.engine_reason
+    assert "1: rrelu draws random numbers" in learner.engine_reason
 
 
 def test_other_losses_are_unsupported() -> None:

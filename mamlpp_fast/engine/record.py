@@ -5,7 +5,8 @@ arguments; it names the operations. A dispatch mode underneath sees what each of
 executes beside them: writes, draws of random numbers and reads of values are told by the operators' own schemas.
 Whatever makes a pass no fixed list of operations is found here and named, never guessed at:
 
-- values that decide (``if x.sum() > 0``, ``.item()``), draws of random numbers, hooks, ``autograd.Function``;
+- values that decide (``if x.sum() > 0``, ``.item()``), draws of random numbers but dropout's, hooks,
+  ``autograd.Function``;
 - writes to parameters, to the input, to buffers other than a batch norm's statistics, to attributes;
 - memory that is changed in place and then read by another name.
 
@@ -60,6 +61,11 @@ class Recording:
     dtypes: dict[int, torch.dtype]
     counted: tuple[str, ...]
 
+    @property
+    def draws(self) -> str | None:
+        """The first operation that draws random numbers, for a refusal; None where none does."""
+        return next((f"{op.name} draws random numbers" for op in self.operations if op.draws), None)
+
 
 def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -> Recording:
     """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states stay as they are.
@@ -93,7 +99,8 @@ def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -
         raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
     for a, b in zip(first.operations, second.operations, strict=True):
         # By `!=`: the getter of an attribute is another object each time.
-        if a.function != b.function or a.outputs != b.outputs or a.constant != b.constant:
+        same = a.function == b.function and a.outputs == b.outputs and a.constant == b.constant
+        if not same or len(a.draws) != len(b.draws):
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
         for index, (shape, dtype), (shape_b, _) in zip(a.outputs, a.tensors, b.tensors, strict=True):
             dtypes[index] = dtype

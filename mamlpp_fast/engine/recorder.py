@@ -23,6 +23,7 @@ __all__ = [
     "TAKE_SIZES",
     "Buffer",
     "Constant",
+    "Draw",
     "Executions",
     "Operation",
     "Parameter",
@@ -79,6 +80,32 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Zeros and ones that a call draws from the process's generator, as dropout does for its mask.
+
+    Attributes:
+        shape: of the tensor, with the examples.
+        strides: numbers are drawn in the order in which its elements lie in memory.
+        chance: of a one.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    chance: float
+
+    @classmethod
+    def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Draw | None:
+        """What a call of an operator draws; None where it is no such draw."""
+        given = _named(func, args) | dict(kwargs)
+        if func not in (torch.ops.aten.bernoulli_.float, torch.ops.aten.bernoulli.p):
+            return None
+        if given.get("generator") is not None:
+            return None
+        t: Tensor = given["self"]
+        return cls(tuple(t.shape), tuple(t.stride()), float(given.get("p", 0.5)))
+
+
+@dataclass(frozen=True)
 class Operation:
     """One call.
 
@@ -90,6 +117,7 @@ class Operation:
         outputs: values written, one for each tensor among what the call returned.
         tensors: their shapes and types.
         constant: the outputs take part in no gradient although an argument does (``detach``, ``no_grad``).
+        draws: of dropout in it, in order.
     """
 
     function: Callable[..., Any]
@@ -99,6 +127,7 @@ class Operation:
     outputs: tuple[int, ...]
     tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     constant: bool
+    draws: tuple[Draw, ...] = ()
 
     @property
     def output(self) -> int | None:
@@ -121,16 +150,20 @@ class Executions(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.executed: list[str] = []
         self.written: list[Tensor] = []
+        self.drawn: list[Draw] = []
         self.draws = False
         self.reads = False
 
     def clear(self) -> None:
-        self.executed, self.written, self.draws, self.reads = [], [], False, False
+        self.executed, self.written, self.drawn, self.draws, self.reads = [], [], [], False, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.executed.append(str(func))
-        self.draws |= draws(func, args, kwargs)
+        if (draw := Draw.of(func, args, kwargs)) is not None:
+            self.drawn.append(draw)
+        else:
+            self.draws |= draws(func, args, kwargs)
         self.reads |= torch.Tag.data_dependent_output in func.tags or sized_by_values(func, args)
         if func._schema.is_mutable:
             given = _named(func, args) | kwargs
@@ -262,10 +295,12 @@ class Recorder(TorchFunctionMode):
             self.complain(self.here(), f"{type(args[0]).__name__} normalises in a way of its own")
         recorded = self._norm(*args) if norm else tree_map(lambda t: references.get(id(t), t), (args, kwargs))
         result = func(*args, **kwargs)
-        executed, written, draws, reads = watch.executed, watch.written, watch.draws, watch.reads
+        executed, written, reads, drawn = watch.executed, watch.written, watch.reads, tuple(watch.drawn)
+        # Of what is drawn otherwise, or for nothing that depends on the input, each pass would get the same numbers.
+        draws = watch.draws or (drawn and (func not in _DROPOUTS or _all_constant(references.values())))
         watch.clear()
         name = name_of(func)
-        if draws and not (func in _DROPOUTS and _rate(args, kwargs) == 0):
+        if draws:
             self.complain(self.here(), f"{name} draws random numbers")
         if (reads or name in _ASKS) and not _all_constant(references.values()):
             self.complain(self.here(), f"{name} asks for values, which decide what is executed")
@@ -283,7 +318,7 @@ class Recorder(TorchFunctionMode):
         elif self._counts(func, recorded):
             return result
         self._write(written, name)
-        self._keep(func, recorded, result, made, given, args)
+        self._keep(func, recorded, result, made, given, args, drawn)
         return result
 
     def _nothing_beside(self) -> None:
@@ -353,7 +388,14 @@ class Recorder(TorchFunctionMode):
             self._stale |= self._memory.get(place, set())
 
     def _keep(
-        self, func: Any, recorded: Any, result: Any, made: list[Tensor], given: list[Tensor], args: Any
+        self,
+        func: Any,
+        recorded: Any,
+        result: Any,
+        made: list[Tensor],
+        given: list[Tensor],
+        args: Any,
+        drawn: tuple[Draw, ...],
     ) -> None:
         args_, kwargs_ = recorded
         in_graph = any(t.requires_grad for t in given)
@@ -377,7 +419,7 @@ class Recorder(TorchFunctionMode):
             if len(new) != len(made):
                 outputs = ()
             tensors = tuple((tuple(t.shape), t.dtype) for t in new)
-            op = Operation(func, self.here(), args_, kwargs_, outputs, tensors, constant)
+            op = Operation(func, self.here(), args_, kwargs_, outputs, tensors, constant, drawn)
         elif (
             isinstance(result, Tensor) and func in _DETACHES and isinstance(first := references[0], Parameter)
         ):
@@ -388,7 +430,7 @@ class Recorder(TorchFunctionMode):
             constant = in_graph and not target.requires_grad and torch.is_floating_point(target)
             output = self._new(target, references)
             tensors = ((tuple(target.shape), target.dtype),)
-            op = Operation(func, self.here(), args_, kwargs_, (output,), tensors, constant)
+            op = Operation(func, self.here(), args_, kwargs_, (output,), tensors, constant, drawn)
         self.operations.append(op)
 
     def _norm(
@@ -443,12 +485,18 @@ def name_of(func: Any) -> str:
     return text if text.endswith("__set__") else str(text.removesuffix(".__get__").rpartition(".")[2])
 
 
-def _rate(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-
-
 _KNOWN_NORMS = (reference.PerStepBatchNorm2d.normalise, PerStepBatchNorm2d.normalise)
-_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout})
+# Their draws are drawn anew in every pass.
+_DROPOUTS = frozenset(
+    {
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
+        *(torch.alpha_dropout, torch.alpha_dropout_),
+        *(torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
+        *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
+        *(torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu),
+    }
+)
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
 _ASKS = frozenset({"tolist", "numpy", "__array__", "item", "__bool__", "__int__", "__float__", "__index__"})
 _CHANGES = frozenset(

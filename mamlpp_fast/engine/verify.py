@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mamlpp_fast import reference
+from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.transfer import Gradients
@@ -35,6 +36,9 @@ TOLERANCE = 1e-6
 _SMALL = 1e-4
 # Meta-gradients below this share of the loss are rounding where all of them are.
 _NOISE = 1e-8
+
+# Of what both draw: they draw the same numbers, in the same order.
+_SEED = 0
 
 # Values of the examples of a side that a check takes, and the fewest examples: the loop in float64 keeps every
 # activation of every step, some hundred times as much.
@@ -77,11 +81,12 @@ def check_meta_gradient(
     gradients = Gradients(model, rates, torch.float64)
     with torch.no_grad():
         prepared.memory.weights.tensor().copy_(weights)
-        prepared.run(batch, dict(model.named_parameters()) | buffers, gradients)
+        tensors = dict(model.named_parameters()) | buffers
+        prepared.run(batch, tensors, gradients, torch.Generator().manual_seed(_SEED))
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     all_rates = _exact(rates.rates)
     model.train()
-    with _reference(model, exact), torch.enable_grad():
+    with _reference(model, exact), _numbers(prepared), torch.enable_grad():
         result = reference.meta_gradient(
             model,
             rates.as_dict(all_rates),
@@ -117,10 +122,10 @@ def check_evaluation(
 ) -> bool:
     """Compares the predictions of one task after every step; see :func:`check_meta_gradient`."""
     with torch.no_grad():
-        prepared.run(batch)
+        prepared.run(batch, generator=torch.Generator().manual_seed(_SEED))
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     model.eval()
-    with _reference(model, exact):
+    with _reference(model, exact), _numbers(prepared):
         expected = reference.evaluate_task(
             model,
             rates.as_dict(_exact(rates.rates)),
@@ -223,6 +228,11 @@ def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for norm, step in zip(norms, before, strict=True):
             norm.step = step
+
+
+def _numbers(prepared: Prepared) -> AbstractContextManager[object]:
+    """Within it the model draws what the program did; it costs a call of Python for each operator."""
+    return seeded(_SEED) if prepared.masks.nbytes else nullcontext()
 
 
 def _exact(t: Tensor) -> Tensor:

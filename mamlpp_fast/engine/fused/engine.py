@@ -15,6 +15,7 @@ from mamlpp_fast._modes import float32_products
 from mamlpp_fast.engine.base import Precision, Unsupported, handed_over
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.lowering import lower
+from mamlpp_fast.engine.fused.masks import Masks
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.prepared import Prepared
 from mamlpp_fast.engine.fused.program import Emitter, Workspace
@@ -245,7 +246,11 @@ class FusedEngine:
             fixed = len(x) == len(other)
             if fixed:
                 other = torch.cat([x, x[:1]])
-            self._recordings[training, *examples] = record(self.model, x, other, fixed=fixed)
+            recording = record(self.model, x, other, fixed=fixed)
+            if recording.draws is not None and self.device.type != "cpu":
+                # A captured draw there would be another operator's than the one that was recorded.
+                raise Unsupported(type(self.model).__name__, f"{recording.draws}, which is for a CPU alone")
+            self._recordings[training, *examples] = recording
         key = training, running, *examples
         if key not in self._networks:
             recording = self._recordings[training, *examples]
@@ -336,6 +341,7 @@ class FusedEngine:
             form,
             transfer,
             running,
+            Masks(memory.masks.values(), form.tasks, form.total_tasks // form.tasks),
             table.new_zeros(form.total_tasks, dtype=dtype),
             table.new_zeros(sizes, dtype=dtype),
             axis,

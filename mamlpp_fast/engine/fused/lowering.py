@@ -142,7 +142,7 @@ class Lowering:
 
     def _lower(self, op: Operation, other: Operation) -> None:
         fn = _RULES.get(op.function)
-        call = Call(op, self)
+        call = Call(op, self, other)
         refusal: Unsupported | None = None
         if fn is not None and self._regular(op, other):
             before = {name: _copied(value) for name, value in vars(self).items()}
@@ -154,7 +154,7 @@ class Lowering:
                 refusal = call.refusal(f"{op.name}: {error}")
             if refusal is not None:
                 vars(self).update(before)
-                call = Call(op, self)
+                call = Call(op, self, other)
         if fn is None or not self._regular(op, other) or refusal is not None:
             if op.function in _ALONE:
                 raise refusal or call.refusal(f"{op.name}: expected examples along the first axis")
@@ -344,10 +344,11 @@ class Lowering:
 
 
 class Call:
-    """An operation that is being lowered."""
+    """An operation that is being lowered; ``other`` is the same for another number of examples."""
 
-    def __init__(self, op: Operation, low: Lowering) -> None:
+    def __init__(self, op: Operation, low: Lowering, other: Operation | None = None) -> None:
         self.op = op
+        self.other = op if other is None else other
         self.low = low
         owners = [r.name.rpartition(".")[0] for r in op.inputs() if isinstance(r, (Parameter, Buffer))]
         self.where = (owners[0] if owners and owners[0] else op.where) or op.name

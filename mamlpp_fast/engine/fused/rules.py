@@ -17,6 +17,7 @@ from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import (
     Activation,
     Add,
+    Dropout,
     Flatten,
     FrozenNorm,
     Linear,
@@ -322,12 +323,40 @@ def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -
     low.step(Add, call, (x, y), low.shapes[x], grid=low.grids.get(x))
 
 
-@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
 def _dropout(
-    low: Lowering, call: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+    low: Lowering,
+    call: Call,
+    input: Any,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    train: bool = True,
 ) -> None:
-    if training and p != 0:
-        raise call.refusal("draws random numbers")
+    if p == 0 or not (training and train):
+        low.same(call, input)
+        return
+    x, shape = low.value(call, input), low.recording.shapes[input.index]
+    draws = {n: op.draws for n, op in zip(low.recording.examples, (call.op, call.other), strict=True)}
+    masks = [(n, [d.shape for d in found]) for n, found in draws.items()]
+    whole = all(shapes == [(n, *shape)] for n, shapes in masks)
+    if not whole and any(shapes != [(n, shape[0], *[1] * (len(shape) - 1))] for n, shapes in masks):
+        raise call.refusal("dropout: expected a number for each element, or for each channel of each example")
+    stored = low.shapes[x]
+    grid = low.grids.get(x) or (stored if len(stored) == 3 else None)
+    if not whole and (grid is None or x in low.grids):
+        raise call.refusal("dropout: expected images, got features")
+    by_examples = {n: found[0] for n, found in draws.items()}
+    low.step(Dropout, call, (x,), stored, by_examples, 1 / (1 - p), grid, whole, grid=low.grids.get(x))
+
+
+@rule(F.alpha_dropout)
+def _alpha_dropout(
+    low: Lowering, call: Call, input: Any, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> None:
+    if p != 0 and training:
+        raise call.refusal("alpha dropout: expected none of it")
     low.same(call, input)
 
 

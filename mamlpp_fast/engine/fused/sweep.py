@@ -13,6 +13,7 @@ import torch
 import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.fused.finish import Finish, Key, Row
 from mamlpp_fast.engine.fused.flat import Layout
+from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Program, Ref
@@ -66,6 +67,7 @@ class Memory:
         rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
         weights: multi-step weights [K].
         running: running mean and variance [K, C] that frozen norms read.
+        masks: of dropout, by inner step and side (0 support, 1 target), in the order of the passes.
         row: what a group leaves, flat; table: the rows of all groups [G, size]; all: what lies in them, [G, *shape]:
             ``"logits"``, predictions [T, m, O], or of every step [K, T, m, O]; in training ``"losses"`` [T],
             ``"adjoint"``, ``"rates"``, and of each batch norm ``"mean"`` and ``"rstd"`` [K, 2, T, C] that it saw in the
@@ -86,6 +88,7 @@ class Memory:
     rows: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     buffers: dict[str, Ref] = field(default_factory=dict)
     running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    masks: dict[tuple[int, int], PassMasks] = field(default_factory=dict)
     meta_grads: dict[str, Ref] = field(default_factory=dict)
     row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     rate_grads: Ref | None = None
@@ -212,6 +215,7 @@ class _Writer:
         net: Network,
         images: Ref,
         step: int,
+        side: int,
         theta: Mapping[str, Ref],
         stats: Mapping[str, tuple[Ref, Ref]],
         goal: Goal | None = None,
@@ -231,6 +235,7 @@ class _Writer:
             stats,
             goal=goal,
             buffers=self.memory.buffers,
+            masks=self.memory.masks.setdefault((step, side), PassMasks(self.form.tasks)),
         )
 
     def support_pass(
@@ -243,7 +248,7 @@ class _Writer:
     ) -> tuple[Pass, Ref | None]:
         """Support pass and its flat gradient; ``again``: for the activations and their gradients only."""
         m = self.memory
-        ps = self.start(self.net, m.support_x, step, theta, stats, Goal(m.support_t))
+        ps = self.start(self.net, m.support_x, step, 0, theta, stats, Goal(m.support_t))
         write_forward(self.em, self.net, ps)
         self.em.label = "loss"
         value = self.loss.of_pass(self.em, ps, self.net.output)
@@ -348,7 +353,7 @@ class _MetaGradient(_Writer):
         """w_k ∇T_k(θ_{k+1}), flat."""
         em, m = self.em, self.memory
         goal = Goal(m.target_t, m.weights[k] if self.form.multi_step else None, want_loss=True)
-        ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1), goal)
+        ps = self.start(self.net, m.target_x, k, 1, theta, self._stats(k, 1), goal)
         write_forward(self.em, self.net, ps)
         em.label = "loss"
         value = self.loss.of_pass(em, ps, self.net.output)
@@ -427,7 +432,8 @@ class _Evaluation(_Writer):
             assert grads is not None
             flat, theta = self.update(k, flat, theta, grads)
             self.em.phase = Phase("target", k)
-            ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
+            stats = self._stats(self.target_net, k)
+            ps = self.start(self.target_net, self.memory.target_x, k, 1, theta, stats)
             write_forward(self.em, self.target_net, ps)
             self.em.call(aten.copy_.default, self.left["logits"][k], ps.values[self.target_net.output])
 

@@ -8,7 +8,7 @@ from mamlpp_fast.engine.fused.steps.layout import Relayout
 from mamlpp_fast.engine.fused.steps.linear import Add, Bias, Conv, Detach, Flatten, Linear, TransposedConv
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
-from mamlpp_fast.engine.fused.steps.pointwise import Activation, ScaleShift, Smooth, Times
+from mamlpp_fast.engine.fused.steps.pointwise import Activation, Dropout, ScaleShift, Smooth, Times
 from mamlpp_fast.engine.fused.steps.pool import AveragePool, MaxPool
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Conv",
     "CrossEntropy",
     "Detach",
+    "Dropout",
     "FirstLayer",
     "Flatten",
     "FrozenNorm",
