@@ -17,6 +17,7 @@ from torch.testing import assert_close
 import mamlpp_fast as mf
 from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused import masks
 from mamlpp_fast.engine.fused.masks import Mask, PassMasks
 from mamlpp_fast.engine.fused.program import Emitter, Workspace
@@ -24,7 +25,7 @@ from mamlpp_fast.engine.fused.steps import Dropout, Generic
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, aten
 from mamlpp_fast.engine.fused.steps.generic import Recorded
 from mamlpp_fast.engine.record import record
-from mamlpp_fast.engine.recorder import Draw, Operation, Value
+from mamlpp_fast.engine.recorder import Operation, Value
 
 WAYS = 3
 

@@ -139,28 +139,6 @@ def test_auto_says_which_module_stopped_it() -> None:
     assert "1: rrelu draws random numbers" in learner.engine_reason
 
 
-def test_other_losses_are_unsupported() -> None:
-    with pytest.raises(ValueError, match=r"loss: expected F\.cross_entropy .* or F\.mse_loss"):
-        mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3), engine="fused", loss_fn=F.multi_margin_loss)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        pytest.param(F.binary_cross_entropy_with_logits, id="bce"),
-        pytest.param(nn.CrossEntropyLoss(weight=torch.ones(3)), id="class-weights"),
-        pytest.param(nn.CrossEntropyLoss(reduction="sum"), id="sum"),
-        pytest.param(functools.partial(F.cross_entropy, reduction="sum"), id="partial-sum"),
-        pytest.param(nn.MSELoss(reduction="sum"), id="mse-sum"),
-        pytest.param(lambda p, y: F.cross_entropy(p, y), id="lambda"),
-    ],
-)
-def test_auto_takes_other_losses_to_the_autograd_engine(loss: mf.reference.LossFn) -> None:
-    learner = mf.MAMLPlusPlus(small_conv4(), mf.MAMLConfig(steps=3), loss_fn=loss)
-    assert learner.engine.name == "autograd"
-    assert learner.engine_reason.startswith("not fused: loss: expected F.cross_entropy")
-
-
 def test_label_smoothing_has_a_range() -> None:
     with pytest.raises(ValueError, match=r"label_smoothing: expected 0 to 1, got 1.5"):
         mf.MAMLPlusPlus(

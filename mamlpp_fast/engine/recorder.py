@@ -12,24 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
+from mamlpp_fast.engine.executions import Draw, Executions
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
 __all__ = [
     "TAKE_SIZES",
     "Buffer",
     "Constant",
-    "Draw",
-    "Executions",
     "Operation",
     "Parameter",
     "Recorder",
     "Value",
-    "draws",
 ]
 
 
@@ -80,32 +77,6 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Zeros and ones that a call draws from the process's generator, as dropout does for its mask.
-
-    Attributes:
-        shape: of the tensor, with the examples.
-        strides: numbers are drawn in the order in which its elements lie in memory.
-        chance: of a one.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    chance: float
-
-    @classmethod
-    def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Draw | None:
-        """What a call of an operator draws; None where it is no such draw."""
-        given = _named(func, args) | dict(kwargs)
-        if func not in (torch.ops.aten.bernoulli_.float, torch.ops.aten.bernoulli.p):
-            return None
-        if given.get("generator") is not None:
-            return None
-        t: Tensor = given["self"]
-        return cls(tuple(t.shape), tuple(t.stride()), float(given.get("p", 0.5)))
-
-
-@dataclass(frozen=True)
 class Operation:
     """One call.
 
@@ -143,59 +114,16 @@ class Operation:
         return [leaf for leaf in leaves if is_reference(leaf)]
 
 
-class Executions(TorchDispatchMode):
-    """What is executed, since it was last asked."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.executed: list[str] = []
-        self.written: list[Tensor] = []
-        self.drawn: list[Draw] = []
-        self.draws = False
-        self.reads = False
-
-    def clear(self) -> None:
-        self.executed, self.written, self.drawn, self.draws, self.reads = [], [], [], False, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.executed.append(str(func))
-        if (draw := Draw.of(func, args, kwargs)) is not None:
-            self.drawn.append(draw)
-        else:
-            self.draws |= draws(func, args, kwargs)
-        self.reads |= torch.Tag.data_dependent_output in func.tags or sized_by_values(func, args)
-        if func._schema.is_mutable:
-            given = _named(func, args) | kwargs
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    leaves = tree_leaves(given.get(argument.name))
-                    self.written += [t for t in leaves if isinstance(t, Tensor)]
-        return func(*args, **kwargs)
-
-
-def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of an operator draws random numbers; an attention without dropout does not."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    named = {a.name: a.default_value for a in func._schema.arguments} | _named(func, args) | dict(kwargs)
-    return bool(named.get("dropout_p", 1.0) != 0)
-
-
-def sized_by_values(func: Any, args: Sequence[Any]) -> bool:
-    """Whether the size of a call's result depends on values; not where elements are picked by their numbers."""
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    masks = (torch.bool, torch.uint8)
-    return func is not torch.ops.aten.index.Tensor or any(t is not None and t.dtype in masks for t in args[1])
-
-
-def _named(func: Any, args: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-
-
 class Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    """The mode above, with what it found.
+
+    Args:
+        model: called with stand-ins for its tensors.
+        x: value 0; whether it requires a gradient tells what of it is made a constant (``detach``, ``no_grad``).
+        beside: further inputs, the values that follow.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.root = type(model).__name__
         self.paths = {id(m): name for name, m in model.named_modules()}
@@ -204,7 +132,8 @@ class Recorder(TorchFunctionMode):
         self.operations: list[Operation] = []
         self.result: int | None = None
         self.stand_ins: dict[str, Tensor] = {}
-        self.x = x.detach().clone(memory_format=torch.preserve_format)
+        self.inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, *beside)]
+        self.inputs[0].requires_grad_(x.requires_grad)
         self._references: dict[int, Value | Parameter | Buffer | Constant] = {}
         self._memory: dict[int, set[int]] = {}
         self._stale: set[int] = set()
@@ -226,7 +155,8 @@ class Recorder(TorchFunctionMode):
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
         self.counted: list[str] = []
-        self._new(self.x, [])
+        for t in self.inputs:
+            self._new(t, [])
 
     # What was found
 
@@ -255,7 +185,7 @@ class Recorder(TorchFunctionMode):
             if name not in self._statistics and not torch.equal(before, self.stand_ins[name]):
                 self.complain(name, "is a buffer that the forward changes")
         known = self._known(result) if isinstance(result, Tensor) else None
-        if not isinstance(known, Value) or known.index == 0:
+        if not isinstance(known, Value) or known.index < len(self.inputs):
             self.complain(self.root, "expected forward to return one tensor of predictions made of its input")
         else:
             self._check_read(result, known)
@@ -302,13 +232,14 @@ class Recorder(TorchFunctionMode):
         name = name_of(func)
         if draws:
             self.complain(self.here(), f"{name} draws random numbers")
+        reads &= not (func is F.one_hot and _classes(args, kwargs) >= 0)  # only for what it raises
         if (reads or name in _ASKS) and not _all_constant(references.values()):
             self.complain(self.here(), f"{name} asks for values, which decide what is executed")
         if name.endswith("__set__") or name in _CHANGES:
             self.complain(self.here(), f"{name} changes how a tensor takes part in gradients")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.complain(self.here(), "runs under hooks on saved tensors (a checkpoint, say)")
-        if torch.is_autocast_enabled(self.x.device.type):
+        if torch.is_autocast_enabled(self.inputs[0].device.type):
             self.complain(self.here(), "computes under torch.autocast")
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if not executed and not written and all(self._known(t) is not None for t in made):
@@ -361,7 +292,7 @@ class Recorder(TorchFunctionMode):
         self._alive.append(t)
         self._in_graph[index] = t.requires_grad
         self._memory.setdefault(_storage(t), set()).add(index)
-        on_input, names = index == 0, frozenset[str]()
+        on_input, names = index < len(self.inputs), frozenset[str]()
         for r in made_of:
             if isinstance(r, Parameter):
                 names |= {r.name}
@@ -383,7 +314,7 @@ class Recorder(TorchFunctionMode):
                 self.complain(
                     self.here(), f"{name} changes an activation in place where no gradient is taken"
                 )
-            if place == _storage(self.x):
+            if place in map(_storage, self.inputs):
                 self.complain(self.here(), f"{name} changes the network's input in place")
             self._stale |= self._memory.get(place, set())
 
@@ -483,6 +414,10 @@ def is_reference(leaf: Any) -> bool:
 def name_of(func: Any) -> str:
     text = resolve_name(func) or getattr(func, "__name__", str(func))
     return text if text.endswith("__set__") else str(text.removesuffix(".__get__").rpartition(".")[2])
+
+
+def _classes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    return int(kwargs.get("num_classes", args[1] if len(args) > 1 else -1))
 
 
 _KNOWN_NORMS = (reference.PerStepBatchNorm2d.normalise, PerStepBatchNorm2d.normalise)

@@ -93,7 +93,7 @@ def check_meta_gradient(
             list(batch.to(dtype=torch.float64)),
             steps=steps,
             step_weights=weights if prepared.form.multi_step else None,
-            loss_fn=loss_fn,
+            loss_fn=_exactly(loss_fn, prepared),
             second_order=prepared.form.second_order,
         )
     if not torch.isfinite(result.loss):
@@ -131,7 +131,7 @@ def check_evaluation(
             rates.as_dict(_exact(rates.rates)),
             batch.to(dtype=torch.float64)[0],
             steps=steps,
-            loss_fn=loss_fn,
+            loss_fn=_exactly(loss_fn, prepared),
             eval_stats=stats,
         )
     if not torch.isfinite(expected).all():
@@ -194,6 +194,29 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
     if not all(bool(torch.isfinite(t).all()) for name, t in expected.items() if name not in buffers):
         raise UncheckedError(type(model).__name__, "its results are not finite, which cannot be checked")
     _compare(expected, found, "differs, by")
+
+
+class _Exact(TorchFunctionMode):
+    """What a loss holds in float32 (class weights, say) is in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(
+            lambda a: a.double() if isinstance(a, Tensor) and a.dtype is torch.float32 else a,
+            (args, dict(kwargs or {})),
+        )
+        return func(*args, **kwargs)
+
+
+def _exactly(loss_fn: LossFn, prepared: Prepared) -> LossFn:
+    """A loss that was recorded, on predictions and labels in float64."""
+    if not prepared.transfer.loss.steps:
+        return loss_fn
+
+    def exact(prediction: Tensor, labels: Tensor) -> Tensor:
+        with _Exact():
+            return loss_fn(prediction, labels)
+
+    return exact
 
 
 class _Wider(TorchFunctionMode):

@@ -171,6 +171,31 @@ def _attention(
     return F.dropout(torch.softmax(scores, -1), dropout_p) @ value
 
 
+def _binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    inverse = -F.logsigmoid(input)
+    if pos_weight is not None:
+        inverse = inverse * (1 + (pos_weight - 1) * target)
+    terms = (1 - target) * input + inverse
+    if weight is not None:
+        terms = terms * weight
+    if size_average is not None or reduce is not None:
+        raise RuntimeError("size_average and reduce are deprecated")
+    return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
+
+
+def _one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
+    zeros = torch.zeros(*input.shape, num_classes, dtype=torch.int64, device=input.device)
+    return zeros.scatter(-1, input.unsqueeze(-1), 1)  # which raises for other classes, too
+
+
 def _adaptive_mean(axes: int) -> Callable[..., Tensor]:
     """``F.adaptive_avg_pool*d``: over all pixels a mean, without a view of memory that only its own has."""
     plain = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[axes - 1]
@@ -221,6 +246,8 @@ COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     torch.rnn_tanh: _recurrent(_tanh_cell, 1),
     torch.rnn_relu: _recurrent(_relu_cell, 1),
     F.scaled_dot_product_attention: _attention,
+    F.one_hot: _one_hot,
+    F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
     Tensor.__setitem__: _assigned,
     Tensor.copy_: lambda input, src, non_blocking=False: _filled(input, src),
     Tensor.fill_: _filled,

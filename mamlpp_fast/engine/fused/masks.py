@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.recorder import Draw
 
 __all__ = ["Mask", "Masks", "PassMasks"]
 

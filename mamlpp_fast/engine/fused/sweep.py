@@ -31,6 +31,7 @@ class Form:
         tasks: tasks of one group; all of them advance together.
         total_tasks: tasks of the meta-batch, which the mean is over.
         support, targets: images a task.
+        labels, label_dtype: of a task's support and target set, [N, ...] each.
         steps: inner updates.
         rate_steps: rates (and batch-norm rows) there are; later steps use the last.
         adapted: parameters that the inner loop adapts.
@@ -45,6 +46,8 @@ class Form:
     total_tasks: int
     support: int
     targets: int
+    labels: tuple[tuple[int, ...], tuple[int, ...]]
+    label_dtype: torch.dtype
     steps: int
     rate_steps: int
     adapted: frozenset[str]
@@ -164,8 +167,8 @@ class _Writer:
         memory = Memory(
             support_x=self._examples("support images", f.support),
             target_x=self._examples("target images", f.targets),
-            support_t=self._zeros("support labels", f.tasks, f.support, *outputs, each=True),
-            target_t=self._zeros("target labels", f.tasks, f.targets, *outputs, each=True),
+            support_t=self._labels("support labels", outputs, f.labels[0]),
+            target_t=self._labels("target labels", outputs, f.labels[1]),
             weights=self._zeros("step weights", f.steps),
             rates=self._zeros("rates", *self._rates_shape()),
             row=flat,
@@ -174,7 +177,7 @@ class _Writer:
         )
         for name, slot in self.slots.items():
             memory.meta[name] = self._zeros(name, *slot.shape)
-        for step in (*self.net.steps, *self.target_net.steps):
+        for step in (*self.net.steps, *self.target_net.steps, *self.loss.steps):
             for name, b in step.buffers.items():
                 dtype = self.em.dtype if b.is_floating_point() else b.dtype
                 if name not in memory.buffers:
@@ -183,6 +186,11 @@ class _Writer:
             shape = (rows.rows, rows.channels)
             memory.rows[name] = self._zeros(f"{name} weights", *shape), self._zeros(f"{name} biases", *shape)
         return memory
+
+    def _labels(self, name: str, outputs: tuple[int, ...], labels: tuple[int, ...]) -> Ref:
+        shape, dtype = self.loss.stored(outputs, labels, self.form.label_dtype, self.em.dtype)
+        stored = torch.zeros(self.form.tasks, *shape, dtype=dtype, device=self.em.device)
+        return self.em.own(name, stored, each=True)
 
     def _examples(self, name: str, count: int) -> Ref:
         net = self.net

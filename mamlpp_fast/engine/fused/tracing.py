@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from mamlpp_fast._modes import quiet
+from mamlpp_fast.engine.executions import Draw, draws, sized_by_values
 from mamlpp_fast.engine.fused.program import Ref
-from mamlpp_fast.engine.recorder import Draw, draws, sized_by_values
 from mamlpp_fast.reference import math_attention
 
 __all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "draw_leaf", "packet_of"]
@@ -215,7 +215,9 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if (draw := Draw.of(func, args, kwargs)) is not None:
             return self._draw(func, args[0], draw)
-        result = func(*args, **kwargs)
+        # Zeros without memory, as of forward mode, end the process in some operators (`mul.Scalar`, torch 2.13).
+        call = aten.zeros.default if func is aten._efficientzerotensor.default else func
+        result = call(*args, **kwargs)
         made, _ = tree_flatten(result)
         if not any(isinstance(t, Tensor) for t in made):
             if torch.Tag.data_dependent_output in func.tags:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.recorder import Draw
 
 __all__ = ["LOSS", "Affine", "Goal", "Pass", "Rows", "Scaling", "Slot", "Step", "aten"]
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.composites import COMPOSITES
 from mamlpp_fast.engine.fused.expressions import Expressions
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 from mamlpp_fast.engine.fused.tracing import Leaf, Term, Traced, Untraceable, draw_leaf
-from mamlpp_fast.engine.recorder import Buffer, Constant, Draw, Operation, Parameter, Value, name_of
+from mamlpp_fast.engine.recorder import Buffer, Constant, Operation, Parameter, Value, name_of
 
 __all__ = ["Generic", "Recorded"]
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import mamlpp_fast.ops.pointwise  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 from mamlpp_fast.engine.fused.steps.linear import Plain
-from mamlpp_fast.engine.recorder import Draw
 
 __all__ = ["Activation", "Dropout", "ScaleShift", "Smooth", "Times"]
 
