@@ -32,10 +32,18 @@ from mamlpp_fast.engine.fused.steps import (
 from mamlpp_fast.engine.recorder import Buffer, Value
 from mamlpp_fast.ops.pointwise import FUNCTIONS
 
+_BATCH_NORMS = (
+    "of images, sequences or features; weights per step, shared, adapted in the inner loop, or none; "
+    "not with `momentum=None`"
+)
+_GROUP_NORMS = "of images and sequences, statistics of the input alone"
+_POINTWISE = "of features, and of images and sequences behind other steps of this table"
+_PLAIN = "anywhere"
+
 # Products ------------------------------------------------------------------------------------------------------------
 
 
-@rule(F.linear)
+@rule(F.linear, takes="of features [N, F]")
 def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None) -> None:
     x = low.value(call, input)
     shape, name = low.shapes[x], low.parameter(call, weight)
@@ -55,7 +63,7 @@ def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None
 # Norms ---------------------------------------------------------------------------------------------------------------
 
 
-@rule(reference.per_step_norm, alone=True)
+@rule(reference.per_step_norm, takes=_BATCH_NORMS, alone=True)
 def _per_step_norm(
     low: Lowering,
     call: Call,
@@ -84,7 +92,7 @@ def _per_step_norm(
         _activation(low, call, Value(_output(call)), negative_slope)
 
 
-@rule(F.batch_norm, alone=True)
+@rule(F.batch_norm, takes=_BATCH_NORMS, alone=True)
 def _batch_norm(
     low: Lowering,
     call: Call,
@@ -165,7 +173,7 @@ def _norm(
         low.step(Flatten, call, (x,), call.shape)
 
 
-@rule(F.layer_norm)
+@rule(F.layer_norm, takes="over [C, H, W] of images or [F] of features")
 def _layer_norm(
     low: Lowering,
     call: Call,
@@ -190,7 +198,7 @@ def _layer_norm(
         low.step(ScaleShift, call, (x,), shape, *slots)
 
 
-@rule(F.group_norm, torch.group_norm)
+@rule(F.group_norm, torch.group_norm, takes=_GROUP_NORMS)
 def _group_norm(
     low: Lowering,
     call: Call,
@@ -212,7 +220,7 @@ def _group_norm(
         low.step(ScaleShift, call, (x,), shape, *slots)
 
 
-@rule(F.instance_norm)
+@rule(F.instance_norm, takes=_GROUP_NORMS)
 def _instance_norm(
     low: Lowering,
     call: Call,
@@ -253,12 +261,12 @@ def _activation(low: Lowering, call: Call, input: Any, slope: float) -> None:
     low.step(Activation, call, (x,), low.shapes[x], slope, grid=low.grids.get(x))
 
 
-@rule(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+@rule(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, takes=_POINTWISE)
 def _relu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
     _activation(low, call, input, 0.0)
 
 
-@rule(F.leaky_relu, F.leaky_relu_)
+@rule(F.leaky_relu, F.leaky_relu_, takes=_POINTWISE)
 def _leaky_relu(
     low: Lowering, call: Call, input: Any, negative_slope: float = 0.01, inplace: bool = False
 ) -> None:
@@ -277,17 +285,17 @@ def _smooth(low: Lowering, call: Call, input: Any, name: str, a: float = 0.0) ->
     low.step(Smooth, call, (x,), low.shapes[x], FUNCTIONS.index(name), a, grid=low.grids.get(x))
 
 
-@rule(F.gelu)
+@rule(F.gelu, takes=_POINTWISE)
 def _gelu(low: Lowering, call: Call, input: Any, *, approximate: str = "none") -> None:
     _smooth(low, call, input, "gelu" if approximate == "none" else "gelu_tanh")
 
 
-@rule(F.silu)
+@rule(F.silu, takes=_POINTWISE)
 def _silu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
     _smooth(low, call, input, "silu")
 
 
-@rule(F.elu, F.elu_)
+@rule(F.elu, F.elu_, takes=_POINTWISE)
 def _elu(low: Lowering, call: Call, input: Any, alpha: float = 1.0, inplace: bool = False) -> None:
     _smooth(low, call, input, "elu", float(alpha))
 
@@ -298,10 +306,18 @@ def _named(name: str, a: float = 0.0) -> Callable[[Lowering, Call, Any], None]:
 
 for _name, _number in (("sigmoid", 0.0), ("tanh", 0.0), ("sin", 1.0), ("cos", 1.0)):
     _functions = [getattr(home, f"{_name}{end}") for home in (torch, Tensor) for end in ("", "_")]
-    rule(*_functions)(_named({"sin": "sine", "cos": "cosine"}.get(_name, _name), _number))
+    rule(*_functions, takes=_POINTWISE)(_named({"sin": "sine", "cos": "cosine"}.get(_name, _name), _number))
 
 
-@rule(torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+@rule(
+    torch.mul,
+    Tensor.mul,
+    Tensor.mul_,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    Tensor.__imul__,
+    takes="with a number",
+)
 def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
     x = _floating(low, call, input)
     if isinstance(other, bool) or not isinstance(other, (int, float)):
@@ -309,7 +325,15 @@ def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
     low.step(Times, call, (x,), low.shapes[x], float(other), grid=low.grids.get(x))
 
 
-@rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+@rule(
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.__iadd__,
+    takes="of two activations of one shape",
+)
 def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -> None:
     x, y = low.value(call, input), low.value(call, other)
     if alpha != 1:
@@ -323,7 +347,15 @@ def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -
     low.step(Add, call, (x, y), low.shapes[x], grid=low.grids.get(x))
 
 
-@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
+@rule(
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    torch.dropout,
+    torch.feature_dropout,
+    takes="of elements and of channels, on a CPU ([masks](#dropout))",
+)
 def _dropout(
     low: Lowering,
     call: Call,
@@ -351,7 +383,7 @@ def _dropout(
     low.step(Dropout, call, (x,), stored, by_examples, 1 / (1 - p), grid, whole, grid=low.grids.get(x))
 
 
-@rule(F.alpha_dropout)
+@rule(F.alpha_dropout, takes="of rate 0, or in evaluation")
 def _alpha_dropout(
     low: Lowering, call: Call, input: Any, p: float = 0.5, training: bool = False, inplace: bool = False
 ) -> None:
@@ -360,12 +392,12 @@ def _alpha_dropout(
     low.same(call, input)
 
 
-@rule(Tensor.contiguous, Tensor.clone, torch.clone)
+@rule(Tensor.contiguous, Tensor.clone, torch.clone, takes=_PLAIN)
 def _same(low: Lowering, call: Call, input: Any, *, memory_format: Any = None) -> None:
     low.same(call, input)
 
 
-@rule(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+@rule(Tensor.detach, torch.detach, Tensor.data.__get__, takes=_PLAIN)  # type: ignore[attr-defined]
 def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
     # What takes part in no gradient becomes a step of its own for every operation (`constant`).
     low.same(call, input)
@@ -374,7 +406,14 @@ def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
 # Shapes --------------------------------------------------------------------------------------------------------------
 
 
-@rule(torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape)
+@rule(
+    torch.flatten,
+    Tensor.flatten,
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+    takes="of all but the examples",
+)
 def _reshape(low: Lowering, call: Call, input: Any, *_: Any, **__: Any) -> None:
     x = low.value(call, input)
     before = low.recording.shapes[input.index]
