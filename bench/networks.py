@@ -256,7 +256,7 @@ Results = list[Tensor]
 
 
 def textbook(
-    model: nn.Module, batch: Batch, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, batch: Batch, loss_fn: Callable[[Tensor, Tensor], Tensor], steps: int = STEPS
 ) -> Callable[[], Results]:
     """MAML as it stands in many a repository: task after task, ``create_graph``, norms at the batch's statistics."""
     own = dict(model.named_parameters())
@@ -271,7 +271,7 @@ def textbook(
         losses = []
         for support_x, support_y, target_x, target_y in zip(*batch, strict=True):
             fast = {n: own[n] for n in names}
-            for _ in range(STEPS):
+            for _ in range(steps):
                 loss = loss_fn(functional_call(model, own | fast, (support_x,)), support_y)
                 grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True, allow_unused=True)
                 fast = {

@@ -171,7 +171,7 @@ def results(own: mf.MAMLPlusPlus, given: mf.EpisodeBatch) -> dict[str, Tensor]:
     return found | {"logits": evaluation.logits, "evaluation": evaluation.loss}
 
 
-@pytest.mark.parametrize("settings", [{}, {"msl": False}, {"second_order": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"msl": False, "second_order": False}], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_the_reference_s_meta_gradient_and_evaluation(name: str, settings: dict[str, Any]) -> None:
     loss, labels = KINDS[name]

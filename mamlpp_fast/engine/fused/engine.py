@@ -254,7 +254,7 @@ class FusedEngine:
         loss = self._plain_loss
         if isinstance(loss, CrossEntropy):
             for y in (batch.support_y, batch.target_y):
-                if y.is_floating_point():
+                if y.is_floating_point() and y.ndim == 3:
                     return None
                 if y.device.type == "cpu" and bool((y == ignored_label(self.loss_fn)).any()):
                     return None

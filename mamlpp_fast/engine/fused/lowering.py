@@ -345,6 +345,18 @@ class Lowering:
         self.alias(call, output)
         return output
 
+    def native_step(
+        self,
+        kind: Callable[..., Step],
+        call: Call,
+        inputs: tuple[int, ...],
+        shape: tuple[int, ...],
+        *arguments: Any,
+    ) -> None:
+        """Adds a step on values in the model's own layout, which leaves such a one."""
+        assert call.op.output is not None
+        self._natives[call.op.output] = self._add(kind, call, inputs, shape, *arguments)
+
     def _add(
         self,
         kind: Callable[..., Step],

@@ -17,6 +17,7 @@ from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import (
     Activation,
     Add,
+    Attention,
     Dropout,
     Flatten,
     FrozenNorm,
@@ -36,6 +37,8 @@ _BATCH_NORMS = (
     "of images, sequences or features; weights per step, shared, adapted in the inner loop, or none; "
     "not with `momentum=None`"
 )
+# Below, a call for all heads and examples is faster than one for each.
+_LONG = 2**18
 _GROUP_NORMS = "of images and sequences, statistics of the input alone"
 _POINTWISE = "of features, and of images and sequences behind other steps of this table"
 _PLAIN = "anywhere"
@@ -58,6 +61,34 @@ def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None
         slot = Slot(name, (features, outputs), (outputs, channels, height, width), (2, 3, 1, 0))
     vector = None if bias is None else low.vector(low.parameter(call, bias))
     low.step(Linear, call, (x,), (outputs,), slot, vector)
+
+
+@rule(
+    F.scaled_dot_product_attention,
+    takes="of long sequences (2^18 probabilities of an example or more), causal or not; no mask, no dropout",
+)
+def _attention(
+    low: Lowering,
+    call: Call,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    shapes = [_recorded(low, call, argument) for argument in (query, key, value)]
+    (heads, length, width), (*_, keys, _) = shapes[:2]
+    same = all(len(s) == 3 and s[0] == heads and s[1] == keys for s in shapes[1:])
+    if attn_mask is not None or dropout_p or enable_gqa or not same or shapes[1][2] != width:
+        raise call.refusal("attention: expected as many heads of keys as of queries, no mask and no dropout")
+    if heads * length * keys < _LONG:
+        raise call.refusal("attention: expected long sequences")
+    inputs = tuple(low.native(call, argument.index) for argument in (query, key, value))
+    factor = 1 / math.sqrt(width) if scale is None else float(scale)
+    low.native_step(Attention, call, inputs, call.shape, keys, factor, is_causal)
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------

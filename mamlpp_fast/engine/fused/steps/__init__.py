@@ -1,5 +1,6 @@
 """The steps a lowered network is made of, each with its rules."""
 
+from mamlpp_fast.engine.fused.steps.attention import Attention
 from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Scaling, Slot, Step
 from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
 from mamlpp_fast.engine.fused.steps.generic import Generic
@@ -14,6 +15,7 @@ from mamlpp_fast.engine.fused.steps.pool import AveragePool, MaxPool
 __all__ = [
     "Activation",
     "Add",
+    "Attention",
     "AveragePool",
     "Bias",
     "Conv",
