@@ -54,8 +54,6 @@ def ignored_label(loss_fn: LossFn) -> int:
 def unsuited(batch: EpisodeBatch, loss_fn: LossFn, given: EpisodeBatch | None = None) -> str | None:
     """Why the fused engine cannot take a batch; None where it can, as far as can be told without the model.
 
-    Values are read on a CPU alone: reading a GPU's would wait for it.
-
     Args:
         batch: as :meth:`EpisodeBatch.to` leaves it for the model.
         loss_fn: the loss.
@@ -68,13 +66,12 @@ def unsuited(batch: EpisodeBatch, loss_fn: LossFn, given: EpisodeBatch | None = 
     for y, values in ((batch.support_y, given.support_y), (batch.target_y, given.target_y)):
         if kind == "values" and y.ndim != 3:
             return f"labels: targets {list(y.shape)}, not [tasks, n, outputs]"
-        if kind == "classes":
-            if y.is_floating_point():
-                return "labels: shares of classes, not their numbers"
-            if y.ndim != 2:
-                return f"labels: {list(y.shape)}, not [tasks, n]"
-            if values.device.type == "cpu" and bool((values.to(torch.int64) == ignored).any()):
-                return f"labels: some are {ignored}, which does not count"
+        if kind == "classes" and y.ndim != (3 if y.is_floating_point() else 2):
+            return f"labels: {list(y.shape)}, not [tasks, n] or shares [tasks, n, classes]"
+        # On a CPU the engine looks itself; of a GPU's labels it reads no values.
+        unseen = y.device.type != "cpu" and values.device.type == "cpu" and not y.is_floating_point()
+        if kind == "classes" and unseen and bool((values.to(torch.int64) == ignored).any()):
+            return f"labels: some are {ignored}, which does not count"
     return None
 
 

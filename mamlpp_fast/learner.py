@@ -52,8 +52,8 @@ class MAMLPlusPlus:
         engine: ``"auto"``, ``"reference"``, ``"autograd"`` or ``"fused"``.
         precision: ``"float32"``, ``"float64"``, ``"tf32"`` or ``"bfloat16"`` (the last two keep float32 parameters).
         device: where to train; the model's own by default.
-        loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names. The fused engine knows
-            ``F.cross_entropy`` (``functools.partial`` with ``label_smoothing`` too) and ``F.mse_loss``.
+        loss_fn: (prediction, target) to a scalar mean; by default what ``config.loss`` names. The fused engine takes
+            functions, ``functools.partial`` of them and modules that are one list of operations.
         process_group: the processes that share the tasks of every meta-batch, ``torch.distributed.group.WORLD`` say.
             All call :meth:`meta_step` alike and hold the same parameters, those of rank 0 to begin with.
         deterministic: the same bits on any number of CPU threads; by default what

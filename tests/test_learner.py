@@ -112,7 +112,7 @@ def test_a_loss_of_ones_own_agrees_with_the_reference_in_every_engine_that_takes
     assert_close(metrics[1], metrics[0], rtol=1e-9, atol=1e-12, equal_nan=True)
     found = [gradients(learner.model, learner.rates) for learner in learners]
     assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
-    assert learners[1].engine.name == "autograd"
+    assert learners[1].engine.name == "fused"
 
 
 def test_auto_leaves_the_fused_engine_when_the_shapes_of_a_batch_stop_it() -> None:

@@ -120,7 +120,7 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
         "Net",
         "__bool__ asks for values",
     ),
-    "dropout": (lambda net, h: F.dropout(h, 0.5), "Net", "dropout draws random numbers"),
+    "dropout": (lambda net, h: h * F.dropout(torch.ones(4), 0.5), "Net", "dropout draws random numbers"),
     "noise": (lambda net, h: h + torch.randn(4), "Net", "randn draws random numbers"),
     "noise-like": (lambda net, h: h + torch.rand_like(h), "Net", "rand_like draws random numbers"),
     "in-place-noise": (lambda net, h: h + torch.empty(4).normal_(), "Net", "normal_ draws random numbers"),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
+__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of", "tensors_named"]
 
 ROUTED = "_mamlpp_fast_routed"
 """Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
@@ -265,6 +265,25 @@ class _Reader:
                 self.constants(value)  # a namespace of settings, say
             elif isinstance(value, types.FunctionType) or _settings(value) is not None:
                 self.value(value, depth + 1)
+
+
+def tensors_named(function: Any) -> list[Tensor]:
+    """Tensors that a function and those that it names read as globals or close over, without a gradient."""
+    found: list[Tensor] = []
+    seen, queue = set[int](), [(function, 0)]
+    for value, depth in queue:  # grows meanwhile
+        if isinstance(value, functools.partial):
+            found += [t for t in (*value.args, *value.keywords.values()) if isinstance(t, Tensor)]
+            queue.append((value.func, depth))
+        value = getattr(value, "__func__", value)
+        if not isinstance(value, types.FunctionType) or id(value) in seen or depth >= _DEPTH:
+            continue
+        seen.add(id(value))
+        named = [value.__globals__.get(name) for name in _globals_of(value.__code__)]
+        named += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        found += [t for t in named if isinstance(t, Tensor) and not t.requires_grad]
+        queue += [(f, depth + 1) for f in named if isinstance(f, (types.FunctionType, functools.partial))]
+    return found
 
 
 def _pickled(value: object) -> bytes:

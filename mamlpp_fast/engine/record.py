@@ -5,7 +5,8 @@ arguments; it names the operations. A dispatch mode underneath sees what each of
 executes beside them: writes, draws of random numbers and reads of values are told by the operators' own schemas.
 Whatever makes a pass no fixed list of operations is found here and named, never guessed at:
 
-- values that decide (``if x.sum() > 0``, ``.item()``), draws of random numbers, hooks, ``autograd.Function``;
+- values that decide (``if x.sum() > 0``, ``.item()``), draws of random numbers but dropout's, hooks,
+  ``autograd.Function``;
 - writes to parameters, to the input, to buffers other than a batch norm's statistics, to attributes;
 - memory that is changed in place and then read by another name.
 
@@ -16,11 +17,13 @@ examples, which tells sizes that follow the batch from those that do not.
 
 from __future__ import annotations
 
+import functools
 import random
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +34,12 @@ from mamlpp_fast import reference
 from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
-from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.fingerprint import fingerprint, tensors_named
 from mamlpp_fast.engine.recorder import Operation, Recorder
 
-__all__ = ["Recording", "head_names", "record"]
+_Module = TypeVar("_Module", bound=nn.Module)
+
+__all__ = ["Recording", "head_names", "record", "record_loss"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class Recording:
     shapes: dict[int, tuple[int, ...]]
     dtypes: dict[int, torch.dtype]
     counted: tuple[str, ...]
+
+    @property
+    def draws(self) -> str | None:
+        """The first operation that draws random numbers, for a refusal; None where none does."""
+        return next((f"{op.name} draws random numbers" for op in self.operations if op.draws), None)
 
 
 def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -> Recording:
@@ -93,7 +103,8 @@ def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -
         raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
     for a, b in zip(first.operations, second.operations, strict=True):
         # By `!=`: the getter of an attribute is another object each time.
-        if a.function != b.function or a.outputs != b.outputs or a.constant != b.constant:
+        same = a.function == b.function and a.outputs == b.outputs and a.constant == b.constant
+        if not same or len(a.draws) != len(b.draws):
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
         for index, (shape, dtype), (shape_b, _) in zip(a.outputs, a.tensors, b.tensors, strict=True):
             dtypes[index] = dtype
@@ -109,6 +120,86 @@ def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -
         dtypes,
         tuple(first.counted),
     )
+
+
+_LOSS = "the loss"
+
+
+class _Watched(nn.Module):
+    """A loss as a module, with the tensors that functions close over or name as attributes."""
+
+    def __init__(self, loss_fn: reference.LossFn) -> None:
+        super().__init__()
+        self.held: list[Tensor] = []
+        self.function = None if isinstance(loss_fn, nn.Module) else loss_fn
+        if isinstance(loss_fn, nn.Module):
+            self.add_module(_LOSS, loss_fn)  # no name that a model's buffer has
+
+    def _loss(self) -> Any:
+        return self._modules[_LOSS] if self.function is None else self.function
+
+    def hold(self) -> None:
+        loss = self._loss()
+        self.held = tensors_named(loss.forward if isinstance(loss, nn.Module) else loss)
+
+    def forward(self, prediction: Tensor, labels: Tensor) -> Any:
+        return self._loss()(prediction, labels)
+
+
+def record_loss(
+    loss_fn: reference.LossFn, support: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]
+) -> tuple[Recording, nn.Module]:
+    """Records a loss on the predictions and labels of both sides: values 0 and 1.
+
+    Args:
+        loss_fn: a function, a ``functools.partial`` of one, or a module without parameters.
+        support, target: predictions [N, O] and labels [N, ...].
+
+    Returns:
+        The recording, and the module that it is of, whose buffers are the loss's own.
+
+    Raises:
+        Unsupported: names what makes it no fixed list of operations, or no scalar.
+    """
+    if (why := _unfollowed(loss_fn)) is not None:
+        raise Unsupported("loss", why)
+    module = _Watched(loss_fn)
+    if (hook := _hooks(module)) is not None:
+        raise hook
+    found = []
+    for given in (support, target):
+        own = _own_copy(module)
+        own.hold()
+        found.append(_watched(own, *given))
+    for recorder in found:
+        if recorder.problem is not None:
+            raise recorder.problem
+    first, second = (recorder.operations for recorder in found)
+    if [(a.function, a.outputs) for a in first] != [(b.function, b.outputs) for b in second]:
+        raise Unsupported("loss", "executes other operations for another number of examples")
+    dtypes: dict[int, torch.dtype] = {0: support[0].dtype, 1: support[1].dtype}
+    for op in first:
+        if op.draws:
+            raise Unsupported("loss", f"{op.name} draws random numbers")
+        dtypes |= {i: dtype for i, (_, dtype) in zip(op.outputs, op.tensors, strict=True)}
+    result = found[0].result
+    assert result is not None
+    shape, dtype = next(t for op in first for i, t in zip(op.outputs, op.tensors, strict=True) if i == result)
+    if shape != () or dtype != support[0].dtype:
+        raise Unsupported("loss", f"expected a scalar of {support[0].dtype}, got {list(shape)} of {dtype}")
+    sizes = len(support[0]), len(target[0])
+    return Recording(tuple(first), tuple(second), sizes, result, {}, dtypes, ()), module
+
+
+def _unfollowed(loss_fn: reference.LossFn) -> str | None:
+    """Why changes of a loss between calls could go unseen; None where they are followed."""
+    if isinstance(loss_fn, functools.partial):
+        return _unfollowed(loss_fn.func)
+    if isinstance(loss_fn, nn.Module):
+        return "has parameters" if any(True for _ in loss_fn.parameters()) else None
+    if isinstance(loss_fn, (types.FunctionType, types.BuiltinFunctionType)):
+        return None
+    return f"expected a function, a partial of one or a module, got an object of {type(loss_fn).__name__}"
 
 
 def head_names(model: nn.Module, x: Tensor, adapt_norm: bool = False) -> tuple[str, ...]:
@@ -146,7 +237,7 @@ def _owner(name: str) -> str:
     return head[1:] if cut else path
 
 
-def _own_copy(model: nn.Module) -> nn.Module:
+def _own_copy(model: _Module) -> _Module:
     """What a pass does to the model besides computing, it does to a copy."""
     try:
         return copy_of(model)
@@ -154,9 +245,9 @@ def _own_copy(model: nn.Module) -> nn.Module:
         raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
 
 
-def _watched(model: nn.Module, x: Tensor, *, gradient: bool = True) -> Recorder:
+def _watched(model: nn.Module, *inputs: Tensor, gradient: bool = True) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
-    recorder = Recorder(model, x)
+    recorder = Recorder(model, inputs[0], inputs[1:])
     before = fingerprint(model)
     states = before.states()
     with _random_state() as drawn:
@@ -168,7 +259,7 @@ def _watched(model: nn.Module, x: Tensor, *, gradient: bool = True) -> Recorder:
                 recorder.watch,
                 recorder,
             ):
-                result = model(recorder.x)
+                result = model(*recorder.inputs)
                 held = dict(model.named_parameters()) | dict(model.named_buffers())
             recorder.finish(result)
             for name, t in recorder.stand_ins.items():

@@ -12,23 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
+from mamlpp_fast.engine.executions import Draw, Executions
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
 __all__ = [
     "TAKE_SIZES",
     "Buffer",
     "Constant",
-    "Executions",
     "Operation",
     "Parameter",
     "Recorder",
     "Value",
-    "draws",
 ]
 
 
@@ -90,6 +88,7 @@ class Operation:
         outputs: values written, one for each tensor among what the call returned.
         tensors: their shapes and types.
         constant: the outputs take part in no gradient although an argument does (``detach``, ``no_grad``).
+        draws: of dropout in it, in order.
     """
 
     function: Callable[..., Any]
@@ -99,6 +98,7 @@ class Operation:
     outputs: tuple[int, ...]
     tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     constant: bool
+    draws: tuple[Draw, ...] = ()
 
     @property
     def output(self) -> int | None:
@@ -114,55 +114,16 @@ class Operation:
         return [leaf for leaf in leaves if is_reference(leaf)]
 
 
-class Executions(TorchDispatchMode):
-    """What is executed, since it was last asked."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.executed: list[str] = []
-        self.written: list[Tensor] = []
-        self.draws = False
-        self.reads = False
-
-    def clear(self) -> None:
-        self.executed, self.written, self.draws, self.reads = [], [], False, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.executed.append(str(func))
-        self.draws |= draws(func, args, kwargs)
-        self.reads |= torch.Tag.data_dependent_output in func.tags or sized_by_values(func, args)
-        if func._schema.is_mutable:
-            given = _named(func, args) | kwargs
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    leaves = tree_leaves(given.get(argument.name))
-                    self.written += [t for t in leaves if isinstance(t, Tensor)]
-        return func(*args, **kwargs)
-
-
-def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of an operator draws random numbers; an attention without dropout does not."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    named = {a.name: a.default_value for a in func._schema.arguments} | _named(func, args) | dict(kwargs)
-    return bool(named.get("dropout_p", 1.0) != 0)
-
-
-def sized_by_values(func: Any, args: Sequence[Any]) -> bool:
-    """Whether the size of a call's result depends on values; not where elements are picked by their numbers."""
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    masks = (torch.bool, torch.uint8)
-    return func is not torch.ops.aten.index.Tensor or any(t is not None and t.dtype in masks for t in args[1])
-
-
-def _named(func: Any, args: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-
-
 class Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    """The mode above, with what it found.
+
+    Args:
+        model: called with stand-ins for its tensors.
+        x: value 0; whether it requires a gradient tells what of it is made a constant (``detach``, ``no_grad``).
+        beside: further inputs, the values that follow.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.root = type(model).__name__
         self.paths = {id(m): name for name, m in model.named_modules()}
@@ -171,7 +132,8 @@ class Recorder(TorchFunctionMode):
         self.operations: list[Operation] = []
         self.result: int | None = None
         self.stand_ins: dict[str, Tensor] = {}
-        self.x = x.detach().clone(memory_format=torch.preserve_format)
+        self.inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, *beside)]
+        self.inputs[0].requires_grad_(x.requires_grad)
         self._references: dict[int, Value | Parameter | Buffer | Constant] = {}
         self._memory: dict[int, set[int]] = {}
         self._stale: set[int] = set()
@@ -193,7 +155,8 @@ class Recorder(TorchFunctionMode):
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
         self.counted: list[str] = []
-        self._new(self.x, [])
+        for t in self.inputs:
+            self._new(t, [])
 
     # What was found
 
@@ -222,7 +185,7 @@ class Recorder(TorchFunctionMode):
             if name not in self._statistics and not torch.equal(before, self.stand_ins[name]):
                 self.complain(name, "is a buffer that the forward changes")
         known = self._known(result) if isinstance(result, Tensor) else None
-        if not isinstance(known, Value) or known.index == 0:
+        if not isinstance(known, Value) or known.index < len(self.inputs):
             self.complain(self.root, "expected forward to return one tensor of predictions made of its input")
         else:
             self._check_read(result, known)
@@ -262,18 +225,21 @@ class Recorder(TorchFunctionMode):
             self.complain(self.here(), f"{type(args[0]).__name__} normalises in a way of its own")
         recorded = self._norm(*args) if norm else tree_map(lambda t: references.get(id(t), t), (args, kwargs))
         result = func(*args, **kwargs)
-        executed, written, draws, reads = watch.executed, watch.written, watch.draws, watch.reads
+        executed, written, reads, drawn = watch.executed, watch.written, watch.reads, tuple(watch.drawn)
+        # Of what is drawn otherwise, or for nothing that depends on the input, each pass would get the same numbers.
+        draws = watch.draws or (drawn and (func not in _DROPOUTS or _all_constant(references.values())))
         watch.clear()
         name = name_of(func)
-        if draws and not (func in _DROPOUTS and _rate(args, kwargs) == 0):
+        if draws:
             self.complain(self.here(), f"{name} draws random numbers")
+        reads &= not (func is F.one_hot and _classes(args, kwargs) >= 0)  # only for what it raises
         if (reads or name in _ASKS) and not _all_constant(references.values()):
             self.complain(self.here(), f"{name} asks for values, which decide what is executed")
         if name.endswith("__set__") or name in _CHANGES:
             self.complain(self.here(), f"{name} changes how a tensor takes part in gradients")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.complain(self.here(), "runs under hooks on saved tensors (a checkpoint, say)")
-        if torch.is_autocast_enabled(self.x.device.type):
+        if torch.is_autocast_enabled(self.inputs[0].device.type):
             self.complain(self.here(), "computes under torch.autocast")
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if not executed and not written and all(self._known(t) is not None for t in made):
@@ -283,7 +249,7 @@ class Recorder(TorchFunctionMode):
         elif self._counts(func, recorded):
             return result
         self._write(written, name)
-        self._keep(func, recorded, result, made, given, args)
+        self._keep(func, recorded, result, made, given, args, drawn)
         return result
 
     def _nothing_beside(self) -> None:
@@ -326,7 +292,7 @@ class Recorder(TorchFunctionMode):
         self._alive.append(t)
         self._in_graph[index] = t.requires_grad
         self._memory.setdefault(_storage(t), set()).add(index)
-        on_input, names = index == 0, frozenset[str]()
+        on_input, names = index < len(self.inputs), frozenset[str]()
         for r in made_of:
             if isinstance(r, Parameter):
                 names |= {r.name}
@@ -348,12 +314,19 @@ class Recorder(TorchFunctionMode):
                 self.complain(
                     self.here(), f"{name} changes an activation in place where no gradient is taken"
                 )
-            if place == _storage(self.x):
+            if place in map(_storage, self.inputs):
                 self.complain(self.here(), f"{name} changes the network's input in place")
             self._stale |= self._memory.get(place, set())
 
     def _keep(
-        self, func: Any, recorded: Any, result: Any, made: list[Tensor], given: list[Tensor], args: Any
+        self,
+        func: Any,
+        recorded: Any,
+        result: Any,
+        made: list[Tensor],
+        given: list[Tensor],
+        args: Any,
+        drawn: tuple[Draw, ...],
     ) -> None:
         args_, kwargs_ = recorded
         in_graph = any(t.requires_grad for t in given)
@@ -377,7 +350,7 @@ class Recorder(TorchFunctionMode):
             if len(new) != len(made):
                 outputs = ()
             tensors = tuple((tuple(t.shape), t.dtype) for t in new)
-            op = Operation(func, self.here(), args_, kwargs_, outputs, tensors, constant)
+            op = Operation(func, self.here(), args_, kwargs_, outputs, tensors, constant, drawn)
         elif (
             isinstance(result, Tensor) and func in _DETACHES and isinstance(first := references[0], Parameter)
         ):
@@ -388,7 +361,7 @@ class Recorder(TorchFunctionMode):
             constant = in_graph and not target.requires_grad and torch.is_floating_point(target)
             output = self._new(target, references)
             tensors = ((tuple(target.shape), target.dtype),)
-            op = Operation(func, self.here(), args_, kwargs_, (output,), tensors, constant)
+            op = Operation(func, self.here(), args_, kwargs_, (output,), tensors, constant, drawn)
         self.operations.append(op)
 
     def _norm(
@@ -443,12 +416,22 @@ def name_of(func: Any) -> str:
     return text if text.endswith("__set__") else str(text.removesuffix(".__get__").rpartition(".")[2])
 
 
-def _rate(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+def _classes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    return int(kwargs.get("num_classes", args[1] if len(args) > 1 else -1))
 
 
 _KNOWN_NORMS = (reference.PerStepBatchNorm2d.normalise, PerStepBatchNorm2d.normalise)
-_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout})
+# Their draws are drawn anew in every pass.
+_DROPOUTS = frozenset(
+    {
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_),
+        *(torch.alpha_dropout, torch.alpha_dropout_),
+        *(torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
+        *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
+        *(torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu),
+    }
+)
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
 _ASKS = frozenset({"tolist", "numpy", "__array__", "item", "__bool__", "__int__", "__float__", "__index__"})
 _CHANGES = frozenset(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mamlpp_fast import reference
+from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.transfer import Gradients
@@ -35,6 +36,9 @@ TOLERANCE = 1e-6
 _SMALL = 1e-4
 # Meta-gradients below this share of the loss are rounding where all of them are.
 _NOISE = 1e-8
+
+# Of what both draw: they draw the same numbers, in the same order.
+_SEED = 0
 
 # Values of the examples of a side that a check takes, and the fewest examples: the loop in float64 keeps every
 # activation of every step, some hundred times as much.
@@ -80,18 +84,19 @@ def check_meta_gradient(
     gradients = Gradients(model, rates, torch.float64)
     with torch.no_grad():
         prepared.memory.weights.tensor().copy_(weights)
-        prepared.run(batch, dict(model.named_parameters()) | buffers, gradients)
+        tensors = dict(model.named_parameters()) | buffers
+        prepared.run(batch, tensors, gradients, torch.Generator().manual_seed(_SEED))
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     all_rates = _exact(rates.rates)
     model.train()
-    with _reference(model, exact), torch.enable_grad():
+    with _reference(model, exact), _numbers(prepared), torch.enable_grad():
         result = reference.meta_gradient(
             model,
             rates.as_dict(all_rates),
             list(batch.to(dtype=torch.float64)),
             steps=steps,
             step_weights=weights if prepared.form.multi_step else None,
-            loss_fn=loss_fn,
+            loss_fn=_exactly(loss_fn, prepared),
             second_order=prepared.form.second_order,
         )
     if not torch.isfinite(result.loss):
@@ -120,16 +125,16 @@ def check_evaluation(
 ) -> bool:
     """Compares the predictions of one task after every step; see :func:`check_meta_gradient`."""
     with torch.no_grad():
-        prepared.run(batch)
+        prepared.run(batch, generator=torch.Generator().manual_seed(_SEED))
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     model.eval()
-    with _reference(model, exact):
+    with _reference(model, exact), _numbers(prepared):
         expected = reference.evaluate_task(
             model,
             rates.as_dict(_exact(rates.rates)),
             batch.to(dtype=torch.float64)[0],
             steps=steps,
-            loss_fn=loss_fn,
+            loss_fn=_exactly(loss_fn, prepared),
             eval_stats=stats,
         )
     if not torch.isfinite(expected).all():
@@ -194,6 +199,29 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
     _compare(expected, found, "differs, by")
 
 
+class _Exact(TorchFunctionMode):
+    """What a loss holds in float32 (class weights, say) is in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(
+            lambda a: a.double() if isinstance(a, Tensor) and a.dtype is torch.float32 else a,
+            (args, dict(kwargs or {})),
+        )
+        return func(*args, **kwargs)
+
+
+def _exactly(loss_fn: LossFn, prepared: Prepared) -> LossFn:
+    """A loss that was recorded, on predictions and labels in float64."""
+    if not prepared.transfer.loss.steps:
+        return loss_fn
+
+    def exact(prediction: Tensor, labels: Tensor) -> Tensor:
+        with _Exact():
+            return loss_fn(prediction, labels)
+
+    return exact
+
+
 class _Wider(TorchFunctionMode):
     """What casts to float32 casts to float64: ``x.float()`` in a model of float32 is one to its own precision."""
 
@@ -226,6 +254,11 @@ def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for norm, step in zip(norms, before, strict=True):
             norm.step = step
+
+
+def _numbers(prepared: Prepared) -> AbstractContextManager[object]:
+    """Within it the model draws what the program did; it costs a call of Python for each operator."""
+    return seeded(_SEED) if prepared.masks.nbytes else nullcontext()
 
 
 def _exact(t: Tensor) -> Tensor:

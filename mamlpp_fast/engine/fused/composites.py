@@ -79,13 +79,11 @@ def _recurrent(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable
         bidirectional: bool,
         batch_first: bool,
     ) -> tuple[Tensor, ...]:
-        if dropout and train and num_layers > 1:
-            raise RuntimeError("dropout draws random numbers")
         start = (hx,) if states == 1 else tuple(hx)
         xs = input.transpose(0, 1) if batch_first else input
         each = len(params) // (num_layers * (1 + bidirectional))
         last: list[tuple[Tensor, ...]] = []
-        for _layer in range(num_layers):
+        for layer in range(num_layers):
             directions = []
             for direction in range(1 + bidirectional):
                 number = len(last)
@@ -95,6 +93,8 @@ def _recurrent(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable
                 directions.append(outputs)
                 last.append(state)
             xs = torch.cat(directions, -1) if bidirectional else directions[0]
+            if layer + 1 < num_layers:
+                xs = F.dropout(xs, dropout, train)
         finals = tuple(torch.stack([s[i] for s in last]) for i in range(states))
         return (xs.transpose(0, 1) if batch_first else xs, *finals)
 
@@ -157,8 +157,6 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout_p:
-        raise RuntimeError("dropout draws random numbers")
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
@@ -170,7 +168,32 @@ def _attention(
             scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
         else:
             scores = scores + attn_mask
-    return torch.softmax(scores, -1) @ value
+    return F.dropout(torch.softmax(scores, -1), dropout_p) @ value
+
+
+def _binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    inverse = -F.logsigmoid(input)
+    if pos_weight is not None:
+        inverse = inverse * (1 + (pos_weight - 1) * target)
+    terms = (1 - target) * input + inverse
+    if weight is not None:
+        terms = terms * weight
+    if size_average is not None or reduce is not None:
+        raise RuntimeError("size_average and reduce are deprecated")
+    return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
+
+
+def _one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
+    zeros = torch.zeros(*input.shape, num_classes, dtype=torch.int64, device=input.device)
+    return zeros.scatter(-1, input.unsqueeze(-1), 1)  # which raises for other classes, too
 
 
 def _adaptive_mean(axes: int) -> Callable[..., Tensor]:
@@ -223,6 +246,8 @@ COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     torch.rnn_tanh: _recurrent(_tanh_cell, 1),
     torch.rnn_relu: _recurrent(_relu_cell, 1),
     F.scaled_dot_product_attention: _attention,
+    F.one_hot: _one_hot,
+    F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
     Tensor.__setitem__: _assigned,
     Tensor.copy_: lambda input, src, non_blocking=False: _filled(input, src),
     Tensor.fill_: _filled,

@@ -61,6 +61,8 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
     keep_one_row(template)
     parameters = dict(template.named_parameters())
     recording = record(template, x, torch.cat([x, x[:1]]))
+    if recording.draws is not None:
+        raise Unsupported(type(model).__name__, recording.draws)
     network = lower(recording, template, frozenset(parameters), any_shape=True)
     for fusion in (drop_inert_biases, fuse_norms):
         network = fusion(network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Literal
@@ -14,11 +15,13 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast._modes import float32_products
 from mamlpp_fast.engine.base import Precision, Unsupported, handed_over
 from mamlpp_fast.engine.fused.fusions import fuse
+from mamlpp_fast.engine.fused.losses import RecordedLoss, recorded_loss
 from mamlpp_fast.engine.fused.lowering import lower
+from mamlpp_fast.engine.fused.masks import Masks
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.prepared import Prepared
 from mamlpp_fast.engine.fused.program import Emitter, Workspace
-from mamlpp_fast.engine.fused.steps import Conv, FirstLayer, Generic, Loss, loss_of
+from mamlpp_fast.engine.fused.steps import Conv, CrossEntropy, FirstLayer, Generic, Loss, loss_of
 from mamlpp_fast.engine.fused.sweep import Form, Written, write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
 from mamlpp_fast.engine.graph import capturing, graphed
@@ -26,6 +29,7 @@ from mamlpp_fast.engine.record import Recording, record
 from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
 from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.labels import ignored_label
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.machine import release_memory
 from mamlpp_fast.ops._library import OPERATIONS, served_by
@@ -49,8 +53,8 @@ class FusedEngine:
     Args:
         model: in the form that it will be called in; a changed one needs a new engine.
         rates: inner learning rates; their names say what adapts.
-        loss_fn: ``F.cross_entropy``, ``functools.partial`` of it with ``label_smoothing``, ``F.mse_loss``, or
-            the modules of these.
+        loss_fn: (predictions, labels) to a scalar. ``F.cross_entropy``, ``functools.partial`` of it with
+            ``label_smoothing``, ``F.mse_loss`` and the modules of these have rules; others are recorded.
         precision: ``"bfloat16"`` rounds the operands of convolutions and accumulates in float32. ``"float32"`` is
             computed in float64, and rounded at the end, where no convolution has more than 8 channels: that costs
             little there.
@@ -61,7 +65,8 @@ class FusedEngine:
         verify: compare the first results of every form with the reference loop in float64.
 
     Raises:
-        Unsupported: for a loss without rules; by the other methods, names what of the model has none.
+        Unsupported: for a loss with hooks; by the other methods, names what of model or loss is no fixed list of
+            operations.
     """
 
     name = "fused"
@@ -81,7 +86,8 @@ class FusedEngine:
         self.model = model
         self.rates = rates
         self.loss_fn = loss_fn
-        self.loss: Loss = loss_of(loss_fn)
+        self._plain_loss = loss_of(loss_fn)
+        self._losses: dict[_Key, RecordedLoss] = {}
         self.adapted = frozenset(rates.names)
         self.trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self.precision = precision
@@ -166,9 +172,10 @@ class FusedEngine:
         """
         self.model.train()
         self._check(batch)
-        key = _train_key(batch, multi_step, second_order)
+        plain = self._plain(batch)
+        key = ("train", multi_step, second_order, torch.get_num_threads(), plain is None, *_shapes(batch))
         if key not in self._prepared:
-            network = self._lower(batch, training=True)
+            network = self._lower(batch, plain, training=True)
             if network.frozen:
                 raise Unsupported(
                     next(iter(network.frozen)), "normalises with running statistics in training"
@@ -177,10 +184,11 @@ class FusedEngine:
             def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
                 options = {"multi_step": multi_step, "second_order": second_order, "recompute": recompute}
                 form = self._form(given, tasks, self.rates.num_steps, **options)
-                own = self._lower(given, training=True)  # a check has fewer examples
+                own = self._lower(given, plain, training=True)  # a check has fewer examples
+                loss = self._loss(given, own) if plain is None else plain
                 with handed_over(self.model):
-                    written = write_meta_gradient(self._emitter(own, exact), own, self.loss, form)
-                return self._ready(written, own, own, form, exact)
+                    written = write_meta_gradient(self._emitter(own, exact), own, loss, form)
+                return self._ready(written, own, own, loss, form, exact)
 
             if self.verify:
                 about = self.model, self.rates, self.loss_fn
@@ -192,17 +200,20 @@ class FusedEngine:
 
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
         """Like :meth:`prepare`, for :meth:`evaluate`."""
-        key = ("evaluate", steps, stats, torch.get_num_threads(), *_shapes(batch))
+        plain = self._plain(batch)
+        key = ("evaluate", steps, stats, torch.get_num_threads(), plain is None, *_shapes(batch))
         if key not in self._prepared:
-            network = self._lower(batch, training=False)
+            network = self._lower(batch, plain, training=False)
 
             def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
                 form = self._form(given, tasks, steps, second_order=False)
-                own = self._lower(given, training=False)
-                target = self._lower(given, training=False, running=True) if stats == "running" else own
+                own = self._lower(given, plain, training=False)
+                running = stats == "running"
+                target = self._lower(given, plain, training=False, running=True) if running else own
+                loss = self._loss(given, own) if plain is None else plain
                 with handed_over(self.model):
-                    written = write_evaluation(self._emitter(own, exact), own, target, self.loss, form)
-                return self._ready(written, own, target, form, exact)
+                    written = write_evaluation(self._emitter(own, exact), own, target, loss, form)
+                return self._ready(written, own, target, loss, form, exact)
 
             if self.verify:
                 about = self.model, self.rates, self.loss_fn
@@ -235,10 +246,34 @@ class FusedEngine:
                 f"expected examples of shape {tuple(batch.support_x.shape[2:])} like support_x, "
                 f"got {tuple(batch.target_x.shape[2:])}",
             )
-        self.loss.check("support_y", batch.support_y)
-        self.loss.check("target_y", batch.target_y)
+        plain = self._plain(batch)
+        if plain is not None:
+            plain.check("support_y", batch.support_y)
+            plain.check("target_y", batch.target_y)
 
-    def _lower(self, batch: EpisodeBatch, *, training: bool, running: bool = False) -> Network:
+    def _plain(self, batch: EpisodeBatch) -> Loss | None:
+        """The loss where it has rules of its own that take the labels of a batch; values are read on a CPU alone."""
+        loss = self._plain_loss
+        if isinstance(loss, CrossEntropy):
+            for y in (batch.support_y, batch.target_y):
+                if y.is_floating_point() and y.ndim == 3:
+                    return None
+                if y.device.type == "cpu" and bool((y == ignored_label(self.loss_fn)).any()):
+                    return None
+        return loss
+
+    def _loss(self, batch: EpisodeBatch, network: Network) -> RecordedLoss:
+        """The loss as it is recorded, for predictions and labels like those of a batch."""
+        outputs = math.prod(network.shapes[network.output])
+        key = (outputs, *(part for y in (batch.support_y, batch.target_y) for part in (y.shape[1:], y.dtype)))
+        if key not in self._losses:
+            sides = (outputs, batch.support_y[0]), (outputs, batch.target_y[0])
+            self._losses[key] = recorded_loss(self.loss_fn, sides, self.dtype)
+        return self._losses[key]
+
+    def _lower(
+        self, batch: EpisodeBatch, loss: Loss | None, *, training: bool, running: bool = False
+    ) -> Network:
         """The fused network of the model in training or evaluation mode, for examples like those of a batch."""
         examples = tuple(x.shape[1:] for x in (batch.support_x, batch.target_x))
         if (training, *examples) not in self._recordings:
@@ -247,11 +282,15 @@ class FusedEngine:
             fixed = len(x) == len(other)
             if fixed:
                 other = torch.cat([x, x[:1]])
-            self._recordings[training, *examples] = record(self.model, x, other, fixed=fixed)
-        key = training, running, *examples
+            recording = record(self.model, x, other, fixed=fixed)
+            if recording.draws is not None and self.device.type != "cpu":
+                # A captured draw there would be another operator's than the one that was recorded.
+                raise Unsupported(type(self.model).__name__, f"{recording.draws}, which is for a CPU alone")
+            self._recordings[training, *examples] = recording
+        key = training, running, loss, *examples
         if key not in self._networks:
             recording = self._recordings[training, *examples]
-            self._networks[key] = fuse(lower(recording, self.model, self.adapted, running), self.loss)
+            self._networks[key] = fuse(lower(recording, self.model, self.adapted, running), loss)
         network = self._networks[key]
         if not training and any(norm.statistics is not None for norm in network.norms.values()):
             raise Unsupported(type(self.model).__name__, "updates running statistics in evaluation")
@@ -265,6 +304,8 @@ class FusedEngine:
             total_tasks=batch.num_tasks,
             support=batch.support_x.shape[1],
             targets=batch.target_x.shape[1],
+            labels=(batch.support_y.shape[1:], batch.target_y.shape[1:]),
+            label_dtype=batch.support_y.dtype,
             steps=steps,
             rate_steps=self.rates.num_steps,
             adapted=self.adapted,
@@ -293,6 +334,7 @@ class FusedEngine:
         written: Written,
         network: Network,
         target: Network,
+        loss: Loss,
         form: Form,
         exact: bool,
     ) -> Prepared:
@@ -300,7 +342,7 @@ class FusedEngine:
         transfer = Transfer(
             self.model,
             self.rates,
-            self.loss,
+            loss,
             written.slots,
             written.rows,
             target.frozen | network.frozen,
@@ -338,6 +380,7 @@ class FusedEngine:
             form,
             transfer,
             running,
+            Masks(memory.masks.values(), form.tasks, form.total_tasks // form.tasks),
             table.new_zeros(form.total_tasks, dtype=dtype),
             table.new_zeros(sizes, dtype=dtype),
             axis,
@@ -396,12 +439,8 @@ class FusedEngine:
         return prepared.losses, prepared.logits
 
 
-def _train_key(batch: EpisodeBatch, multi_step: bool, second_order: bool) -> _Key:
-    return ("train", multi_step, second_order, torch.get_num_threads(), *_shapes(batch))
-
-
-def _shapes(batch: EpisodeBatch) -> tuple[tuple[int, ...], ...]:
-    return tuple(batch.support_x.shape), tuple(batch.target_x.shape)
+def _shapes(batch: EpisodeBatch) -> _Key:
+    return *(tuple(t.shape) for t in batch.fields), batch.support_y.dtype, batch.target_y.dtype
 
 
 def _free_bytes(device: torch.device) -> int:

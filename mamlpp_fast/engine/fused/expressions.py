@@ -226,7 +226,8 @@ def _back(node: Node) -> Callable[[Tensor], Tensor] | None:
 def _out_overload(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The overload that writes its results to memory that is given, and the names of these arguments."""
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments]
-    if any(name == "output_mask" for name, _ in wanted):  # some of its results are none
+    # Some results of the former are none; the latter put all terms in their output first, and make it larger for that.
+    if {"output_mask", "reduction"}.intersection(name for name, _ in wanted):
         return None
     for name in op.overloadpacket.overloads():
         other: OpOverload = getattr(op.overloadpacket, name)

@@ -30,8 +30,8 @@ __all__ = ["drop_inert_biases", "fuse", "fuse_factors", "fuse_first_layer", "fus
 _COLOURS = 3
 
 
-def fuse(network: Network, loss: Loss) -> Network:
-    """All fusions, in the order that they build on each other."""
+def fuse(network: Network, loss: Loss | None) -> Network:
+    """All fusions, in the order that they build on each other; ``loss`` where it has rules of its own."""
     for one in (drop_inert_biases, fuse_norms, fuse_first_layer, fuse_factors):
         network = one(network)
     return fuse_head(network, loss)
@@ -110,7 +110,7 @@ def fuse_factors(network: Network) -> Network:
     return network
 
 
-def fuse_head(network: Network, loss: Loss) -> Network:
+def fuse_head(network: Network, loss: Loss | None) -> Network:
     """The last layer and the cross-entropy of its output in one."""
     last = network.steps[-1]
     fits = (

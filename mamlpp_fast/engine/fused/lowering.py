@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from mamlpp_fast.engine.base import Unsupported, handed_over
@@ -28,18 +29,25 @@ from mamlpp_fast.engine.fused.steps.generic import Recorded
 from mamlpp_fast.engine.record import Recording
 from mamlpp_fast.engine.recorder import TAKE_SIZES, Buffer, Constant, Operation, Parameter, Value
 
-__all__ = ["lower", "rules"]
+__all__ = ["lower", "lower_loss", "rules", "taken"]
 
 _Rule = Callable[..., None]
 _RULES: dict[Any, _Rule] = {}
+_TAKES: dict[_Rule, str] = {}
 _ALONE: set[Any] = set()
 
 
-def rule(*functions: Any, alone: bool = False) -> Callable[[_Rule], _Rule]:
-    """Registers a rule for functions of PyTorch; ``alone``: which have effects that no generic step has."""
+def rule(*functions: Any, takes: str = "", alone: bool = False) -> Callable[[_Rule], _Rule]:
+    """Registers a rule for functions of PyTorch.
+
+    Args:
+        takes: the forms that it takes, in words, for the table in ``docs/engine.md``.
+        alone: whether they have effects that no generic step has.
+    """
 
     def register(fn: _Rule) -> _Rule:
         _ALONE.update(functions if alone else ())
+        _TAKES[fn] = takes
         for function in functions:
             _RULES[function] = fn
         return fn
@@ -50,6 +58,14 @@ def rule(*functions: Any, alone: bool = False) -> Callable[[_Rule], _Rule]:
 def rules() -> Mapping[Any, _Rule]:
     """The functions that have rules, and these."""
     return _RULES
+
+
+def taken() -> dict[str, list[Any]]:
+    """The functions that have rules, by what these take, in words."""
+    found: dict[str, list[Any]] = {}
+    for function, fn in _RULES.items():
+        found.setdefault(_TAKES[fn], []).append(function)
+    return found
 
 
 def lower(
@@ -76,6 +92,20 @@ def lower(
         return Lowering(recording, model, adapted, running).run(any_shape)
 
 
+def lower_loss(recording: Recording, module: nn.Module, dtype: torch.dtype) -> Network:
+    """The generic steps of a recorded loss; values 0 and 1 are its predictions and labels.
+
+    Args:
+        module: that was recorded; it has no parameters.
+        dtype: of the predictions.
+
+    Raises:
+        Unsupported: names the first call that cannot be a step.
+    """
+    with handed_over(module):
+        return Lowering(recording, module, frozenset(), False, dtype).run_loss()
+
+
 class Lowering:
     """The network under construction.
 
@@ -85,10 +115,16 @@ class Lowering:
     """
 
     def __init__(
-        self, recording: Recording, model: nn.Module, adapted: frozenset[str], running: bool
+        self,
+        recording: Recording,
+        model: nn.Module,
+        adapted: frozenset[str],
+        running: bool,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.recording = recording
         self.parameters = dict(model.named_parameters())
+        self.dtype = next(iter(self.parameters.values())).dtype if dtype is None else dtype
         self.buffers = dict(model.named_buffers())
         self.root = type(model).__name__
         self.adapted = adapted
@@ -105,7 +141,7 @@ class Lowering:
         self._names: set[str] = set()
         uses = (r.name for op in recording.operations for r in op.inputs() if isinstance(r, Parameter))
         self._shared = {name for name, count in Counter(uses).items() if count > 1}
-        shape = recording.shapes[0]
+        shape = recording.shapes.get(0, ())
         self.shapes[0] = (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
     def run(self, any_shape: bool) -> Network:
@@ -131,6 +167,13 @@ class Lowering:
             self.recording.dtypes[0],
         )
 
+    def run_loss(self) -> Network:
+        self._values, self._natives, self._count = {}, {0: 0, 1: 1}, 2
+        for op, other in zip(self.recording.operations, self.recording.others, strict=True):
+            self._generic(Call(op, self, other), op, other)
+        output = self._natives[self.recording.output]
+        return Network(self._read(output), self.shapes, output, {}, {}, self.recording.dtypes[0])
+
     def _read(self, output: int) -> tuple[Step, ...]:
         """The steps, without those whose output nobody reads and that have no effect beside it."""
         read, kept = {output}, list[Step]()
@@ -142,7 +185,7 @@ class Lowering:
 
     def _lower(self, op: Operation, other: Operation) -> None:
         fn = _RULES.get(op.function)
-        call = Call(op, self)
+        call = Call(op, self, other)
         refusal: Unsupported | None = None
         if fn is not None and self._regular(op, other):
             before = {name: _copied(value) for name, value in vars(self).items()}
@@ -154,7 +197,7 @@ class Lowering:
                 refusal = call.refusal(f"{op.name}: {error}")
             if refusal is not None:
                 vars(self).update(before)
-                call = Call(op, self)
+                call = Call(op, self, other)
         if fn is None or not self._regular(op, other) or refusal is not None:
             if op.function in _ALONE:
                 raise refusal or call.refusal(f"{op.name}: expected examples along the first axis")
@@ -190,7 +233,7 @@ class Lowering:
             slots[name] = Slot(name, shape, shape, tuple(range(len(shape))))
         buffers = {r.name: self.buffers[r.name] for r in op.inputs() if isinstance(r, Buffer)}
         examples = dict(zip(self.recording.examples, (op, other), strict=True))
-        recorded = Recorded(op.name, examples, smooth, next(iter(self.parameters.values())).dtype)
+        recorded = Recorded(op.name, examples, smooth, self.dtype)
         for i, (index, (shape, dtype)) in enumerate(zip(op.outputs, op.tensors, strict=True)):
             shown = self.recording.shapes.get(index, shape)
             constant = op.constant or not dtype.is_floating_point
@@ -302,6 +345,18 @@ class Lowering:
         self.alias(call, output)
         return output
 
+    def native_step(
+        self,
+        kind: Callable[..., Step],
+        call: Call,
+        inputs: tuple[int, ...],
+        shape: tuple[int, ...],
+        *arguments: Any,
+    ) -> None:
+        """Adds a step on values in the model's own layout, which leaves such a one."""
+        assert call.op.output is not None
+        self._natives[call.op.output] = self._add(kind, call, inputs, shape, *arguments)
+
     def _add(
         self,
         kind: Callable[..., Step],
@@ -344,10 +399,11 @@ class Lowering:
 
 
 class Call:
-    """An operation that is being lowered."""
+    """An operation that is being lowered; ``other`` is the same for another number of examples."""
 
-    def __init__(self, op: Operation, low: Lowering) -> None:
+    def __init__(self, op: Operation, low: Lowering, other: Operation | None = None) -> None:
         self.op = op
+        self.other = op if other is None else other
         self.low = low
         owners = [r.name.rpartition(".")[0] for r in op.inputs() if isinstance(r, (Parameter, Buffer))]
         self.where = (owners[0] if owners and owners[0] else op.where) or op.name

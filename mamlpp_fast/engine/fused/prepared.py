@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mamlpp_fast.engine import lanes
+from mamlpp_fast.engine.fused.masks import Masks
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Program, Workspace
 from mamlpp_fast.engine.fused.sweep import Form, Memory
@@ -39,6 +41,7 @@ class Prepared:
     form: Form
     transfer: Transfer
     running: dict[str, RunningStats]
+    masks: Masks
     losses: Tensor
     logits: Tensor
     axis: int
@@ -55,7 +58,7 @@ class Prepared:
 
     @property
     def owned_bytes(self) -> int:
-        return self.program.owned_bytes(self.lanes) + self.finish.owned_bytes()
+        return self.program.owned_bytes(self.lanes) + self.finish.owned_bytes() + self.masks.nbytes
 
     def bind(self, workspace: Workspace) -> None:
         """Gives the programs memory."""
@@ -68,6 +71,7 @@ class Prepared:
         batch: EpisodeBatch,
         statistics: Mapping[str, Tensor] | None = None,
         gradients: Gradients | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """The programs on a whole batch, group after group, or group beside group on lanes.
 
@@ -75,6 +79,7 @@ class Prepared:
             batch: of the form.
             statistics: tensors of the model; running statistics among them are updated.
             gradients: filled with the meta-gradients.
+            generator: that dropout draws from; by default the process's.
         """
 
         def start() -> None:
@@ -84,6 +89,7 @@ class Prepared:
             self.finish.run()
             self._store(statistics, gradients)
 
+        self.masks.draw(generator)
         self._alone(start)
         for share in self._shares():
             self._groups(batch, share)
@@ -120,6 +126,7 @@ class Prepared:
     def _group(self, batch: EpisodeBatch, group: int, lane: int, threads: int, halt: Halt) -> None:
         start = group * self.form.tasks
         self.transfer.load_batch(batch.tasks(start, start + self.form.tasks), lane)
+        self.masks.load(group, lane)
         self.program.run(lane, threads, halt)
         if self.groups > 1:  # one group writes to the table itself
             self.memory.table.tensor()[group].copy_(self.memory.row.tensor(lane))

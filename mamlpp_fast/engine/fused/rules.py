@@ -17,6 +17,8 @@ from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import (
     Activation,
     Add,
+    Attention,
+    Dropout,
     Flatten,
     FrozenNorm,
     Linear,
@@ -31,10 +33,20 @@ from mamlpp_fast.engine.fused.steps import (
 from mamlpp_fast.engine.recorder import Buffer, Value
 from mamlpp_fast.ops.pointwise import FUNCTIONS
 
+_BATCH_NORMS = (
+    "of images, sequences or features; weights per step, shared, adapted in the inner loop, or none; "
+    "not with `momentum=None`"
+)
+# Below, a call for all heads and examples is faster than one for each.
+_LONG = 2**18
+_GROUP_NORMS = "of images and sequences, statistics of the input alone"
+_POINTWISE = "of features, and of images and sequences behind other steps of this table"
+_PLAIN = "anywhere"
+
 # Products ------------------------------------------------------------------------------------------------------------
 
 
-@rule(F.linear)
+@rule(F.linear, takes="of features [N, F]")
 def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None) -> None:
     x = low.value(call, input)
     shape, name = low.shapes[x], low.parameter(call, weight)
@@ -51,10 +63,38 @@ def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None
     low.step(Linear, call, (x,), (outputs,), slot, vector)
 
 
+@rule(
+    F.scaled_dot_product_attention,
+    takes="of long sequences (2^18 probabilities of an example or more), causal or not; no mask, no dropout",
+)
+def _attention(
+    low: Lowering,
+    call: Call,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    shapes = [_recorded(low, call, argument) for argument in (query, key, value)]
+    (heads, length, width), (*_, keys, _) = shapes[:2]
+    same = all(len(s) == 3 and s[0] == heads and s[1] == keys for s in shapes[1:])
+    if attn_mask is not None or dropout_p or enable_gqa or not same or shapes[1][2] != width:
+        raise call.refusal("attention: expected as many heads of keys as of queries, no mask and no dropout")
+    if heads * length * keys < _LONG:
+        raise call.refusal("attention: expected long sequences")
+    inputs = tuple(low.native(call, argument.index) for argument in (query, key, value))
+    factor = 1 / math.sqrt(width) if scale is None else float(scale)
+    low.native_step(Attention, call, inputs, call.shape, keys, factor, is_causal)
+
+
 # Norms ---------------------------------------------------------------------------------------------------------------
 
 
-@rule(reference.per_step_norm, alone=True)
+@rule(reference.per_step_norm, takes=_BATCH_NORMS, alone=True)
 def _per_step_norm(
     low: Lowering,
     call: Call,
@@ -83,7 +123,7 @@ def _per_step_norm(
         _activation(low, call, Value(_output(call)), negative_slope)
 
 
-@rule(F.batch_norm, alone=True)
+@rule(F.batch_norm, takes=_BATCH_NORMS, alone=True)
 def _batch_norm(
     low: Lowering,
     call: Call,
@@ -164,7 +204,7 @@ def _norm(
         low.step(Flatten, call, (x,), call.shape)
 
 
-@rule(F.layer_norm)
+@rule(F.layer_norm, takes="over [C, H, W] of images or [F] of features")
 def _layer_norm(
     low: Lowering,
     call: Call,
@@ -189,7 +229,7 @@ def _layer_norm(
         low.step(ScaleShift, call, (x,), shape, *slots)
 
 
-@rule(F.group_norm, torch.group_norm)
+@rule(F.group_norm, torch.group_norm, takes=_GROUP_NORMS)
 def _group_norm(
     low: Lowering,
     call: Call,
@@ -211,7 +251,7 @@ def _group_norm(
         low.step(ScaleShift, call, (x,), shape, *slots)
 
 
-@rule(F.instance_norm)
+@rule(F.instance_norm, takes=_GROUP_NORMS)
 def _instance_norm(
     low: Lowering,
     call: Call,
@@ -252,12 +292,12 @@ def _activation(low: Lowering, call: Call, input: Any, slope: float) -> None:
     low.step(Activation, call, (x,), low.shapes[x], slope, grid=low.grids.get(x))
 
 
-@rule(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+@rule(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, takes=_POINTWISE)
 def _relu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
     _activation(low, call, input, 0.0)
 
 
-@rule(F.leaky_relu, F.leaky_relu_)
+@rule(F.leaky_relu, F.leaky_relu_, takes=_POINTWISE)
 def _leaky_relu(
     low: Lowering, call: Call, input: Any, negative_slope: float = 0.01, inplace: bool = False
 ) -> None:
@@ -276,17 +316,17 @@ def _smooth(low: Lowering, call: Call, input: Any, name: str, a: float = 0.0) ->
     low.step(Smooth, call, (x,), low.shapes[x], FUNCTIONS.index(name), a, grid=low.grids.get(x))
 
 
-@rule(F.gelu)
+@rule(F.gelu, takes=_POINTWISE)
 def _gelu(low: Lowering, call: Call, input: Any, *, approximate: str = "none") -> None:
     _smooth(low, call, input, "gelu" if approximate == "none" else "gelu_tanh")
 
 
-@rule(F.silu)
+@rule(F.silu, takes=_POINTWISE)
 def _silu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
     _smooth(low, call, input, "silu")
 
 
-@rule(F.elu, F.elu_)
+@rule(F.elu, F.elu_, takes=_POINTWISE)
 def _elu(low: Lowering, call: Call, input: Any, alpha: float = 1.0, inplace: bool = False) -> None:
     _smooth(low, call, input, "elu", float(alpha))
 
@@ -297,10 +337,18 @@ def _named(name: str, a: float = 0.0) -> Callable[[Lowering, Call, Any], None]:
 
 for _name, _number in (("sigmoid", 0.0), ("tanh", 0.0), ("sin", 1.0), ("cos", 1.0)):
     _functions = [getattr(home, f"{_name}{end}") for home in (torch, Tensor) for end in ("", "_")]
-    rule(*_functions)(_named({"sin": "sine", "cos": "cosine"}.get(_name, _name), _number))
+    rule(*_functions, takes=_POINTWISE)(_named({"sin": "sine", "cos": "cosine"}.get(_name, _name), _number))
 
 
-@rule(torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+@rule(
+    torch.mul,
+    Tensor.mul,
+    Tensor.mul_,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    Tensor.__imul__,
+    takes="with a number",
+)
 def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
     x = _floating(low, call, input)
     if isinstance(other, bool) or not isinstance(other, (int, float)):
@@ -308,7 +356,15 @@ def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
     low.step(Times, call, (x,), low.shapes[x], float(other), grid=low.grids.get(x))
 
 
-@rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+@rule(
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.__iadd__,
+    takes="of two activations of one shape",
+)
 def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -> None:
     x, y = low.value(call, input), low.value(call, other)
     if alpha != 1:
@@ -322,21 +378,57 @@ def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -
     low.step(Add, call, (x, y), low.shapes[x], grid=low.grids.get(x))
 
 
-@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+@rule(
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    torch.dropout,
+    torch.feature_dropout,
+    takes="of elements and of channels, on a CPU ([masks](#dropout))",
+)
 def _dropout(
-    low: Lowering, call: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+    low: Lowering,
+    call: Call,
+    input: Any,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    train: bool = True,
 ) -> None:
-    if training and p != 0:
-        raise call.refusal("draws random numbers")
+    if p == 0 or not (training and train):
+        low.same(call, input)
+        return
+    x, shape = low.value(call, input), low.recording.shapes[input.index]
+    draws = {n: op.draws for n, op in zip(low.recording.examples, (call.op, call.other), strict=True)}
+    masks = [(n, [d.shape for d in found]) for n, found in draws.items()]
+    whole = all(shapes == [(n, *shape)] for n, shapes in masks)
+    if not whole and any(shapes != [(n, shape[0], *[1] * (len(shape) - 1))] for n, shapes in masks):
+        raise call.refusal("dropout: expected a number for each element, or for each channel of each example")
+    stored = low.shapes[x]
+    grid = low.grids.get(x) or (stored if len(stored) == 3 else None)
+    if not whole and (grid is None or x in low.grids):
+        raise call.refusal("dropout: expected images, got features")
+    by_examples = {n: found[0] for n, found in draws.items()}
+    low.step(Dropout, call, (x,), stored, by_examples, 1 / (1 - p), grid, whole, grid=low.grids.get(x))
+
+
+@rule(F.alpha_dropout, takes="of rate 0, or in evaluation")
+def _alpha_dropout(
+    low: Lowering, call: Call, input: Any, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> None:
+    if p != 0 and training:
+        raise call.refusal("alpha dropout: expected none of it")
     low.same(call, input)
 
 
-@rule(Tensor.contiguous, Tensor.clone, torch.clone)
+@rule(Tensor.contiguous, Tensor.clone, torch.clone, takes=_PLAIN)
 def _same(low: Lowering, call: Call, input: Any, *, memory_format: Any = None) -> None:
     low.same(call, input)
 
 
-@rule(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+@rule(Tensor.detach, torch.detach, Tensor.data.__get__, takes=_PLAIN)  # type: ignore[attr-defined]
 def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
     # What takes part in no gradient becomes a step of its own for every operation (`constant`).
     low.same(call, input)
@@ -345,7 +437,14 @@ def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
 # Shapes --------------------------------------------------------------------------------------------------------------
 
 
-@rule(torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape)
+@rule(
+    torch.flatten,
+    Tensor.flatten,
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+    takes="of all but the examples",
+)
 def _reshape(low: Lowering, call: Call, input: Any, *_: Any, **__: Any) -> None:
     x = low.value(call, input)
     before = low.recording.shapes[input.index]

@@ -14,6 +14,7 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.finish import Finish, Key, Row
 from mamlpp_fast.engine.fused.flat import Layout
+from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Program, Ref
@@ -31,6 +32,7 @@ class Form:
         tasks: tasks of one group; all of them advance together.
         total_tasks: tasks of the meta-batch, which the mean is over.
         support, targets: images a task.
+        labels, label_dtype: of a task's support and target set, [N, ...] each.
         steps: inner updates.
         rate_steps: rates (and batch-norm rows) there are; later steps use the last.
         adapted: parameters that the inner loop adapts.
@@ -45,6 +47,8 @@ class Form:
     total_tasks: int
     support: int
     targets: int
+    labels: tuple[tuple[int, ...], tuple[int, ...]]
+    label_dtype: torch.dtype
     steps: int
     rate_steps: int
     adapted: frozenset[str]
@@ -67,6 +71,7 @@ class Memory:
         rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
         weights: multi-step weights [K].
         running: running mean and variance [K, C] that frozen norms read.
+        masks: of dropout, by inner step and side (0 support, 1 target), in the order of the passes.
         row: what a group leaves, flat; table: the rows of all groups [G, size]; all: what lies in them, [G, *shape]:
             ``"logits"``, predictions [T, m, O], or of every step [K, T, m, O]; in training ``"losses"`` [T],
             ``"adjoint"``, ``"rates"``, and of each batch norm ``"mean"`` and ``"rstd"`` [K, 2, T, C] that it saw in the
@@ -87,6 +92,7 @@ class Memory:
     rows: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     buffers: dict[str, Ref] = field(default_factory=dict)
     running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
+    masks: dict[tuple[int, int], PassMasks] = field(default_factory=dict)
     meta_grads: dict[str, Ref] = field(default_factory=dict)
     row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     rate_grads: Ref | None = None
@@ -163,8 +169,8 @@ class _Writer:
         memory = Memory(
             support_x=self._examples("support images", f.support),
             target_x=self._examples("target images", f.targets),
-            support_t=self._zeros("support labels", f.tasks, f.support, *outputs, each=True),
-            target_t=self._zeros("target labels", f.tasks, f.targets, *outputs, each=True),
+            support_t=self._labels("support labels", outputs, f.labels[0]),
+            target_t=self._labels("target labels", outputs, f.labels[1]),
             weights=self._zeros("step weights", f.steps),
             rates=self._zeros("rates", *self._rates_shape()),
             row=flat,
@@ -173,7 +179,7 @@ class _Writer:
         )
         for name, slot in self.slots.items():
             memory.meta[name] = self._zeros(name, *slot.shape)
-        for step in (*self.net.steps, *self.target_net.steps):
+        for step in (*self.net.steps, *self.target_net.steps, *self.loss.steps):
             for name, b in step.buffers.items():
                 dtype = self.em.dtype if b.is_floating_point() else b.dtype
                 if name not in memory.buffers:
@@ -182,6 +188,11 @@ class _Writer:
             shape = (rows.rows, rows.channels)
             memory.rows[name] = self._zeros(f"{name} weights", *shape), self._zeros(f"{name} biases", *shape)
         return memory
+
+    def _labels(self, name: str, outputs: tuple[int, ...], labels: tuple[int, ...]) -> Ref:
+        shape, dtype = self.loss.stored(outputs, labels, self.form.label_dtype, self.em.dtype)
+        stored = torch.zeros(self.form.tasks, *shape, dtype=dtype, device=self.em.device)
+        return self.em.own(name, stored, each=True)
 
     def _examples(self, name: str, count: int) -> Ref:
         net = self.net
@@ -227,6 +238,7 @@ class _Writer:
         net: Network,
         images: Ref,
         step: int,
+        side: int,
         theta: Mapping[str, Ref],
         stats: Mapping[str, tuple[Ref, Ref]],
         goal: Goal | None = None,
@@ -246,6 +258,7 @@ class _Writer:
             stats,
             goal=goal,
             buffers=self.memory.buffers,
+            masks=self.memory.masks.setdefault((step, side), PassMasks(self.form.tasks)),
         )
 
     def support_pass(
@@ -258,7 +271,7 @@ class _Writer:
     ) -> tuple[Pass, Ref | None]:
         """Support pass and its flat gradient; ``again``: for the activations and their gradients only."""
         m = self.memory
-        ps = self.start(self.net, m.support_x, step, theta, stats, Goal(m.support_t))
+        ps = self.start(self.net, m.support_x, step, 0, theta, stats, Goal(m.support_t))
         write_forward(self.em, self.net, ps)
         self.em.label = "loss"
         value = self.loss.of_pass(self.em, ps, self.net.output)
@@ -369,7 +382,7 @@ class _MetaGradient(_Writer):
         em, m = self.em, self.memory
         weights = m.weights if self.form.multi_step else None
         goal = Goal(m.target_t, weights, k, want_loss=True, loss=self._loss_row(k))
-        ps = self.start(self.net, m.target_x, k, theta, self._stats(k, 1), goal)
+        ps = self.start(self.net, m.target_x, k, 1, theta, self._stats(k, 1), goal)
         write_forward(self.em, self.net, ps)
         em.label = "loss"
         value = self.loss.of_pass(em, ps, self.net.output)
@@ -459,7 +472,8 @@ class _Evaluation(_Writer):
             assert grads is not None
             flat, theta = self.update(k, flat, theta, grads)
             self.em.phase = Phase("target", k)
-            ps = self.start(self.target_net, self.memory.target_x, k, theta, self._stats(self.target_net, k))
+            stats = self._stats(self.target_net, k)
+            ps = self.start(self.target_net, self.memory.target_x, k, 1, theta, stats)
             write_forward(self.em, self.target_net, ps)
             self.leave(self.left["logits"][k], ps.values[self.target_net.output])
         self.leave_all()

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from mamlpp_fast._modes import quiet
+from mamlpp_fast.engine.executions import Draw, draws, sized_by_values
 from mamlpp_fast.engine.fused.program import Ref
-from mamlpp_fast.engine.recorder import draws, sized_by_values
 from mamlpp_fast.reference import math_attention
 
-__all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "packet_of"]
+__all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "draw_leaf", "packet_of"]
 
 aten = torch.ops.aten
 
@@ -174,12 +174,30 @@ def _frozen(value: Any) -> Any:
     return type(value), value  # 1, 1.0 and True are equal, what is computed with them is not
 
 
-class _Tracer(TorchDispatchMode):
-    """Writes nodes into a table for what is executed on tensors that are known."""
+_DRAW = "draw "
 
-    def __init__(self, table: Table) -> None:
+
+def draw_leaf(number: int) -> str:
+    """Name of the leaf that an operation's draw of this number is."""
+    return f"{_DRAW}{number}"
+
+
+class _Tracer(TorchDispatchMode):
+    """Writes nodes into a table for what is executed on tensors that are known.
+
+    Args:
+        table: of the nodes.
+        draws: what may be drawn, in this order, with the axis of tasks.
+
+    Attributes:
+        drawn: how many of them were.
+    """
+
+    def __init__(self, table: Table, draws: Sequence[tuple[tuple[int, ...], float]] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
+        self.drawn = 0
+        self._draws = draws
         self._terms: dict[int, Term] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's own only while it lives
         self._aliased: set[int] = set()
@@ -195,7 +213,11 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        if (draw := Draw.of(func, args, kwargs)) is not None:
+            return self._draw(func, args[0], draw)
+        # Zeros without memory, as of forward mode, end the process in some operators (`mul.Scalar`, torch 2.13).
+        call = aten.zeros.default if func is aten._efficientzerotensor.default else func
+        result = call(*args, **kwargs)
         made, _ = tree_flatten(result)
         if not any(isinstance(t, Tensor) for t in made):
             if torch.Tag.data_dependent_output in func.tags:
@@ -223,6 +245,17 @@ class _Tracer(TorchDispatchMode):
             self._aliased.update(id(t) for t in (*made, args[0]) if isinstance(t, Tensor))
         return result
 
+    def _draw(self, func: OpOverload, t: Tensor, draw: Draw) -> Tensor:
+        """The next draw, which is a leaf, in a trace with ones."""
+        if self._draws[self.drawn : self.drawn + 1] != [(draw.shape, draw.chance)]:
+            raise Untraceable(f"{packet_of(func)} draws random numbers")
+        if func._schema.is_mutable and (id(t) in self._aliased or isinstance(self.term(t).source, str)):
+            raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
+        ones = t.fill_(1) if func._schema.is_mutable else torch.ones_like(t)
+        self.know(ones, Term(draw_leaf(self.drawn)))
+        self.drawn += 1
+        return ones
+
     def _changed(self, func: OpOverload, args: Any, kwargs: Any) -> Tensor | None:
         """The argument that a call changes, whose name alone its memory has."""
         if not func._schema.is_mutable:
@@ -235,7 +268,9 @@ class _Tracer(TorchDispatchMode):
         ]
         if len(changed) != 1 or changed[0] is not args[0]:
             raise Untraceable(f"{packet_of(func)} writes to memory that is given")
-        if id(args[0]) in self._aliased or isinstance(self.term(args[0]).source, str):
+        source = self.term(args[0]).source
+        given = isinstance(source, str) and not source.startswith(_DRAW)
+        if id(args[0]) in self._aliased or given:
             raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
         target: Tensor = args[0]
         return target
@@ -268,19 +303,27 @@ class Traced:
         leaves: those names; per task [T, ...] unless shared.
         tasks: T. One task is traced without its axis: leaves and results have none.
         device: of the tensors.
+        draws: what the function draws in one task, in order: leaves of :func:`draw_leaf`, of every task its own.
 
     Raises:
         Untraceable: by the methods.
     """
 
     def __init__(
-        self, function: Function, leaves: Mapping[str, Leaf], tasks: int, device: torch.device
+        self,
+        function: Function,
+        leaves: Mapping[str, Leaf],
+        tasks: int,
+        device: torch.device,
+        draws: Sequence[Draw] = (),
     ) -> None:
         self.function = function
         self.leaves = leaves
         self.tasks = tasks
         self.device = device
         self.smooth = [name for name, leaf in leaves.items() if leaf.smooth]
+        lead = (tasks,) if tasks > 1 else ()
+        self._draws = [((*lead, *draw.shape), draw.chance) for draw in draws]
         self._table = Table()
         self._found: dict[Any, list[Term]] = {}
 
@@ -425,8 +468,8 @@ class Traced:
         run: Callable[..., tuple[Tensor, ...]] = one
         if self.tasks > 1:
             axes = tuple(None if leaf.shared else 0 for leaf in leaves.values())
-            run = vmap(one, in_dims=axes) if mapped else each
-        tracer = _Tracer(self._table)
+            run = vmap(one, in_dims=axes, randomness="different") if mapped else each
+        tracer = _Tracer(self._table, self._draws)
         # Where vmap has no rule it warns, and goes task by task through operators that are seen all the same.
         # With gradients: without, some formulas (of `linalg.solve`) are such as have no right derivative.
         with quiet(), math_attention(), torch.enable_grad():
@@ -435,6 +478,8 @@ class Traced:
                 tracer.know(t, Term(name))
             with tracer:
                 results = run(*given)
+            if tracer.drawn != len(self._draws):
+                raise Untraceable("draws other random numbers than its forward")
             return [tracer.term(t) for t in results]
 
 

@@ -84,7 +84,7 @@ class Transfer:
         memory: Memory,
     ) -> None:
         self.parameters = dict(model.named_parameters())
-        self.buffers = dict(model.named_buffers())
+        self.buffers = dict(model.named_buffers()) | dict(loss.buffers)
         self.rates = rates
         self.loss = loss
         self.slots = slots

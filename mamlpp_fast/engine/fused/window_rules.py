@@ -20,7 +20,16 @@ _MOST_TAPS = 49
 # Convolutions --------------------------------------------------------------------------------------------------------
 
 
-@rule(F.conv1d, torch.conv1d, F.conv2d, torch.conv2d)
+_CONVOLUTIONS = (
+    "of images and sequences; kernels of up to 49 taps (7x7), any stride, the same on both axes, "
+    "zero padding below the kernel likewise (none along an axis of one tap), one group, no dilation"
+)
+_POOLS = (
+    "any window (of a maximum 256 pixels at most), step and padding; no dilation, floor, padding that counts"
+)
+
+
+@rule(F.conv1d, torch.conv1d, F.conv2d, torch.conv2d, takes=_CONVOLUTIONS)
 def _conv(
     low: Lowering,
     call: Call,
@@ -41,7 +50,13 @@ def _conv(
     _bias(low, call, product, bias)
 
 
-@rule(F.conv_transpose1d, torch.conv_transpose1d, F.conv_transpose2d, torch.conv_transpose2d)
+@rule(
+    F.conv_transpose1d,
+    torch.conv_transpose1d,
+    F.conv_transpose2d,
+    torch.conv_transpose2d,
+    takes=_CONVOLUTIONS,
+)
 def _conv_transpose(
     low: Lowering,
     call: Call,
@@ -121,7 +136,7 @@ def _bias(low: Lowering, call: Call, product: int, bias: Any) -> None:
 # Pools ---------------------------------------------------------------------------------------------------------------
 
 
-@rule(F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d)
+@rule(F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d, takes=_POOLS)
 def _max_pool(
     low: Lowering,
     call: Call,
@@ -143,7 +158,7 @@ def _max_pool(
     _pool(low, call, MaxPool, input, kernel_size, stride, padding)
 
 
-@rule(F.avg_pool1d, torch.avg_pool1d, F.avg_pool2d)
+@rule(F.avg_pool1d, torch.avg_pool1d, F.avg_pool2d, takes=_POOLS)
 def _avg_pool(
     low: Lowering,
     call: Call,
@@ -178,7 +193,12 @@ def _pool(
     low.step(kind, call, (x,), (*sizes, shape[2]), (*kernel, *steps, *pads))
 
 
-@rule(F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_avg_pool2d)
+@rule(
+    F.adaptive_avg_pool1d,
+    torch.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    takes="to a divisor of the size",
+)
 def _adaptive_avg_pool(low: Lowering, call: Call, input: Any, output_size: Any) -> None:
     axes = len(call.shape) - 1
     x, shape = low.images(call, input, axes=(1 + axes,))
@@ -191,7 +211,7 @@ def _adaptive_avg_pool(low: Lowering, call: Call, input: Any, output_size: Any) 
     low.step(AveragePool, call, (x,), (*sizes, shape[2]), (*sides, *sides, 0, 0))
 
 
-@rule(torch.mean, Tensor.mean)
+@rule(torch.mean, Tensor.mean, takes="over height and width, or over the length of a sequence")
 def _mean(
     low: Lowering, call: Call, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> None:

@@ -1,5 +1,6 @@
 """The steps a lowered network is made of, each with its rules."""
 
+from mamlpp_fast.engine.fused.steps.attention import Attention
 from mamlpp_fast.engine.fused.steps.base import Goal, Gradients, Pass, Rows, Scaling, Slot, Step
 from mamlpp_fast.engine.fused.steps.first_layer import FirstLayer
 from mamlpp_fast.engine.fused.steps.generic import Generic
@@ -8,17 +9,19 @@ from mamlpp_fast.engine.fused.steps.layout import Relayout
 from mamlpp_fast.engine.fused.steps.linear import Add, Bias, Conv, Detach, Flatten, Linear, TransposedConv
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
-from mamlpp_fast.engine.fused.steps.pointwise import Activation, ScaleShift, Smooth, Times
+from mamlpp_fast.engine.fused.steps.pointwise import Activation, Dropout, ScaleShift, Smooth, Times
 from mamlpp_fast.engine.fused.steps.pool import AveragePool, MaxPool
 
 __all__ = [
     "Activation",
     "Add",
+    "Attention",
     "AveragePool",
     "Bias",
     "Conv",
     "CrossEntropy",
     "Detach",
+    "Dropout",
     "FirstLayer",
     "Flatten",
     "FrozenNorm",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.executions import Draw
+from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 
 __all__ = ["LOSS", "Affine", "Goal", "Pass", "Rows", "Scaling", "Slot", "Step", "aten"]
@@ -98,6 +101,7 @@ class Pass:
         saved: what a step keeps from its forward for its other rules.
         goal: of the loss; None for predictions alone.
         buffers: of the model, by name; all tasks share them.
+        masks: of dropout; None where nobody draws them.
     """
 
     tasks: int
@@ -113,6 +117,20 @@ class Pass:
     saved: dict[Any, Any] = field(default_factory=dict)
     goal: Goal | None = None
     buffers: Mapping[str, Ref] = field(default_factory=dict)
+    masks: PassMasks | None = None
+
+    def mask(
+        self,
+        em: Emitter,
+        key: Hashable,
+        draw: Draw,
+        one: float = 1.0,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> Ref:
+        """What a step's dropout draws in this pass; see :meth:`PassMasks.of`."""
+        if self.masks is None:
+            raise Unsupported("dropout", "draws random numbers")
+        return self.masks.of(em, key, draw, one, arrange)
 
 
 @dataclass

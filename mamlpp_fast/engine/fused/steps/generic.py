@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.composites import COMPOSITES
 from mamlpp_fast.engine.fused.expressions import Expressions
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
-from mamlpp_fast.engine.fused.tracing import Leaf, Term, Traced, Untraceable
+from mamlpp_fast.engine.fused.tracing import Leaf, Term, Traced, Untraceable, draw_leaf
 from mamlpp_fast.engine.recorder import Buffer, Constant, Operation, Parameter, Value, name_of
 
 __all__ = ["Generic", "Recorded"]
@@ -67,6 +68,9 @@ class Recorded:
             return tensors[result].to(args[0].dtype).expand(args[0].shape) if keeps else tensors[result]
 
         return call
+
+    def draws(self, images: int) -> tuple[Draw, ...]:
+        return self.examples[images].draws
 
     def constants(self, images: int) -> dict[str, Constant]:
         return {leaf_of(r): r for r in self.examples[images].inputs() if isinstance(r, Constant)}
@@ -171,6 +175,9 @@ class Generic(Step):
             dtype = em.dtype if t.dtype == self.recorded.dtype else t.dtype
             copy = functools.partial(t.to, em.device, dtype, copy=True)
             found[name] = em.once(name, lambda copy=copy: em.own("a constant", copy()))  # type: ignore[misc]
+        # Of the operation, not of the step: all its results are of one draw.
+        for i, draw in enumerate(self.recorded.draws(ps.images)):
+            found[draw_leaf(i)] = self._task(ps, ps.mask(em, (self.recorded, i), draw))
         return found
 
     def _task(self, ps: Pass, ref: Ref) -> Ref:
@@ -199,12 +206,14 @@ class Generic(Step):
             leaves = {
                 name: Leaf.of(ref, shared=name in shared, smooth=name in smooth and not self.cut)
                 for name, ref in given.items()
+                if not name.startswith("draw ")
             }
             form = em.dtype, ps.tasks, ps.images, self.result, tuple((n, leaf) for n, leaf in leaves.items())
             traces = self.recorded.traces
             if form not in traces:
                 function = self.recorded.function(ps.images, self.result, em.dtype)
-                traces[form] = Traced(function, leaves, ps.tasks, em.device)
+                draws = self.recorded.draws(ps.images)
+                traces[form] = Traced(function, leaves, ps.tasks, em.device, draws)
             ps.saved[key] = traces[form], Expressions(em, given, self.name)
         found: tuple[Traced, Expressions] = ps.saved[key]
         return found

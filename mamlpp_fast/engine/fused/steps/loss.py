@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.fused.steps.base import LOSS, Goal, Pass, aten
+from mamlpp_fast.engine.fused.steps.base import LOSS, Goal, Pass, Step, aten
 from mamlpp_fast.reference import LossFn
 
 __all__ = ["CrossEntropy", "Loss", "LossValue", "SquaredError", "loss_of", "loss_place", "scaled"]
@@ -26,12 +28,34 @@ class LossValue:
 
     grad: Ref
     loss: Ref | None
-    saved: Ref
+    saved: Any
     scale: Ref
 
 
 class Loss:
     """A mean over the images of a task."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """That it consists of, where it is a list of them."""
+        return ()
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Of a module that it is, by name."""
+        return {}
+
+    def stored(
+        self, outputs: tuple[int, ...], labels: tuple[int, ...], kind: torch.dtype, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of the labels of a task as :meth:`load` stores them.
+
+        Args:
+            outputs: of a prediction.
+            labels, kind: shape [N, ...] and type of the labels as they come.
+            dtype: of the program.
+        """
+        return (labels[0], *outputs), dtype
 
     def load(self, stored: Tensor, labels: Tensor) -> None:
         """Writes labels or targets [T, N, ...] into ``stored`` [T, N, O]."""
@@ -175,11 +199,11 @@ class SquaredError(Loss):
         return out
 
 
-def loss_of(loss_fn: LossFn) -> Loss:
-    """The rules of a loss, which must be known to be a mean over the examples.
+def loss_of(loss_fn: LossFn) -> Loss | None:
+    """The rules of a loss that has some of its own, for labels that are numbers of classes, or values.
 
     Raises:
-        Unsupported: for one without rules.
+        Unsupported: for one with hooks.
     """
     if isinstance(loss_fn, nn.Module) and (loss_fn._forward_hooks or loss_fn._forward_pre_hooks):
         raise Unsupported("loss", "has a hook")
@@ -194,8 +218,4 @@ def loss_of(loss_fn: LossFn) -> Loss:
         plain = (loss_fn.weight, loss_fn.ignore_index, loss_fn.reduction) == (None, -100, "mean")
         if plain:
             return CrossEntropy(loss_fn.label_smoothing)
-    raise Unsupported(
-        "loss",
-        "expected F.cross_entropy (with label_smoothing or without) or F.mse_loss, "
-        f"got {getattr(loss_fn, '__name__', loss_fn)}",
-    )
+    return None

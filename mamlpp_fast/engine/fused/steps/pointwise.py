@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 import mamlpp_fast.ops.pointwise  # noqa: F401 - registers the operations
+from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 from mamlpp_fast.engine.fused.steps.linear import Plain
 
-__all__ = ["Activation", "ScaleShift", "Smooth", "Times"]
+__all__ = ["Activation", "Dropout", "ScaleShift", "Smooth", "Times"]
 
 ops = torch.ops.mamlpp_fast
 
@@ -99,6 +103,46 @@ class Times(Plain):
     def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] in out.wanted_values:
             out.add(self.inputs[0], self._times(em, gy, f"gradient of input of {self.name}"))
+
+
+@dataclass
+class Dropout(Plain):
+    """Dropout of elements or of whole channels: the product with a mask, the same in all rules of a pass.
+
+    Attributes:
+        draws: of a task, by the number of examples.
+        one: what is kept is multiplied by it.
+        grid: [H, W, C] of images, also flattened ones, whose channels come first in the model.
+        whole: whether every element has a number; else every channel of an example.
+    """
+
+    draws: Mapping[int, Draw]
+    one: float
+    grid: tuple[int, ...] | None
+    whole: bool
+
+    def _mask(self, em: Emitter, ps: Pass) -> Ref:
+        if ps.images not in self.draws:
+            raise Unsupported(self.name, f"dropout: not recorded with {ps.images} examples")
+        arrange = None if self.grid is None else self._arranged
+        mask = ps.mask(em, (self.name, self.output), self.draws[ps.images], self.one, arrange)
+        return mask.reshape(ps.tasks, ps.images, *(self.shape if self.whole else (1, 1, self.shape[-1])))
+
+    def _arranged(self, mask: Tensor) -> Tensor:
+        assert self.grid is not None
+        height, width, channels = self.grid if self.whole else (1, 1, self.grid[2])
+        return mask.reshape(*mask.shape[:2], channels, height, width).permute(0, 1, 3, 4, 2)
+
+    def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
+        out = self.new_output(em, ps, prefix)
+        em.call(aten.mul.out, xs[0], self._mask(em, ps), out=out)
+        return out
+
+    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            gx = em.like(f"gradient of input of {self.name}", gy)
+            em.call(aten.mul.out, gy, self._mask(em, ps), out=gx)
+            out.add(self.inputs[0], gx)
 
 
 @dataclass

@@ -1,0 +1,128 @@
+"""Memory of attention in second order: the fused engine beside a textbook loop on PyTorch's math kernel.
+
+    python -m bench.attention [--lengths 512 1024] [--heads 8] [--width 64] [--json FILE]
+
+One task of two support and two target sequences, one inner step, float32. Each side runs in a process of its own: its
+peak is the largest resident set of two meta-gradients, less what there was before the first; ours includes the writing
+of the program, and "planned" is what the program itself holds. PyTorch's fused attention
+has no second derivative, so that a loop must take the math kernel, which keeps matrices of L x L for each head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+from bench.harness import keep
+from bench.networks import RATE, textbook
+
+_SMALL = 8
+
+
+class SelfAttention(nn.Module):
+    """Attention of sequences [N, L, heads * width] over themselves, averaged to five classes."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, size = heads, heads * width
+        self.queries, self.keys, self.values = (nn.Linear(size, size) for _ in range(3))
+        self.last = nn.Linear(size, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.queries, self.keys, self.values)
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.last(y.mean(1))
+
+
+def peak(side: str, length: int, heads: int, width: int) -> dict[str, Any]:
+    """Of one side, in this process: MiB, and milliseconds of the second meta-gradient."""
+    if length > _SMALL:  # what is loaded at a first meta-gradient is no part of it
+        peak(side, _SMALL, heads, width)
+    torch.manual_seed(0)
+    model = SelfAttention(heads, width)
+    x, y = torch.randn(2, 1, 2, length, heads * width), torch.randint(5, (2, 1, 2))
+    batch = x[0], y[0], x[1], y[1]
+    before = _resident()
+    step: Callable[[], Any]
+    if side == "textbook":
+        step = textbook(model, batch, F.cross_entropy, steps=1)
+    else:
+        config = mf.MAMLConfig(steps=1, inner_lr=RATE, msl=False, da_epoch=-1)
+        learner = mf.MAMLPlusPlus(model, config, engine="fused", verify=False)
+        episodes = mf.EpisodeBatch(*batch, by_class=False)
+
+        def step() -> object:
+            return learner.meta_gradient(episodes)
+
+    step()
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    found = {"mib": (_peak() - before) / 2**20, "ms": 1000 * seconds}
+    if side == "ours":
+        prepared = learner.engine._current  # type: ignore[attr-defined]
+        found["planned"] = (prepared.workspace_bytes + prepared.owned_bytes) / 2**20
+    return found
+
+
+def _resident() -> int:
+    text = Path("/proc/self/statm").read_text()
+    return int(text.split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], metavar="L")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--side", choices=["textbook", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.side is not None:
+        print(json.dumps(peak(arguments.side, arguments.lengths[0], arguments.heads, arguments.width)))
+        return
+    rows = []
+    print(
+        f"{'L':>6} {'loop MiB':>9} {'ours MiB':>9} {'planned':>8} {'share':>6} {'loop ms':>8} {'ours ms':>8}"
+    )
+    for length in arguments.lengths:
+        row: dict[str, Any] = {"length": length}
+        for side in ("textbook", "ours"):
+            given = ["--heads", str(arguments.heads), "--width", str(arguments.width), "--side", side]
+            command = [sys.executable, "-m", "bench.attention", "--lengths", str(length), *given]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row[side] = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        loop, ours = row["textbook"], row["ours"]
+        print(
+            f"{length:>6} {loop['mib']:>9.0f} {ours['mib']:>9.0f} {ours['planned']:>8.0f} "
+            f"{ours['mib'] / loop['mib']:>6.2f} "
+            f"{loop['ms']:>8.0f} {ours['ms']:>8.0f}",
+            flush=True,
+        )
+    keep(arguments.json, rows, heads=arguments.heads, width=arguments.width)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Attention of long sequences: the four rules a few heads at a time, and the memory that they plan."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_generic_rules import N, autograd, rules
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+from mamlpp_fast.engine.fused import rules as table
+from mamlpp_fast.engine.fused.steps import Attention, attention
+
+D = torch.float64
+TASKS, HEADS, LENGTH, KEYS = 2, 3, 5, 7
+
+
+def plain(causal: bool) -> Any:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = 0.5 * q @ k.transpose(-2, -1)
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+        return scores.softmax(-1) @ v
+
+    return run
+
+
+@pytest.mark.parametrize("still", [(), (0,), (1,), (2,), (0, 1), (1, 2)])
+@pytest.mark.parametrize(("at_once", "causal"), [(1, False), (2 * LENGTH * KEYS, False), (2**20, True)])
+def test_the_four_rules(
+    at_once: int, causal: bool, still: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One head at a time, two and what is left over, and all; some inputs without a direction."""
+    monkeypatch.setattr(attention, "_AT_ONCE", at_once)
+    keys = LENGTH if causal else KEYS
+    step = Attention("f", (0, 1, 2), 3, (HEADS, LENGTH, 2), keys, 0.5, causal)
+    shapes = {0: (HEADS, LENGTH, 4), 1: (HEADS, keys, 4), 2: (HEADS, keys, 2)}
+    values, directions = (
+        {n: torch.randn(TASKS, N, *shape, dtype=D) for n, shape in shapes.items()} for _ in range(2)
+    )
+    directions = {n: d for n, d in directions.items() if n not in still}
+    gy, gy_dot = (torch.randn(TASKS, N, HEADS, LENGTH, 2, dtype=D) for _ in range(2))
+    found = rules(step, TASKS, values, directions, gy, gy_dot)  # type: ignore[arg-type]
+    for t in range(TASKS):
+        own = ({n: v[t] for n, v in given.items()} for given in (values, directions))
+        for name, expected in autograd(plain(causal), *own, gy[t], gy_dot[t]).items():
+            assert_close(
+                found[name][t], expected, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+class Net(nn.Module):
+    """Queries, keys and values of one layer, or the same for all three."""
+
+    def __init__(self, apart: bool, **options: Any) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12 if apart else 4), nn.Linear(4, 3)
+        self.apart, self.options = apart, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.first(x).chunk(3, -1) if self.apart else (self.first(x),) * 3
+        q, k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in parts)
+        y = F.scaled_dot_product_attention(q, k, v, **self.options)
+        return self.last(y.transpose(1, 2).flatten(2).mean(1))
+
+
+def learners(model: nn.Module) -> list[mf.MAMLPlusPlus]:
+    config = mf.MAMLConfig(steps=2, inner_lr=0.1, da_epoch=-1)
+    return [
+        mf.MAMLPlusPlus(copy.deepcopy(model), config, engine=engine, precision="float64")  # type: ignore[arg-type]
+        for engine in ("auto", "reference")
+    ]
+
+
+def batch(length: int) -> mf.EpisodeBatch:
+    generator = torch.Generator().manual_seed(0)
+    xs = (torch.randn(2, n, length, 4, generator=generator, dtype=D) for n in (3, 4))
+    sx, tx = xs
+    return mf.EpisodeBatch(
+        sx, torch.arange(3).expand(2, 3), tx, torch.arange(4).expand(2, 4) % 3, by_class=False
+    )
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+def test_networks_with_it(apart: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_LONG", 1)
+    monkeypatch.setattr(attention, "_AT_ONCE", 40)
+    torch.manual_seed(0)
+    ours, reference = learners(Net(apart, **options).double())
+    found, expected = (own.meta_gradient(batch(6)).task_losses for own in (ours, reference))
+    assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for p, q in zip(ours.model.parameters(), reference.model.parameters(), strict=True):
+        assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    kinds = [step.kind for step in next(iter(ours.engine._prepared.values())).network.steps]  # type: ignore[attr-defined]
+    assert ours.engine.name == "fused" and "Attention" in kinds
+
+
+@pytest.mark.parametrize("length", [6, 362])
+def test_short_sequences_are_one_call(length: int) -> None:
+    """2 heads of 362 by 362 are fewer than 2^18 probabilities, of 363 by 363 more."""
+    for size, kind in ((length, "generic scaled_dot_product_attention"), (363, "Attention")):
+        engine: Any = learners(Net(True).double())[0].engine
+        engine.verify = False
+        steps = engine.prepare(batch(size), False, True).network.steps
+        assert kind in [step.kind for step in steps]
+
+
+def test_no_rule_keeps_the_probabilities_of_all_heads() -> None:
+    """Of six passes of three sequences and two heads; one matrix of L x L is 2 MiB."""
+    length = 512
+    engine: Any = learners(Net(True).double())[0].engine
+    engine.verify = False
+    prepared = engine.prepare(batch(length), False, True)
+    matrix = length * length * 8
+    assert prepared.workspace_bytes < 20 * matrix
