@@ -237,13 +237,37 @@ class _Noise:
         return {n: max(float((r[n] - g).abs().max()) for r in others) for n, g in first.items()}
 
 
+def _draw(both: _Comparison) -> None:
+    """Dropout in the fused engine: the numbers of the reference after the same seed, others after another."""
+    learner, batch = both.learner, mf.EpisodeBatch(*both.program.batch(1))
+    reference = mf.MAMLPlusPlus(
+        copy.deepcopy(learner.model), learner.config, engine="reference", precision="float64"
+    )
+    reference.rates.load_state_dict(learner.rates.state_dict())
+    losses = []
+    for seed in (1, 2):
+        results = []
+        for own in (learner, reference):
+            torch.manual_seed(seed)
+            metrics = both.ours(lambda own=own: own.meta_gradient(batch))  # type: ignore[misc]
+            grads = {n: p.grad for n, p in own.model.named_parameters() if p.grad is not None}
+            results.append({"loss": metrics.task_losses, **grads})
+        ours, expected = results
+        largest = _SHARE * max(float(t.abs().max()) for t in expected.values())
+        for name, value in expected.items():
+            both.close(f"{name}, drawn", ours.get(name), value, floor=max(_FLOOR, largest))
+        losses.append(metrics.task_losses)
+    if torch.equal(*losses):
+        both.wrong.append("random numbers drawn once for all")
+
+
 def _train(both: _Comparison) -> None:
     """A meta-step, a change of the model, another meta-gradient, an evaluation."""
     program = both.program
     if program.draws:
         both.ours(lambda: both.learner.meta_step(mf.EpisodeBatch(*program.batch(0))))
         if both.learner.engine.name == "fused":
-            both.wrong.append("random numbers drawn once for all")
+            _draw(both)
         both.ours(lambda: both.learner.evaluate(mf.EpisodeBatch(*program.batch(1))))
         return
     both.gradient(program.batch(0), "first", update=True)
