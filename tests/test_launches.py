@@ -28,7 +28,7 @@ def launched(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
 
 
 LOOPS = {
-    "float32": {"_product": ("ffma share", 0.8, 1.0), "_weight_product": ("ffma share", 0.8, 1.0)},
+    "float32": {"_product": ("ffma share", 0.8, 1.0), "_weight_product": ("ffma share", 0.79, 1.0)},
     "tf32": {
         "_product": ("instructions per 4 matrix", 20, 110),
         "_weight_product": ("instructions per 4 matrix", 20, 132),
