@@ -1,5 +1,8 @@
 """How long an H200 should take for what has been launched: a floor, from bytes, operations and instructions.
 
+``python -m bench.predicted FILE`` prints the tables of ``docs/kernels.md`` from what ``bench.launches --json`` left for
+workloads in each precision.
+
 The rule, for every call of an operation: the larger of
 
 - its bytes (every tensor it is given, once) over 4.0 TB/s, and
@@ -15,9 +18,12 @@ end of another program takes longer.
 from __future__ import annotations
 
 import functools
+import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bench import instructions
@@ -121,3 +127,27 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{row['operation']:40} {row['calls']:5} {row['nodes']:5} {row['bytes'] / 1e6:8.1f} "
             f"{row['flops'] / 1e9:8.2f} {row['seconds'] * 1e6:12.1f}"
         )
+
+
+def markdown(rows: list[dict[str, Any]], workload: str) -> Iterator[str]:
+    """A workload's table: by operation, and of each precision the predicted time."""
+    found = {row["precision"]: row for row in rows if row["workload"] == workload}
+    exact = next(iter(found.values()))
+    times = {
+        precision: {r["operation"]: r["seconds"] for r in row["predicted"]}
+        for precision, row in found.items()
+    }
+    yield f"| {workload} | nodes | MB | GFLOP | {' | '.join(f'µs {p}' for p in found)} |"
+    yield "| --- |" + " ---: |" * (3 + len(found))
+    for r in exact["predicted"]:
+        each = " | ".join(f"{of[r['operation']] * 1e6:.0f}" for of in times.values())
+        yield f"| {r['operation']} | {r['nodes']} | {r['bytes'] / 1e6:.1f} | {r['flops'] / 1e9:.2f} | {each} |"
+    total = {key: sum(r[key] for r in exact["predicted"]) for key in ("nodes", "bytes", "flops")}
+    each = " | ".join(f"{sum(of.values()) * 1e6:.0f}" for of in times.values())
+    yield f"| all | {total['nodes']} | {total['bytes'] / 1e6:.1f} | {total['flops'] / 1e9:.2f} | {each} |"
+
+
+if __name__ == "__main__":
+    kept = json.loads(Path(sys.argv[1]).read_text())
+    for name in dict.fromkeys(row["workload"] for row in kept):
+        print("\n".join(markdown(kept, name)), end="\n\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Configuration:
         num_stages: software pipelining depth of loops with loads.
         aligned: arguments specialised as divisible by 16.
         tensor_cores: whether sm_90 code is expected to hold matrix instructions.
+        by_arch: constants that are others on an architecture.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Configuration:
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
+    by_arch: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""

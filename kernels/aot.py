@@ -96,7 +96,10 @@ def compile_one(module: str, configuration: Configuration, arch: int) -> Resourc
     source = ASTSource(
         fn=configuration.kernel,
         signature={n: configuration.types.get(n, "constexpr") for n in names},
-        constexprs={(names.index(n),): v for n, v in configuration.constants.items()},
+        constexprs={
+            (names.index(n),): v
+            for n, v in (configuration.constants | configuration.by_arch.get(arch, {})).items()
+        },
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in configuration.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=configuration.options())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._launch import TYPE_NAMES, Configuration, accumulator, counters, last_piece, launch_options, split
 
-_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW"]
+_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW", "taps"]
 """Not specialised: the sizes of images. Channels, kernel, step and padding are constants of the compiled program."""
 
 
@@ -42,10 +42,11 @@ def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA: tl.constexpr, CB: tl.constexpr,
+def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, CA: tl.constexpr, CB: tl.constexpr,
              KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
              TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+             ROLLED: tl.constexpr):  # fmt: skip
     """Convolution of a [T, images, IH, IW, CA] with w, or (TRANSPOSED) its adjoint; out is [T, images, OH, OW, CB].
 
     DENSE takes one tap at a time, UNROLL blocks of channels for the one address and mask of its pixels, and needs
@@ -60,7 +61,10 @@ def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, CA
     task_a = t * (M // (OH * OW)) * IH * IW * CA
     task_w = t * TAPS * CA * CB
     rounds: tl.constexpr = (CA + BK * UNROLL - 1) // (BK * UNROLL)
-    tiles: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
+    constant: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
+    tiles = constant
+    if ROLLED:  # a number that the compiler does not know, lest it unrolls the loop
+        tiles = taps * rounds
     result = tl.zeros([BM, BN], ACC)
     for pair in range(pairs):
         a = tl.where(pair == 0, a_ptr, a2_ptr) + task_a
@@ -302,18 +306,23 @@ def _launch_product(
     rows, channels = sizes[1], sizes[7]
     tile = _tile(dtype, _dense(sizes[6], channels), _precision(dtype), weight=False)
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
-    unroll = _unroll(tile, sizes[6])
+    arch = 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
     _product[grid](
-        *tensors, out, *sizes, TRANSPOSED=transposed, **tile.constants, UNROLL=unroll, **tile.options,
+        *tensors, out, *sizes[:6], sizes[9], *sizes[6:], TRANSPOSED=transposed, **tile.constants,
+        **_unrolling(tile, sizes[6], arch), **tile.options,
     )  # fmt: skip
 
 
-def _unroll(tile: _Tile, channels: int) -> int:
-    """Blocks of channels that a step of the loop over taps takes: up to four, without a rest."""
-    if not tile.constants["DENSE"]:
-        return 1
+def _unrolling(tile: _Tile, channels: int, arch: int) -> dict[str, Any]:
+    """Blocks of channels that a step of the loop over taps takes: up to four, without a rest.
+
+    On sm_80 one: there operands of tensor cores lie in registers, which do not suffice for more.
+    """
+    dense, precision = tile.constants["DENSE"], tile.constants["PRECISION"]
     blocks = triton.cdiv(channels, tile.constants["BK"])
-    return max(n for n in (1, 2, 3, 4) if blocks % n == 0)
+    rolled = dense and arch < 90 and (precision == "tf32" or tile.constants["BK"] == 64)
+    unroll = max(n for n in (1, 2, 3, 4) if blocks % n == 0) if dense and not rolled else 1
+    return {"UNROLL": unroll, "ROLLED": rolled}
 
 
 def to_weight(
@@ -365,8 +374,10 @@ def launch_configurations() -> Iterator[Configuration]:
         kernel = _weight_product if order == "to_weight" else _product
         tile = _tile(dtype, dense, precision, order == "to_weight")
         constants = tile.constants | _geometry_constants(order, *_GEOMETRIES[dense])
+        by_arch = {}
         if kernel is _product:
-            constants |= {"TRANSPOSED": order == "to_input", "UNROLL": _unroll(tile, constants["CA"])}
+            constants |= {"TRANSPOSED": order == "to_input", **_unrolling(tile, constants["CA"], 90)}
+            by_arch = {80: _unrolling(tile, constants["CA"], 80)}
         wide = TYPE_NAMES[accumulator(dtype)[0]]
         kinds = {"out_ptr": f"*{TYPE_NAMES[out]}", "part_ptr": f"*{wide}", "counter_ptr": "*i32"}
         operand = f"*{TYPE_NAMES[dtype]}"
@@ -386,4 +397,5 @@ def launch_configurations() -> Iterator[Configuration]:
             tile.num_stages,
             aligned=pointers,
             tensor_cores=dtype == torch.bfloat16 or precision == "tf32",
+            by_arch=by_arch,
         )

@@ -52,7 +52,10 @@ class Graph(TorchDispatchMode):
         if func.overloadpacket.__name__ in SYNCHRONISES:
             raise RuntimeError("operation not permitted when stream is capturing")
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        before = [(t, t.clone()) for t in given] if func._schema.is_mutable else []
+        arguments = func._schema.arguments
+        named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+        writes = [named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        before = [(t, t.clone()) for t in tree_leaves(writes) if isinstance(t, Tensor)]
         result = func(*args, **kwargs)
         for tensor, value in before:
             tensor.copy_(value)

@@ -13,6 +13,8 @@ from helpers import gradients, random_batch, small_learner
 from mamlpp_fast.kernels import linear_cross_entropy, norm_act_pool
 
 import mamlpp_fast as mf
+from mamlpp_fast.engine import base
+from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.testing import use_backend
 
 
@@ -33,21 +35,23 @@ def test_a_meta_gradient_on_triton_kernels_is_the_references(
 
     count("norm_act_pool", norm_act_pool._Launch)
     count("linear_cross_entropy", linear_cross_entropy._Call)
+    monkeypatch.setattr(base, "launches_cost", lambda device: True)  # what is moved and summed, too
+    monkeypatch.setattr(FusedEngine, "_convolves", lambda self, network: False)
     config = mf.MAMLConfig(steps=2, **settings)  # type: ignore[arg-type]
-    batch = random_batch(tasks=1, ways=3, shots=1, targets=1, size=8)
+    batch = random_batch(tasks=2, ways=3, shots=1, targets=1, size=8)
     results = {}
     for engine in ("reference", "fused"):
         learner = small_learner(config, engine=engine, verify=False, image_size=8)
         with use_backend("triton" if engine == "fused" else "python"):
             learner.meta_gradient(batch)
-        results[engine] = gradients(learner.model, learner.rates)
+        results[engine] = gradients(learner.model, learner.rates) | dict(learner.model.named_buffers())
     # Forward and backward of two support and two target passes, both tangents of the support passes; the first stage is
     # another operation's.
     rules = 4 + 4 + 2 + 2
-    assert launches == {"norm_act_pool": 2 * rules, "linear_cross_entropy": rules}
+    assert launches == {"norm_act_pool": rules, "linear_cross_entropy": rules}
     assert results["reference"].keys() == results["fused"].keys()
     for name, expected in results["reference"].items():
-        scale = max(float(expected.abs().max()), 1e-3)
+        scale = max(float(expected.double().abs().max()), 1e-3)
         torch.testing.assert_close(results["fused"][name], expected, rtol=0, atol=1e-9 * scale)
 
 

@@ -223,9 +223,9 @@ def test_gradient_and_tangent_against_autograd(name: str, tasks: int) -> None:
     own = recorded_loss(loss, ((WAYS, given[0]), (WAYS, targets[0])), D)
     em = Emitter(torch.device("cpu"), D)
     z, z_dot = (torch.randn(tasks, N, WAYS, generator=_generator(s), dtype=D) for s in (1, 2))
-    weight = torch.tensor(0.7, dtype=D)
+    weights = torch.tensor([0.3, 0.7], dtype=D)  # of two steps
     buffers = {n: em.own(n, b) for n, b in own.buffers.items()}
-    goal = Goal(em.own("labels", given.clone()), em.own("weight", weight), want_loss=True)
+    goal = Goal(em.own("labels", given.clone()), em.own("weights", weights), 1, want_loss=True)
     ps = Pass(tasks, N, 0, {}, {}, {0: em.own("z", z)}, goal=goal, buffers=buffers)
     value = own.of_pass(em, ps, 0)
     left = {"loss": value.loss, "grad": value.grad, "tangent": own.tangent(em, value, em.own("u", z_dot))}
