@@ -20,6 +20,7 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.derivatives import Forward, as_recorded, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
+from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections
@@ -28,7 +29,7 @@ from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call
 
-__all__ = ["DifferentiableNetwork", "Held", "differentiable"]
+__all__ = ["DifferentiableNetwork", "differentiable"]
 
 _PARTS = 4
 """Sets of gradients of a form that have sections of their own, all gradients among them."""
@@ -237,9 +238,8 @@ class DifferentiableNetwork:
             self._rest = _REST
         self._curved = self._calls
 
-    def call(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The model's output [N, ways] on ``x`` with the tensors that it holds; its running statistics follow."""
-        tensors = Held(model)
+    def call(self, tensors: Held, x: Tensor) -> Tensor:
+        """The output [N, ways] on ``x`` with the tensors that a model holds; its running statistics follow."""
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         if self.constants:
             names = (*self.names, *self.inert)
@@ -250,26 +250,27 @@ class DifferentiableNetwork:
         return made
 
     def follow(self, tensors: Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Running statistics take in those of the batch, as ``F.batch_norm`` does it."""
+        """Running statistics take in those of the batch, as ``F.batch_norm`` does it; at once, or later."""
         if not self._kept:
             return
         images = self.sections.form.images
-        running, new, shares, counts = [], [], [], []
+        taken = Taken([], [], [], [])
         for name, norm, kept in self._kept:
             mean, rstd = statistics[name]
             if norm.bias is not None:
-                mean = mean + tensors.parameter(norm.bias)
+                mean = mean + tensors.parameter(norm.bias).detach()
             count = norm.elements * images
             # By `data`, as PyTorch's kernel: the graph of a plain pass beside may have kept the buffers' versions.
-            running += [tensors.buffer(kept.mean).data, tensors.buffer(kept.var).data]
-            new += [mean, (rstd.pow(-2) - kept.eps).mul_(count / (count - 1))]
-            shares += [kept.momentum] * 2
+            taken.running.extend((tensors.buffer(kept.mean).data, tensors.buffer(kept.var).data))
+            taken.new.extend((mean, (rstd.pow(-2) - kept.eps).mul_(count / (count - 1))))
+            taken.shares.extend((kept.momentum,) * 2)
             if kept.counted is not None:
-                counts.append(tensors.buffer(kept.counted))
-        torch._foreach_mul_(running, [1 - share for share in shares])
-        torch._foreach_add_(running, torch._foreach_mul(new, shares))
-        if counts:
-            torch._foreach_add_(counts, 1)
+                taken.counts.append(tensors.buffer(kept.counted))
+        if tensors.later is None:
+            taken.apply()
+        else:
+            # Not the place's memory, which other passes write to meanwhile.
+            tensors.later.append(taken._replace(new=[t.clone() for t in taken.new]))
 
     def load(
         self, place: Place, x: Tensor, buffers: Mapping[str, Tensor], parameters: Sequence[Tensor]
@@ -281,6 +282,11 @@ class DifferentiableNetwork:
         torch._foreach_copy_(place.parameters, self.arranged(parameters))
         place.forward()
         place.busy, place.pending = False, None
+
+    def like_result(self, x: Tensor) -> Tensor:
+        """Zeros of the output's shape and type."""
+        shape = self.network.shapes[self.network.output]
+        return torch.zeros(len(x), *shape, dtype=self.sections.form.dtype, device=self.device)
 
     def stored(self, x: Tensor) -> Tensor:
         """A view of examples with the axes that they have in the kernels' layout."""
@@ -333,6 +339,16 @@ class DifferentiableNetwork:
         if places:
             torch._foreach_copy_(places, values)
 
+    def directed(
+        self, place: Place, cotangents: Sequence[Tensor | None], zero: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The directions of a double backward pass, and what is to be copied to them."""
+        rows = zip(place.directions, self._arranged, cotangents, strict=False)
+        return place.directions, [
+            zero.expand_as(held) if c is None else c if how is None else c.reshape(how[0]).permute(how[1])
+            for held, how, c in rows
+        ]
+
     def second(
         self,
         place: Place,
@@ -361,32 +377,3 @@ class DifferentiableNetwork:
         made = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self.stored(made).copy_(stored)
         return made
-
-
-class Held:
-    """What a model holds now, by name: its own tensors, or those that a functional call gives it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def _module(self, name: str) -> tuple[nn.Module, str]:
-        module, (*path, leaf) = self._model, name.split(".")
-        for part in path:
-            module = module._modules[part]  # type: ignore[assignment]
-        return module, leaf
-
-    def parameter(self, name: str) -> Tensor:
-        module, leaf = self._module(name)
-        found = module._parameters[leaf]
-        assert found is not None
-        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_affine:
-            return found[module.row]
-        return found
-
-    def buffer(self, name: str) -> Tensor:
-        module, leaf = self._module(name)
-        found = module._buffers[leaf]
-        assert found is not None
-        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_stats:
-            return found[module.row]
-        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,6 +26,7 @@ from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.lslr import LSLR
+from mamlpp_fast.machine import free_bytes
 from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.reference import EvalStats, LossFn, MetaResult
 
@@ -369,7 +369,7 @@ class FusedEngine:
                         written[recompute] = write(batch, tasks, recompute)
                     prepared = written[recompute]
                     prepared.lanes = lanes
-                    if prepared.workspace_bytes + prepared.owned_bytes <= _free_bytes(self.device):
+                    if prepared.workspace_bytes + prepared.owned_bytes <= free_bytes(self.device):
                         return prepared
         assert prepared is not None
         return prepared
@@ -400,12 +400,3 @@ def _train_key(batch: EpisodeBatch, multi_step: bool, second_order: bool) -> _Ke
 
 def _shapes(batch: EpisodeBatch) -> tuple[tuple[int, ...], ...]:
     return tuple(batch.support_x.shape), tuple(batch.target_x.shape)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2**33
