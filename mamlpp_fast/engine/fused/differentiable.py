@@ -24,7 +24,7 @@ from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections
-from mamlpp_fast.engine.fused.steps import Generic
+from mamlpp_fast.engine.fused.steps import Generic, Step
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call
@@ -74,9 +74,7 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         )
     if not model.training and any(norm.statistics is not None for norm in network.norms.values()):
         raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
-    if not EVEN_WITHOUT_GAIN and not any(
-        step.convolves or isinstance(step, Generic) or step.name in network.norms for step in network.steps
-    ):
+    if not EVEN_WITHOUT_GAIN and not any(_gains(step, network) for step in network.steps):
         raise Unsupported(
             type(model).__name__,
             "is of matrix products and pointwise functions alone, which PyTorch is faster at",
@@ -92,6 +90,45 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
     check_call(exact, template, few, exact.everything)
     dtype = next(iter(parameters.values())).dtype
     return DifferentiableNetwork(network, template, len(x), x.device, dtype, constants, inputs, few)
+
+
+_CHEAP = frozenset(
+    {
+        "softmax",
+        "log_softmax",
+        "softmin",
+        "softplus",
+        "logsigmoid",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+    }
+    | {
+        "relu6",
+        "celu",
+        "selu",
+        "exp",
+        "log",
+        "sqrt",
+        "square",
+        "pow",
+        "abs",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+    }
+)
+"""Generic steps that PyTorch is as fast at."""
+
+
+def _gains(step: Step, network: Network) -> bool:
+    """Whether a step is of what the kernels are faster at, in a network of any size."""
+    if isinstance(step, Generic):
+        return step.convolves or step.recorded.name not in _CHEAP
+    return step.convolves or step.name in network.norms
 
 
 def keep_one_row(model: nn.Module) -> None:
