@@ -55,7 +55,8 @@ class Passes:
         return self._networks[x.shape].call(Held(self._model, fast, step, self.later), x)
 
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
-        """
+        """The loss of a prediction.
+
         Raises:
             Apart: for a loss that has parameters of its own.
         """

@@ -1,13 +1,13 @@
 """An operation at every level of ``torch.func``'s ``grad`` and ``vmap``.
 
-What ``torch.autograd.Function.apply`` does there by itself, at a third of its cost, where the arguments are one object
-and tensors: no tree of arguments is looked through, no signature bound and no class made at each level of each call.
+What ``torch.autograd.Function.apply`` does there, for operations whose arguments are one object and tensors: no
+tree of arguments is looked through, no signature bound and no class made at each level of each call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-__all__ = ["Operation", "active", "call"]
-
-_Tensors = Tensor | tuple[Tensor, ...]
-
-
-class Operation(Protocol):
-    """A class of :class:`torch.autograd.Function`, with a rule for ``vmap`` of its own."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any: ...
-
-    @staticmethod
-    def mapped(size: int, axes: Sequence[int | None], use: Any, *tensors: Tensor) -> _Tensors:
-        """Results with the level's axis of ``size`` in front, from tensors that have it where ``axes`` says."""
-        ...
-
+__all__ = ["NO_TANGENTS", "active", "call"]
 
 NO_TANGENTS = (
     "accelerate: forward-mode derivatives (torch.func.jvp, jacfwd) that only a backward pass meets are not "
@@ -47,7 +30,13 @@ def active() -> bool:
 
 
 def call(operation: Any, use: Any, *tensors: Tensor) -> Any:
-    """``operation.apply(use, *tensors)``."""
+    """``operation.apply(use, *tensors)``.
+
+    Args:
+        operation: a class of :class:`torch.autograd.Function` with ``setup_context``. Its rule for ``vmap`` is
+            ``mapped(size, axes, use, *tensors)``: results with the level's axis of ``size`` in front, from tensors that
+            have it where ``axes`` says.
+    """
     # As PyTorch's operations do it: of a level that is over, the values are left.
     tensors = tuple(functorch.unwrap_if_dead(t) for t in tensors)
     if not active():
