@@ -19,7 +19,6 @@ from pathlib import Path
 
 from bench.harness import RESULTS, machine_name, parser_of
 from bench.peers.driver import PEERS
-from bench.peers.environments import default_cache, python_of
 from bench.tables import COMPILED
 
 __all__ = ["PARTS", "Part"]
@@ -34,14 +33,12 @@ class Part:
         minutes: about what it takes on two cores.
         quick: replaces ``arguments`` in a rehearsal; None leaves the part out.
         variables: of the environment.
-        peer: whose virtual environment runs it (``bench.peers.environments``), this one without.
     """
 
     arguments: str
     minutes: float
     quick: str | None
     variables: tuple[tuple[str, str], ...] = ()
-    peer: str | None = None
 
 
 _KERNELS = "-m bench.kernels --json {out}/kernels.json"
@@ -88,15 +85,7 @@ PARTS = {
     "scaling": Part(
         "-m bench.iterations --scaling --seconds 8 --passes 3 --json {out}/scaling.json", 3, None
     ),
-    "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 1, None),
-    "drop-in-loops": Part("-m bench.drop_in_loops --json {out}/drop_in_loops.json", 2, None),
-    "drop-in-higher": Part("-m bench.drop_in_higher --json {out}/drop_in_higher.json", 2, None),
-    "drop-in-learn2learn": Part(
-        "-m bench.drop_in_learn2learn --seconds 14 --json {out}/drop_in_learn2learn.json",
-        3,
-        None,
-        peer="learn2learn",
-    ),
+    "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 5, None),
     "peers": Part(
         f"{_PEERS} --peers {_without(*COMPILED)} --workloads omniglot-5w1s-final --json {{out}}/peers.json",
         6,
@@ -143,9 +132,8 @@ def main() -> int:
             continue
         print(f"== {name}: python {command.format(out=out)}", flush=True)
         began = time.monotonic()
-        python = sys.executable if part.peer is None else python_of(default_cache() / part.peer)
         done = subprocess.run(
-            [python, *command.format(out=out).split()],
+            [sys.executable, *command.format(out=out).split()],
             cwd=RESULTS.parent.parent,
             env=os.environ | dict(part.variables),
         )

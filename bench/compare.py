@@ -26,7 +26,7 @@ _QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles",
 _RATIO = "ratio_quartiles"
 _NAMES = (
     "workload", "peer", "engine", "precision", "operation", "order", "size", "layout", "dtype", "backend",
-    "varies", "value", "script", "tasks", "ways",
+    "varies", "value", "script", "changed", "tasks", "ways", "shots",
 )  # fmt: skip
 
 

@@ -1,145 +1,209 @@
-"""Textbook MAML on Conv4, as it is, and with `convert_batch_norm`, `LSLR` and `adapt` (three lines), or `accelerate`.
+"""Loops of other people's kind before and after a line of theirs is changed, and the learner on the same problem.
 
-    python -m bench.drop_in [--tasks 2] [--ways 5,20] [--size 28] [--only NAME] [--seconds 20] [--json FILE]
+    python -m bench.peers.environments --only higher,learn2learn       # once, for the scripts of these
+    python -m bench.drop_in [--only TEXT;...] [--tasks 2] [--seconds 4] [--list] [--json FILE]
 
-Five inner steps, second order; "norms adapt" with the batch norms' weights among what adapts. Loops take one task at a
-time through autograd. Those of `bench.drop_in_tasks` take all at once: by `vmap` of `torch.func`, before and after, or
-by `map_tasks` after. Meta-gradients must agree in float64 before any time is taken.
+What each loop is stands in `bench.drop_in_loops`, but for the scripts of `higher` and `learn2learn`: these run with
+either import line in a process of their own. The results of "before", "after" and of `MAMLPlusPlus`, where it computes
+the same, must agree in float64 to 1e-9 (1e-8 where the inner optimizer is Adam) before any time is taken; times are in
+float32, in turn. FILE keeps the lines that it has from earlier runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
 
-import mamlpp_fast as mf
-from bench import drop_in_tasks
-from bench.harness import before_after, interleaved, keep
+from bench import learn2learn_scripts
+from bench.compare import name_of
+from bench.drop_in_loops import LOOPS, Build
+from bench.harness import before_after, interleaved, keep, machine
+from bench.peers import higher_scripts
+from bench.peers.client import Failed, Peer, Worker
+from bench.peers.environments import default_cache, python_of, recorded
+from bench.peers.problem import Arrays, Sizes, make
 
-STEPS, RATE = 5, 0.1
-Task = tuple[Tensor, Tensor, Tensor, Tensor]
+__all__ = ["Row", "largest_error", "measure", "rows"]
 
-
-def conv4(ways: int, size: int) -> nn.Sequential:
-    """Conv4 of torch's own modules, for grey images of 28 pixels or coloured larger ones."""
-    layers: list[nn.Module] = []
-    for channels in (1 if size == 28 else 3, 64, 64, 64):
-        layers += [
-            nn.Conv2d(channels, 64, 3, padding=1),
-            nn.BatchNorm2d(64),
-            nn.LeakyReLU(),
-            nn.MaxPool2d(2),
-        ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * (size // 16) ** 2, ways))
+_ADAM = 1e-8
+"""What a script with an inner Adam may differ by, which divides a bias's gradient, all rounding, by its own size."""
 
 
-def before(model: nn.Module, tasks: list[Task], norms: bool = False) -> Callable[[], list[Tensor]]:
-    """The loop as it stands in many a repository."""
-    rate = nn.Parameter(torch.tensor(RATE, dtype=next(model.parameters()).dtype))
-    fixed = () if norms else ("1", "5", "9", "13")
-    adapting = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in fixed}
+class Local:
+    """A loop in this process."""
 
-    def step() -> list[Tensor]:
-        total = torch.zeros((), dtype=rate.dtype)
-        for support_x, support_y, target_x, target_y in tasks:
-            fast = dict(adapting)
-            for _ in range(STEPS):
-                loss = F.cross_entropy(functional_call(model, fast, (support_x,)), support_y)
-                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-                fast = {n: p - rate * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-            total = total + F.cross_entropy(functional_call(model, fast, (target_x,)), target_y)
-        return list(torch.autograd.grad(total / len(tasks), list(adapting.values())))
+    def __init__(self, build: Build) -> None:
+        self._build = build
 
-    return step
+    def setup(self, sizes: Sizes, dtype: str) -> None:
+        self._step = self._build(sizes, getattr(torch, dtype))
+
+    def found(self) -> Arrays:
+        return {str(i): t.detach().numpy() for i, t in enumerate(self._step())}
+
+    def __call__(self) -> None:
+        self._step()
 
 
-def after(model: nn.Module, tasks: list[Task]) -> Callable[[], list[Tensor]]:
-    model = mf.convert_batch_norm(model, STEPS)
-    rates = mf.LSLR(model, STEPS, RATE)
-    own = dict(model.named_parameters())
+class Remote:
+    """A script in a process of its own, which is its owner's to close."""
 
-    def step() -> list[Tensor]:
-        total = torch.zeros((), dtype=rates.rates.dtype)
-        for support_x, support_y, target_x, target_y in tasks:
-            fast = mf.adapt(model, support_x, support_y, rates)
-            total = total + F.cross_entropy(mf.functional_call(model, fast, (target_x,)), target_y)
-        return list(torch.autograd.grad(total / len(tasks), [own[n] for n in rates.names]))
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
 
-    return step
+    def setup(self, sizes: Sizes, dtype: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            make(sizes).save(Path(folder) / "problem.npz")
+            self.worker.ask("setup", path=f"{folder}/problem.npz", device="cpu", dtype=dtype)
 
+    def found(self) -> Arrays:
+        return self.worker.computed()
 
-def jobs(
-    tasks: int, ways: int, size: int, dtype: torch.dtype
-) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
-    """By what has changed, the loops "before" and "after"."""
-    torch.manual_seed(0)
-    model = conv4(ways, size).to(dtype)
-    x = [torch.randn(ways, 1 if size == 28 else 3, size, size, dtype=dtype) for _ in range(2 * tasks)]
-    y = torch.arange(ways)
-    batch = [(x[2 * i], y, x[2 * i + 1], y) for i in range(tasks)]
-
-    def fast() -> nn.Module:
-        return mf.accelerate(copy.deepcopy(model))
-
-    plain, adapting = before(copy.deepcopy(model), batch), before(copy.deepcopy(model), batch, True)
-    return {
-        "three lines": {"before": plain, "after": after(copy.deepcopy(model), batch)},
-        "accelerate": {"before": plain, "after": before(fast(), batch)},
-        "accelerate, norms adapt": {"before": adapting, "after": before(fast(), batch, True)},
-    } | drop_in_tasks.jobs(lambda: copy.deepcopy(model), batch, before, STEPS, RATE)
+    def __call__(self) -> None:
+        self.worker.ask("time", runs=1)
 
 
-def error_of(loops: dict[str, Callable[[], list[Tensor]]]) -> float:
-    """The largest difference of the meta-gradients, relative to the largest value of each.
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
 
-    Or to 1e-4 of the largest of all, as the engines' own checks do it: the gradient of a bias in front of batch norm is
-    zero, where PyTorch has rounding noise of the other gradients' size (1e-13 beside gradients of 100 at 84 pixels).
+    Attributes:
+        jobs: makes "before", "after" and, where there is one, "learner"; the stack closes what they need.
     """
-    found, expected = loops["after"](), loops["before"]()
-    floor = 1e-4 * max(float(b.abs().max()) for b in expected)
-    return max(
-        float((a - b).abs().max()) / max(float(b.abs().max()), floor)
-        for a, b in zip(found, expected, strict=True)
-    )
+
+    script: str
+    changed: str
+    sizes: Sizes
+    jobs: Callable[[ExitStack], dict[str, Local | Remote]]
+    tolerance: float = 1e-9
 
 
-def main() -> None:
+def rows(tasks: int) -> Iterator[Row]:
+    """All lines, with so many tasks where a loop has tasks; of large images one."""
+    for loop in LOOPS:
+        for sizes in loop.sizes:
+            builds = loop.jobs
+            yield Row(
+                loop.name,
+                loop.changed,
+                replace(sizes, tasks=tasks if sizes.image_size < 84 else 1),
+                lambda _, builds=builds: {which: Local(build) for which, build in builds.items()},  # type: ignore[misc]
+            )
+    for library, module, scripts in (
+        ("higher", "bench.peers.higher_scripts", higher_scripts.SCRIPTS),
+        ("learn2learn", "bench.learn2learn_scripts", learn2learn_scripts.SCRIPTS),
+    ):
+        for name in scripts:
+
+            def jobs(
+                stack: ExitStack, library: str = library, module: str = module, name: str = name
+            ) -> dict[str, Local | Remote]:
+                return {
+                    which: Remote(stack.enter_context(worker(library, module, name, which)))
+                    for which in ("before", "after")
+                }
+
+            tolerance = _ADAM if name == "maml-adam" else 1e-9
+            yield Row(f"{library}: {name}", "import", Sizes(5, tasks), jobs, tolerance)
+
+
+def worker(library: str, module: str, name: str, which: str) -> Worker:
+    """The process of a script with one of the import lines: theirs in the environment of their library."""
+    python = Path(sys.executable)
+    if which == "before":
+        if (fault := recorded(default_cache(), library)["fault"]) is not None:
+            raise Failed(fault)
+        python = python_of(default_cache() / library)
+    return Worker(Peer(which, module, f"{name}:{which}"), python, torch.get_num_threads())
+
+
+def largest_error(found: Arrays, exact: Arrays) -> tuple[float, str]:
+    """The largest difference of any tensor relative to its largest value, and where; infinite for one on one side only.
+
+    Or relative to 1e-4 of the largest of all, as the engines' own checks do it: the gradient of a bias in front of
+    batch norm is zero, where PyTorch has rounding noise of the other gradients' size.
+    """
+    if found.keys() != exact.keys():
+        return float("inf"), ", ".join(sorted(found.keys() ^ exact.keys()))
+    floor = 1e-4 * max(float(abs(value).max()) for value in exact.values())
+    errors = {
+        name: float(abs(found[name] - value).max()) / max(float(abs(value).max()), floor, 1e-300)
+        for name, value in exact.items()
+    }
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    return (errors[worst] if errors[worst] == errors[worst] else float("inf")), worst
+
+
+def measure(row: Row, seconds: float) -> dict[str, Any]:
+    """Of a line: the difference in float64 and, where that is small enough, the times in float32; else the fault."""
+    sizes = row.sizes
+    about: dict[str, Any] = {"script": row.script, "changed": row.changed, "tasks": sizes.tasks}
+    about |= {"ways": sizes.ways, "shots": sizes.shots, "size": sizes.image_size}
+    with ExitStack() as stack:
+        try:
+            jobs = row.jobs(stack)
+            for job in jobs.values():
+                job.setup(replace(sizes, tasks=1, ways=min(sizes.ways, 5), shots=1), "float64")
+            exact = jobs["before"].found()
+            errors = {w: largest_error(job.found(), exact) for w, job in jobs.items() if w != "before"}
+            error, where = max(errors.values())
+            about |= {"largest_error_float64": error, "error_in": where, "tensors": len(exact)}
+            if not error < row.tolerance:
+                raise Failed(f"differs by {error:.1e} in {where}")
+            for job in jobs.values():
+                job.setup(sizes, "float32")
+            times = interleaved({**jobs, "again": jobs["after"]}, seconds, at_least=3)
+        except Failed as error_:
+            return about | {"fault": str(error_)}
+    about |= before_after(times)
+    if "learner" in times:
+        about["learner_ms"] = [1e3 * q for q in times["learner"].quartiles()]
+        about["over_learner"] = times["after"].median / times["learner"].median
+    return about
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--only", default="", help="lines with one of these texts in them, separated by semicolons"
+    )
     parser.add_argument("--tasks", type=int, default=2)
-    parser.add_argument("--ways", default="5,20")
-    parser.add_argument("--size", type=int, default=28, help="pixels a side; coloured where it is not 28")
-    parser.add_argument("--only", default="", help="loops with this in their names")
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each line")
+    parser.add_argument("--list", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    errors = {
-        name: error_of(loops)
-        for name, loops in jobs(2, 5, arguments.size, torch.float64).items()
-        if arguments.only in name
-    }
-    if not max(errors.values()) < 1e-9:
-        raise SystemExit(f"meta-gradients differ: {errors}; no time is taken")
-    rows = []
-    for ways in map(int, arguments.ways.split(",")):
-        for name, loops in jobs(arguments.tasks, ways, arguments.size, torch.float32).items():
-            if name not in errors:
-                continue
-            row = {"tasks": arguments.tasks, "ways": ways, "size": arguments.size, "changed": name}
-            times = interleaved({**loops, "again": loops["after"]}, arguments.seconds)
-            rows.append({**row, "largest_error_float64": errors[name], **before_after(times)})
-            print(json.dumps(rows[-1]), flush=True)
-            keep(arguments.json, rows)
+    done = {name_of(row): row for row in _earlier(arguments.json)}
+    faults = 0
+    for row in rows(arguments.tasks):
+        if not any(text in f"{row.script}, {row.changed}" for text in arguments.only.split(";")):
+            continue
+        if arguments.list:
+            print(row.script, row.changed, row.sizes.ways, row.sizes.shots, row.sizes.image_size, sep=", ")
+            continue
+        found = measure(row, arguments.seconds) | {key: machine()[key] for key in ("date", "commit")}
+        done[name_of(found)] = found
+        faults += "fault" in found
+        print(json.dumps(found), flush=True)
+        keep(arguments.json, list(done.values()))
+    return faults
+
+
+def _earlier(path: Path | None) -> list[dict[str, Any]]:
+    """The lines of a file, but for those of measurements before there was one of all loops."""
+    rows = [] if path is None or not path.exists() else json.loads(path.read_text())["rows"]
+    return [row for row in rows if "shots" in row]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

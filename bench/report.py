@@ -56,8 +56,6 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "load": ("load", under_load.describe),
     "networks": ("networks", tables.networks),
     "drop-in": ("drop_in", tables.drop_in),
-    "drop-in-learn2learn": ("drop_in_learn2learn", tables.drop_in_scripts),
-    "drop-in-higher": ("drop_in_higher", tables.drop_in_scripts),
 }
 RUNS = {
     "runs": kept.runs,

@@ -178,17 +178,25 @@ def scaling(rows: Rows) -> str:
 
 
 def drop_in(rows: Rows) -> str:
-    lines = [
-        [
-            f"{r['tasks']} tasks, {r['ways']}-way, {r.get('size', 28)} pixels",
-            r.get("changed", "three lines"),
+    """Loops before and after a line is changed, and the learner on the same problem; one that differs has no time."""
+    lines = []
+    for r in rows:
+        sizes = [f"{r['ways']}-way {r.get('shots', 1)}-shot"] if r.get("ways") else []
+        sizes += [f"{r['size']} pixels"] if r.get("size", 28) > 28 else []
+        line = [", ".join([r.get("script", "textbook"), *sizes]), r.get("changed", "import")]
+        if "fault" in r:
+            lines.append([*line, f"not timed: {r['fault']}", *[""] * 4])
+            continue
+        low, _, high = r["ratio_quartiles"]
+        beside = f"{r['over_learner']:.2f}" if "over_learner" in r else ""
+        times = [
             spread(r["before_ms"], 0),
             spread(r["after_ms"], 0),
-            f"{r['ratio']:.2f}",
+            f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})",
         ]
-        for r in rows
-    ]
-    return table(["textbook loop", "changed", "before, ms", "after, ms", "times as fast"], lines)
+        lines.append([*line, *times, beside, f"{r['largest_error_float64']:.0e}"])
+    header = ["loop", "changed", "before, ms", "after, ms", "times as fast", "after, over the learner's time"]
+    return table([*header, "largest difference, float64"], lines)
 
 
 def networks(rows: Rows) -> str:
@@ -207,23 +215,6 @@ def networks(rows: Rows) -> str:
             ]
         )
     return table(["network", "textbook loop, ms", "ours, ms", "times as fast", "generic steps"], lines)
-
-
-def drop_in_scripts(rows: Rows) -> str:
-    """Times of whole scripts with another package's import and with ours; a script with other numbers has none."""
-    lines = [
-        [r["script"], f"not timed: {r['fault']}", "", "", ""]
-        if "fault" in r
-        else [
-            r["script"],
-            spread(r["before_ms"], 0),
-            spread(r["after_ms"], 0),
-            f"{r['ratio']:.2f}",
-            f"{r['largest_error_float64']:.0e}",
-        ]
-        for r in rows
-    ]
-    return table(["script", "before, ms", "after, ms", "times as fast", "largest difference, float64"], lines)
 
 
 def peers(rows: Rows) -> str:

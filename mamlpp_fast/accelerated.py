@@ -21,6 +21,7 @@ from mamlpp_fast.engine.fingerprint import ROUTED, form_of
 from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
+from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.lanes import watched
 
 __all__ = ["accelerate", "acceleration"]
@@ -175,7 +176,17 @@ def served(
     if isinstance(route, DifferentiableNetwork) and route.resting():
         _resting[model] = route
         return None
-    return route.call(model, args[0])
+    return route.call(Held(model), args[0])
+
+
+def network_of(model: nn.Module, x: Tensor) -> DifferentiableNetwork | str:
+    """What calls of a model on examples like ``x`` are served by, outside of ``torch.func``; else why they are not."""
+    if not _can(model, x):
+        return "its examples, or a mode of the calling thread, are none that the kernels take"
+    route = _route(model, x, None)
+    if isinstance(route, DifferentiableNetwork):
+        return "its passes are differentiated a third time" if route.resting() else route
+    return str(route)
 
 
 def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:

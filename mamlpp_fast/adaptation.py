@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.reference import LossFn, support_gradients
 
 __all__ = ["adapt", "inner_steps"]
+
+SupportGradients = Callable[[Mapping[str, Tensor], Tensor, Tensor, int, bool], tuple[Tensor | None, ...]]
+"""From fast weights, inputs, labels, the inner step and whether it is differentiated again."""
 
 
 def adapt(
@@ -84,8 +87,13 @@ def inner_steps(
     steps: int | None = None,
     loss_fn: LossFn = F.cross_entropy,
     first_order: bool = False,
+    gradients: SupportGradients | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Like :func:`adapt`, but yields the fast weights after every update (for a multi-step loss)."""
+    """Like :func:`adapt`, but yields the fast weights after every update (for a multi-step loss).
+
+    Args:
+        gradients: takes the support gradients in place of :func:`mamlpp_fast.reference.support_gradients`.
+    """
     if not isinstance(rates, LSLR):
         if isinstance(rates, bool) or not isinstance(rates, (int, float)):
             raise TypeError(f"rates: expected mf.LSLR or a number, got {type(rates).__name__}")
@@ -96,9 +104,12 @@ def inner_steps(
     fast = _own(model, rates)
     second_order = not first_order
     for k in range(steps):
-        grads = support_gradients(
-            model, fast, support_x, support_y, k, loss_fn, second_order, call=accelerated.functional_call
-        )
+        if gradients is None:
+            grads = support_gradients(
+                model, fast, support_x, support_y, k, loss_fn, second_order, call=accelerated.functional_call
+            )
+        else:
+            grads = gradients(fast, support_x, support_y, k, second_order)
         fast = rates(fast, dict(zip(fast, grads, strict=True)), k)
         yield fast
 

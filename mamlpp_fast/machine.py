@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 
 import torch
 
-__all__ = ["peak_memory_mib", "release_memory"]
+__all__ = ["free_bytes", "peak_memory_mib", "release_memory"]
 
 
 def release_memory() -> None:
@@ -30,3 +31,13 @@ def peak_memory_mib(device: torch.device) -> float:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2**33

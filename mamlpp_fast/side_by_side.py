@@ -223,21 +223,17 @@ class _Team:
             (p, p._version, p.grad, None if p.grad is None else p.grad._version) for p in parameters.values()
         ]
         drawn = torch.get_rng_state()
-        following = itertools.count()
 
-        def on_lane(lane: int, halt: lanes.Halt) -> None:
-            for task in following:
-                if task >= len(self.tasks) or halt.wanted:
-                    return
-                try:
-                    self._task(task, self.copies[lane])
-                except BaseException as error:
-                    self.errors[task] = error
-                    raise
+        def on_lane(task: int, lane: int) -> None:
+            try:
+                self._task(task, self.copies[lane])
+            except BaseException as error:
+                self.errors[task] = error
+                raise
 
         with self._guarded():
             try:
-                lanes.run(on_lane, len(self.copies))
+                lanes.each(on_lane, len(self.tasks), len(self.copies))
             except BaseException:
                 if not self.errors:
                     raise

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bench import drop_in_higher
+from bench import drop_in, drop_in_loops, tables
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.driver import PEERS, Settings, compare, describe
 from bench.peers.problem import TINY, Problem, Sizes, make
@@ -120,14 +122,37 @@ def test_errors_are_relative_and_biases_before_batch_norm_count_absolutely() -> 
 
 def test_a_script_of_higher_is_timed_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     # higher is not installed here: the script with our import line stands for both.
-    def ours(name: str, which: str, threads: int) -> Worker:
-        return Worker(
-            Peer(which, "bench.peers.higher_scripts", f"{name}:after"), Path(sys.executable), threads
-        )
+    def ours(library: str, module: str, name: str, which: str) -> Worker:
+        return Worker(Peer(which, module, f"{name}:after"), Path(sys.executable), 1)
 
-    monkeypatch.setattr(drop_in_higher, "_worker", ours)
-    row = drop_in_higher.measure("test-time", SMALL, 3, 1)
+    monkeypatch.setattr(drop_in, "worker", ours)
+    (script,) = (row for row in drop_in.rows(2) if row.script == "higher: test-time")
+    row = drop_in.measure(dataclasses.replace(script, sizes=SMALL), 0.0)
     assert row["largest_error_float64"] == 0.0 and row["tensors"] > 0
     for key in ("before_ms", "after_ms", "ratio_quartiles"):
         low, median, high = row[key]
         assert 0 < low <= median <= high
+
+
+def test_a_loop_is_timed_beside_the_learner() -> None:
+    small = Sizes(2, tasks=2, image_size=28, steps=2)
+    for loop in drop_in_loops.LOOPS[1:6:2]:  # of a textbook, by map_tasks, FOMAML
+        builds = loop.jobs
+        row = drop_in.Row(
+            loop.name,
+            loop.changed,
+            small,
+            lambda _, b=builds: {w: drop_in.Local(f) for w, f in b.items()},  # type: ignore[misc]
+        )
+        found = drop_in.measure(row, 0.0)
+        assert found["largest_error_float64"] < 1e-9 and found["over_learner"] > 0
+        assert loop.name in tables.drop_in([found]) and "not timed" not in tables.drop_in([found])
+
+
+def test_a_loop_that_differs_gets_no_time() -> None:
+    jobs = {
+        w: drop_in.Local(lambda s, d, v=v: lambda: [torch.tensor(v)])
+        for w, v in (("before", 1.0), ("after", 1.1))
+    }  # type: ignore[misc]
+    row = drop_in.measure(drop_in.Row("loop", "line", SMALL, lambda _: jobs), 0.0)
+    assert "before_ms" not in row and "not timed: differs by 1.0e-01" in tables.drop_in([row])

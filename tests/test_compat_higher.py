@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import mamlpp_fast.compat.higher as higher
-from bench.drop_in_higher import largest_error
+from bench.drop_in import largest_error
 from bench.peers.higher_scripts import SCRIPTS, build
 from bench.peers.problem import Problem, Sizes, make
 from mamlpp_fast import _native
@@ -362,9 +362,7 @@ def test_a_difference_between_the_scripts_shows() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_written_for_higher(name: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("higher") is None:
-        pytest.skip(
-            "higher is not installed; bench/drop_in_higher.py compares with it in an environment of its own"
-        )
+        pytest.skip("higher is not installed; bench/drop_in.py compares with it in an environment of its own")
     with warnings.catch_warnings():
         # higher's own, as it is compiled: `is` with a literal, invalid escape sequences.
         warnings.simplefilter("ignore", SyntaxWarning)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mamlpp_fast.compat.learn2learn as l2l
-from bench.drop_in_learn2learn import SCRIPTS, errors, run
+from bench.learn2learn_scripts import SCRIPTS, errors, run
 from mamlpp_fast.compat.learn2learn._batch_norm import FusedBatchNorm2d, normalise_relu
 from mamlpp_fast.compat.learn2learn.algorithms import MAML, MetaSGD
 

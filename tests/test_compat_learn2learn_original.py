@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import mamlpp_fast.compat.learn2learn as ours
-from bench.drop_in_learn2learn import SCRIPTS, errors, run
+from bench.learn2learn_scripts import SCRIPTS, errors, run
 from bench.peers.learn2learn_source import load
 
 

@@ -196,7 +196,7 @@ def test_frozen_parts_take_no_gradient_and_change_nothing_else(frozen: list[str]
 
 
 def test_where_nothing_fits_the_smallest_form_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_engine, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(fused_engine, "free_bytes", lambda device: 0)
     learner, plenty = small_learner(engine="fused"), small_learner(engine="reference")
     learner.meta_gradient(random_batch())
     assert "2 tasks in groups of 1" in learner.explain()
@@ -206,13 +206,13 @@ def test_where_nothing_fits_the_smallest_form_is_tried(monkeypatch: pytest.Monke
 
 
 def test_free_memory_is_guessed_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused_engine._free_bytes(torch.device("cpu")) > 0
+    assert fused_engine.free_bytes(torch.device("cpu")) > 0
 
     def unknown(name: str) -> int:
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr("os.sysconf", unknown)
-    assert fused_engine._free_bytes(torch.device("cpu")) == 2**33
+    assert fused_engine.free_bytes(torch.device("cpu")) == 2**33
 
 
 def test_one_value_per_channel_cannot_be_normalised() -> None:

@@ -176,7 +176,7 @@ def test_little_memory_makes_lanes_fewer(monkeypatch: pytest.MonkeyPatch) -> Non
     model, rates = own.model, own.rates
     whole = FusedEngine(model, rates, verify=False).prepare(batch, True, True)
     two = 2 * whole.program.workspace_bytes + whole.program.owned_bytes(2) + whole.finish.owned_bytes()
-    monkeypatch.setattr(engine, "_free_bytes", lambda device: two)
+    monkeypatch.setattr(engine, "free_bytes", lambda device: two)
     fewer = FusedEngine(model, rates, memory="keep", verify=False)
     assert (whole.lanes, fewer.prepare(batch, True, True).lanes) == (4, 2)
     fewer.meta_gradient(batch, None, True)

@@ -6,6 +6,7 @@ processors away, a lane is late by what was taken from it, not by what was taken
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast.engine.deterministic import one_thread
 
-__all__ = ["NEVER", "Halt", "Share", "here", "run", "shares", "watched"]
+__all__ = ["NEVER", "Halt", "Share", "each", "here", "run", "shares", "watched"]
 
 Share = tuple[range, int, int]
 """Groups of tasks, the lanes that take them, and the threads that our kernels have in each."""
@@ -172,6 +173,19 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1, threads: int = 1) -> 
         _settle(running)
     for future in running:
         future.result()
+
+
+def each(work: Callable[[int, int], None], count: int, lanes: int) -> None:
+    """Calls ``work(item, lane)`` for ``count`` items; each lane takes the next that none has taken (:func:`run`)."""
+    following = itertools.count()
+
+    def on_lane(lane: int, halt: Halt) -> None:
+        for item in following:
+            if item >= count or halt.wanted:
+                return
+            work(item, lane)
+
+    run(on_lane, lanes)
 
 
 def _settle(running: list[Future[None]]) -> None:

@@ -39,7 +39,7 @@ from mamlpp_fast.engine.recorder import Operation, Recorder
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-__all__ = ["Recording", "head_names", "record", "record_loss"]
+__all__ = ["Recording", "head_names", "hooks", "record", "record_loss"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -
     Raises:
         Unsupported: names the module, and what makes its forward no fixed list of operations.
     """
-    if (hook := _hooks(model)) is not None:
+    if (hook := hooks(model)) is not None:
         raise hook
     first, second = (_watched(_own_copy(model), examples) for examples in (x, other))
     if fixed and first.problem is None and second.problem is not None:
@@ -164,7 +164,7 @@ def record_loss(
     if (why := _unfollowed(loss_fn)) is not None:
         raise Unsupported("loss", why)
     module = _Watched(loss_fn)
-    if (hook := _hooks(module)) is not None:
+    if (hook := hooks(module)) is not None:
         raise hook
     found = []
     for given in (support, target):
@@ -293,7 +293,7 @@ def _equal_states(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return all(np.array_equal(a[key], b[key]) for key in a)
 
 
-def _hooks(model: nn.Module) -> Unsupported | None:
+def hooks(model: nn.Module) -> Unsupported | None:
     """What has effects of its own in every pass, which a program that runs no Python would leave out."""
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     for kind in kinds:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from mamlpp_fast import reference
 from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
+from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
@@ -189,7 +190,7 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
                 y = model(given) if not ours else None
             if ours:
                 with reference.swapped(model, held):
-                    y = net.call(model, given)
+                    y = net.call(Held(model), given)
             assert y is not None
             results.append(derivatives(given, y, held))
     expected, found = results

@@ -14,7 +14,8 @@ from mamlpp_fast import reference
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 
 if TYPE_CHECKING:
-    from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, Held
+    from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
+    from mamlpp_fast.engine.fused.held import Held
 
 __all__ = ["RECORDED_UNDER", "Forward", "Lease", "as_recorded", "paused", "plain", "plainly", "runs"]
 

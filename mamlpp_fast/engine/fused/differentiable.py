@@ -20,16 +20,17 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.derivatives import Forward, as_recorded, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
+from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections
-from mamlpp_fast.engine.fused.steps import Generic
+from mamlpp_fast.engine.fused.steps import Generic, Step
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call, enough
 from mamlpp_fast.machine import release_memory
 
-__all__ = ["DifferentiableNetwork", "Held", "differentiable"]
+__all__ = ["DifferentiableNetwork", "differentiable"]
 
 _PARTS = 4
 """Sets of gradients of a form that have sections of their own, all gradients among them."""
@@ -76,9 +77,7 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         )
     if not model.training and any(norm.statistics is not None for norm in network.norms.values()):
         raise Unsupported(type(model).__name__, "updates running statistics in evaluation")
-    if not EVEN_WITHOUT_GAIN and not any(
-        step.convolves or isinstance(step, Generic) or step.name in network.norms for step in network.steps
-    ):
+    if not EVEN_WITHOUT_GAIN and not any(_gains(step, network) for step in network.steps):
         raise Unsupported(
             type(model).__name__,
             "is of matrix products and pointwise functions alone, which PyTorch is faster at",
@@ -95,6 +94,45 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
     release_memory()
     dtype = next(iter(parameters.values())).dtype
     return DifferentiableNetwork(network, template, len(x), x.device, dtype, constants, inputs, few)
+
+
+_CHEAP = frozenset(
+    {
+        "softmax",
+        "log_softmax",
+        "softmin",
+        "softplus",
+        "logsigmoid",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+    }
+    | {
+        "relu6",
+        "celu",
+        "selu",
+        "exp",
+        "log",
+        "sqrt",
+        "square",
+        "pow",
+        "abs",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+    }
+)
+"""Generic steps that PyTorch is as fast at."""
+
+
+def _gains(step: Step, network: Network) -> bool:
+    """Whether a step is of what the kernels are faster at, in a network of any size."""
+    if isinstance(step, Generic):
+        return step.convolves or step.recorded.name not in _CHEAP
+    return step.convolves or step.name in network.norms
 
 
 def keep_one_row(model: nn.Module) -> None:
@@ -241,9 +279,8 @@ class DifferentiableNetwork:
             self._rest = _REST
         self._curved = self._calls
 
-    def call(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The model's output [N, ways] on ``x`` with the tensors that it holds; its running statistics follow."""
-        tensors = Held(model)
+    def call(self, tensors: Held, x: Tensor) -> Tensor:
+        """The output [N, ways] on ``x`` with the tensors that a model holds; its running statistics follow."""
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         if self.constants:
             names = (*self.names, *self.inert)
@@ -254,26 +291,27 @@ class DifferentiableNetwork:
         return made
 
     def follow(self, tensors: Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Running statistics take in those of the batch, as ``F.batch_norm`` does it."""
+        """Running statistics take in those of the batch, as ``F.batch_norm`` does it; at once, or later."""
         if not self._kept:
             return
         images = self.sections.form.images
-        running, new, shares, counts = [], [], [], []
+        taken = Taken([], [], [], [])
         for name, norm, kept in self._kept:
             mean, rstd = statistics[name]
             if norm.bias is not None:
-                mean = mean + tensors.parameter(norm.bias)
+                mean = mean + tensors.parameter(norm.bias).detach()
             count = norm.elements * images
             # By `data`, as PyTorch's kernel: the graph of a plain pass beside may have kept the buffers' versions.
-            running += [tensors.buffer(kept.mean).data, tensors.buffer(kept.var).data]
-            new += [mean, (rstd.pow(-2) - kept.eps).mul_(count / (count - 1))]
-            shares += [kept.momentum] * 2
+            taken.running.extend((tensors.buffer(kept.mean).data, tensors.buffer(kept.var).data))
+            taken.new.extend((mean, (rstd.pow(-2) - kept.eps).mul_(count / (count - 1))))
+            taken.shares.extend((kept.momentum,) * 2)
             if kept.counted is not None:
-                counts.append(tensors.buffer(kept.counted))
-        torch._foreach_mul_(running, [1 - share for share in shares])
-        torch._foreach_add_(running, torch._foreach_mul(new, shares))
-        if counts:
-            torch._foreach_add_(counts, 1)
+                taken.counts.append(tensors.buffer(kept.counted))
+        if tensors.later is None:
+            taken.apply()
+        else:
+            # Not the place's memory, which other passes write to meanwhile.
+            tensors.later.append(taken._replace(new=[t.clone() for t in taken.new]))
 
     def load(
         self, place: Place, x: Tensor, buffers: Mapping[str, Tensor], parameters: Sequence[Tensor]
@@ -285,6 +323,11 @@ class DifferentiableNetwork:
         torch._foreach_copy_(place.parameters, self.arranged(parameters))
         place.forward()
         place.busy, place.pending = False, None
+
+    def like_result(self, x: Tensor) -> Tensor:
+        """Zeros of the output's shape and type."""
+        shape = self.network.shapes[self.network.output]
+        return torch.zeros(len(x), *shape, dtype=self.sections.form.dtype, device=self.device)
 
     def stored(self, x: Tensor) -> Tensor:
         """A view of examples with the axes that they have in the kernels' layout."""
@@ -337,6 +380,16 @@ class DifferentiableNetwork:
         if places:
             torch._foreach_copy_(places, values)
 
+    def directed(
+        self, place: Place, cotangents: Sequence[Tensor | None], zero: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The directions of a double backward pass, and what is to be copied to them."""
+        rows = zip(place.directions, self._arranged, cotangents, strict=False)
+        return place.directions, [
+            zero.expand_as(held) if c is None else c if how is None else c.reshape(how[0]).permute(how[1])
+            for held, how, c in rows
+        ]
+
     def second(
         self,
         place: Place,
@@ -365,32 +418,3 @@ class DifferentiableNetwork:
         made = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self.stored(made).copy_(stored)
         return made
-
-
-class Held:
-    """What a model holds now, by name: its own tensors, or those that a functional call gives it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def _module(self, name: str) -> tuple[nn.Module, str]:
-        module, (*path, leaf) = self._model, name.split(".")
-        for part in path:
-            module = module._modules[part]  # type: ignore[assignment]
-        return module, leaf
-
-    def parameter(self, name: str) -> Tensor:
-        module, leaf = self._module(name)
-        found = module._parameters[leaf]
-        assert found is not None
-        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_affine:
-            return found[module.row]
-        return found
-
-    def buffer(self, name: str) -> Tensor:
-        module, leaf = self._module(name)
-        found = module._buffers[leaf]
-        assert found is not None
-        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_stats:
-            return found[module.row]
-        return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -31,7 +30,7 @@ from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sam
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.labels import ignored_label
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.machine import release_memory
+from mamlpp_fast.machine import free_bytes, release_memory
 from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.reference import EvalStats, LossFn, MetaResult
 
@@ -414,7 +413,7 @@ class FusedEngine:
                         written[recompute] = write(batch, tasks, recompute)
                     prepared = written[recompute]
                     prepared.lanes = lanes
-                    if prepared.workspace_bytes + prepared.owned_bytes <= _free_bytes(self.device):
+                    if prepared.workspace_bytes + prepared.owned_bytes <= free_bytes(self.device):
                         return prepared
         assert prepared is not None
         return prepared
@@ -441,12 +440,3 @@ class FusedEngine:
 
 def _shapes(batch: EpisodeBatch) -> _Key:
     return *(tuple(t.shape) for t in batch.fields), batch.support_y.dtype, batch.target_y.dtype
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2**33

@@ -24,17 +24,15 @@ from torch._functorch.pyfunctorch import (
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine import lanes
+from mamlpp_fast.engine.fused import levels
 from mamlpp_fast.engine.fused.derivatives import Lease, plain
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, Held
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
+from mamlpp_fast.engine.fused.held import Held
+from mamlpp_fast.engine.fused.levels import active
 from mamlpp_fast.engine.fused.program import Section
 from mamlpp_fast.engine.fused.sections import Place
 
 __all__ = ["Transformed", "active", "outside", "refusal"]
-
-
-def active() -> bool:
-    """Whether a transform of ``torch.func`` is at work on the calling thread."""
-    return functorch.peek_interpreter_stack() is not None
 
 
 def refusal(model: nn.Module, x: Tensor) -> str | None:
@@ -77,33 +75,6 @@ def outside(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
         own = {n: _one(p).requires_grad_() for n, p in model.named_parameters()}
         with reference.swapped(model, own | {n: _one(b) for n, b in model.named_buffers()}):
             yield _one(x)
-
-
-class _Flat:
-    """The parameters of a call as one tensor [P], so that a level handles one and not each.
-
-    Attributes:
-        names: in their order there, those without a gradient last.
-        moving: where those with a gradient end.
-    """
-
-    def __init__(self, net: DifferentiableNetwork) -> None:
-        shapes = {name: p.shape for name, p in net.template.named_parameters()}  # where norms have one row
-        self.names = (*net.names, *net.inert)
-        self._shapes = [shapes[name] for name in self.names]
-        self._sizes = [shape.numel() for shape in self._shapes]
-        self.moving = sum(self._sizes[: len(net.names)])
-        views = net.arranged(self.parts(torch.empty(sum(self._sizes), device="meta")))
-        self._places = [(v.shape, v.stride(), v.storage_offset()) for v in views]
-
-    def parts(self, flat: Tensor) -> list[Tensor]:
-        """The parameters in a tensor [P]."""
-        return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
-
-    def arranged(self, row: Tensor) -> list[Tensor]:
-        """Those with a gradient in a tensor [P] without gaps, with the axes that they have in the kernels' layout."""
-        begin = row.storage_offset()
-        return [row.as_strided(shape, stride, begin + at) for shape, stride, at in self._places]
 
 
 _Item = tuple[list[Tensor], list[Tensor]] | Section
@@ -151,9 +122,8 @@ _Plan = Callable[[int, Place], Iterable[_Item]]
 class _Call:
     """One call of the model; ``state`` is where its forward pass lies."""
 
-    def __init__(self, net: DifferentiableNetwork, flat: _Flat) -> None:
+    def __init__(self, net: DifferentiableNetwork) -> None:
         self.net = net
-        self.flat = flat
         self.state: _State | None = None
 
 
@@ -174,29 +144,55 @@ class _Use:
     """What the operations below have beside tensors, the same object at every level but for what ``vmap`` changes.
 
     Attributes:
-        tasks: T, of all levels of ``vmap`` that lie above.
-        many: of x, the buffers and the parameters [P]: which of them have an axis of T tasks in front.
+        tasks: T, of all levels of ``vmap`` that lie above; 0 above of which there is none, and no axis of tasks.
+        many: of x, the buffers and the parameters: which of them have an axis of T tasks in front.
         run: the backward pass that is meant.
+        along: of the parameters' gradients, which have a cotangent.
     """
 
     call: _Call
     tasks: int
     many: tuple[bool, ...]
     run: _Run | None = None
+    along: tuple[bool, ...] = ()
+
+    def one(self, t: Tensor, task: int) -> Tensor:
+        """Of a tensor that has the axis of tasks where there is one."""
+        return t[task] if self.tasks else t
+
+    def of_task(self, task: int, given: Sequence[Tensor]) -> list[Tensor]:
+        """x, buffers and parameters of a task."""
+        return [t[task] if many else t for t, many in zip(given, self.many, strict=True)]
+
+    def new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Memory of a tensor of this shape for each task."""
+        return like.new_empty((self.tasks, *shape) if self.tasks else tuple(shape))
+
+    def taken(
+        self, given: Sequence[Tensor], of: Callable[[Place], list[Tensor]]
+    ) -> tuple[list[Tensor], _Plan]:
+        """Tensors like the parameters of each task, and what copies a task's values to them from a place.
+
+        Zeros for parameters without a gradient.
+        """
+        net, count = self.call.net, len(self.call.net.buffers) + 1
+        own = zip(given[count:], self.many[count:], strict=True)
+        made = [self.new(p, p.shape[1:] if many else p.shape) for p, many in own]
+        moving = made[: len(net.names)]
+        for inert in made[len(net.names) :]:
+            inert.zero_()
+        return made, lambda task, place: [(net.arranged([self.one(t, task) for t in moving]), of(place))]
 
     def forward(self, given: Sequence[Tensor], after: _Plan) -> _State:
         """The forward pass on x, buffers and parameters, in places that are fresh, and what comes after it there."""
-        net, flat = self.call.net, self.call.flat
-        *given, parameters = given
-        parameters = parameters.contiguous()
-        state = _State(net, self.tasks)
+        net = self.call.net
+        state = _State(net, max(self.tasks, 1))
 
         def plan(task: int, place: Place) -> Iterator[_Item]:
-            x, *rest, own = (
-                t[task] if many else t for t, many in zip((*given, parameters), self.many, strict=True)
-            )
+            x, *rest = self.of_task(task, given)
+            buffers, own = rest[: len(net.buffers)], rest[len(net.buffers) :]
             to = [place.x, *(place.buffers[name] for name in net.buffers), *place.parameters]
-            yield to, [net.stored(x), *rest, *flat.arranged(own)]
+            yield to, [net.stored(x), *buffers, *net.arranged(own[: len(net.names)])]
             yield place.forward
             yield from after(task, place)
 
@@ -208,11 +204,11 @@ class _Use:
         assert self.run is not None
 
         def plan(task: int, place: Place) -> Iterator[_Item]:
-            yield [place.gy], [gy[task]]
+            yield [place.gy], [self.one(gy, task)]
             yield place.whole.backward
             yield from after(task, place)
 
-        if state is None or state.tasks != self.tasks:
+        if state is None or state.tasks != max(self.tasks, 1):
             state = self.forward(given, plan)
         else:
             state.each(plan)
@@ -229,179 +225,180 @@ class _Use:
     ) -> tuple[_Use, list[Tensor]]:
         """The use, and tensors, of ``size`` times as many tasks: those of one level of ``vmap`` more.
 
-        The level's axis goes in front of the tasks that there are, and both become one. What has neither stays.
+        The level's axis goes in front of the tasks that there are, and both become one. Of x, buffers and parameters
+        those that have neither stay.
         """
         first = len(given) - len(self.many)
-        kept = [True] * first + list(self.many)
+        kept = [self.tasks > 0] * first + list(self.many)
         tensors: list[Tensor] = []
-        for t, axis, many in zip(given, axes, kept, strict=True):
-            if axis is None and not many:
+        for i, (t, axis, many) in enumerate(zip(given, axes, kept, strict=True)):
+            if i >= first and axis is None and not many:
                 tensors.append(t)
                 continue
             t = t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
-            if not many and self.tasks > 1:
-                t = t.unsqueeze(1).expand(size, self.tasks, *t.shape[1:])
-            tensors.append(t.flatten(0, 1) if many or self.tasks > 1 else t)
+            if self.tasks:
+                t = t if many else t.unsqueeze(1).expand(size, self.tasks, *t.shape[1:])
+                t = t.flatten(0, 1)
+            tensors.append(t)
         many_now = tuple(m or axis is not None for m, axis in zip(self.many, axes[first:], strict=True))
-        return replace(self, tasks=size * self.tasks, many=many_now), tensors
+        return replace(self, tasks=size * max(self.tasks, 1), many=many_now), tensors
 
-    def gradients(self, of_parameters: Tensor) -> tuple[Tensor | None, ...]:
-        """Of x and the buffers none; of the parameters from each task's [T, P], the sum where all tasks share them."""
-        g = of_parameters
-        if not self.many[-1]:
-            g = g.sum(0) if self.tasks > 1 else g[0]
-        return *(None,) * (len(self.many) - 1), g
+    def results(self, size: int, made: Any) -> Any:
+        """Of a rule of ``vmap``: what it made [size·T, ...] as [size, T, ...], where this is the use below it."""
+        if not self.tasks:
+            return made
+        if isinstance(made, Tensor):
+            return made.unflatten(0, (size, -1))
+        return tuple(t.unflatten(0, (size, -1)) for t in made)
 
-
-def _results(size: int, made: Any) -> tuple[Any, Any]:
-    """Of a rule of ``vmap``: results [size·T, ...] as [size, T, ...]."""
-    if isinstance(made, Tensor):
-        return made.unflatten(0, (size, -1)), 0
-    return tuple(t.unflatten(0, (size, -1)) for t in made), (0,) * len(made)
-
-
-_NO_TANGENTS = (
-    "accelerate: forward-mode derivatives (torch.func.jvp, jacfwd) that only a backward pass meets are not "
-    "implemented; take them of the whole function"
-)
+    def gradients(self, of_parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Of x and the buffers none; of the parameters from each task's, the sum where all tasks share them."""
+        begin = len(self.many) - len(of_parameters)
+        shared = (self.tasks and not many for many in self.many[begin:])
+        return *(None,) * begin, *(g.sum(0) if s else g for g, s in zip(of_parameters, shared, strict=True))
 
 
 class _Operation(torch.autograd.Function):
-    """What the three have in common: inputs are a use and tensors, results have an axis of tasks in front."""
+    """What the three have in common: inputs are a use and tensors, results have the axis of tasks in front."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.use, *tensors = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(_NO_TANGENTS)
+        raise NotImplementedError(levels.NO_TANGENTS)
 
 
 class _Forward(_Operation):
-    """The output [T, N, ...] on x, buffers and parameters [P]."""
+    """The output [T, N, ...] on x, buffers and parameters."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
         net = use.call.net
-        shape = net.network.shapes[net.network.output]
-        y = given[-1].new_empty((use.tasks, len(given[0][0] if use.many[0] else given[0]), *shape))
-        use.call.state = use.forward(given, lambda task, place: [([y[task]], [place.result])])
+        x = given[0][0] if use.many[0] else given[0]
+        y = use.new(given[-1], (len(x), *net.network.shapes[net.network.output]))
+        use.call.state = use.forward(given, lambda task, place: [([use.one(y, task)], [place.result])])
         return y
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:
-        made: Any = _Backward.apply(replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)  # type: ignore[no-untyped-call, unused-ignore]
+    def backward(ctx: Any, gy: Tensor | None) -> Any:
+        if gy is None:
+            return None, *(None for _ in ctx.saved_tensors)
+        made = levels.call(_Backward, replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)
         return None, *ctx.use.gradients(made)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
-        use, tensors = use.mapped(info.batch_size, in_dims[1:], given)
-        return _results(info.batch_size, _Forward.apply(use, *tensors))  # type: ignore[no-untyped-call, unused-ignore]
+    def mapped(size: int, axes: Sequence[int | None], use: _Use, *given: Tensor) -> Any:
+        above, tensors = use.mapped(size, axes, given)
+        return use.results(size, levels.call(_Forward, above, *tensors))
 
 
 class _Backward(_Operation):
-    """The gradients [T, P] of each task; before x comes the gradient [T, N, ...] of the output."""
+    """The gradients of each task; before x comes the gradient [T, N, ...] of the output."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
         (gy,), rest = use.split(given)
-        made, after = _taken(use, rest[-1], lambda place: place.gradients)
+        made, after = use.taken(rest, lambda place: place.gradients)
         state = use.backward(use.call.state, gy, rest, after)
         assert use.run is not None
         use.run.state = state
-        return made
+        return tuple(made)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        made: Any = _Double.apply(ctx.use, cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call, unused-ignore]
-        moved, second = made
-        return None, moved, *ctx.use.gradients(second)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        given = [c for c in cotangents if c is not None]
+        if not given:
+            return None, *(None for _ in ctx.saved_tensors)
+        use = replace(ctx.use, along=tuple(c is not None for c in cotangents))
+        moved, *second = levels.call(_Double, use, *given, *ctx.saved_tensors)
+        return None, moved, *use.gradients(second)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
-        use, tensors = use.mapped(info.batch_size, in_dims[1:], given)
-        return _results(info.batch_size, _Backward.apply(use, *tensors))  # type: ignore[no-untyped-call, unused-ignore]
+    def mapped(size: int, axes: Sequence[int | None], use: _Use, *given: Tensor) -> Any:
+        above, tensors = use.mapped(size, axes, given)
+        return use.results(size, levels.call(_Backward, above, *tensors))
 
 
 class _Double(_Operation):
-    """The derivative of the backward pass along a cotangent [T, P]: by its gradient, and by the parameters."""
+    """The derivative of the backward pass along cotangents: by its gradient, and by the parameters."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
-        (cotangent, gy), rest = use.split(given)
-        flat, run = use.call.flat, use.run
+        (*cotangents, gy), rest = use.split(given)
+        net, run = use.call.net, use.run
         assert run is not None
-        moved, still = gy.new_empty(gy.shape), gy.new_zeros(gy.shape[1:])
-        made, after = _taken(use, rest[-1], lambda place: place.seconds)
-        cotangent = cotangent.contiguous()
+        moved, still = gy.new_empty(gy.shape), gy.new_zeros(())
+        made, after = use.taken(rest, lambda place: place.seconds)
 
         def plan(task: int, place: Place) -> Iterator[_Item]:
-            yield place.directions, flat.arranged(cotangent[task])
-            yield [place.gy_dot], [still]
+            own = iter(cotangents)
+            along = [use.one(next(own), task) if c else None for c in use.along]
+            yield net.directed(place, along, still)
+            yield [place.gy_dot], [still.expand_as(place.gy_dot)]
             yield place.whole.tangent
             yield place.whole.second
-            yield [moved[task]], [place.moved]
+            yield [use.one(moved, task)], [place.moved]
             yield from after(task, place)
 
-        if run.state is not None and run.state.tasks == use.tasks and run.state.held is run.mark:
+        if run.state is not None and run.state.tasks == max(use.tasks, 1) and run.state.held is run.mark:
             run.state.each(plan)
         else:
             use.backward(run.state, gy, rest, plan)
-        return moved, made
+        return moved, *made
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         use: _Use = ctx.use
-        (along, gy), (*fixed, parameters) = use.split(ctx.saved_tensors)
+        (*along, gy), rest = use.split(ctx.saved_tensors)
+        begin = 1 + len(use.call.net.buffers)
+        fixed, parameters = rest[:begin], rest[begin:]
+        count = len(along)
 
-        def double(along: Tensor, gy: Tensor, parameters: Tensor) -> Any:
-            return _written_double(use, along, gy, (*fixed, parameters))
+        def double(*moving: Tensor) -> Any:
+            return _written_double(use, moving[:count], moving[count], (*fixed, *moving[count + 1 :]))
 
-        pull: Any = torch.func.vjp(double, along, gy, parameters)[1]
-        by_along, by_gy, by_parameters = pull(cotangents)
-        return None, by_along, by_gy, *(None,) * len(fixed), by_parameters
+        pulled: Any = torch.func.vjp(double, *along, gy, *parameters)
+        made, pull = pulled
+        given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True))
+        found: Any = pull(given)
+        return None, *found[: count + 1], *(None,) * begin, *found[count + 1 :]
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, use: _Use, *given: Tensor) -> Any:
-        use, tensors = use.mapped(info.batch_size, in_dims[1:], given)
-        return _results(info.batch_size, _Double.apply(use, *tensors))  # type: ignore[no-untyped-call, unused-ignore]
+    def mapped(size: int, axes: Sequence[int | None], use: _Use, *given: Tensor) -> Any:
+        above, tensors = use.mapped(size, axes, given)
+        return use.results(size, levels.call(_Double, above, *tensors))
 
 
-def _taken(use: _Use, like: Tensor, of: Callable[[Place], list[Tensor]]) -> tuple[Tensor, _Plan]:
-    """A tensor [T, P], and what copies a task's values to it from a place; zero for parameters without a gradient."""
-    flat = use.call.flat
-    made = like.new_empty((use.tasks, like.shape[-1]))
-    made[:, flat.moving :].zero_()
-    return made, lambda task, place: [(flat.arranged(made[task]), of(place))]
-
-
-def _written_double(use: _Use, along: Tensor, gy: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _written_double(
+    use: _Use, along: Sequence[Tensor], gy: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """What :class:`_Double` computes, by PyTorch's own operations: somebody differentiates it."""
-    net, flat = use.call.net, use.call.flat
+    net = use.call.net
+    differentiated = [i for i, c in enumerate(use.along) if c]
 
-    def one(along: Tensor, gy: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        *buffers, parameters = rest
-        held = dict(zip(net.buffers, buffers, strict=True))
+    def one(along: Sequence[Tensor], gy: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        held = dict(zip(net.buffers, rest, strict=False))
 
-        def gradient(gy: Tensor, parameters: Tensor) -> Any:
-            pull: Any = torch.func.vjp(lambda own: plain(net, held, x, flat.parts(own)), parameters)[1]
-            return pull(gy)[0]
+        def gradients(gy: Tensor, *parameters: Tensor) -> Any:
+            pull: Any = torch.func.vjp(lambda *own: plain(net, held, x, own), *parameters)[1]
+            found = pull(gy)
+            return tuple(found[i] for i in differentiated)
 
-        pull: Any = torch.func.vjp(gradient, gy, parameters)[1]
-        moved, second = pull(along)
-        return moved, second
+        pull: Any = torch.func.vjp(gradients, gy, *rest[len(net.buffers) :])[1]
+        moved: tuple[Tensor, ...] = pull(tuple(along))
+        return moved
 
     # Not by `vmap`: PyTorch's rules for batch, layer and instance norms in it lose the history of means and deviations,
     # so that further derivatives are wrong (findings/norm_meta_gradient.sh).
-    many = (True, True, *use.many)
     tasks = [
-        one(*(t[i] if own else t for t, own in zip((along, gy, *given), many, strict=True)))
-        for i in range(use.tasks)
+        one([use.one(c, i) for c in along], use.one(gy, i), *use.of_task(i, given))
+        for i in range(max(use.tasks, 1))
     ]
-    moved, second = (torch.stack(parts) for parts in zip(*tasks, strict=True))
-    return moved, second
+    return tuple(map(torch.stack, zip(*tasks, strict=True))) if use.tasks else tasks[0]
 
 
 class Transformed:
@@ -413,18 +410,15 @@ class Transformed:
 
     def __init__(self, net: DifferentiableNetwork) -> None:
         self.net = net
-        self._flat = _Flat(net)
 
     def __str__(self) -> str:
         return f"{self.net}, tasks of vmap side by side"
 
-    def call(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The model's output on ``x`` with the tensors that it holds, at the level that the call is made at."""
-        held, net = Held(model), self.net
-        own = ((name, held.parameter(name)) for name in self._flat.names)
-        parameters = torch.cat([(p.detach() if n in net.constants else p).reshape(-1) for n, p in own])
-        given = [x, *map(held.buffer, net.buffers), parameters]
-        use = _Use(_Call(net, self._flat), 1, (False,) * len(given))
-        made: Any = _Forward.apply(use, *given)  # type: ignore[no-untyped-call, unused-ignore]
-        result: Tensor = made.squeeze(0)
-        return result
+    def call(self, held: Held, x: Tensor) -> Tensor:
+        """The output on ``x`` with the tensors that a model holds, at the level that the call is made at."""
+        net = self.net
+        own = ((name, held.parameter(name)) for name in (*net.names, *net.inert))
+        parameters = [p.detach() if n in net.constants else p for n, p in own]
+        given = [x, *map(held.buffer, net.buffers), *parameters]
+        made: Tensor = levels.call(_Forward, _Use(_Call(net), 0, (False,) * len(given)), *given)
+        return made

@@ -1,0 +1,77 @@
+"""The tensors of a call: what a model holds, and what its running statistics take in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mamlpp_fast import reference
+
+__all__ = ["Held", "Taken"]
+
+
+class Taken(NamedTuple):
+    """What running statistics take in of one pass: ``running`` becomes (1 - share) running + share new."""
+
+    running: list[Tensor]
+    new: list[Tensor]
+    shares: list[float]
+    counts: list[Tensor]
+
+    def apply(self) -> None:
+        torch._foreach_mul_(self.running, [1 - share for share in self.shares])
+        torch._foreach_add_(self.running, torch._foreach_mul(self.new, self.shares))
+        if self.counts:
+            torch._foreach_add_(self.counts, 1)
+
+
+class Held:
+    """What a model holds now, by name: its own tensors, or those that a functional call gives it.
+
+    Args:
+        fast: takes the place of parameters of these names.
+        step: of per-step norms, where it is not theirs.
+        later: takes what running statistics are to take in, in place of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fast: Mapping[str, Tensor] | None = None,
+        step: int | None = None,
+        later: list[Taken] | None = None,
+    ) -> None:
+        self._model = model
+        self._fast = {} if fast is None else fast
+        self._step = step
+        self.later = later
+
+    def parameter(self, name: str) -> Tensor:
+        if (found := self._fast.get(name)) is not None:
+            return found
+        module, leaf = self._module(name)
+        own = module._parameters[leaf]
+        assert own is not None
+        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_affine:
+            return own[self._row(module)]
+        return own
+
+    def buffer(self, name: str) -> Tensor:
+        module, leaf = self._module(name)
+        found = module._buffers[leaf]
+        assert found is not None
+        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_stats:
+            return found[self._row(module)]
+        return found
+
+    def _module(self, name: str) -> tuple[nn.Module, str]:
+        module, (*path, leaf) = self._model, name.split(".")
+        for part in path:
+            module = module._modules[part]  # type: ignore[assignment]
+        return module, leaf
+
+    def _row(self, norm: reference.PerStepBatchNorm2d) -> int:
+        return norm.row if self._step is None else min(self._step, norm.num_steps - 1)
