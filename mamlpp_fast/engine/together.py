@@ -155,9 +155,9 @@ class Together:
                 record_loss(self._loss_fn, (prediction, y), (prediction, y))
                 self._losses[key] = None
             except Unsupported as error:
-                self._losses[key] = str(error)
+                self._losses[key] = f"loss: {error.why}"
         if (why := self._losses[key]) is not None:
-            raise Apart(f"loss: {why}")
+            raise Apart(why)
 
 
 def _room(networks: Mapping[torch.Size, DifferentiableNetwork], kept: int) -> int:
