@@ -1,4 +1,4 @@
-"""The figures of docs/how_it_works.md, one a part of MAML++, from the package's own functions and a kept run.
+"""Figures of docs/how_it_works.md, one a part of MAML++, and of learned rates: by the package itself and kept runs.
 
 `python -m bench.report` writes them, so a figure never says what the code does not do.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,6 @@ from mamlpp_fast.train import TrainConfig, preset
 
 __all__ = ["FIGURES"]
 
-KEPT_RUN = RESULTS / "omniglot-5w1s"
 _SIZE = (6.4, 2.6)
 _TASKS = 32
 
@@ -99,19 +99,19 @@ def _meta_lr(epoch: int, config: TrainConfig) -> float:
 
 
 @drawn
-def lslr() -> Figure:
+def rates(folder: Path) -> Figure:
     """Inner rates of the weights by step that a kept run learned."""
-    run = read_run(KEPT_RUN)
+    run = read_run(folder)
     last, start = run.epochs[-1], run.config["inner_lr"]
-    rates = {n: r for n, r in last["inner_rates"].items() if n.endswith("weight")}
+    learned = {n: r for n, r in last["inner_rates"].items() if n.endswith("weight")}
     figure, ax = _one()
-    for i, (name, values) in enumerate(rates.items()):
-        shade = plt.get_cmap("viridis")(i / len(rates))
+    for i, (name, values) in enumerate(learned.items()):
+        shade = plt.get_cmap("viridis")(i / len(learned))
         ax.plot(range(len(values)), values, "o-", ms=3, lw=1, color=shade, label=name)
     ax.axhline(start, ls=":", lw=1, color=GREY)
     ax.axhline(0, lw=0.6, color=GREY)
     ax.set_xticks(range(len(values)))
-    ax.set_xlabel(f"inner step, after {last['iteration']} meta-updates of {KEPT_RUN.name}")
+    ax.set_xlabel(f"inner step, after {last['iteration']} meta-updates of {folder.name}")
     ax.set_ylabel("inner rate")
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
     return figure
@@ -216,5 +216,7 @@ def _rows(norm: nn.Module) -> list[float]:
 
 
 FIGURES: dict[str, Callable[[], bytes]] = {
-    f"part-{draw.__name__}": functools.cache(draw) for draw in (msl, da, bnrs, bnwb, lslr, ca)
+    **{f"part-{draw.__name__}": functools.cache(draw) for draw in (msl, da, bnrs, bnwb, ca)},
+    "part-lslr": functools.partial(rates, RESULTS / "omniglot-5w1s"),
+    "omniglot-20w1s-rates": functools.partial(rates, RESULTS / "omniglot-20w1s"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,20 @@ from bench.tables import Rows, table
 from mamlpp_fast.report.runs import read_run
 from mamlpp_fast.reproduce.published import Published
 
-__all__ = ["curve_rows", "hard_use", "rates", "reproduced", "reproduced_headline", "run_headline", "runs"]
+__all__ = [
+    "COMPARED",
+    "compared",
+    "curve_rows",
+    "hard_use",
+    "rates",
+    "reproduced",
+    "reproduced_headline",
+    "run_headline",
+    "runs",
+]
 
+# Runs whose curves one figure shows.
+COMPARED = {"omniglot-20w1s": ("omniglot-20w1s", "omniglot-20w1s-maml")}
 # Epochs that a curve's table shows, about.
 _ROWS = 25
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -126,6 +139,11 @@ def reproduced(names: list[str]) -> str:
     """What ``mamlpp-fast reproduce`` wrote, without its title."""
     (name,) = names
     return (RESULTS / name / "table.md").read_text().partition("\n")[2].strip()
+
+
+def compared(names: Sequence[str]) -> Rows:
+    """As :func:`curve_rows`, of single runs."""
+    return [{"label": name, "seed": 0, "epochs": read_run(RESULTS / name).epochs} for name in names]
 
 
 def curve_rows(path: Path) -> Rows:

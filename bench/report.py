@@ -178,6 +178,8 @@ def stale(write: bool) -> list[str]:
         wanted[IMAGES / f"{name}.svg"] = draw(content["rows"])
     for table in sorted(kept.RESULTS.glob("*/table.json")):
         wanted[IMAGES / f"{table.parent.name}.svg"] = plots.curves(kept.curve_rows(table))
+    for name, runs in kept.COMPARED.items():
+        wanted[IMAGES / f"{name}.svg"] = plots.curves(kept.compared(runs))
     for name, figure in figures.FIGURES.items():
         wanted[IMAGES / f"{name}.svg"] = figure()
     differing = []

@@ -445,7 +445,7 @@ def test_a_checkpoint_names_no_file_outside_its_folder(name: Any) -> None:
 def test_an_experiment_file_with_null_for_a_truth_value(tmp_path: Path) -> None:
     file = tmp_path / "experiment.json"
     file.write_text(json.dumps(shipped("omniglot", 5, 1) | {"max_pooling": None}))
-    with pytest.raises(ValueError, match="max_pooling: expected true or false, got None"):
+    with pytest.raises(ValueError, match=r"max_pooling \(max_pool\): expected true or false, got None"):
         read_experiment(file)
 
 

@@ -257,7 +257,7 @@ class FusedEngine:
             for y in (batch.support_y, batch.target_y):
                 if y.is_floating_point() and y.ndim == 3:
                     return None
-                if y.device.type == "cpu" and bool((y == ignored_label(self.loss_fn)).any()):
+                if not y.is_cuda and bool((y == ignored_label(self.loss_fn)).any()):
                     return None
         return loss
 
