@@ -69,7 +69,7 @@ def unsuited(batch: EpisodeBatch, loss_fn: LossFn, given: EpisodeBatch | None = 
         if kind == "classes" and y.ndim != (3 if y.is_floating_point() else 2):
             return f"labels: {list(y.shape)}, not [tasks, n] or shares [tasks, n, classes]"
         # On a CPU the engine looks itself; of a GPU's labels it reads no values.
-        unseen = y.device.type != "cpu" and values.device.type == "cpu" and not y.is_floating_point()
+        unseen = y.is_cuda and not values.is_cuda and not y.is_floating_point()
         if kind == "classes" and unseen and bool((values.to(torch.int64) == ignored).any()):
             return f"labels: some are {ignored}, which does not count"
     return None
