@@ -86,6 +86,7 @@ class _Reader:
         # Modules, parameters and buffers by their order and not by identity: which of them are the same one.
         self.form = form
         self.tensors: dict[int, int] = {}
+        self.followed: set[tuple[int, types.CodeType]] = set()
 
     def module(self, module: nn.Module, training: bool) -> None:
         key, held = self.key, self.held
@@ -99,7 +100,11 @@ class _Reader:
         if not cls.__module__.startswith(_LIBRARIES):
             self.constants(cls)
             self.names(forward, 0)
-            self.methods(cls, forward)
+            functions = self.methods(cls, forward)
+            for value in tuple(state.values()):
+                if _is_opaque(value):
+                    for function in functions:
+                        self.named_of(value, function.__code__, 1)
         for name in _HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
@@ -206,8 +211,11 @@ class _Reader:
             if isinstance(value, functools.partial) and depth < _DEPTH:
                 for part in (value.func, value.args, value.keywords):
                     self.value(part, depth + 1)
+        elif value is os.environ:
+            self.key += os.environ.items()
         else:
             self.opaque.append(value)
+            self.names(type(value).__call__ if callable(value) else None, depth)
             if (settings := _settings(value)) is not None and depth + 1 < _DEPTH:
                 self.constants(type(value))
                 self.value(settings, depth + 1)
@@ -225,12 +233,12 @@ class _Reader:
                         self.key.append(name)
                         self.value(value, 1)
 
-    def methods(self, cls: type, forward: Any) -> None:
-        """The class's own functions that its forward calls, and so on, with what they name."""
+    def methods(self, cls: type, forward: Any) -> list[types.FunctionType]:
+        """The class's own functions that its forward calls, and so on, with what they name; and the forward."""
         own: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
             if not base.__module__.startswith(_LIBRARIES):
-                own |= {n: f for n, f in tuple(vars(base).items()) if isinstance(f, types.FunctionType)}
+                own |= {n: f for n, v in tuple(vars(base).items()) if (f := _function(v)) is not None}
         seen, queue = {forward}, [forward]
         for function in queue:  # grows meanwhile
             for name in _attributes_of(function.__code__) if isinstance(function, types.FunctionType) else ():
@@ -240,15 +248,20 @@ class _Reader:
                     queue.append(method)
                     self.identities(name, (method,))
                     self.names(method, 0)
+        return [f for f in queue if isinstance(f, types.FunctionType)]
 
     def names(self, function: Any, depth: int) -> None:
-        """Plain globals and closed-over values, and containers, that a function itself names."""
+        """What a function itself names: globals and closed-over values; its defaults and attributes."""
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType) or depth >= _DEPTH:
             return
-        if _reads_environment(function.__code__):
+        code = function.__code__
+        if _reads_environment(code):
             self.key += os.environ.items()
-        found = [function.__globals__.get(name) for name in _globals_of(function.__code__)]
+        for given in (function.__defaults__, function.__kwdefaults__, function.__dict__):
+            if given:
+                self.value(given, depth + 1)
+        found = [function.__globals__.get(name) for name in _globals_of(code)]
         for cell in function.__closure__ or ():
             try:
                 found.append(cell.cell_contents)
@@ -257,14 +270,36 @@ class _Reader:
         for value in found:
             if type(value) in _PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
                 self.value(value, depth + 1)
-            elif isinstance(value, nn.Module) or getattr(value, "__module__", "torch.").startswith(
-                _LIBRARIES
-            ):
+                continue
+            # Which one it is counts at least: another activation under the same name, say.
+            self.key.append(id(value))
+            self.held.append(value)
+            if value is os.environ:
+                self.key += os.environ.items()
+            elif isinstance(value, nn.Module):
+                self.named_of(value, code, depth + 1)
+            elif getattr(value, "__module__", "torch.").startswith(_LIBRARIES):
                 continue
             elif isinstance(value, type):
                 self.constants(value)  # a namespace of settings, say
             elif isinstance(value, types.FunctionType) or _settings(value) is not None:
                 self.value(value, depth + 1)
+            elif not isinstance(value, types.ModuleType):
+                self.named_of(value, code, depth + 1)
+
+    def named_of(self, value: object, code: types.CodeType, depth: int) -> None:
+        """Plain attributes of an object that a function names, and those that the methods name which it calls."""
+        if depth >= _DEPTH or (id(value), code) in self.followed:
+            return
+        self.followed.add((id(value), code))
+        held = _attributes(value)
+        for name in _attributes_of(code):
+            if name in held:
+                self.key.append(name)
+                self.value(held[name], depth + 1)
+            elif (method := _function(getattr(type(value), "__dict__", {}).get(name))) is not None:
+                self.names(method, depth + 1)
+                self.named_of(value, method.__code__, depth + 1)
 
 
 def tensors_named(function: Any) -> list[Tensor]:
@@ -293,22 +328,42 @@ def _pickled(value: object) -> bytes:
         return b""
 
 
+def _named(code: types.CodeType, *operations: str) -> tuple[str, ...]:
+    """What these operations of a function, and of functions and comprehensions written within it, name."""
+    found = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in operations)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= dict.fromkeys(_named(constant, *operations))
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=1000)
 def _globals_of(code: types.CodeType) -> tuple[str, ...]:
     """Names of the globals that a function reads or sets."""
-    named = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "STORE_GLOBAL"))
-    return tuple(dict.fromkeys(named))
+    return _named(code, "LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME")
 
 
 @functools.lru_cache(maxsize=1000)
 def _attributes_of(code: types.CodeType) -> tuple[str, ...]:
     """Names of the attributes that a function reads, methods among them."""
-    named = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD"))
-    return tuple(dict.fromkeys(named))
+    return _named(code, "LOAD_ATTR", "LOAD_METHOD")
+
+
+def _function(value: object) -> types.FunctionType | None:
+    """The function behind a method of a class, whatever its kind."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, functools.cached_property):
+        value = value.func
+    return value if isinstance(value, types.FunctionType) else None
 
 
 def _reads_environment(code: types.CodeType) -> bool:
-    return not {"environ", "getenv"}.isdisjoint((*_globals_of(code), *_attributes_of(code)))
+    return not {"environ", "environb", "expandvars", "getenv"}.isdisjoint(
+        (*_globals_of(code), *_attributes_of(code))
+    )
 
 
 def _is_record(value: object) -> bool:
@@ -325,6 +380,15 @@ def _settings(value: object) -> dict[str, Any] | None:
     held = _attributes(value)
     plain = all(type(v) in _PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
     return held if plain else None
+
+
+def _is_opaque(value: object) -> bool:
+    """Whether an object is known by its identity, and by what of it functions name."""
+    known = (Tensor, nn.Module, type, np.ndarray, *_CONTAINERS, *_CODE)
+    return (
+        not (type(value) in _PLAIN or isinstance(value, known) or _is_record(value))
+        and _settings(value) is None
+    )
 
 
 def _values(tensor: Tensor) -> bytes | None:
@@ -365,10 +429,11 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     lists, dictionaries, dataclasses, namespaces and objects that hold nothing else too (up to 1000 entries and 6 levels
     of each), arrays and tensors by identity, version and, up to 1000 values on a CPU, those; other objects by identity.
     So are plain attributes, containers and records of the user's classes, and globals and closed-over values of these
-    kinds that a ``forward``, the methods and the functions it calls, or a function that is an attribute name, and the
-    environment of the process where one of them names that. What a
-    pass of ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Not seen are changes
-    within other objects, and what functions read that are reached through a module (``lib.scale(x)``).
+    kinds that a ``forward``, the methods, properties and functions it calls, with what is written within them, or a
+    function that is an attribute name; of other objects, which they are, and the attributes that these name. Defaults
+    and attributes of such functions count, and the process's environment where one of them names that. What a pass of
+    ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Not seen are changes deeper
+    within other objects, and what functions read that are reached through a module (``lib.scale(x)``) or ``getattr``.
 
     Args:
         model: any module. Nothing is read from a device.
