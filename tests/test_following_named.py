@@ -103,6 +103,10 @@ class Settings:
         return 2 * self.scale
 
 
+class Inherited(Settings):
+    """Has the method of its base."""
+
+
 class OfAnObject(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ def test_an_accelerated_model(kind: type[Base], monkeypatch: pytest.MonkeyPatch)
 
 
 def of_settings() -> Callable[[Tensor, Tensor], Tensor]:
-    settings = Settings()
+    settings = Inherited()
 
     def loss(y: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(y, labels) * settings.scale * settings.twice()

@@ -97,14 +97,12 @@ class _Reader:
         own = (vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c) and not vars(c).get(ROUTED))
         forward = next(own, None)
         key += (id(cls), id(forward), module.training != training)
+        functions: list[types.FunctionType] = []
         if not cls.__module__.startswith(_LIBRARIES):
             self.constants(cls)
             self.names(forward, 0)
             functions = self.methods(cls, forward)
-            for value in tuple(state.values()):
-                if _is_opaque(value):
-                    for function in functions:
-                        self.named_of(value, function.__code__, 1)
+        opaque = len(self.opaque)
         for name in _HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
@@ -136,6 +134,9 @@ class _Reader:
                     key += (kind, value)
                 else:
                     self.value(value, 0)
+        for value in self.opaque[opaque:]:
+            for function in functions:
+                self.named_of(value, function.__code__, 1)
 
     def child(self, module: nn.Module) -> None:
         if id(module) not in self.seen:
@@ -212,7 +213,7 @@ class _Reader:
                 for part in (value.func, value.args, value.keywords):
                     self.value(part, depth + 1)
         elif value is os.environ:
-            self.key += os.environ.items()
+            self.environment()
         else:
             self.opaque.append(value)
             self.names(type(value).__call__ if callable(value) else None, depth)
@@ -235,10 +236,7 @@ class _Reader:
 
     def methods(self, cls: type, forward: Any) -> list[types.FunctionType]:
         """The class's own functions that its forward calls, and so on, with what they name; and the forward."""
-        own: dict[str, Any] = {}
-        for base in reversed(cls.__mro__):
-            if not base.__module__.startswith(_LIBRARIES):
-                own |= {n: f for n, v in tuple(vars(base).items()) if (f := _function(v)) is not None}
+        own = _functions_of(cls)
         seen, queue = {forward}, [forward]
         for function in queue:  # grows meanwhile
             for name in _attributes_of(function.__code__) if isinstance(function, types.FunctionType) else ():
@@ -257,7 +255,7 @@ class _Reader:
             return
         code = function.__code__
         if _reads_environment(code):
-            self.key += os.environ.items()
+            self.environment()
         for given in (function.__defaults__, function.__kwdefaults__, function.__dict__):
             if given:
                 self.value(given, depth + 1)
@@ -275,7 +273,7 @@ class _Reader:
             self.key.append(id(value))
             self.held.append(value)
             if value is os.environ:
-                self.key += os.environ.items()
+                self.environment()
             elif isinstance(value, nn.Module):
                 self.named_of(value, code, depth + 1)
             elif getattr(value, "__module__", "torch.").startswith(_LIBRARIES):
@@ -287,17 +285,20 @@ class _Reader:
             elif not isinstance(value, types.ModuleType):
                 self.named_of(value, code, depth + 1)
 
+    def environment(self) -> None:
+        self.key += os.environ.items()
+
     def named_of(self, value: object, code: types.CodeType, depth: int) -> None:
         """Plain attributes of an object that a function names, and those that the methods name which it calls."""
         if depth >= _DEPTH or (id(value), code) in self.followed:
             return
         self.followed.add((id(value), code))
-        held = _attributes(value)
+        held, own = _attributes(value), _functions_of(type(value))
         for name in _attributes_of(code):
             if name in held:
                 self.key.append(name)
                 self.value(held[name], depth + 1)
-            elif (method := _function(getattr(type(value), "__dict__", {}).get(name))) is not None:
+            elif (method := own.get(name)) is not None:
                 self.names(method, depth + 1)
                 self.named_of(value, method.__code__, depth + 1)
 
@@ -360,6 +361,16 @@ def _function(value: object) -> types.FunctionType | None:
     return value if isinstance(value, types.FunctionType) else None
 
 
+def _functions_of(cls: type) -> dict[str, types.FunctionType]:
+    """The functions of a class and its bases, but for those of libraries."""
+    own: dict[str, types.FunctionType] = {}
+    for base in reversed(cls.__mro__):
+        if not base.__module__.startswith(_LIBRARIES):
+            own |= {n: f for n, v in tuple(vars(base).items()) if (f := _function(v)) is not None}
+    return own
+
+
+@functools.lru_cache(maxsize=1000)
 def _reads_environment(code: types.CodeType) -> bool:
     return not {"environ", "environb", "expandvars", "getenv"}.isdisjoint(
         (*_globals_of(code), *_attributes_of(code))
@@ -380,15 +391,6 @@ def _settings(value: object) -> dict[str, Any] | None:
     held = _attributes(value)
     plain = all(type(v) in _PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
     return held if plain else None
-
-
-def _is_opaque(value: object) -> bool:
-    """Whether an object is known by its identity, and by what of it functions name."""
-    known = (Tensor, nn.Module, type, np.ndarray, *_CONTAINERS, *_CODE)
-    return (
-        not (type(value) in _PLAIN or isinstance(value, known) or _is_record(value))
-        and _settings(value) is None
-    )
 
 
 def _values(tensor: Tensor) -> bytes | None:
