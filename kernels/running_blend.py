@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamlpp_fast.ops.running_blend import _check
-
 from ._launch import TYPE_NAMES, Configuration, launch_options
 
 _TYPES = (torch.float64, torch.float32)
@@ -61,10 +59,9 @@ def blend(
     """``running_blend``.
 
     Raises:
-        ValueError: shapes or strides are not the engine's.
+        ValueError: strides are not the engine's.
         TypeError: a type is neither float32 nor float64, or weights are not float64.
     """
-    _check(running_mean, means, decay, share)
     rows, channels = running_mean.shape
     steps, sides, groups, tasks, _ = means.shape
     pass_stride, group_stride = tasks * channels, means.stride(2)

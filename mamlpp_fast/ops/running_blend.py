@@ -26,7 +26,7 @@ def blended(
     return mean, running_var * decay + unbiased @ variances
 
 
-def _check(running_mean: Tensor, means: Tensor, decay: Tensor, share: Tensor) -> None:
+def _check(running_mean: Tensor, means: Tensor, decay: Tensor, share: Tensor, **_: object) -> None:
     rows, channels = running_mean.shape
     if means.dim() != 5 or means.numel() != share.shape[1] * channels or decay.shape != (rows, 1):
         raise ValueError(
@@ -39,20 +39,15 @@ def _closed(
     running_mean: Tensor, running_var: Tensor, means: Tensor, rstds: Tensor, decay: Tensor, share: Tensor,
     unbiased: Tensor, bias: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
-    _check(running_mean, means, decay, share)
     mean, var = blended(running_mean, running_var, means, rstds, decay, share, unbiased, bias, eps)
     running_mean.copy_(mean)
     running_var.copy_(var)
-
-
-def _fake(running_mean: Tensor, running_var: Tensor, means: Tensor, *rest: object) -> None:
-    return None
 
 
 define(
     "running_blend(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor means, Tensor rstds, Tensor decay, "
     "Tensor share, Tensor unbiased, Tensor? bias, float eps) -> ()",
     fallback=_closed,
-    fake=_fake,
     triton=launcher("running_blend", "blend"),
+    check=_check,
 )

@@ -37,26 +37,14 @@ def _check(outs: Sequence[Tensor], terms: Sequence[Tensor], scales: Sequence[flo
 
 
 def _closed(outs: Sequence[Tensor], terms: Sequence[Tensor], scales: Sequence[float]) -> None:
-    _check(outs, terms, scales)
     for out, term, scale in zip(outs, terms, scales, strict=True):
         sum_into(out, term, scale)
-
-
-def _fake(outs: Sequence[Tensor], terms: Sequence[Tensor], scales: Sequence[float]) -> None:
-    _check(outs, terms, scales)
-
-
-_launch = launcher("strided_sums", "sums")
-
-
-def _triton(outs: Sequence[Tensor], terms: Sequence[Tensor], scales: Sequence[float]) -> None:
-    _check(outs, terms, scales)
-    _launch(outs, terms, scales)
 
 
 define(
     "strided_sums(Tensor(a!)[] outs, Tensor[] terms, float[] scales) -> ()",
     fallback=_closed,
-    fake=_fake,
-    triton=_triton,
+    fake=_check,
+    triton=launcher("strided_sums", "sums"),
+    check=_check,
 )
