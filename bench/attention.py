@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import mamlpp_fast as mf
 from bench.harness import keep
 from bench.networks import RATE, textbook
+from mamlpp_fast.engine.fused.engine import FusedEngine
 
 _SMALL = 8
 
@@ -75,7 +76,8 @@ def peak(side: str, length: int, heads: int, width: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     found = {"mib": (_peak() - before) / 2**20, "ms": 1000 * seconds}
     if side == "ours":
-        prepared = learner.engine._current  # type: ignore[attr-defined]
+        assert isinstance(learner.engine, FusedEngine)
+        prepared = learner.engine.prepare(episodes, multi_step=False, second_order=True)
         found["planned"] = (prepared.workspace_bytes + prepared.owned_bytes) / 2**20
     return found
 

@@ -23,6 +23,7 @@ from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.lanes import watched
+from mamlpp_fast.ops._library import transformed
 
 __all__ = ["accelerate", "acceleration"]
 
@@ -86,10 +87,10 @@ def _kind(model: nn.Module) -> type:
 
 
 def _said(key: list[Any]) -> str:
-    shape, dtype, _, training, inputs, transformed = key
+    shape, dtype, _, training, inputs, why = key
     kind = "training" if training else "evaluation"
     beside = ", examples with a gradient" if inputs else ""
-    under = ", under torch.func" if transformed else ""
+    under = ", under torch.func" if why else ""
     return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {kind}{beside}{under}"
 
 
@@ -217,7 +218,7 @@ def _can(model: nn.Module, x: Any) -> bool:
         and not torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._get_tracing_state()
-        and (torch.autograd.forward_ad._current_level < 0 or transforms.active())
+        and (torch.autograd.forward_ad._current_level < 0 or transformed())
         # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and not paused()
@@ -228,8 +229,8 @@ def _can(model: nn.Module, x: Any) -> bool:
 def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -> _Route:
     form = form_of(model)
     # Empty without a transform of torch.func; with one, why its kind is refused.
-    transformed = (transforms.refusal(model, x),) if transforms.active() else ()
-    key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, transformed, form)
+    transform = (transforms.refusal(model, x),) if transformed() else ()
+    key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, transform, form)
     with _lock:
         if key in _routes:
             _routes.move_to_end(key)
@@ -237,11 +238,11 @@ def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")
-        if transformed:
-            route = _under_transforms(model, x, plain, *transformed)
+        if transform:
+            route = _under_transforms(model, x, plain, *transform)
         else:
             route = _made(model if plain is None else plain(), x)
-        if isinstance(route, _Refusal) and not transformed:
+        if isinstance(route, _Refusal) and not transform:
             refused[key[:-1]] += 1
             if route.passing and refused[key[:-1]] < _TRIES:
                 return route

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mamlpp_fast.copying import tied_function
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fused.derivatives import paused
+from mamlpp_fast.ops._library import transformed
 
 __all__ = ["map_tasks"]
 
@@ -79,7 +80,7 @@ def _alone(model: nn.Module) -> bool:
         or paused()
         or torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or any(t.device.type != "cpu" for t in itertools.chain(model.parameters(), model.buffers()))

@@ -7,7 +7,7 @@ import threading
 import time
 import types
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,19 +17,14 @@ from test_accelerate import CLOSE, Scaled, conv_net, data, mlp
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated
 from mamlpp_fast.compat import learn2learn as l2l
 
 Task = tuple[Tensor, ...]
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    accelerated._routes.clear()
-    before = torch.get_num_threads()
+def threads(own_threads: None, nothing_accelerated: None) -> None:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def step(model: nn.Module, task: Task) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,12 +29,8 @@ def weighted() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    accelerated._routes.clear()
-    before = torch.get_num_threads()
+def threads(own_threads: None, nothing_accelerated: None) -> None:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch(tasks: int = 3) -> mf.EpisodeBatch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mamlpp_fast.report.runs import Run, read_run
+from mamlpp_fast.train.files import is_held
 from mamlpp_fast.train.progress import duration
 
 __all__ = ["describe_runs", "list_runs"]
@@ -52,7 +52,7 @@ def _record(folder: Path) -> dict[str, Any]:
     files = [folder / "config.json", folder / "metrics.jsonl", folder / "checkpoints" / "latest.pt"]
     written = max(f.stat().st_mtime for f in files if f.exists())
     try:
-        return {"run": str(folder), **_progress(read_run(folder), _held(folder)), "written": written}
+        return {"run": str(folder), **_progress(read_run(folder), is_held(folder)), "written": written}
     except (ValueError, KeyError, TypeError) as error:
         return {"run": str(folder), "state": "damaged", "fault": str(error), "written": written}
 
@@ -82,21 +82,6 @@ def _progress(run: Run, running: bool) -> dict[str, Any]:
         **{key: summary.get(key) for key in accuracies},
         "seconds_left": None if each is None or state == "finished" else each * (total - made),
     }
-
-
-def _held(folder: Path) -> bool:
-    """Whether a process is at work in the folder."""
-    try:
-        descriptor = os.open(folder / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def describe_runs(records: Sequence[dict[str, Any]]) -> str:

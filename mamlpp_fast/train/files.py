@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_line", "read_json", "remove_leftovers", "run_lock", "write_json", "write_whole"]
+__all__ = ["append_line", "is_held", "read_json", "remove_leftovers", "run_lock", "write_json", "write_whole"]
 
 _TEMPORARY = ".tmp"
+_LOCK = ".lock"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -83,7 +84,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         OSError: when the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,6 +100,21 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the run folder."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mamlpp_fast import _native, ops
+from mamlpp_fast.ops._library import transformed
 
 __all__ = ["FUSED"]
 
@@ -53,7 +54,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             # Without the native library the operation's closed form is slower than PyTorch's batch norm on a CPU.
             and (not x.is_cpu or _native.status().loaded)
             # torch.func's transforms and forward mode do not pass through the operation.
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and not transformed()
             and forward_ad._current_level < 0
         )
 

@@ -126,7 +126,6 @@ class FusedEngine:
     def evaluate(self, batch: EpisodeBatch, *, steps: int, stats: EvalStats) -> Tensor:
         """See :class:`mamlpp_fast.engine.Engine`."""
         self.model.eval()
-        self._check(batch)
         prepared = self.prepare_evaluation(batch, steps, stats)
         with torch.no_grad(), float32_products(self.device, tf32=self.precision == "tf32"):
             prepared.run(batch)
@@ -170,8 +169,7 @@ class FusedEngine:
             Unsupported: names what of the model has no rules, or which result is not the reference's.
         """
         self.model.train()
-        self._check(batch)
-        plain = self._plain(batch)
+        plain = self._check(batch)
         key = ("train", multi_step, second_order, torch.get_num_threads(), plain is None, *_shapes(batch))
         if key not in self._prepared:
             network = self._lower(batch, plain, training=True)
@@ -199,7 +197,7 @@ class FusedEngine:
 
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
         """Like :meth:`prepare`, for :meth:`evaluate`."""
-        plain = self._plain(batch)
+        plain = self._check(batch)
         key = ("evaluate", steps, stats, torch.get_num_threads(), plain is None, *_shapes(batch))
         if key not in self._prepared:
             network = self._lower(batch, plain, training=False)
@@ -238,7 +236,12 @@ class FusedEngine:
         prepared.bind(Workspace(self.device))
         return prepared
 
-    def _check(self, batch: EpisodeBatch) -> None:
+    def _check(self, batch: EpisodeBatch) -> Loss | None:
+        """The loss of a batch, as :meth:`_plain`.
+
+        Raises:
+            Unsupported, ValueError: examples or labels do not fit.
+        """
         if batch.support_x.shape[2:] != batch.target_x.shape[2:]:
             raise Unsupported(
                 "target_x",
@@ -249,6 +252,7 @@ class FusedEngine:
         if plain is not None:
             plain.check("support_y", batch.support_y)
             plain.check("target_y", batch.target_y)
+        return plain
 
     def _plain(self, batch: EpisodeBatch) -> Loss | None:
         """The loss where it has rules of its own that take the labels of a batch; values are read on a CPU alone."""

@@ -16,17 +16,14 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-__all__ = ["NO_TANGENTS", "active", "call"]
+from mamlpp_fast.ops._library import transformed
+
+__all__ = ["NO_TANGENTS", "call"]
 
 NO_TANGENTS = (
     "accelerate: forward-mode derivatives (torch.func.jvp, jacfwd) that only a backward pass meets are not "
     "implemented; take them of the whole function"
 )
-
-
-def active() -> bool:
-    """Whether a transform of ``torch.func`` is at work on the calling thread."""
-    return functorch.peek_interpreter_stack() is not None
 
 
 def call(operation: Any, use: Any, *tensors: Tensor) -> Any:
@@ -39,7 +36,7 @@ def call(operation: Any, use: Any, *tensors: Tensor) -> Any:
     """
     # As PyTorch's operations do it: of a level that is over, the values are left.
     tensors = tuple(functorch.unwrap_if_dead(t) for t in tensors)
-    if not active():
+    if not transformed():
         return super(torch.autograd.Function, operation).apply(use, *tensors)
     interpreter: Any = retrieve_current_functorch_interpreter()
     kind = interpreter.key()

@@ -28,11 +28,10 @@ from mamlpp_fast.engine.fused import levels
 from mamlpp_fast.engine.fused.derivatives import Lease, plain
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.held import Held
-from mamlpp_fast.engine.fused.levels import active
 from mamlpp_fast.engine.fused.program import Section
 from mamlpp_fast.engine.fused.sections import Place
 
-__all__ = ["Transformed", "active", "outside", "refusal"]
+__all__ = ["Transformed", "outside", "refusal"]
 
 
 def refusal(model: nn.Module, x: Tensor) -> str | None:
