@@ -14,11 +14,14 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamlpp_fast._compiler import lean_mode
+
 __all__ = ["OwnGenerators", "seeded"]
 
 _lock = threading.Lock()
 
 
+@lean_mode
 class OwnGenerators(TorchDispatchMode):
     """Within it this thread draws from generators of its own, one a device; the process's stay where they stand.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from mamlpp_fast._compiler import lean
 from mamlpp_fast.config import MAMLConfig
 
 __all__ = [
+    "LeanAdam",
     "Resting",
     "align",
     "follow",
@@ -29,17 +32,32 @@ Resting = dict[int, tuple[Tensor, dict[str, Any]]]
 _OWN = ("fused", "capturable", "foreach")
 
 
+class LeanAdam(Adam):
+    """PyTorch's Adam, which leaves the compiler unloaded."""
+
+    add_param_group = lean(Adam.add_param_group)
+    load_state_dict = lean(Adam.load_state_dict)
+    state_dict = lean(Adam.state_dict)
+    zero_grad = lean(Adam.zero_grad)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """See ``torch.optim.Adam``."""
+        # PyTorch puts a step's hooks around each class's: around this one, so not around the one within as well.
+        return inspect.unwrap(Adam.step)(self, closure)
+
+
 def trainable(*modules: nn.Module) -> list[nn.Parameter]:
     """The parameters that Adam updates, in the order in which its state dict numbers them."""
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def make_adam(parameters: Sequence[nn.Parameter], config: MAMLConfig, device: torch.device) -> Adam:
+def make_adam(parameters: Sequence[nn.Parameter], config: MAMLConfig, device: torch.device) -> LeanAdam:
     """Adam as ``config`` asks."""
     on_gpu = device.type == "cuda"
     # A tensor learning rate lets the schedule change it inside a captured graph.
     lr = torch.tensor(config.meta_lr, device=device) if on_gpu else config.meta_lr
-    return Adam(parameters, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu)
+    return LeanAdam(parameters, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu)
 
 
 def follow(

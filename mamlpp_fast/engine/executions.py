@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mamlpp_fast._compiler import lean_mode
+
 __all__ = ["Draw", "Executions", "draws", "sized_by_values"]
 
 
@@ -40,6 +42,7 @@ class Draw:
         return cls(tuple(t.shape), tuple(t.stride()), float(given.get("p", 0.5)))
 
 
+@lean_mode
 class Executions(TorchDispatchMode):
     """What is executed, since it was last asked."""
 

@@ -23,6 +23,7 @@ from torch.func import jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from mamlpp_fast._compiler import lean_mode
 from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.executions import Draw, draws, sized_by_values
 from mamlpp_fast.engine.fused.program import Ref
@@ -182,6 +183,7 @@ def draw_leaf(number: int) -> str:
     return f"{_DRAW}{number}"
 
 
+@lean_mode
 class _Tracer(TorchDispatchMode):
     """Writes nodes into a table for what is executed on tensors that are known.
 
