@@ -190,14 +190,14 @@ def network_of(model: nn.Module, x: Tensor) -> DifferentiableNetwork | str:
     return str(route)
 
 
-def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
-    """:func:`mamlpp_fast.functional_call` of one argument, from the kernels where they serve it (on a CPU)."""
+def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inputs) -> Any:
+    """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
         own = (
             isinstance(x, Tensor) and x.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
         )
         made = served(model, (x,), {}) if own else None
-        return model(x) if made is None else made
+        return reference.called(model, x) if made is None else made
 
 
 def _new(cls: Any, *args: Any) -> nn.Module:

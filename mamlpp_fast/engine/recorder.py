@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Value:
-    """An activation: 0 is the input of the network."""
+    """An activation; the first ones are the inputs of the network, in order."""
 
     index: int
 
@@ -119,11 +119,11 @@ class Recorder(TorchFunctionMode):
 
     Args:
         model: called with stand-ins for its tensors.
-        x: value 0; whether it requires a gradient tells what of it is made a constant (``detach``, ``no_grad``).
-        beside: further inputs, the values that follow.
+        inputs: the first values; whether one requires a gradient tells what of it is made a constant (``detach``,
+            ``no_grad``).
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.root = type(model).__name__
         self.paths = {id(m): name for name, m in model.named_modules()}
@@ -132,8 +132,10 @@ class Recorder(TorchFunctionMode):
         self.operations: list[Operation] = []
         self.result: int | None = None
         self.stand_ins: dict[str, Tensor] = {}
-        self.inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, *beside)]
-        self.inputs[0].requires_grad_(x.requires_grad)
+        self.inputs = [
+            t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.requires_grad)
+            for t in inputs
+        ]
         self._references: dict[int, Value | Parameter | Buffer | Constant] = {}
         self._memory: dict[int, set[int]] = {}
         self._stale: set[int] = set()

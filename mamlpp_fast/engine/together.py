@@ -130,7 +130,7 @@ class Together:
 
     def _networks(self, batch: EpisodeBatch) -> dict[torch.Size, DifferentiableNetwork]:
         """What takes the passes, by the examples' shape, in the mode that the model is in."""
-        if any(t.requires_grad for t in batch.fields):
+        if any(t.requires_grad for t in batch.tensors):
             raise Apart("inputs: require gradients")
         for module in (self._model, self._rates):
             if (hook := hooks(module)) is not None:
@@ -138,7 +138,8 @@ class Together:
         if other := set(self._rates.names) - {name for name, _ in self._model.named_parameters()}:
             raise Apart(f"{min(other)}: is another name of a parameter")
         networks: dict[torch.Size, DifferentiableNetwork] = {}
-        sides = ((batch.support_x[0], batch.support_y[0]), (batch.target_x[0], batch.target_y[0]))
+        task = batch[0]
+        sides = ((task.support_x, task.support_y), (task.target_x, task.target_y))
         with torch.enable_grad():
             for x, y in sides:
                 network = accelerated.network_of(self._model, x)

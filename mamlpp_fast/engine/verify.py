@@ -22,6 +22,7 @@ from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.inputs import examples_of, mapped, tensors_of
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.nn import plain_batch_norm
 from mamlpp_fast.reference import EvalStats, LossFn
@@ -47,18 +48,19 @@ _VALUES = 2**11
 _EXAMPLES = 4
 
 
-def enough(x: Tensor) -> int:
+def enough(x: reference.Inputs) -> int:
     """How many examples [n, ...] a check takes."""
-    return min(len(x), max(_EXAMPLES, _VALUES // max(x[0].numel(), 1)))
+    values = sum(t[0].numel() for t in tensors_of(x))
+    return min(examples_of(x), max(_EXAMPLES, _VALUES // max(values, 1)))
 
 
 def sample(batch: EpisodeBatch) -> EpisodeBatch:
     """The first task of a batch; of large examples some, evenly over the classes."""
 
-    def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        count = enough(x[0])
-        chosen = torch.arange(count, device=x.device) * x.shape[1] // count
-        return x[:1, chosen], y[:1, chosen]
+    def some(x: reference.Inputs, y: Tensor) -> tuple[reference.Inputs, Tensor]:
+        count = enough(mapped(lambda t: t[0], x))
+        chosen = torch.arange(count, device=y.device) * y.shape[1] // count
+        return mapped(lambda t: t[:1, chosen], x), y[:1, chosen]
 
     sides = (*some(batch.support_x, batch.support_y), *some(batch.target_x, batch.target_y))
     return EpisodeBatch(*sides, by_class=False)
@@ -80,7 +82,7 @@ def check_meta_gradient(
         Unsupported: names what differs by more than 1e-6 of its largest value, and by how much.
     """
     steps = prepared.form.steps
-    weights = torch.arange(1.0, steps + 1, dtype=torch.float64, device=batch.support_x.device) / (steps + 1)
+    weights = torch.arange(1.0, steps + 1, dtype=torch.float64, device=batch.support_y.device) / (steps + 1)
     buffers = {name: _exact(b) for name, b in model.named_buffers()}
     gradients = Gradients(model, rates, torch.float64)
     with torch.no_grad():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["functional_call", "swapped"]
+__all__ = ["Inputs", "called", "functional_call", "predicted", "swapped"]
+
+Inputs = Any
+"""What a model is given: a tensor; a tuple, for ``model(*inputs)``; or a dict, for ``model(**inputs)``."""
 
 
 def functional_call(
@@ -35,6 +38,19 @@ def functional_call(
     """
     with swapped(model, tensors):
         return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+
+
+def predicted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
+    """What ``model`` makes of inputs with ``tensors`` in place of its own; see :func:`functional_call`."""
+    with swapped(model, tensors):
+        return called(model, inputs)
+
+
+def called(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """What ``model`` makes of inputs."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 @contextlib.contextmanager

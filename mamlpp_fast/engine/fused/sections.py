@@ -64,7 +64,8 @@ class Sections:
         network, images, dtype = form.network, form.images, form.dtype
         em = self._em = Emitter(form.device, dtype)
         shape = network.shapes[network.output]
-        given = dtype if network.dtype.is_floating_point else network.dtype
+        (kind,) = network.inputs
+        given = dtype if kind.is_floating_point else kind
         self.x = self._own("examples", 1, images, *network.shapes[0], dtype=given)
         # Of the examples: their gradient, the direction that they move along, the gradient's derivative.
         self.beside: list[Ref] = []
