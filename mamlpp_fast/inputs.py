@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mamlpp_fast.reference import Inputs
 
-__all__ = ["as_given", "examples_of", "form_of_inputs", "joined", "mapped", "named", "tensors_of"]
+__all__ = [
+    "as_given",
+    "examples_of",
+    "form_of_inputs",
+    "joined",
+    "mapped",
+    "named",
+    "structure_of",
+    "tensors_of",
+]
 
 
 def as_given(name: str, inputs: Any) -> Inputs:
@@ -63,16 +71,16 @@ def mapped(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     return function(inputs) if isinstance(inputs, Tensor) else pytree.tree_map(function, inputs)
 
 
-def joined(tensors: list[Tensor], like: Inputs) -> Inputs:
-    """Inputs of the form of ``like`` that hold these tensors."""
-    if isinstance(like, Tensor):
-        return tensors[0]
-    return pytree.tree_unflatten(tensors, pytree.tree_structure(like))
+def structure_of(inputs: Inputs) -> pytree.TreeSpec | None:
+    """How inputs are held; None for a tensor alone."""
+    return None if isinstance(inputs, Tensor) else pytree.tree_structure(inputs)
 
 
-def form_of_inputs(
-    inputs: Inputs, lead: int = 0
-) -> tuple[pytree.TreeSpec | None, tuple[tuple[torch.Size, torch.dtype], ...]]:
+def joined(tensors: Sequence[Tensor], structure: pytree.TreeSpec | None) -> Inputs:
+    """Inputs that hold these tensors; the other way round than :func:`tensors_of`."""
+    return tensors[0] if structure is None else pytree.tree_unflatten(tensors, structure)
+
+
+def form_of_inputs(inputs: Inputs, lead: int = 0) -> tuple[Hashable, ...]:
     """What tells inputs of one form from others: how they are held; shapes, without so many axes, and types."""
-    held = None if isinstance(inputs, Tensor) else pytree.tree_structure(inputs)
-    return held, tuple((t.shape[lead:], t.dtype) for t in tensors_of(inputs))
+    return structure_of(inputs), *((t.shape[lead:], t.dtype) for t in tensors_of(inputs))

@@ -36,7 +36,7 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint, tensors_named
 from mamlpp_fast.engine.recorder import Operation, Recorder
-from mamlpp_fast.inputs import examples_of, joined, tensors_of
+from mamlpp_fast.inputs import examples_of, joined, structure_of, tensors_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -268,7 +268,7 @@ def _watched(model: nn.Module, inputs: reference.Inputs, gradient: bool = True) 
                 recorder.watch,
                 recorder,
             ):
-                result = reference.called(model, joined(recorder.inputs, inputs))
+                result = reference.called(model, joined(recorder.inputs, structure_of(inputs)))
                 held = dict(model.named_parameters()) | dict(model.named_buffers())
             recorder.finish(result)
             for name, t in recorder.stand_ins.items():

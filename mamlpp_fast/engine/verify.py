@@ -146,7 +146,9 @@ def check_evaluation(
     return True
 
 
-def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: frozenset[str]) -> None:
+def check_call(
+    net: DifferentiableNetwork, model: nn.Module, x: reference.Inputs, wanted: frozenset[str]
+) -> None:
     """Compares a call as one operation, its gradients, their derivatives along a direction and running statistics.
 
     Args:
@@ -161,7 +163,7 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
     def waves(t: Tensor) -> Tensor:
         return torch.arange(1.0, t.numel() + 1, dtype=torch.float64, device=t.device).cos().view(t.shape)
 
-    def derivatives(x: Tensor, y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def derivatives(x: reference.Inputs, y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         by = {name: held[name] for name in (*net.names, *net.inert) if name not in net.constants}
         if net.inputs:
             by["the examples"] = x
@@ -182,14 +184,14 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
         return made | {name: held[name] for name, _ in model.named_buffers()}
 
     results = []
-    x = x.to(torch.float64) if x.is_floating_point() else x
+    x = mapped(lambda t: t.to(torch.float64) if t.is_floating_point() else t, x)
     with torch.enable_grad():
         for ours in (False, True):
             held = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
             held |= {name: t.requires_grad_() for name, t in held.items() if name in (*net.names, *net.inert)}
-            given = x.clone().requires_grad_(net.inputs)
+            given = mapped(lambda t: t.clone().requires_grad_(net.inputs), x)
             with _reference(model, held), reference.right_second_order(model):
-                y = model(given) if not ours else None
+                y = reference.called(model, given) if not ours else None
             if ours:
                 with reference.swapped(model, held):
                     y = net.call(Held(model), given)

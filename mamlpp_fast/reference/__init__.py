@@ -10,7 +10,7 @@ inner loop), ``meta.py`` (the meta-gradient, evaluation).
 """
 
 from mamlpp_fast.reference.adapting import adapted_names
-from mamlpp_fast.reference.calling import Inputs, called, functional_call, predicted, swapped
+from mamlpp_fast.reference.calling import Arguments, Inputs, called, functional_call, predicted, swapped
 from mamlpp_fast.reference.inner import (
     LossFn,
     check_recomputation,
@@ -34,6 +34,7 @@ from mamlpp_fast.reference.schedules import cosine_annealing, is_second_order, m
 
 __all__ = [
     "NORMS",
+    "Arguments",
     "EvalStats",
     "Inputs",
     "LossFn",

@@ -28,7 +28,7 @@ from mamlpp_fast.engine.record import Recording, record
 from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
 from mamlpp_fast.episodes import EpisodeBatch
-from mamlpp_fast.inputs import examples_of, form_of_inputs, mapped, named
+from mamlpp_fast.inputs import examples_of, form_of_inputs, mapped, named, structure_of
 from mamlpp_fast.labels import ignored_label
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.machine import free_bytes, release_memory
@@ -244,7 +244,7 @@ class FusedEngine:
             Unsupported, ValueError: examples or labels do not fit.
         """
         support, target = (named(f"{s}_x", getattr(batch, f"{s}_x")) for s in ("support", "target"))
-        if form_of_inputs(batch.support_x)[0] != form_of_inputs(batch.target_x)[0]:
+        if structure_of(batch.support_x) != structure_of(batch.target_x):
             raise Unsupported("target_x", "expected inputs in the form of those of support_x")
         for (like, x), (name, t) in zip(support, target, strict=True):
             if (x.shape[2:], x.dtype) != (t.shape[2:], t.dtype):
