@@ -42,10 +42,9 @@ def accelerate(model: _M) -> _M:
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
     arguments than tensors [N, ...] of the parameters' type, integers or bool (in tuples, lists and dicts too), several
-    of them where the examples take a gradient, forward mode, ``torch.compile``, autocast, hooks on
-    saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed list of
-    operations, or one of linear layers and pointwise functions alone. :func:`acceleration` says what was served and
-    what not, and why.
+    of them where the examples take a gradient, forward mode, ``torch.compile``, autocast, hooks on saved tensors
+    (checkpoints), normalising with running statistics, models whose forward is no fixed list of operations, or one of
+    linear layers and pointwise functions alone. :func:`acceleration` says what was served and what not, and why.
 
     ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way, by the parameters: the tasks of a
     ``vmap`` run side by side on the threads. Norms that update running statistics are not, for PyTorch refuses most of
@@ -205,7 +204,7 @@ def network_of(model: nn.Module, x: reference.Inputs) -> DifferentiableNetwork |
 def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inputs) -> Any:
     """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        own = next(iter(tensors_of(x))).device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+        own = tensors_of(x)[0].device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
         made = _served(model, x) if own else None
         return reference.called(model, x) if made is None else made
 

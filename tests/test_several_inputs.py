@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 
 import mamlpp_fast as mf
+from mamlpp_fast.engine.reduction import Reduction
 
 TASKS, SUPPORT, TARGETS, WAYS = 3, 6, 4, 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -346,3 +347,17 @@ def test_ids_that_the_model_does_not_take_are_named() -> None:
         ValueError, match=r"support_x\[1\]: expected inputs that the model takes, got token ids"
     ):
         learner.meta_gradient(mf.EpisodeBatch(ids, batch.support_y, ids, batch.support_y))
+
+
+def test_ranks_count_the_passes_of_norms() -> None:
+    class Two:
+        size, rank = 2, 0
+
+        def broadcast(self, tensors: Any) -> None:
+            """One process plays both."""
+
+    learner = learner_of("pictures", "reference")
+    reduction = Reduction(Two(), learner.model, learner.rates)  # type: ignore[arg-type]
+    reduction.begin(made("pictures")[0].support_x, True)
+    assert reduction.norms is not None
+    assert [norm.passes[True].tolist() for norm in reduction.norms] == [[2, 2]]  # support and target, by step

@@ -23,6 +23,7 @@ from torch import nn
 
 from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.composites import DENSE
+from mamlpp_fast.engine.fused.multi_head import taken_apart
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
 from mamlpp_fast.engine.fused.steps.generic import Recorded
@@ -89,7 +90,7 @@ def lower(
         Unsupported: names the first call that cannot be a step.
     """
     with handed_over(model):
-        return Lowering(recording, model, adapted, running).run(any_shape)
+        return Lowering(taken_apart(recording), model, adapted, running).run(any_shape)
 
 
 def lower_loss(recording: Recording, module: nn.Module, dtype: torch.dtype) -> Network:

@@ -12,6 +12,7 @@ found again by the backward rules, and what no result needs is never emitted.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.executions import Draw, draws, sized_by_values
 from mamlpp_fast.engine.fused.program import Ref
+from mamlpp_fast.machine import release_memory
 from mamlpp_fast.reference import math_attention
 
 __all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "draw_leaf", "packet_of"]
@@ -55,6 +57,10 @@ _SAME = frozenset({aten._unsafe_view.default, aten.lift_fresh_copy.default})
 _PLACED = ("as_strided", "_reshape_alias", "set_", "resize_")
 
 
+# Bytes of examples. The C library keeps what they leave, of trace after trace: by turns it grew to four times as much.
+_LARGE = 2**22
+
+
 class Untraceable(Exception):
     """The operators of an operation cannot be written down; the text says why."""
 
@@ -65,6 +71,11 @@ class Form(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, t: Tensor | Ref) -> Form:
@@ -432,6 +443,8 @@ class Traced:
     ) -> list[Term]:
         if key not in self._found:
             self._found[key] = self._trace(fn, leaves)
+            if sum(leaf.form.nbytes for leaf in leaves.values()) >= _LARGE:
+                release_memory()
         return self._found[key]
 
     def _trace(self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]) -> list[Term]:
