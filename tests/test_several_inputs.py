@@ -65,6 +65,19 @@ class Text(nn.Module):
         return self.head((x * weights).sum(1) / weights.sum(1))
 
 
+class Encoder(nn.Module):
+    """The same with PyTorch's layers, told of the padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.head = nn.Embedding(9, 4), nn.Linear(4, WAYS)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.layer(self.codes(input_ids), src_key_padding_mask=attention_mask.logical_not())
+        return self.head(x[:, 0])
+
+
 class Graph(nn.Module):
     """Two layers over nodes; features [n, V, F] and adjacency [n, V, V], beside a weight of each graph [n]."""
 
@@ -127,6 +140,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "recommender": (Recommender, (_ids(), _ids()), {"loss": "mse"}),
     "text": (Text, {"input_ids": _ids(5), "attention_mask": _mask(torch.int64)}, {}),
     "text, bool": (Text, {"attention_mask": _mask(torch.bool), "input_ids": _ids(5)}, {}),
+    "encoder": (Encoder, {"input_ids": _ids(5), "attention_mask": _mask(torch.int64)}, {}),
     "graph": (Graph, _GRAPH, {}),
     "graph, first order": (Graph, _GRAPH, {"second_order": False, "msl": False}),
     "pictures": (Pictures, _IMAGES, {}),
