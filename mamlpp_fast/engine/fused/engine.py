@@ -243,16 +243,8 @@ class FusedEngine:
         Raises:
             Unsupported, ValueError: examples or labels do not fit.
         """
-        support, target = (named(f"{s}_x", getattr(batch, f"{s}_x")) for s in ("support", "target"))
-        if structure_of(batch.support_x) != structure_of(batch.target_x):
-            raise Unsupported("target_x", "expected inputs in the form of those of support_x")
-        for (like, x), (name, t) in zip(support, target, strict=True):
-            if (x.shape[2:], x.dtype) != (t.shape[2:], t.dtype):
-                raise Unsupported(
-                    name,
-                    f"expected examples of shape {tuple(x.shape[2:])} and {x.dtype} like {like}, "
-                    f"got {tuple(t.shape[2:])} and {t.dtype}",
-                )
+        if form_of_inputs(batch.support_x, 2) != form_of_inputs(batch.target_x, 2):
+            raise _unlike(batch)
         plain = self._plain(batch)
         if plain is not None:
             plain.check("support_y", batch.support_y)
@@ -446,3 +438,17 @@ class FusedEngine:
                 prepared.memory.weights.tensor().copy_(step_weights)
             prepared.run(batch, self._tensors, self._gradients)
         return prepared.losses, prepared.logits
+
+
+def _unlike(batch: EpisodeBatch) -> Unsupported:
+    """In what the inputs of the targets differ from those of the support."""
+    if structure_of(batch.support_x) == structure_of(batch.target_x):
+        pairs = zip(named("support_x", batch.support_x), named("target_x", batch.target_x), strict=True)
+        for (like, x), (name, t) in pairs:
+            if (x.shape[2:], x.dtype) != (t.shape[2:], t.dtype):
+                return Unsupported(
+                    name,
+                    f"expected examples of shape {tuple(x.shape[2:])} and {x.dtype} like {like}, "
+                    f"got {tuple(t.shape[2:])} and {t.dtype}",
+                )
+    return Unsupported("target_x", "expected inputs in the form of those of support_x")

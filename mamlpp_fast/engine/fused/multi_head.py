@@ -109,28 +109,34 @@ def _parts(op: Operation, call: _Call, place: int) -> list[Operation]:
     """The operations that stand for one; their values begin at ``place``."""
     given, dtype = call.given, op.tensors[0][1]
 
-    def part(function: Any, args: tuple[Any, ...], i: int, **kwargs: Any) -> Operation:
-        made = (place + i,), ((call.shapes[i], dtype),)
-        return replace(op, function=function, args=args, kwargs=kwargs, outputs=made[0], tensors=made[1])
+    def part(i: int, function: Any, *args: Any, **kwargs: Any) -> Operation:
+        tensors = ((call.shapes[i], dtype),)
+        return replace(op, function=function, args=args, kwargs=kwargs, outputs=(place + i,), tensors=tensors)
 
     weights = given["in_proj_weight"], given["in_proj_bias"]
-    parts = [
-        part(projected, (given[name], *weights, i, given["num_heads"]), i)
+    q, k, v = (
+        part(i, projected, given[name], *weights, i, given["num_heads"])
         for i, name in enumerate(("query", "key", "value"))
-    ]
-    q, k, v, y = (Value(place + i) for i in range(4))
-    parts.append(part(F.scaled_dot_product_attention, (q, k, v), 3, is_causal=call.causal))
-    last = (y, given["out_proj_weight"], given["out_proj_bias"])
-    whole = {"outputs": op.outputs[:1], "tensors": op.tensors[:1]}
-    return [*parts, replace(op, function=joined_heads, args=last, kwargs={}, **whole)]
+    )
+    values = [Value(place + i) for i in range(4)]
+    y = part(3, F.scaled_dot_product_attention, *values[:3], is_causal=call.causal)
+    last = replace(
+        op,
+        function=joined_heads,
+        args=(values[3], given["out_proj_weight"], given["out_proj_bias"]),
+        kwargs={},
+        outputs=op.outputs[:1],
+        tensors=op.tensors[:1],
+    )
+    return [q, k, v, y, last]
 
 
 def projected(x: Tensor, weight: Tensor, bias: Tensor | None, part: int, heads: int) -> Tensor:
     """Queries, keys or values (0, 1, 2) of [L, N, E], by their third of the weight [3E, E]: [N, H, L, d]."""
     size = len(weight) // 3
     rows = slice(part * size, (part + 1) * size)
-    y = F.linear(x, weight[rows], None if bias is None else bias[rows])
-    return y.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+    y: Tensor = F.linear(x, weight[rows], None if bias is None else bias[rows])
+    return y.view(*y.shape[:2], heads, -1).permute(1, 2, 0, 3)
 
 
 def joined_heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
