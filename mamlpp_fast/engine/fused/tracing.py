@@ -57,8 +57,8 @@ _SAME = frozenset({aten._unsafe_view.default, aten.lift_fresh_copy.default})
 _PLACED = ("as_strided", "_reshape_alias", "set_", "resize_")
 
 
-# Bytes of examples. The C library keeps what they leave, of trace after trace: by turns it grew to four times as much.
-_LARGE = 2**22
+# Elements of examples: what they leave the C library keeps, trace after trace, which came to four times as much.
+_LARGE = 2**20
 
 
 class Untraceable(Exception):
@@ -71,11 +71,6 @@ class Form(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Of the elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, t: Tensor | Ref) -> Form:
@@ -443,7 +438,7 @@ class Traced:
     ) -> list[Term]:
         if key not in self._found:
             self._found[key] = self._trace(fn, leaves)
-            if sum(leaf.form.nbytes for leaf in leaves.values()) >= _LARGE:
+            if sum(math.prod(leaf.form.shape) for leaf in leaves.values()) >= _LARGE:
                 release_memory()
         return self._found[key]
 
