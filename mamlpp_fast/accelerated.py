@@ -23,6 +23,7 @@ from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.lanes import watched
+from mamlpp_fast.inputs import form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed
 
 __all__ = ["accelerate", "acceleration"]
@@ -40,10 +41,10 @@ def accelerate(model: _M) -> _M:
     changes is what a call ``model(x)`` executes where autograd records: the whole forward as one operation, whose
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
-    arguments than one tensor [N, ...] of the parameters' type, forward mode, ``torch.compile``, autocast, hooks on
-    saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed list of
-    operations, or one of linear layers and pointwise functions alone. :func:`acceleration` says what was served and
-    what not, and why.
+    arguments than tensors [N, ...] of the parameters' type, integers or bool (in tuples, lists and dicts too), several
+    of them where the examples take a gradient, forward mode, ``torch.compile``, autocast, hooks on saved tensors
+    (checkpoints), normalising with running statistics, models whose forward is no fixed list of operations, or one of
+    linear layers and pointwise functions alone. :func:`acceleration` says what was served and what not, and why.
 
     ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way, by the parameters: the tasks of a
     ``vmap`` run side by side on the threads. Norms that update running statistics are not, for PyTorch refuses most of
@@ -87,11 +88,12 @@ def _kind(model: nn.Module) -> type:
 
 
 def _said(key: list[Any]) -> str:
-    shape, dtype, _, training, inputs, why = key
+    (_, *tensors), _, training, inputs, why = key
+    shown = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in tensors)
     kind = "training" if training else "evaluation"
     beside = ", examples with a gradient" if inputs else ""
     under = ", under torch.func" if why else ""
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}, {kind}{beside}{under}"
+    return f"{shown}, {kind}{beside}{under}"
 
 
 class _Refusal:
@@ -163,7 +165,16 @@ def served(
         args, kwargs: of the call.
         plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
     """
-    if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not _can(model, args[0]):
+    if torch.compiler.is_compiling():
+        return None
+    one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+    return _served(model, args[0] if one else reference.Arguments(args, dict(kwargs)), plain)
+
+
+def _served(
+    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None = None
+) -> Tensor | None:
+    if not _can(model, x):
         return None
     if (
         before := _resting.get(model)
@@ -171,16 +182,16 @@ def served(
         if before.resting():
             return None
         _resting.pop(model, None)
-    route = _route(model, args[0], plain)
+    route = _route(model, x, plain)
     if isinstance(route, _Refusal):
         return None
     if isinstance(route, DifferentiableNetwork) and route.resting():
         _resting[model] = route
         return None
-    return route.call(Held(model), args[0])
+    return route.call(Held(model), x)
 
 
-def network_of(model: nn.Module, x: Tensor) -> DifferentiableNetwork | str:
+def network_of(model: nn.Module, x: reference.Inputs) -> DifferentiableNetwork | str:
     """What calls of a model on examples like ``x`` are served by, outside of ``torch.func``; else why they are not."""
     if not _can(model, x):
         return "its examples, or a mode of the calling thread, are none that the kernels take"
@@ -190,14 +201,12 @@ def network_of(model: nn.Module, x: Tensor) -> DifferentiableNetwork | str:
     return str(route)
 
 
-def functional_call(model: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
-    """:func:`mamlpp_fast.functional_call` of one argument, from the kernels where they serve it (on a CPU)."""
+def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inputs) -> Any:
+    """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        own = (
-            isinstance(x, Tensor) and x.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
-        )
-        made = served(model, (x,), {}) if own else None
-        return model(x) if made is None else made
+        own = tensors_of(x)[0].device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+        made = _served(model, x) if own else None
+        return reference.called(model, x) if made is None else made
 
 
 def _new(cls: Any, *args: Any) -> nn.Module:
@@ -207,16 +216,20 @@ def _new(cls: Any, *args: Any) -> nn.Module:
     return model
 
 
-def _can(model: nn.Module, x: Any) -> bool:
+def _can(model: nn.Module, x: reference.Inputs) -> bool:
     """Whether a call is of a kind that is served at all: what is cheap to tell, and may differ from call to call."""
+    given: list[Any] = [x] if type(x) is Tensor else tensors_of(x)
+    first = given[0] if given else None
     return (
-        type(x) is Tensor
-        and x.ndim > 1
-        and len(x) > 0
-        and x.layout is torch.strided
+        type(first) is Tensor
+        and first.ndim > (1 if len(given) == 1 else 0)
+        and len(first) > 0
+        and all(
+            type(t) is Tensor and t.shape[:1] == first.shape[:1] and t.layout is torch.strided for t in given
+        )
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.is_autocast_enabled(first.device.type)
         and not torch._C._get_tracing_state()
         and (torch.autograd.forward_ad._current_level < 0 or transformed())
         # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
@@ -226,11 +239,13 @@ def _can(model: nn.Module, x: Any) -> bool:
     )
 
 
-def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -> _Route:
+def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None) -> _Route:
     form = form_of(model)
     # Empty without a transform of torch.func; with one, why its kind is refused.
     transform = (transforms.refusal(model, x),) if transformed() else ()
-    key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, transform, form)
+    inputs = any(t.requires_grad for t in tensors_of(x))
+    devices = frozenset(t.device for t in tensors_of(x))
+    key = (_kind(model), form_of_inputs(x), devices, model.training, inputs, transform, form)
     with _lock:
         if key in _routes:
             _routes.move_to_end(key)
@@ -253,7 +268,7 @@ def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -
 
 
 def _under_transforms(
-    model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None, refusal: str | None
+    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None, refusal: str | None
 ) -> _Route:
     if refusal is not None:
         return _Refusal(refusal)
@@ -266,18 +281,22 @@ def _under_transforms(
     return transforms.Transformed(route)
 
 
-def _made(model: nn.Module, x: Tensor) -> _Route:
+def _made(model: nn.Module, x: reference.Inputs) -> _Route:
     if type(model).__call__ is not nn.Module.__call__:
         return _Refusal("its class has a __call__ of its own, which is around what is served")
     if next(model.parameters(), None) is None:
         return _Refusal("expected parameters, there are none")
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
-    if any(t.dtype != tensors[0].dtype or t.device != x.device for t in tensors):
+    given = tensors_of(x)
+    if any(t.dtype != tensors[0].dtype for t in tensors) or len({t.device for t in (*tensors, *given)}) > 1:
         return _Refusal("expected parameters and buffers of one type on the examples' device")
     if tensors[0].dtype not in (torch.float32, torch.float64):
         return _Refusal(f"expected parameters in float32 or float64, got {tensors[0].dtype}")
-    if x.dtype != tensors[0].dtype and x.is_floating_point():
-        return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {x.dtype}")
+    for t in given:
+        if t.dtype != tensors[0].dtype and t.is_floating_point():
+            return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {t.dtype}")
+    if len(given) > 1 and any(t.requires_grad for t in given):
+        return _Refusal("expected one tensor where the examples take a gradient, got several")
     if any(
         getattr(m, "plain", False) for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)
     ):

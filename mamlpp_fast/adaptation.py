@@ -9,18 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamlpp_fast import accelerated
+from mamlpp_fast.inputs import as_given, mapped
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import LossFn, support_gradients
+from mamlpp_fast.reference import Inputs, LossFn, support_gradients
 
 __all__ = ["adapt", "inner_steps"]
 
-SupportGradients = Callable[[Mapping[str, Tensor], Tensor, Tensor, int, bool], tuple[Tensor | None, ...]]
+SupportGradients = Callable[[Mapping[str, Tensor], Inputs, Tensor, int, bool], tuple[Tensor | None, ...]]
 """From fast weights, inputs, labels, the inner step and whether it is differentiated again."""
 
 
 def adapt(
     model: nn.Module,
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
     rates: LSLR | float,
     *,
@@ -31,13 +32,14 @@ def adapt(
     """Adapts ``model`` to a support set by gradient steps that can be differentiated.
 
     Equivalent to K times ``theta = theta - rate * autograd.grad(loss, theta, create_graph=True)``. Use the result with
-    ``mf.functional_call(model, fast, target_x)``; the inner step of per-step batch norms is left at the
-    last one, where the target pass belongs. Under ``torch.no_grad`` or ``inference_mode`` it adapts as well, and
-    returns constants.
+    ``mf.functional_call(model, fast, target_x)`` (``mf.functional_call(model, fast, (), target_x)`` for a dict of
+    inputs); the inner step of per-step batch norms is left at the last one, where the target pass belongs. Under
+    ``torch.no_grad`` or ``inference_mode`` it adapts as well, and returns constants.
 
     Args:
         model: any module; its parameters named in ``rates`` adapt, the others take part as they are.
-        support_x: inputs [n, ...].
+        support_x: inputs [n, ...]; a tuple or a dict of them where the model takes several (``model(*support_x)``,
+            ``model(**support_x)``).
         support_y: labels [n] or targets [n, ...].
         rates: inner learning rates, ``LSLR(model, num_steps=5)`` say, which name the parameters that adapt; or a fixed
             rate for all parameters but those of normalisation layers.
@@ -50,7 +52,7 @@ def adapt(
         The fast weights by parameter name.
 
     Raises:
-        TypeError: when ``rates`` is neither an ``LSLR`` nor a number.
+        TypeError: when ``rates`` is neither an ``LSLR`` nor a number, or an input no tensor.
         ValueError: when ``rates`` names a parameter that ``model`` lacks or has in another shape, or ``steps`` is
             below 1; for a forward that uses ``torch.utils.checkpoint``.
     """
@@ -59,7 +61,7 @@ def adapt(
     with torch.inference_mode(False), torch.enable_grad():
         for fast in inner_steps(  # noqa: B007
             model,
-            _normal(support_x),
+            mapped(_normal, as_given("support_x", support_x)),
             _normal(support_y),
             rates,
             steps=steps,
@@ -80,7 +82,7 @@ def _normal(t: Tensor) -> Tensor:
 
 def inner_steps(
     model: nn.Module,
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
     rates: LSLR | float,
     *,
@@ -106,7 +108,7 @@ def inner_steps(
     for k in range(steps):
         if gradients is None:
             grads = support_gradients(
-                model, fast, support_x, support_y, k, loss_fn, second_order, call=accelerated.functional_call
+                model, fast, support_x, support_y, k, loss_fn, second_order, call=accelerated.predicted
             )
         else:
             grads = gradients(fast, support_x, support_y, k, second_order)

@@ -59,7 +59,7 @@ def unsuited(batch: EpisodeBatch, loss_fn: LossFn, given: EpisodeBatch | None = 
         loss_fn: the loss.
         given: the batch before that, which may have been on a CPU.
     """
-    if any(t.requires_grad for t in batch.fields):
+    if any(t.requires_grad for t in batch.tensors):
         return "inputs: require gradients"
     kind, ignored = family(loss_fn), ignored_label(loss_fn)
     given = batch if given is None else given

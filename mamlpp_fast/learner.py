@@ -46,8 +46,8 @@ class MAMLPlusPlus:
     ``torch.inference_mode``. ``torch.autocast`` around it has no effect: ``precision`` has.
 
     Args:
-        model: the network, called as ``model(x)``. Plain ``nn.BatchNorm2d`` in it are replaced in place by per-step
-            ones as ``config`` asks.
+        model: the network, called as ``model(x)``, or with the inputs that an :class:`EpisodeBatch` has. Plain
+            ``nn.BatchNorm2d`` in it are replaced in place by per-step ones as ``config`` asks.
         config: the settings; MAML++ by default.
         engine: ``"auto"``, ``"reference"``, ``"autograd"`` or ``"fused"``.
         precision: ``"float32"``, ``"float64"``, ``"tf32"`` or ``"bfloat16"`` (the last two keep float32 parameters).
@@ -140,19 +140,19 @@ class MAMLPlusPlus:
         )
         self._stale = False
 
-    def _follow(self, training: bool | None = None, x: Tensor | None = None) -> Serving:
+    def _follow(self, training: bool | None = None, batch: EpisodeBatch | None = None) -> Serving:
         """Sets the model's mode, and goes over to what the model has become since the last call.
 
         Args:
             training: the mode; None leaves it.
-            x: examples [n, ...] of what comes now, which tell the head where that is what adapts.
+            batch: what comes now, whose examples tell the head where that is what adapts.
         """
         if training is not None:
             self.model.train(training)
         if self._serving.outdated(self.model, self.loss_fn):
             self._stale, self._head = True, None
-        if self.config.adapt == "head" and self._head is None and x is not None:
-            x = as_input(x, self.device, self.dtype)
+        if self.config.adapt == "head" and self._head is None and batch is not None:
+            x = as_input(batch[0].support_x, self.device, self.dtype)
             self._head = head_names(self.model, x, self.config.adapt_norm)
             self._stale |= self._head != self.rates.names
         if self._stale:  # until all of this has succeeded
@@ -224,12 +224,12 @@ class MAMLPlusPlus:
         """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`."""
         total = batch.num_tasks if total_tasks is None else total_tasks
         batch = own_share(batch, self.ranks, total_tasks)
-        self._follow(True, batch.support_x[0])
+        self._follow(True, batch)
         if self.ranks.size == 1:
             return self._train(batch, self._gradient)
         if self._reduction is None:
             self._reduction = Reduction(self.ranks, self.model, self.rates)
-        images = as_input(batch.support_x[0], self.device, self.dtype)
+        images = as_input(batch[0].support_x, self.device, self.dtype)
         self._reduction.begin(images, self.step_weights() is not None)
         own = self._train(batch, lambda *arguments: self._gradient(*arguments, clamp=False))
         losses, accuracy = self._reduction.finish(own.task_losses, own.accuracy, total)
@@ -294,7 +294,7 @@ class MAMLPlusPlus:
             self.apply_gradient()
             return metrics
         batch = own_share(batch, self.ranks, total_tasks)
-        self._follow(True, batch.support_x[0])
+        self._follow(True, batch)
         adam.set_learning_rate(self.optimizer, self.meta_lr())
         metrics = self._train(
             batch, lambda engine, *given: self._whole_step(engine, *given)(given[0].fields, *given[1:])
@@ -312,7 +312,9 @@ class MAMLPlusPlus:
             adam.start(self.optimizer)
 
             def update(
-                fields: tuple[Tensor, Tensor, Tensor, Tensor], weights: Tensor | None, second_order: bool
+                fields: tuple[reference.Inputs, Tensor, reference.Inputs, Tensor],
+                weights: Tensor | None,
+                second_order: bool,
             ) -> StepMetrics:
                 batch = EpisodeBatch(*fields, by_class=False)
                 metrics = self._gradient(engine, batch, weights, second_order)
@@ -349,11 +351,11 @@ class MAMLPlusPlus:
             raise NonFiniteLossError(last, last // self.config.iterations_per_epoch, int(bad[0]))
 
     @undisturbed()
-    def adapt(self, support_x: Tensor, support_y: Tensor, *, steps: int | None = None) -> Predictor:
+    def adapt(self, support_x: reference.Inputs, support_y: Tensor, *, steps: int | None = None) -> Predictor:
         """Adapts to one support set, for inference.
 
         Args:
-            support_x: inputs [n, ...].
+            support_x: inputs [n, ...], or a tuple or a dict of them.
             support_y: labels [n].
             steps: inner updates; ``config.eval_steps`` (or ``steps``) by default.
 
@@ -366,13 +368,15 @@ class MAMLPlusPlus:
             ValueError: when the labels do not fit the model's predictions, or the model cannot be copied.
         """
         steps = self._eval_steps(steps)
-        serving = self._follow(False, support_x)
-        task = serving.as_taken(EpisodeBatch.of(Episode(support_x, support_y, support_x, support_y)))
-        with serving.mistakes_named(task), one_thread(self.deterministic):
+        batch = EpisodeBatch.of(Episode(support_x, support_y, support_x, support_y))
+        serving = self._follow(False, batch)
+        batch = serving.as_taken(batch)
+        task = batch[0]
+        with serving.mistakes_named(batch), one_thread(self.deterministic):
             weights = adapt(
                 self.model,
-                task.support_x[0],
-                task.support_y[0],
+                task.support_x,
+                task.support_y,
                 self.rates,
                 steps=steps,
                 loss_fn=self.loss_fn,
@@ -400,7 +404,7 @@ class MAMLPlusPlus:
         if isinstance(batch, Episode):
             batch = EpisodeBatch.of(batch)
         steps, stats = self._eval_steps(steps), self.config.eval_stats
-        serving = self._follow(False, batch.support_x[0])
+        serving = self._follow(False, batch)
 
         def call(engine: Engine, batch: EpisodeBatch) -> Evaluation:
             logits = engine.evaluate(batch, steps=steps, stats=stats)

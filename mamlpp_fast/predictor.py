@@ -11,7 +11,8 @@ from mamlpp_fast._modes import undisturbed
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.episodes import as_input
-from mamlpp_fast.reference import EvalStats, functional_call, set_eval_stats, set_step
+from mamlpp_fast.inputs import as_given
+from mamlpp_fast.reference import EvalStats, Inputs, called, predicted, set_eval_stats, set_step
 
 __all__ = ["Predictor"]
 
@@ -66,19 +67,24 @@ class Predictor:
         self.dtype = dtype
         self.deterministic = deterministic
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Predictions for ``x`` [m, ...], without gradients; moved to the model's device and dtype."""
-        x = as_input(x, self.device, self.dtype)
+    def __call__(self, x: Inputs) -> Tensor:
+        """Predictions for ``x`` [m, ...], without gradients; moved to the model's device and dtype.
+
+        Of a model that takes several inputs ``x`` is a tuple or a dict of them.
+        """
+        x = as_input(as_given("x", x), self.device, self.dtype)
         with undisturbed(), torch.no_grad(), one_thread(self.deterministic):
-            prediction: Tensor = self.model(x) if self.tensors is None else self._called(x, self.tensors)
+            if self.tensors is not None:
+                return self._called(x, self.tensors)
+            prediction: Tensor = called(self.model, x)
         return prediction
 
-    def _called(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    def _called(self, x: Inputs, tensors: dict[str, Tensor]) -> Tensor:
         self.model.eval()
         set_step(self.model, self.step)
         set_eval_stats(self.model, self.stats)
         try:
-            prediction: Tensor = functional_call(self.model, tensors, x)
+            prediction: Tensor = predicted(self.model, tensors, x)
         finally:
             set_eval_stats(self.model, "batch")
         return prediction

@@ -15,7 +15,8 @@ from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.engine.fingerprint import Watch
 from mamlpp_fast.engine.fused import Unsupported
 from mamlpp_fast.episodes import EpisodeBatch
-from mamlpp_fast.reference import LossFn
+from mamlpp_fast.inputs import named
+from mamlpp_fast.reference import LossFn, called
 
 __all__ = ["Serving"]
 
@@ -95,7 +96,7 @@ class Serving:
         if self._classes is not None and (why := labels.out_of_range(given, self.loss_fn, self._classes)):
             raise ValueError(why)
         batch = self.as_taken(given)
-        form = (*kind, *((t.shape, t.dtype) for t in batch.fields))
+        form = (*kind, *batch.form)
         with self.mistakes_named(batch):
             result = self._called(form, given, batch, call)
         if form not in self._seen or self.engine.name != "fused":  # a fused program does not call the model
@@ -149,12 +150,13 @@ class Serving:
         self.model.eval()
         try:
             with torch.no_grad():
-                prediction = self.model(batch.support_x[0])
+                prediction = called(self.model, batch[0].support_x)
         except Exception as error:
-            if batch.support_x.is_floating_point():
+            ids = [name for name, t in named("support_x", batch.support_x) if t.dtype == torch.int64]
+            if not ids:
                 return None
             reason = " ".join(str(error).split())
-            return f"support_x: expected inputs that the model takes, got token ids (integers), {reason}"
+            return f"{ids[0]}: expected inputs that the model takes, got token ids (integers), {reason}"
         if not isinstance(prediction, Tensor):
             return f"model: expected a forward that returns a tensor, got {type(prediction).__name__}"
         return labels.mistake(batch, prediction, self.loss_fn)

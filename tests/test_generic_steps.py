@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
-from mamlpp_fast.engine.fused import FusedEngine
+from mamlpp_fast.engine.fused import FusedEngine, tracing
 from mamlpp_fast.engine.fused.tracing import Traced
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -490,3 +490,16 @@ def test_what_cannot_be_one_program_goes_to_autograd() -> None:
         learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=1), precision="float64")
         learner.meta_gradient(mf.EpisodeBatch(*batch_of(FEATURES), by_class=False))
         assert learner.engine.name == "autograd" and why in learner.engine_reason
+
+
+@pytest.mark.parametrize(("length", "given_back"), [(2**8, False), (2**18, True)])
+def test_memory_of_large_examples_is_given_back(
+    length: int, given_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(tracing, "release_memory", lambda: calls.append(None))
+    form = tracing.Form((4, length), (length, 1), torch.float32)
+    traced = Traced(lambda given: given["x"].tanh(), {"x": tracing.Leaf(form)}, 1, torch.device("cpu"))
+    traced.value()
+    traced.value()
+    assert len(calls) == given_back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
-from mamlpp_fast.engine.fused import rules as table
 from mamlpp_fast.engine.fused.steps import Attention, attention
 
 D = torch.float64
@@ -90,7 +90,7 @@ def batch(length: int) -> mf.EpisodeBatch:
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
 def test_networks_with_it(apart: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "_LONG", 1)
+    monkeypatch.setattr(attention, "LONG", 1)
     monkeypatch.setattr(attention, "_AT_ONCE", 40)
     torch.manual_seed(0)
     ours, reference = learners(Net(apart, **options).double())
@@ -120,3 +120,79 @@ def test_no_rule_keeps_the_probabilities_of_all_heads() -> None:
     prepared = engine.prepare(batch(length), False, True)
     matrix = length * length * 8
     assert prepared.workspace_bytes < 20 * matrix
+
+
+class Heads(nn.Module):
+    """PyTorch's own layers around attention; ``how`` calls ``layer`` on sequences [N, L, 4]."""
+
+    def __init__(self, layer: nn.Module, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.how = layer, how
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.how(self.layer, x).mean(1))
+
+
+def _attend(**options: Any) -> nn.Module:
+    return nn.MultiheadAttention(4, 2, **{"batch_first": True} | options)
+
+
+def _causal(layer: nn.Module, x: Tensor) -> Tensor:
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+    return layer(x, src_mask=mask, is_causal=True)
+
+
+def _encoder(**options: Any) -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, 6, **{"batch_first": True, "dropout": 0.0} | options)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "weights that nobody reads": (_attend, lambda m, x: m(x, x, x)[0]),
+    "without weights": (lambda: _attend(bias=False), lambda m, x: m(x, x, x, need_weights=False)[0]),
+    "of others": (_attend, lambda m, x: m(x, x[:, 1:], x[:, :-1].tanh())[0]),
+    "length first": (
+        lambda: _attend(batch_first=False),
+        lambda m, x: m(*[x.transpose(0, 1)] * 3, need_weights=False)[0].transpose(0, 1),
+    ),
+    "encoder": (_encoder, lambda m, x: m(x)),
+    "encoder, norm first": (lambda: _encoder(norm_first=True, activation="gelu"), lambda m, x: m(x)),
+    "causal encoder": (_encoder, _causal),
+}
+WHOLE: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "weights": (_attend, lambda m, x: m(x, x, x)[1] @ x),
+    "mask": (_attend, lambda m, x: m(x, x, x, attn_mask=torch.ones(6, 6).triu(1).bool())[0]),
+    "added key": (lambda: _attend(add_bias_kv=True), lambda m, x: m(x, x, x, need_weights=False)[0]),
+    "dropout": (lambda: _attend(dropout=0.2), lambda m, x: m(x, x, x, need_weights=False)[0]),
+    "of the examples": (lambda: _attend(batch_first=False), lambda m, x: m(x, x, x)[0]),
+}
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *WHOLE])
+def test_heads_of_long_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken apart, or stay one step; both are what the reference makes of them."""
+    monkeypatch.setattr(attention, "LONG", 1)
+    monkeypatch.setattr(attention, "_AT_ONCE", 40)
+    make, how = (LAYERS | WHOLE)[name]
+    torch.manual_seed(0)
+    ours, reference = learners(Heads(make(), how).double())
+    found, expected = [], []
+    for own, results in ((ours, found), (reference, expected)):
+        torch.manual_seed(1)
+        results.append(own.meta_gradient(batch(6)).task_losses)
+        results += [p.grad for p in own.model.parameters()]
+        results.append(own.evaluate(batch(6)).logits)
+    assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    network = next(iter(ours.engine._prepared.values())).network  # type: ignore[attr-defined]
+    kinds = [step.kind for step in network.steps]
+    assert ours.engine.name == "fused"
+    assert ("Attention" in kinds) == (name in LAYERS)
+    assert ("generic multi_head_attention_forward" in kinds) == (name in WHOLE)
+
+
+def test_heads_of_short_sequences_are_one_step() -> None:
+    make, how = LAYERS["without weights"]
+    engine: Any = learners(Heads(make(), how).double())[0].engine
+    engine.verify = False
+    kinds = [step.kind for step in engine.prepare(batch(6), False, True).network.steps]
+    assert "generic multi_head_attention_forward" in kinds and "Attention" not in kinds

@@ -49,6 +49,14 @@ def _write_attribute_tensor(net: Any, h: Tensor) -> Tensor:
     return h
 
 
+def _write_constant(net: Any, h: Tensor) -> Tensor:
+    """After it was read: what is recorded of it are its last values."""
+    shift = torch.zeros(2, 4).fill_(1)[0]
+    h = h + shift
+    shift.add_(1)
+    return h * shift
+
+
 def _count(net: Any, h: Tensor) -> Tensor:
     net.calls += 1
     return h
@@ -142,6 +150,7 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
     "buffer-write": (_write_buffer, "scale", "is changed in place by add_"),
     "buffer-put": (_put_buffer, "scale", "is replaced in the forward"),
     "tensor-attribute-write": (_write_attribute_tensor, "an attribute", "is changed in place by add_"),
+    "constant-write": (_write_constant, "a tensor of the forward's own", "is changed in place by add_"),
     "attribute-write": (_count, "Net", "its forward changes attributes of the model"),
     "activation-kept": (_keep_activation, "Net", "its forward changes attributes of the model"),
     "stale-view": (

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Support x [tasks, n, ...] and y [tasks, n, ...], target x [tasks, m, ...] and y [tasks, m, ...]."""
+Batch = tuple[Any, Tensor, Any, Tensor]
+"""Support x [tasks, n, ...] and y [tasks, n, ...], target x [tasks, m, ...] and y [tasks, m, ...].
+
+Of several inputs x is a list: of each task the tuple or the dict of the model's arguments.
+"""
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -153,16 +156,17 @@ class Textbook:
         trainable = [p for p in (*self.model.parameters(), *self.rates.values()) if p.requires_grad]
         self.adam = torch.optim.Adam(trainable, lr=settings["meta_lr"])
 
-    def _call(self, fast: Mapping[str, Tensor], step: int, x: Tensor, *, batch: bool = True) -> Tensor:
+    def _call(self, fast: Mapping[str, Tensor], step: int, x: Any, *, batch: bool = True) -> Tensor:
         for m in self.model.modules():
             if isinstance(m, StepNorm):
                 m.step, m.batch_statistics = step, batch
         own = dict(self.model.named_parameters())
         with _swapped(self.model, {id(own[name]): t for name, t in fast.items()}), _WeightNorm():
-            return cast(Tensor, self.model(x))
+            args, kwargs = (x if isinstance(x, tuple) else (x,), {}) if not isinstance(x, dict) else ((), x)
+            return cast(Tensor, self.model(*args, **kwargs))
 
     def _update(
-        self, fast: dict[str, Tensor], step: int, x: Tensor, y: Tensor, second_order: bool
+        self, fast: dict[str, Tensor], step: int, x: Any, y: Tensor, second_order: bool
     ) -> dict[str, Tensor]:
         loss = self.loss(self._call(fast, step, x), y)
         grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order, allow_unused=True)

@@ -18,12 +18,12 @@ from mamlpp_fast.engine.reference import attention_note
 from mamlpp_fast.engine.together import Apart, Passes, Together
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import EvalStats, LossFn, MetaResult, set_eval_stats, set_step
+from mamlpp_fast.reference import EvalStats, Inputs, LossFn, MetaResult, set_eval_stats, set_step
 
 __all__ = ["AutogradEngine"]
 
 _T = TypeVar("_T")
-_Call = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
+_Call = Callable[[Mapping[str, Tensor], Inputs, int], Tensor]
 """A prediction from fast weights, inputs and the inner step."""
 
 
@@ -99,7 +99,7 @@ class AutogradEngine:
         call: _Call,
         loss_fn: LossFn,
     ) -> tuple[Tensor, Tensor]:
-        total = prediction = task.support_x.new_zeros(())
+        total = prediction = torch.zeros((), device=self.device)
         for k, fast in enumerate(loop):
             if step_weights is None and k < self.rates.num_steps - 1:
                 continue
@@ -115,7 +115,7 @@ class AutogradEngine:
             loop = self._loop(task, False, steps, passes.gradients)
             return self._predictions(task, loop, passes.call)
 
-        def call(fast: Mapping[str, Tensor], x: Tensor, step: int) -> Tensor:
+        def call(fast: Mapping[str, Tensor], x: Inputs, step: int) -> Tensor:
             set_eval_stats(self.model, stats)
             prediction = self._call(fast, x, step)
             set_eval_stats(self.model, "batch")
@@ -156,9 +156,9 @@ class AutogradEngine:
             gradients=gradients,
         )
 
-    def _call(self, fast: Mapping[str, Tensor], x: Tensor, step: int) -> Tensor:
+    def _call(self, fast: Mapping[str, Tensor], x: Inputs, step: int) -> Tensor:
         """Per-step norms are at the step already."""
-        prediction: Tensor = accelerated.functional_call(self.model, fast, x)
+        prediction: Tensor = accelerated.predicted(self.model, fast, x)
         return prediction
 
     def _side_by_side(

@@ -36,6 +36,7 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint, tensors_named
 from mamlpp_fast.engine.recorder import Operation, Recorder
+from mamlpp_fast.inputs import examples_of, joined, structure_of, tensors_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -47,6 +48,7 @@ class Recording:
     """A forward pass.
 
     Attributes:
+        inputs: how many of the values, the first ones, it is given.
         operations: in order, for the first of the two numbers of examples.
         others: the same for the second: arguments and sizes may follow the number.
         examples: the two numbers.
@@ -57,6 +59,7 @@ class Recording:
         counted: names of the buffers that count batches, as often as they were counted up.
     """
 
+    inputs: int
     operations: tuple[Operation, ...]
     others: tuple[Operation, ...]
     examples: tuple[int, int]
@@ -71,13 +74,15 @@ class Recording:
         return next((f"{op.name} draws random numbers" for op in self.operations if op.draws), None)
 
 
-def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -> Recording:
+def record(
+    model: nn.Module, x: reference.Inputs, other: reference.Inputs, *, fixed: bool = False
+) -> Recording:
     """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states stay as they are.
 
     Args:
-        model: called with one argument.
-        x: examples [n, ...].
-        other: examples [m, ...], m not n.
+        model: any module.
+        x: what it is called with, examples [n, ...].
+        other: the same for m examples, m not n.
         fixed: whether there are never but n of them: the forward need not take m.
 
     Raises:
@@ -98,7 +103,10 @@ def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -
         (op.function, op.args, op.kwargs) for op in second.operations
     ]:
         raise Unsupported(type(model).__name__, "executes other operations where no gradient is taken")
-    shapes, dtypes = {0: tuple(x.shape[1:])}, {0: x.dtype}
+    given = tensors_of(x)
+    shapes = {i: tuple(t.shape[1:]) for i, t in enumerate(given)}
+    dtypes = {i: t.dtype for i, t in enumerate(given)}
+    examples = examples_of(x), examples_of(other)
     if len(first.operations) != len(second.operations):
         raise Unsupported(type(model).__name__, "executes other operations for another number of examples")
     for a, b in zip(first.operations, second.operations, strict=True):
@@ -108,13 +116,14 @@ def record(model: nn.Module, x: Tensor, other: Tensor, *, fixed: bool = False) -
             raise Unsupported(a.where or type(model).__name__, f"{a.name}: depends on the number of examples")
         for index, (shape, dtype), (shape_b, _) in zip(a.outputs, a.tensors, b.tensors, strict=True):
             dtypes[index] = dtype
-            if shape[:1] == x.shape[:1] and shape_b[:1] == other.shape[:1] and shape[1:] == shape_b[1:]:
+            if (*shape[:1], *shape_b[:1]) == examples and shape[1:] == shape_b[1:]:
                 shapes[index] = shape[1:]
     assert first.result is not None
     return Recording(
+        len(given),
         tuple(first.operations),
         tuple(second.operations),
-        (len(x), len(other)),
+        examples,
         first.result,
         shapes,
         dtypes,
@@ -170,7 +179,7 @@ def record_loss(
     for given in (support, target):
         own = _own_copy(module)
         own.hold()
-        found.append(_watched(own, *given))
+        found.append(_watched(own, given))
     for recorder in found:
         if recorder.problem is not None:
             raise recorder.problem
@@ -188,7 +197,7 @@ def record_loss(
     if shape != () or dtype != support[0].dtype:
         raise Unsupported("loss", f"expected a scalar of {support[0].dtype}, got {list(shape)} of {dtype}")
     sizes = len(support[0]), len(target[0])
-    return Recording(tuple(first), tuple(second), sizes, result, {}, dtypes, ()), module
+    return Recording(2, tuple(first), tuple(second), sizes, result, {}, dtypes, ()), module
 
 
 def _unfollowed(loss_fn: reference.LossFn) -> str | None:
@@ -202,15 +211,15 @@ def _unfollowed(loss_fn: reference.LossFn) -> str | None:
     return f"expected a function, a partial of one or a module, got an object of {type(loss_fn).__name__}"
 
 
-def head_names(model: nn.Module, x: Tensor, adapt_norm: bool = False) -> tuple[str, ...]:
+def head_names(model: nn.Module, x: reference.Inputs, adapt_norm: bool = False) -> tuple[str, ...]:
     """Names of the parameters of the last module whose output reaches the model's (ANIL's head), by a recording.
 
     A module is what owns parameters; those that reparametrise its weights belong to it. Norms count with
     ``adapt_norm`` alone.
 
     Args:
-        model: called with one argument.
-        x: examples [n, ...].
+        model: any module.
+        x: what it is called with, examples [n, ...].
 
     Raises:
         ValueError: when no module with trainable parameters is found.
@@ -245,9 +254,9 @@ def _own_copy(model: _Module) -> _Module:
         raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
 
 
-def _watched(model: nn.Module, *inputs: Tensor, gradient: bool = True) -> Recorder:
+def _watched(model: nn.Module, inputs: reference.Inputs, gradient: bool = True) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
-    recorder = Recorder(model, inputs[0], inputs[1:])
+    recorder = Recorder(model, tensors_of(inputs))
     before = fingerprint(model)
     states = before.states()
     with _random_state() as drawn:
@@ -259,7 +268,7 @@ def _watched(model: nn.Module, *inputs: Tensor, gradient: bool = True) -> Record
                 recorder.watch,
                 recorder,
             ):
-                result = model(*recorder.inputs)
+                result = reference.called(model, joined(recorder.inputs, structure_of(inputs)))
                 held = dict(model.named_parameters()) | dict(model.named_buffers())
             recorder.finish(result)
             for name, t in recorder.stand_ins.items():

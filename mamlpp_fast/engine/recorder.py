@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Value:
-    """An activation: 0 is the input of the network."""
+    """An activation; the first ones are the inputs of the network, in order."""
 
     index: int
 
@@ -119,11 +119,11 @@ class Recorder(TorchFunctionMode):
 
     Args:
         model: called with stand-ins for its tensors.
-        x: value 0; whether it requires a gradient tells what of it is made a constant (``detach``, ``no_grad``).
-        beside: further inputs, the values that follow.
+        inputs: the first values; whether one requires a gradient tells what of it is made a constant (``detach``,
+            ``no_grad``).
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.root = type(model).__name__
         self.paths = {id(m): name for name, m in model.named_modules()}
@@ -132,11 +132,14 @@ class Recorder(TorchFunctionMode):
         self.operations: list[Operation] = []
         self.result: int | None = None
         self.stand_ins: dict[str, Tensor] = {}
-        self.inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, *beside)]
-        self.inputs[0].requires_grad_(x.requires_grad)
+        self.inputs = [
+            t.detach().clone(memory_format=torch.preserve_format).requires_grad_(t.requires_grad)
+            for t in inputs
+        ]
         self._references: dict[int, Value | Parameter | Buffer | Constant] = {}
         self._memory: dict[int, set[int]] = {}
         self._stale: set[int] = set()
+        self._read_constants: set[int] = set()
         self._in_graph: dict[int, bool] = {}
         self._alive: list[Tensor] = []
         self._from: dict[int, tuple[bool, frozenset[str]]] = {}
@@ -248,7 +251,7 @@ class Recorder(TorchFunctionMode):
             self._statistics.update(r.name for r in tree_leaves(recorded) if isinstance(r, Buffer))
         elif self._counts(func, recorded):
             return result
-        self._write(written, name)
+        self._write(written, name, _all_constant(references.values()))
         self._keep(func, recorded, result, made, given, args, drawn)
         return result
 
@@ -304,10 +307,15 @@ class Recorder(TorchFunctionMode):
         self._from[index] = (on_input, names)
         return index
 
-    def _write(self, written: list[Tensor], name: str) -> None:
-        """Values whose memory is overwritten may be read no more by the names they had."""
+    def _write(self, written: list[Tensor], name: str, constant: bool) -> None:
+        """Values whose memory is overwritten may be read no more by the names they had.
+
+        Constants of the forward's own may be made in several calls, until an operation has read them.
+        """
         for t in written:
             place = _storage(t)
+            if constant and self._fixed.get(place) == _OWN and place not in self._read_constants:
+                continue
             if place in self._fixed and self._fixed[place] not in self._statistics:
                 self.complain(self._fixed[place], f"is changed in place by {name}")
             if t.requires_grad and not torch.is_grad_enabled():
@@ -334,9 +342,10 @@ class Recorder(TorchFunctionMode):
         if _all_constant(references):
             for t in made:
                 self._references[id(t)] = Constant(t)
-                self._fixed.setdefault(_storage(t), "a tensor of the forward's own")
+                self._fixed.setdefault(_storage(t), _OWN)
                 self._alive.append(t)
             return
+        self._read_constants |= {_storage(r.tensor) for r in references if isinstance(r, Constant)}
         target = result if isinstance(result, Tensor) else None
         if target is None and result is None and args and isinstance(args[0], Tensor):
             target = args[0]  # ``x[0] = 1`` leaves its result in x
@@ -397,6 +406,9 @@ class Recorder(TorchFunctionMode):
             self._statistics.add(target.name)
             self.counted.append(target.name)
         return counts
+
+
+_OWN = "a tensor of the forward's own"
 
 
 def _all_constant(references: Iterable[Any]) -> bool:

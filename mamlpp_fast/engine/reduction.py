@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine.running import decay, made_passes, row_of
 from mamlpp_fast.lslr import LSLR
-from mamlpp_fast.reference import PerStepBatchNorm2d
+from mamlpp_fast.reference import Inputs, PerStepBatchNorm2d, called
 
 __all__ = ["Reduction"]
 
@@ -76,7 +76,7 @@ class Reduction:
         self._decays: dict[tuple[int, int, bool], Tensor] = {}
         ranks.broadcast(t for m in (model, rates) for t in (*m.parameters(), *m.buffers()))
 
-    def begin(self, images: Tensor, multi_step: bool) -> None:
+    def begin(self, images: Inputs, multi_step: bool) -> None:
         """Called before the engine computes; ``images`` [n, ...] are those of one support set."""
         if self.norms is None:
             self.norms = self._count_passes(images)
@@ -161,7 +161,7 @@ class Reduction:
                 each = int(norm.passes[self._multi_step].sum())
                 counted.add_(each * (total - len(self.ranks.share(total))))
 
-    def _count_passes(self, images: Tensor) -> list[_Norm]:
+    def _count_passes(self, images: Inputs) -> list[_Norm]:
         """How often one task passes through every batch norm: calls of a forward pass times passes of a step."""
         calls = dict.fromkeys(self.modules, 0)
 
@@ -176,7 +176,7 @@ class Reduction:
         try:
             self.model.eval()
             with torch.no_grad():
-                self.model(images)
+                called(self.model, images)
         finally:
             self.model.train(training)
             for handle in handles:

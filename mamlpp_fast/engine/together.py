@@ -6,7 +6,7 @@ recording (:mod:`mamlpp_fast.engine.record`) has found that there is none of it,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import torch
@@ -19,9 +19,10 @@ from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.record import hooks, record_loss
 from mamlpp_fast.episodes import Episode, EpisodeBatch
+from mamlpp_fast.inputs import form_of_inputs
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.machine import free_bytes
-from mamlpp_fast.reference import LossFn, check_recomputation
+from mamlpp_fast.reference import Inputs, LossFn, check_recomputation
 
 __all__ = ["Apart", "Passes", "Together"]
 
@@ -36,23 +37,24 @@ class Passes:
     """The passes of one task, beside those of others.
 
     Args:
-        networks: by the shape of the examples.
+        networks: by the form of the examples.
 
     Attributes:
         later: what running statistics are to take in, in order.
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, networks: Mapping[torch.Size, DifferentiableNetwork]
+        self, model: nn.Module, loss_fn: LossFn, networks: Mapping[Hashable, DifferentiableNetwork]
     ) -> None:
         self._model = model
         self._loss_fn = loss_fn
         self._networks = networks
         self.later: list[Taken] = []
 
-    def call(self, fast: Mapping[str, Tensor], x: Tensor, step: int) -> Tensor:
+    def call(self, fast: Mapping[str, Tensor], x: Inputs, step: int) -> Tensor:
         """The model's prediction with the fast weights, per-step norms at a step."""
-        return self._networks[x.shape].call(Held(self._model, fast, step, self.later), x)
+        network = self._networks[form_of_inputs(x)]
+        return network.call(Held(self._model, fast, step, self.later), x)
 
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         """The loss of a prediction.
@@ -73,7 +75,7 @@ class Passes:
         return loss
 
     def gradients(
-        self, fast: Mapping[str, Tensor], x: Tensor, y: Tensor, step: int, second_order: bool
+        self, fast: Mapping[str, Tensor], x: Inputs, y: Tensor, step: int, second_order: bool
     ) -> tuple[Tensor | None, ...]:
         """As :func:`mamlpp_fast.reference.support_gradients`."""
         loss = self.loss(self.call(fast, x, step), y)
@@ -128,23 +130,24 @@ class Together:
                 taken.apply()
         return [found[task] for task in range(batch.num_tasks)]
 
-    def _networks(self, batch: EpisodeBatch) -> dict[torch.Size, DifferentiableNetwork]:
-        """What takes the passes, by the examples' shape, in the mode that the model is in."""
-        if any(t.requires_grad for t in batch.fields):
+    def _networks(self, batch: EpisodeBatch) -> dict[Hashable, DifferentiableNetwork]:
+        """What takes the passes, by the form of the examples, in the mode that the model is in."""
+        if any(t.requires_grad for t in batch.tensors):
             raise Apart("inputs: require gradients")
         for module in (self._model, self._rates):
             if (hook := hooks(module)) is not None:
                 raise Apart(str(hook))
         if other := set(self._rates.names) - {name for name, _ in self._model.named_parameters()}:
             raise Apart(f"{min(other)}: is another name of a parameter")
-        networks: dict[torch.Size, DifferentiableNetwork] = {}
-        sides = ((batch.support_x[0], batch.support_y[0]), (batch.target_x[0], batch.target_y[0]))
+        networks: dict[Hashable, DifferentiableNetwork] = {}
+        task = batch[0]
+        sides = ((task.support_x, task.support_y), (task.target_x, task.target_y))
         with torch.enable_grad():
             for x, y in sides:
                 network = accelerated.network_of(self._model, x)
                 if isinstance(network, str):
                     raise Apart(network)
-                networks[x.shape] = network
+                networks[form_of_inputs(x)] = network
                 self._check_loss(network.like_result(x), y)
         return networks
 
@@ -160,7 +163,7 @@ class Together:
             raise Apart(why)
 
 
-def _room(networks: Mapping[torch.Size, DifferentiableNetwork], kept: int) -> int:
+def _room(networks: Mapping[Hashable, DifferentiableNetwork], kept: int) -> int:
     """How many tasks have memory at once, at least one: what they have had before is theirs again."""
     programs = [(n.sections.program.workspace_bytes, n.sections.lanes) for n in networks.values()]
     each = kept * max(size for size, _ in programs)

@@ -22,6 +22,7 @@ from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.inputs import examples_of, mapped, tensors_of
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.nn import plain_batch_norm
 from mamlpp_fast.reference import EvalStats, LossFn
@@ -47,18 +48,19 @@ _VALUES = 2**11
 _EXAMPLES = 4
 
 
-def enough(x: Tensor) -> int:
+def enough(x: reference.Inputs) -> int:
     """How many examples [n, ...] a check takes."""
-    return min(len(x), max(_EXAMPLES, _VALUES // max(x[0].numel(), 1)))
+    values = sum(t[0].numel() for t in tensors_of(x))
+    return min(examples_of(x), max(_EXAMPLES, _VALUES // max(values, 1)))
 
 
 def sample(batch: EpisodeBatch) -> EpisodeBatch:
     """The first task of a batch; of large examples some, evenly over the classes."""
 
-    def some(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        count = enough(x[0])
-        chosen = torch.arange(count, device=x.device) * x.shape[1] // count
-        return x[:1, chosen], y[:1, chosen]
+    def some(x: reference.Inputs, y: Tensor) -> tuple[reference.Inputs, Tensor]:
+        count = enough(mapped(lambda t: t[0], x))
+        chosen = torch.arange(count, device=y.device) * y.shape[1] // count
+        return mapped(lambda t: t[:1, chosen], x), y[:1, chosen]
 
     sides = (*some(batch.support_x, batch.support_y), *some(batch.target_x, batch.target_y))
     return EpisodeBatch(*sides, by_class=False)
@@ -80,7 +82,7 @@ def check_meta_gradient(
         Unsupported: names what differs by more than 1e-6 of its largest value, and by how much.
     """
     steps = prepared.form.steps
-    weights = torch.arange(1.0, steps + 1, dtype=torch.float64, device=batch.support_x.device) / (steps + 1)
+    weights = torch.arange(1.0, steps + 1, dtype=torch.float64, device=batch.support_y.device) / (steps + 1)
     buffers = {name: _exact(b) for name, b in model.named_buffers()}
     gradients = Gradients(model, rates, torch.float64)
     with torch.no_grad():
@@ -144,7 +146,9 @@ def check_evaluation(
     return True
 
 
-def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: frozenset[str]) -> None:
+def check_call(
+    net: DifferentiableNetwork, model: nn.Module, x: reference.Inputs, wanted: frozenset[str]
+) -> None:
     """Compares a call as one operation, its gradients, their derivatives along a direction and running statistics.
 
     Args:
@@ -159,7 +163,7 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
     def waves(t: Tensor) -> Tensor:
         return torch.arange(1.0, t.numel() + 1, dtype=torch.float64, device=t.device).cos().view(t.shape)
 
-    def derivatives(x: Tensor, y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def derivatives(x: reference.Inputs, y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         by = {name: held[name] for name in (*net.names, *net.inert) if name not in net.constants}
         if net.inputs:
             by["the examples"] = x
@@ -180,14 +184,14 @@ def check_call(net: DifferentiableNetwork, model: nn.Module, x: Tensor, wanted: 
         return made | {name: held[name] for name, _ in model.named_buffers()}
 
     results = []
-    x = x.to(torch.float64) if x.is_floating_point() else x
+    x = mapped(lambda t: t.to(torch.float64) if t.is_floating_point() else t, x)
     with torch.enable_grad():
         for ours in (False, True):
             held = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
             held |= {name: t.requires_grad_() for name, t in held.items() if name in (*net.names, *net.inert)}
-            given = x.clone().requires_grad_(net.inputs)
+            given = mapped(lambda t: t.clone().requires_grad_(net.inputs), x)
             with _reference(model, held), reference.right_second_order(model):
-                y = model(given) if not ours else None
+                y = reference.called(model, given) if not ours else None
             if ours:
                 with reference.swapped(model, held):
                     y = net.call(Held(model), given)

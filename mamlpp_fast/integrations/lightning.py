@@ -23,7 +23,7 @@ from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.learner import MAMLPlusPlus
-from mamlpp_fast.reference import LossFn
+from mamlpp_fast.reference import Inputs, LossFn
 
 __all__ = ["EpisodeDataModule", "MAMLPlusPlusModule"]
 
@@ -129,7 +129,7 @@ class MAMLPlusPlusModule(_Module):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.learner.optimizer
 
-    def forward(self, support_x: Tensor, support_y: Tensor, x: Tensor, *, steps: int | None = None) -> Tensor:
+    def forward(self, support_x: Inputs, support_y: Tensor, x: Inputs, *, steps: int | None = None) -> Tensor:
         """Predictions for ``x`` after adapting to a support set; see :meth:`mamlpp_fast.MAMLPlusPlus.adapt`."""
         with torch.inference_mode(False):
             prediction = self.learner.adapt(support_x, support_y, steps=steps)(x)

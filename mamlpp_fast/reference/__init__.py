@@ -10,7 +10,7 @@ inner loop), ``meta.py`` (the meta-gradient, evaluation).
 """
 
 from mamlpp_fast.reference.adapting import adapted_names
-from mamlpp_fast.reference.calling import functional_call, swapped
+from mamlpp_fast.reference.calling import Arguments, Inputs, called, functional_call, predicted, swapped
 from mamlpp_fast.reference.inner import (
     LossFn,
     check_recomputation,
@@ -34,12 +34,15 @@ from mamlpp_fast.reference.schedules import cosine_annealing, is_second_order, m
 
 __all__ = [
     "NORMS",
+    "Arguments",
     "EvalStats",
+    "Inputs",
     "LossFn",
     "MetaResult",
     "PerStepBatchNorm2d",
     "Task",
     "adapted_names",
+    "called",
     "check_recomputation",
     "cosine_annealing",
     "evaluate_task",
@@ -50,6 +53,7 @@ __all__ = [
     "meta_gradient",
     "msl_weights",
     "per_step_norm",
+    "predicted",
     "right_second_order",
     "right_weight_norm",
     "set_eval_stats",

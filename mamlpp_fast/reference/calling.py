@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["functional_call", "swapped"]
+__all__ = ["Arguments", "Inputs", "called", "functional_call", "predicted", "swapped"]
+
+Inputs = Any
+"""What a model is given: a tensor; a tuple, for ``model(*inputs)``; a dict, for ``model(**inputs)``; or arguments."""
+
+
+class Arguments(NamedTuple):
+    """What a model is given in any other way."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def functional_call(
@@ -35,6 +45,21 @@ def functional_call(
     """
     with swapped(model, tensors):
         return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+
+
+def predicted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
+    """What ``model`` makes of inputs with ``tensors`` in place of its own; see :func:`functional_call`."""
+    with swapped(model, tensors):
+        return called(model, inputs)
+
+
+def called(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """What ``model`` makes of inputs."""
+    if isinstance(inputs, Arguments):
+        return model(*inputs.args, **inputs.kwargs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 @contextlib.contextmanager

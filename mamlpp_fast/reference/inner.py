@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from mamlpp_fast.reference.calling import functional_call
+from mamlpp_fast.reference.calling import Inputs, predicted
 from mamlpp_fast.reference.norms import set_step
 
 __all__ = [
@@ -139,12 +139,12 @@ def _saved(kind: type) -> tuple[str, ...]:
 def support_gradients(
     model: nn.Module,
     fast: Mapping[str, Tensor],
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
     step: int,
     loss_fn: LossFn,
     second_order: bool,
-    call: Callable[[nn.Module, Mapping[str, Tensor], Tensor], Any] = functional_call,
+    call: Callable[[nn.Module, Mapping[str, Tensor], Inputs], Any] = predicted,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the support loss by the fast weights, in their order; None for those without part in it.
 
@@ -166,7 +166,7 @@ def inner_loop(
     model: nn.Module,
     params: Mapping[str, Tensor],
     rates: Mapping[str, Tensor],
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
     *,
     steps: int,
@@ -180,7 +180,7 @@ def inner_loop(
         params: the parameters to adapt, by name.
         rates: inner learning rates by the same names: [K] (a rate per tensor and step: LSLR) or [K, *shape]
             (a rate per element: Meta-SGD). Steps beyond the last rate use the last.
-        support_x: inputs [n, ...].
+        support_x: inputs [n, ...], or a tuple or a dict of them.
         support_y: labels or targets [n, ...].
         steps: number of updates.
         loss_fn: (prediction, target) to a scalar.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamlpp_fast.reference.calling import functional_call
+from mamlpp_fast.reference.calling import Inputs, predicted
 from mamlpp_fast.reference.inner import LossFn, inner_loop
 from mamlpp_fast.reference.norms import EvalStats, set_eval_stats
 
@@ -20,11 +20,11 @@ class Task(Protocol):
     """What the functions below read of an episode."""
 
     @property
-    def support_x(self) -> Tensor: ...
+    def support_x(self) -> Inputs: ...
     @property
     def support_y(self) -> Tensor: ...
     @property
-    def target_x(self) -> Tensor: ...
+    def target_x(self) -> Inputs: ...
     @property
     def target_y(self) -> Tensor: ...
 
@@ -70,7 +70,7 @@ def task_loss(
     for k, fast in enumerate(loop):
         if step_weights is None and k < steps - 1:
             continue
-        logits = functional_call(model, fast, (task.target_x,))
+        logits = predicted(model, fast, task.target_x)
         loss = loss_fn(logits, task.target_y)
         if step_weights is not None:
             loss = step_weights[k] * loss
@@ -155,6 +155,6 @@ def evaluate_task(
         for fast in loop:
             set_eval_stats(model, eval_stats)
             with torch.no_grad():
-                predictions.append(functional_call(model, fast, (task.target_x,)))
+                predictions.append(predicted(model, fast, task.target_x))
             set_eval_stats(model, "batch")
     return torch.stack(predictions)

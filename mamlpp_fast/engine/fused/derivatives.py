@@ -235,9 +235,10 @@ def plain(
 ) -> Tensor:
     """The forward pass on these tensors by PyTorch's own operations."""
     held = dict(zip((*net.names, *net.inert), parameters, strict=True))
+    inputs, own = net.written(x, buffers)
     # One template for all threads.
-    with plainly(), as_recorded(), net.lock, reference.swapped(net.template, held | dict(buffers)):
-        made: Tensor = net.template(x)
+    with plainly(), as_recorded(), net.lock, reference.swapped(net.template, held | own):
+        made: Tensor = reference.called(net.template, inputs)
     return made
 
 

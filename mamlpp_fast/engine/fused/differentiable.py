@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec
 
 from mamlpp_fast import reference
 from mamlpp_fast.copying import copy_of
@@ -23,12 +24,14 @@ from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer
 from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
-from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections
+from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections, input_name
 from mamlpp_fast.engine.fused.steps import Generic, Step
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call, enough
+from mamlpp_fast.inputs import examples_of, joined, mapped, structure_of, tensors_of
 from mamlpp_fast.machine import release_memory
+from mamlpp_fast.reference import Inputs
 
 __all__ = ["DifferentiableNetwork", "differentiable"]
 
@@ -38,21 +41,22 @@ _OFTEN, _REST = 8, 64
 """Third derivatives within so many calls of a form leave so many calls to PyTorch."""
 
 
-def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
-    """The operation that a model's call on examples like ``x`` is, checked in float64; in these where they take part.
+def differentiable(model: nn.Module, x: Inputs) -> DifferentiableNetwork:
+    """The operation that a model's call on examples like ``x`` is, checked in float64; in these where one takes part.
 
     Raises:
         Unsupported: names what the model does that is no fixed list of operations, or where the check parts from it.
     """
     with as_recorded(), handed_over(model):
-        return _differentiable(model, x.detach(), x.requires_grad)
+        inputs = any(t.requires_grad for t in tensors_of(x))
+        return _differentiable(model, mapped(Tensor.detach, x), inputs)
 
 
 EVEN_WITHOUT_GAIN = False
 """Whether what gains nothing is served as well, for tests."""
 
 
-def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> DifferentiableNetwork:
+def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> DifferentiableNetwork:
     try:
         template = copy_of(model)
     except ValueError as error:
@@ -61,7 +65,7 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         raise Unsupported(type(model).__name__, "normalises with running statistics")
     keep_one_row(template)
     parameters = dict(template.named_parameters())
-    recording = record(template, x, torch.cat([x, x[:1]]))
+    recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x))
     if recording.draws is not None:
         raise Unsupported(type(model).__name__, recording.draws)
     network = lower(recording, template, frozenset(parameters), any_shape=True)
@@ -88,12 +92,17 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         (r.name, r.detached) for op in recording.operations for r in op.inputs() if isinstance(r, Parameter)
     }
     constants = frozenset(name for name, detached in read if detached and (name, False) not in read)
-    few = x[: enough(x)].clone()
-    exact = DifferentiableNetwork(network, template, len(few), x.device, torch.float64, constants, inputs)
+    count, device = enough(x), tensors_of(x)[0].device
+    few, structure = mapped(lambda t: t[:count].clone(), x), structure_of(x)
+    exact = DifferentiableNetwork(
+        network, template, count, device, torch.float64, constants, inputs, structure
+    )
     check_call(exact, template, few, exact.everything)
     release_memory()
     dtype = next(iter(parameters.values())).dtype
-    return DifferentiableNetwork(network, template, len(x), x.device, dtype, constants, inputs, few)
+    return DifferentiableNetwork(
+        network, template, examples_of(x), device, dtype, constants, inputs, structure, few
+    )
 
 
 _CHEAP = frozenset(
@@ -141,7 +150,8 @@ class DifferentiableNetwork:
         model: that it was lowered from; kept.
         images: examples a call.
         constants: of the parameters that the model reads without a gradient.
-        inputs: whether it is differentiable in the examples too.
+        inputs: whether it is differentiable in the examples too, which are one tensor then.
+        structure: of what the model is given.
         few: examples to check sections on that are written later; None: they need no check.
 
     Attributes:
@@ -158,13 +168,15 @@ class DifferentiableNetwork:
         dtype: torch.dtype,
         constants: frozenset[str] = frozenset(),
         inputs: bool = False,
-        few: Tensor | None = None,
+        structure: TreeSpec | None = None,
+        few: Inputs | None = None,
     ) -> None:
         self.network = network
         # Not the model that calls: it may hold tensors with a graph, which would hold it.
         self.template = model
         self.constants = constants
         self.inputs = inputs
+        self.structure = structure
         self.few = few
         self.slots = network.slots()
         self.names = tuple(name for name, _ in model.named_parameters() if name in self.slots)
@@ -237,10 +249,17 @@ class DifferentiableNetwork:
             self.sections = sections
             return wanted
 
-    def _check(self, few: Tensor, wanted: frozenset[str]) -> None:
+    def _check(self, few: Inputs, wanted: frozenset[str]) -> None:
         """Raises Unsupported where the gradients of ``wanted`` alone are not what the model's are, in float64."""
         exact = DifferentiableNetwork(
-            self.network, self.template, len(few), self.device, torch.float64, self.constants, self.inputs
+            self.network,
+            self.template,
+            examples_of(few),
+            self.device,
+            torch.float64,
+            self.constants,
+            self.inputs,
+            self.structure,
         )
         with as_recorded():
             check_call(exact, self.template, few, wanted)
@@ -257,16 +276,28 @@ class DifferentiableNetwork:
             self._rest = _REST
         self._curved = self._calls
 
-    def call(self, tensors: Held, x: Tensor) -> Tensor:
+    def call(self, tensors: Held, x: Inputs) -> Tensor:
         """The output [N, ways] on ``x`` with the tensors that a model holds; its running statistics follow."""
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         if self.constants:
             names = (*self.names, *self.inert)
             given = [p.detach() if n in self.constants else p for n, p in zip(names, given, strict=True)]
-        buffers = {name: tensors.buffer(name) for name in self.buffers}
+        first, buffers = self.read(tensors, x)
         apply: Any = Forward.apply
-        made: Tensor = apply(self, x, tensors, buffers, *given)[0]
+        made: Tensor = apply(self, first, tensors, buffers, *given)[0]
         return made
+
+    def read(self, tensors: Held, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first input; the others and the model's buffers by the names of :attr:`buffers`."""
+        first, *others = tensors_of(x)
+        found = {input_name(i): t for i, t in enumerate(others, 1)}
+        return first, {n: found[n] if n in found else tensors.buffer(n) for n in self.buffers}
+
+    def written(self, first: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Inputs, dict[str, Tensor]]:
+        """What :meth:`read` was given: the inputs; the model's buffers."""
+        names = [input_name(i) for i in range(1, len(self.network.inputs))]
+        own = {name: b for name, b in buffers.items() if name not in names}
+        return joined([first, *(buffers[name] for name in names)], self.structure), own
 
     def follow(self, tensors: Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Running statistics take in those of the batch, as ``F.batch_norm`` does it; at once, or later."""
@@ -302,10 +333,10 @@ class DifferentiableNetwork:
         place.forward()
         place.busy, place.pending = False, None
 
-    def like_result(self, x: Tensor) -> Tensor:
+    def like_result(self, x: Inputs) -> Tensor:
         """Zeros of the output's shape and type."""
         shape = self.network.shapes[self.network.output]
-        return torch.zeros(len(x), *shape, dtype=self.sections.form.dtype, device=self.device)
+        return torch.zeros(examples_of(x), *shape, dtype=self.sections.form.dtype, device=self.device)
 
     def stored(self, x: Tensor) -> Tensor:
         """A view of examples with the axes that they have in the kernels' layout."""

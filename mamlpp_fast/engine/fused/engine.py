@@ -28,6 +28,7 @@ from mamlpp_fast.engine.record import Recording, record
 from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
 from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.inputs import examples_of, form_of_inputs, mapped, named, structure_of
 from mamlpp_fast.labels import ignored_label
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.machine import free_bytes, release_memory
@@ -170,7 +171,7 @@ class FusedEngine:
         """
         self.model.train()
         plain = self._check(batch)
-        key = ("train", multi_step, second_order, torch.get_num_threads(), plain is None, *_shapes(batch))
+        key = ("train", multi_step, second_order, torch.get_num_threads(), plain is None, *batch.form)
         if key not in self._prepared:
             network = self._lower(batch, plain, training=True)
             if network.frozen:
@@ -198,7 +199,7 @@ class FusedEngine:
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
         """Like :meth:`prepare`, for :meth:`evaluate`."""
         plain = self._check(batch)
-        key = ("evaluate", steps, stats, torch.get_num_threads(), plain is None, *_shapes(batch))
+        key = ("evaluate", steps, stats, torch.get_num_threads(), plain is None, *batch.form)
         if key not in self._prepared:
             network = self._lower(batch, plain, training=False)
 
@@ -242,12 +243,8 @@ class FusedEngine:
         Raises:
             Unsupported, ValueError: examples or labels do not fit.
         """
-        if batch.support_x.shape[2:] != batch.target_x.shape[2:]:
-            raise Unsupported(
-                "target_x",
-                f"expected examples of shape {tuple(batch.support_x.shape[2:])} like support_x, "
-                f"got {tuple(batch.target_x.shape[2:])}",
-            )
+        if form_of_inputs(batch.support_x, 2) != form_of_inputs(batch.target_x, 2):
+            raise _unlike(batch)
         plain = self._plain(batch)
         if plain is not None:
             plain.check("support_y", batch.support_y)
@@ -278,13 +275,14 @@ class FusedEngine:
         self, batch: EpisodeBatch, loss: Loss | None, *, training: bool, running: bool = False
     ) -> Network:
         """The fused network of the model in training or evaluation mode, for examples like those of a batch."""
-        examples = tuple(x.shape[1:] for x in (batch.support_x, batch.target_x))
+        examples = tuple(form_of_inputs(x, 1) for x in (batch.support_x, batch.target_x))
         if (training, *examples) not in self._recordings:
             self.model.train(training)
-            x, other = batch.support_x[0], batch.target_x[0]
-            fixed = len(x) == len(other)
+            task = batch[0]
+            x, other = task.support_x, task.target_x
+            fixed = examples_of(x) == examples_of(other)
             if fixed:
-                other = torch.cat([x, x[:1]])
+                other = mapped(lambda t: torch.cat([t, t[:1]]), x)
             recording = record(self.model, x, other, fixed=fixed)
             if recording.draws is not None and self.device.type != "cpu":
                 # A captured draw there would be another operator's than the one that was recorded.
@@ -305,8 +303,8 @@ class FusedEngine:
         return Form(
             tasks=tasks,
             total_tasks=batch.num_tasks,
-            support=batch.support_x.shape[1],
-            targets=batch.target_x.shape[1],
+            support=batch.support_y.shape[1],
+            targets=batch.target_y.shape[1],
             labels=(batch.support_y.shape[1:], batch.target_y.shape[1:]),
             label_dtype=batch.support_y.dtype,
             steps=steps,
@@ -442,5 +440,15 @@ class FusedEngine:
         return prepared.losses, prepared.logits
 
 
-def _shapes(batch: EpisodeBatch) -> _Key:
-    return *(tuple(t.shape) for t in batch.fields), batch.support_y.dtype, batch.target_y.dtype
+def _unlike(batch: EpisodeBatch) -> Unsupported:
+    """In what the inputs of the targets differ from those of the support."""
+    if structure_of(batch.support_x) == structure_of(batch.target_x):
+        pairs = zip(named("support_x", batch.support_x), named("target_x", batch.target_x), strict=True)
+        for (like, x), (name, t) in pairs:
+            if (x.shape[2:], x.dtype) != (t.shape[2:], t.dtype):
+                return Unsupported(
+                    name,
+                    f"expected examples of shape {tuple(x.shape[2:])} and {x.dtype} like {like}, "
+                    f"got {tuple(t.shape[2:])} and {t.dtype}",
+                )
+    return Unsupported("target_x", "expected inputs in the form of those of support_x")

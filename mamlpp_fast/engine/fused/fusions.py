@@ -78,7 +78,7 @@ def fuse_first_layer(network: Network) -> Network:
     """Convolution of the images, norm, activation and pooling in one, whose feature map is never stored."""
     for conv in [step for step in network.steps if isinstance(step, Conv)]:
         norm = network.reader(conv.output)
-        fits = conv.inputs == (0,) and conv.stride == 1 and conv.weight.shape[2] <= _COLOURS
+        fits = conv.inputs[0] < len(network.inputs) and conv.stride == 1 and conv.weight.shape[2] <= _COLOURS
         fits = fits and type(conv) is Conv and conv.weight.shape[:2] in ((1, 1), (3, 3))
         if not (fits and isinstance(norm, NormActPool) and norm.pool and norm.slope >= 0 and norm.affine):
             continue

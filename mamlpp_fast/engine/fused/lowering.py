@@ -23,6 +23,7 @@ from torch import nn
 
 from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.composites import DENSE
+from mamlpp_fast.engine.fused.multi_head import taken_apart
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
 from mamlpp_fast.engine.fused.steps.generic import Recorded
@@ -89,7 +90,7 @@ def lower(
         Unsupported: names the first call that cannot be a step.
     """
     with handed_over(model):
-        return Lowering(recording, model, adapted, running).run(any_shape)
+        return Lowering(taken_apart(recording), model, adapted, running).run(any_shape)
 
 
 def lower_loss(recording: Recording, module: nn.Module, dtype: torch.dtype) -> Network:
@@ -135,14 +136,15 @@ class Lowering:
         self.norms: dict[str, Norm] = {}
         self.frozen: dict[str, Statistics] = {}
         # What a recorded value is in the kernels' layout, and in the model's own.
-        self._values = {0: 0}
+        self._values = {i: i for i in range(recording.inputs)}
         self._natives: dict[int, int] = {}
-        self._count = 1
+        self._count = recording.inputs
         self._names: set[str] = set()
         uses = (r.name for op in recording.operations for r in op.inputs() if isinstance(r, Parameter))
         self._shared = {name for name, count in Counter(uses).items() if count > 1}
-        shape = recording.shapes.get(0, ())
-        self.shapes[0] = (*shape[1:], shape[0]) if len(shape) == 3 else shape
+        for i in range(recording.inputs):
+            shape = recording.shapes.get(i, ())
+            self.shapes[i] = (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
     def run(self, any_shape: bool) -> Network:
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
@@ -164,15 +166,18 @@ class Lowering:
             output,
             self.norms,
             self.frozen,
-            self.recording.dtypes[0],
+            self._inputs(),
         )
 
     def run_loss(self) -> Network:
-        self._values, self._natives, self._count = {}, {0: 0, 1: 1}, 2
+        self._values, self._natives = {}, self._values
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
             self._generic(Call(op, self, other), op, other)
         output = self._natives[self.recording.output]
-        return Network(self._read(output), self.shapes, output, {}, {}, self.recording.dtypes[0])
+        return Network(self._read(output), self.shapes, output, {}, {}, self._inputs())
+
+    def _inputs(self) -> tuple[torch.dtype, ...]:
+        return tuple(self.recording.dtypes[i] for i in range(self.recording.inputs))
 
     def _read(self, output: int) -> tuple[Step, ...]:
         """The steps, without those whose output nobody reads and that have no effect beside it."""

@@ -57,7 +57,7 @@ class Network:
         output: the value that holds the predictions.
         norms: the batch norms that normalise with the statistics of the batch, by name.
         frozen: the running statistics that others normalise with, by name.
-        dtype: of the examples, as the model is given them; integers are token ids.
+        inputs: types of the first values, as the model is given them; integers are token ids.
         inert: biases that a norm of each example takes out again; those of batch norms are with ``norms``.
     """
 
@@ -66,7 +66,7 @@ class Network:
     output: int
     norms: dict[str, Norm]
     frozen: dict[str, Statistics]
-    dtype: torch.dtype
+    inputs: tuple[torch.dtype, ...]
     inert: tuple[str, ...] = ()
 
     def channels(self, norm: str) -> int:

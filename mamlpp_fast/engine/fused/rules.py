@@ -29,6 +29,7 @@ from mamlpp_fast.engine.fused.steps import (
     Slot,
     Smooth,
     Times,
+    attention,
 )
 from mamlpp_fast.engine.recorder import Buffer, Value
 from mamlpp_fast.ops.pointwise import FUNCTIONS
@@ -37,8 +38,6 @@ _BATCH_NORMS = (
     "of images, sequences or features; weights per step, shared, adapted in the inner loop, or none; "
     "not with `momentum=None`"
 )
-# Below, a call for all heads and examples is faster than one for each.
-_LONG = 2**18
 _GROUP_NORMS = "of images and sequences, statistics of the input alone"
 _POINTWISE = "of features, and of images and sequences behind other steps of this table"
 _PLAIN = "anywhere"
@@ -84,7 +83,7 @@ def _attention(
     same = all(len(s) == 3 and s[0] == heads and s[1] == keys for s in shapes[1:])
     if attn_mask is not None or dropout_p or enable_gqa or not same or shapes[1][2] != width:
         raise call.refusal("attention: expected as many heads of keys as of queries, no mask and no dropout")
-    if heads * length * keys < _LONG:
+    if heads * length * keys < attention.LONG:
         raise call.refusal("attention: expected long sequences")
     inputs = tuple(low.native(call, argument.index) for argument in (query, key, value))
     factor = 1 / math.sqrt(width) if scale is None else float(scale)

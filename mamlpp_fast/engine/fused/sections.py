@@ -21,10 +21,15 @@ from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref, Section
 from mamlpp_fast.engine.fused.steps import Gradients, Pass
 from mamlpp_fast.engine.fused.steps.base import aten
 
-__all__ = ["EXAMPLES", "Form", "Part", "Place", "Sections"]
+__all__ = ["EXAMPLES", "Form", "Part", "Place", "Sections", "input_name"]
 
 EXAMPLES = ""
 """Among names of parameters: the examples, by which a call may be differentiated as well."""
+
+
+def input_name(index: int) -> str:
+    """Among names of buffers, none of which ends so: what is given beside the first input, from 1."""
+    return f"{index}."
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,13 @@ class Sections:
         network, images, dtype = form.network, form.images, form.dtype
         em = self._em = Emitter(form.device, dtype)
         shape = network.shapes[network.output]
-        given = dtype if network.dtype.is_floating_point else network.dtype
-        self.x = self._own("examples", 1, images, *network.shapes[0], dtype=given)
+        self.inputs = [
+            self._own(
+                "examples", 1, images, *network.shapes[i], dtype=dtype if kind.is_floating_point else kind
+            )
+            for i, kind in enumerate(network.inputs)
+        ]
+        self.x = self.inputs[0]
         # Of the examples: their gradient, the direction that they move along, the gradient's derivative.
         self.beside: list[Ref] = []
         if EXAMPLES in form.names:
@@ -82,11 +92,12 @@ class Sections:
             channels = network.channels(name)
             mean, rstd = (self._own(f"{name} {what}", 1, channels) for what in ("mean", "rstd"))
             self.statistics[name] = mean, rstd
-        self.buffers: dict[str, Ref] = {}
+        self.buffers = {input_name(i): ref for i, ref in enumerate(self.inputs) if i > 0}
         for name, b in ((n, b) for step in network.steps for n, b in step.buffers.items()):
             kind = dtype if b.is_floating_point() else b.dtype
             self.buffers[name] = em.own(name, torch.zeros_like(b, dtype=kind), each=True)
-        ps = Pass(1, images, 0, self.theta, {}, {0: self.x}, self.statistics, buffers=self.buffers)
+        given = dict(enumerate(self.inputs))
+        ps = Pass(1, images, 0, self.theta, {}, given, self.statistics, buffers=self.buffers)
         em.phase = Phase("forward")
         write_forward(em, network, ps)
         self.result = ps.values[network.output]
@@ -192,7 +203,7 @@ class Place:
             )
             for i, wanted in enumerate(sections.parts)
         }
-        self.x = sections.x.tensor(lane)[0]
+        self.x, *others = (ref.tensor(lane)[0] for ref in sections.inputs)
         self.beside = [ref.tensor(lane)[0] for ref in sections.beside]
         slots = form.network.slots()
 
@@ -211,6 +222,8 @@ class Place:
             n: (m.tensor(lane)[0], r.tensor(lane)[0]) for n, (m, r) in sections.statistics.items()
         }
         self.buffers = {name: ref.tensor(lane) for name, ref in sections.buffers.items()}
+        for i, t in enumerate(others, 1):  # with the axes that they have in the model
+            self.buffers[input_name(i)] = t.permute(0, 3, 1, 2) if t.ndim == 4 else t
         # Whether a backward pass has left values here that its own derivative reads.
         self.busy = False
         # The backward pass of autograd's, by its number, that has left the tangent pass of these gradients here.

@@ -66,7 +66,8 @@ class Memory:
     T are the tasks of a group, G the groups. What a run writes to, each lane has its own of.
 
     Attributes:
-        support_x, target_x: images [T, N, H, W, C]; support_t, target_t: what the loss stores for labels.
+        support_x, target_x: inputs of the network, images [T, N, H, W, C]; support_t, target_t: what the loss stores
+            for labels.
         meta: parameters in the kernels' layout; rows: batch-norm weight and bias [R, C]; buffers: of the model.
         rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
         weights: multi-step weights [K].
@@ -79,8 +80,8 @@ class Memory:
         meta_grads, row_grads, rate_grads: means over all tasks.
     """
 
-    support_x: Ref
-    target_x: Ref
+    support_x: tuple[Ref, ...]
+    target_x: tuple[Ref, ...]
     support_t: Ref
     target_t: Ref
     weights: Ref
@@ -167,8 +168,8 @@ class _Writer:
             every = torch.zeros(groups, row.size, dtype=self.em.dtype, device=self.em.device)
             table = self.finish.own("results of all groups", every)
         memory = Memory(
-            support_x=self._examples("support images", f.support),
-            target_x=self._examples("target images", f.targets),
+            support_x=self._examples("support", f.support),
+            target_x=self._examples("target", f.targets),
             support_t=self._labels("support labels", outputs, f.labels[0]),
             target_t=self._labels("target labels", outputs, f.labels[1]),
             weights=self._zeros("step weights", f.steps),
@@ -194,11 +195,14 @@ class _Writer:
         stored = torch.zeros(self.form.tasks, *shape, dtype=dtype, device=self.em.device)
         return self.em.own(name, stored, each=True)
 
-    def _examples(self, name: str, count: int) -> Ref:
-        net = self.net
-        dtype = self.em.dtype if net.dtype.is_floating_point else net.dtype
-        x = torch.zeros(self.form.tasks, count, *net.shapes[0], dtype=dtype, device=self.em.device)
-        return self.em.own(name, x, each=True)
+    def _examples(self, side: str, count: int) -> tuple[Ref, ...]:
+        found = []
+        for i, kind in enumerate(self.net.inputs):
+            dtype = self.em.dtype if kind.is_floating_point else kind
+            shape = self.form.tasks, count, *self.net.shapes[i]
+            x = torch.zeros(shape, dtype=dtype, device=self.em.device)
+            found.append(self.em.own(f"{side} images", x, each=True))
+        return tuple(found)
 
     def _rates_shape(self) -> tuple[int, int]:
         f = self.form
@@ -236,7 +240,7 @@ class _Writer:
     def start(
         self,
         net: Network,
-        images: Ref,
+        inputs: tuple[Ref, ...],
         step: int,
         side: int,
         theta: Mapping[str, Ref],
@@ -250,11 +254,11 @@ class _Writer:
         }
         return Pass(
             self.form.tasks,
-            images.shape[1],
+            inputs[0].shape[1],
             step,
             theta,
             rows,
-            {0: images},
+            dict(enumerate(inputs)),
             stats,
             goal=goal,
             buffers=self.memory.buffers,

@@ -12,6 +12,7 @@ found again by the backward rules, and what no result needs is never emitted.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -27,6 +28,7 @@ from mamlpp_fast._compiler import lean_mode
 from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.executions import Draw, draws, sized_by_values
 from mamlpp_fast.engine.fused.program import Ref
+from mamlpp_fast.machine import release_memory
 from mamlpp_fast.reference import math_attention
 
 __all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "draw_leaf", "packet_of"]
@@ -54,6 +56,10 @@ _FILLS = {
 _SAME = frozenset({aten._unsafe_view.default, aten.lift_fresh_copy.default})
 # What they give depends on where their argument lies in memory, which is another place in a program.
 _PLACED = ("as_strided", "_reshape_alias", "set_", "resize_")
+
+
+# Elements of examples: what they leave the C library keeps, trace after trace, which came to four times as much.
+_LARGE = 2**20
 
 
 class Untraceable(Exception):
@@ -434,6 +440,8 @@ class Traced:
     ) -> list[Term]:
         if key not in self._found:
             self._found[key] = self._trace(fn, leaves)
+            if sum(math.prod(leaf.form.shape) for leaf in leaves.values()) >= _LARGE:
+                release_memory()
         return self._found[key]
 
     def _trace(self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]) -> list[Term]:

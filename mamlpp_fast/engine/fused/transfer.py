@@ -13,6 +13,7 @@ from mamlpp_fast.engine.fused.network import Statistics
 from mamlpp_fast.engine.fused.steps import Loss, Rows, Slot
 from mamlpp_fast.engine.fused.sweep import Memory
 from mamlpp_fast.episodes import EpisodeBatch
+from mamlpp_fast.inputs import tensors_of
 from mamlpp_fast.lslr import LSLR
 
 __all__ = ["Gradients", "Transfer"]
@@ -100,8 +101,9 @@ class Transfer:
     def load_batch(self, batch: EpisodeBatch, lane: int = 0) -> None:
         """Images [T, N, C, H, W] become [T, N, H, W, C]; labels what the loss stores. Into a lane's memory."""
         m = self.memory
-        for ref, x in ((m.support_x, batch.support_x), (m.target_x, batch.target_x)):
-            ref.tensor(lane).copy_(x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x)
+        for refs, inputs in ((m.support_x, batch.support_x), (m.target_x, batch.target_x)):
+            for ref, x in zip(refs, tensors_of(inputs), strict=True):
+                ref.tensor(lane).copy_(x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x)
         self.loss.load(m.support_t.tensor(lane), batch.support_y)
         self.loss.load(m.target_t.tensor(lane), batch.target_y)
 

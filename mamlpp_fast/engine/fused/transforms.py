@@ -30,17 +30,19 @@ from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.program import Section
 from mamlpp_fast.engine.fused.sections import Place
+from mamlpp_fast.inputs import mapped, tensors_of
+from mamlpp_fast.reference import Inputs
 
 __all__ = ["Transformed", "outside", "refusal"]
 
 
-def refusal(model: nn.Module, x: Tensor) -> str | None:
+def refusal(model: nn.Module, x: Inputs) -> str | None:
     """Why a call under the transforms at work is not for the kernels; None where it is."""
     kinds = {i.key() for i in retrieve_all_functorch_interpreters()}
     kind = functorch.TransformType
     if kinds - {kind.Grad, kind.Vmap} or torch.autograd.forward_ad._current_level >= 0:
         return "forward mode, or another transform than grad and vmap"
-    if any(_differentiated(t) for t in (x, *model.buffers())):
+    if any(_differentiated(t) for t in (*tensors_of(x), *model.buffers())):
         return "examples or buffers that are differentiated by"
     return None
 
@@ -68,12 +70,12 @@ def _one(t: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def outside(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def outside(model: nn.Module, x: Inputs) -> Iterator[Inputs]:
     """Within it no transform is at work, and the model holds tensors of one task; those examples are yielded."""
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
         own = {n: _one(p).requires_grad_() for n, p in model.named_parameters()}
         with reference.swapped(model, own | {n: _one(b) for n, b in model.named_buffers()}):
-            yield _one(x)
+            yield mapped(_one, x)
 
 
 _Item = tuple[list[Tensor], list[Tensor]] | Section
@@ -413,11 +415,12 @@ class Transformed:
     def __str__(self) -> str:
         return f"{self.net}, tasks of vmap side by side"
 
-    def call(self, held: Held, x: Tensor) -> Tensor:
+    def call(self, held: Held, x: Inputs) -> Tensor:
         """The output on ``x`` with the tensors that a model holds, at the level that the call is made at."""
         net = self.net
         own = ((name, held.parameter(name)) for name in (*net.names, *net.inert))
         parameters = [p.detach() if n in net.constants else p for n, p in own]
-        given = [x, *map(held.buffer, net.buffers), *parameters]
+        first, buffers = net.read(held, x)
+        given = [first, *buffers.values(), *parameters]
         made: Tensor = levels.call(_Forward, _Use(_Call(net), 0, (False,) * len(given)), *given)
         return made

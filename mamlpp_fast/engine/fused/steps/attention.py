@@ -11,7 +11,10 @@ import torch
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Step, aten
 
-__all__ = ["Attention"]
+__all__ = ["LONG", "Attention"]
+
+LONG = 2**18
+"""Elements of the matrices of an example's heads: below, a call for all heads and examples is faster than many."""
 
 _AT_ONCE = 2**19
 """Elements of the matrices of the heads that are worked on together."""

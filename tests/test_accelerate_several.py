@@ -1,0 +1,188 @@
+"""`mf.accelerate` and the `autograd` engine on models of several inputs, against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_several_inputs import CASES, CLOSE, Pictures, Recommender, learner_of, made
+from torch import Tensor, func, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+
+pytestmark = pytest.mark.usefixtures("nothing_accelerated")
+
+Call = Callable[[nn.Module, Any], Tensor]
+"""A model called with the inputs of a side, as ``CASES`` has them."""
+CALLS: dict[str, tuple[str, Call]] = {
+    "by name": ("pictures", lambda m, x: m(**x)),
+    "by position and name": ("pictures", lambda m, x: m(x["image"], x["beside"], attributes=x["attributes"])),
+    "by position": ("text", lambda m, x: m(x["input_ids"], x["attention_mask"])),
+    "one by name": ("text, bool", lambda m, x: m(x["input_ids"], attention_mask=x["attention_mask"])),
+    "nested": ("graph", lambda m, x: m(*x)),
+}
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = CASES[name][0]().double()
+    return plain, mf.accelerate(copy.deepcopy(plain))
+
+
+def textbook(model: nn.Module, name: str, call: Call) -> list[Tensor]:
+    """Losses, meta-gradients and buffers of second-order MAML."""
+    own, losses = dict(model.named_parameters()), []
+    for task in made(name):
+        fast = dict(own)
+        for _ in range(2):
+            with mf.reference.swapped(model, fast):
+                loss = F.cross_entropy(call(model, task.support_x), task.support_y)
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {n: p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+        with mf.reference.swapped(model, fast):
+            total = F.cross_entropy(call(model, task.target_x), task.target_y)
+        total.backward()
+        losses.append(total.detach())
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own.values()]
+    return [*losses, *grads, *(b.double() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_a_textbook_loop_gets_what_it_got(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mamlpp_fast.engine.fused.differentiable.EVEN_WITHOUT_GAIN", True)
+    name, call = CALLS[how]
+    plain, fast = pair(name)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = textbook(plain, name, call)
+    assert_close(textbook(fast, name, call), expected, **CLOSE)
+    said = mf.acceleration(fast)
+    assert "one operation" in said and "plain PyTorch" not in said, said
+
+
+@pytest.mark.parametrize("shared", [(), ("attributes",), ("image", "beside")])
+def test_tasks_of_vmap(shared: tuple[str, ...]) -> None:
+    """MAML in `torch.func`, where the tasks share some of the inputs."""
+    torch.manual_seed(0)
+    plain = Pictures().double()
+    plain.norm = nn.GroupNorm(2, 4).double()
+    fast = mf.accelerate(copy.deepcopy(plain))
+    batch = made("pictures")
+    sides = [{k: t[0] if k in shared else t for k, t in x.items()} for x in (batch.support_x, batch.target_x)]
+    axes = {k: None if k in shared else 0 for k in sides[0]}
+
+    def loss(model: nn.Module, held: dict[str, Tensor], x: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(func.functional_call(model, held, (), x), y)
+
+    def task(model: nn.Module, held: dict[str, Tensor], *parts: Any) -> Tensor:
+        x, y, target, goal = parts
+        grads = func.grad(functools.partial(loss, model))(held, x, y)
+        return loss(model, {n: p - 0.1 * grads[n] for n, p in held.items()}, target, goal)
+
+    def total(model: nn.Module, held: dict[str, Tensor]) -> Tensor:
+        over = func.vmap(functools.partial(task, model), (None, axes, 0, axes, 0))
+        return over(held, sides[0], batch.support_y, sides[1], batch.target_y).mean()
+
+    own = {n: p.detach() for n, p in plain.named_parameters()}
+    expected, found = (func.grad_and_value(functools.partial(total, m))(own) for m in (plain, fast))
+    assert_close(found, expected, **CLOSE)
+    assert "under torch.func: one operation" in mf.acceleration(fast), mf.acceleration(fast)
+
+
+def test_a_graph_keeps_what_it_was_given() -> None:
+    """An input beside the first that is overwritten after the pass is as it was in the passes that follow."""
+    plain, fast = pair("pictures")
+    task = made("pictures")[0]
+
+    def second(model: nn.Module, change: bool) -> list[Tensor]:
+        own, given = list(model.parameters()), {k: t.clone() for k, t in task.support_x.items()}
+        loss = F.cross_entropy(model(**given), task.support_y)
+        if change:
+            given["beside"].zero_()
+        # The second of them finds the first one's values in the place of the pass.
+        first, again = (torch.autograd.grad(loss, own, create_graph=True) for _ in range(2))
+        along = torch.stack([(g * g.detach().cos()).sum() for g in (*first, *again)]).sum()
+        return list(torch.autograd.grad(along, own))
+
+    assert_close(second(fast, True), second(plain, False), **CLOSE)
+    assert "one operation" in mf.acceleration(fast)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda x: {**x, "image": x["image"].requires_grad_()},
+            "expected one tensor where the examples take",
+        ),
+        (
+            lambda x: {**x, "beside": x["beside"].float()},
+            "examples of the parameters' torch.float64, got torch.float32",
+        ),
+        (lambda x: {**x, "attributes": x["attributes"][:1]}, "no call yet"),
+    ],
+)
+def test_other_calls_run_as_ever(change: Callable[[Any], Any], why: str) -> None:
+    class Cast(Pictures):
+        def forward(self, image: Tensor, beside: Tensor, *, attributes: Tensor) -> Tensor:
+            beside = beside.to(image.dtype)
+            return super().forward(image, beside, attributes=attributes.expand(len(image), -1))
+
+    torch.manual_seed(0)
+    plain = Cast().double()
+    fast = mf.accelerate(copy.deepcopy(plain))
+    results = []
+    for model in (plain, fast):
+        x = change({k: t.clone() for k, t in made("pictures")[0].support_x.items()})
+        grads = torch.autograd.grad(
+            model(**x).square().sum(), [*model.parameters(), *(t for t in x.values() if t.requires_grad)]
+        )
+        results.append(grads)
+    assert_close(results[1], results[0], **CLOSE)
+    assert why in mf.acceleration(fast)
+
+
+def test_plain_arguments_run_as_ever() -> None:
+    class Chosen(Pictures):
+        def forward(self, image: Tensor, beside: Tensor, attributes: Tensor, doubled: bool) -> Tensor:
+            return super().forward(image, beside, attributes=attributes * 2 if doubled else attributes)
+
+    torch.manual_seed(0)
+    fast = mf.accelerate(Chosen().double())
+    x = made("pictures")[0].support_x.values()
+    image, attributes, beside = x
+    one, two = (fast(image, beside, attributes, doubled) for doubled in (False, True))
+    assert not torch.equal(one, two) and mf.acceleration(fast) == "no call yet"
+
+
+def test_the_tasks_of_the_autograd_engine_go_side_by_side() -> None:
+    learner, reference = learner_of("pictures", "autograd"), learner_of("pictures", "reference")
+    for one in (learner, reference):
+        one.meta_gradient(made("pictures"))
+    assert "tasks side by side" in learner.explain()
+    for p, q in zip(learner.model.parameters(), reference.model.parameters(), strict=True):
+        assert_close(p.grad, q.grad, **CLOSE)
+
+
+def test_map_tasks() -> None:
+    """A step may call the model as it likes."""
+    torch.manual_seed(0)
+    model = Recommender().double()
+    plain = copy.deepcopy(model)
+
+    def step(model: nn.Module, task: mf.Episode) -> Tensor:
+        fast = mf.adapt(model, task.support_x, task.support_y, 0.1, loss_fn=F.mse_loss)
+        return F.mse_loss(mf.functional_call(model, fast, task.target_x), task.target_y)
+
+    losses = mf.map_tasks(step, list(made("recommender")), model)
+    expected = [step(plain, task) for task in made("recommender")]
+    torch.stack(expected).sum().backward()
+    assert_close(losses, [loss.detach() for loss in expected], **CLOSE)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_close(p.grad, q.grad, **CLOSE)
