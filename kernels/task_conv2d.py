@@ -4,11 +4,14 @@ Arguments are those of ``mamlpp_fast.ops.task_conv2d``. One program makes a tile
 registers while it walks the reduction (taps and channels; for the weights, the pixels of all images), then the
 second operand pair's: one accumulator for both. Nothing is unfolded in memory.
 
-Operands are float64, float32 or bfloat16; sums are float32 (float64 of float64). float32 operands are multiplied
-exactly, or rounded to TF32 where ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``.
+Operands are float64, float32 or bfloat16; sums are float32 (float64 of float64). float32 operands are rounded to TF32
+where ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``; elsewhere they are multiplied as they are: on tensor
+cores that have room for it by three products of TF32 (:func:`_dot`), otherwise, or where ``MAMLPP_FAST_PRODUCTS`` is
+``ieee``, by ordinary multiplications.
 """
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -37,8 +40,34 @@ def _source(i, tap, padding, stride, size, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def _parts(x):
+    """float32 x as the sum of x rounded to TF32 (10 bits of a fraction) and of what is left, exactly.
+
+    A number that rounds to infinity, or is infinite, leaves NaN; NaN stays, if only in what is left.
+    """
+    large = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return large, x - large
+
+
+@triton.jit
 def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    """accumulator + a b. By "tf32x3" the operands are cut in two, and the product of both rests, 2^-22 of ab, left out.
+
+    Tensor cores cut 13 bits off a rest (2^-21 of ab for both) and cut their sums off where others round: hence a sum
+    of its own for each block, which an ordinary addition takes up. Triton's own "tf32x3" also looks for NaN in each
+    number and each sum: 1.7 times the instructions.
+    """
+    if PRECISION == "tf32x3":
+        large_a, rest_a = _parts(a)
+        large_b, rest_b = _parts(b)
+        part = tl.zeros([a.shape[0], b.shape[1]], ACC)
+        part = tl.dot(rest_a, large_b, part, input_precision="tf32", out_dtype=ACC)
+        part = tl.dot(large_a, rest_b, part, input_precision="tf32", out_dtype=ACC)
+        part = tl.dot(large_a, large_b, part, input_precision="tf32", out_dtype=ACC)
+        total = accumulator + part
+    else:
+        total = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    return total
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -122,7 +151,11 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr
     Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
     of a tile adds them up. DENSE: program 0 is a tap and a block of channels; otherwise taps and channels are one axis.
     The images' sizes are constants too: every step finds the pixels of its rows.
+
+    Three products of TF32 make the transposed tile: Triton copies the left operand of a product from memory by 4 bytes,
+    with an address and a mask for each, and those of g are the cheaper ones; x comes by 16.
     """
+    SWAPPED: tl.constexpr = PRECISION == "tf32x3"
     cb = tl.program_id(1) * BN + tl.arange(0, BN)
     t = tl.program_id(2) % T
     s = tl.program_id(2) // T
@@ -145,7 +178,7 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr
     task_x = t.to(tl.int64) * images * IH * IW * CA
     task_g = t.to(tl.int64) * M * CB
     stop = tl.minimum(M, (s + 1) * piece)
-    result = tl.zeros([BM, BN], ACC)
+    result = tl.zeros([BN, BM] if SWAPPED else [BM, BN], ACC)
     for pair in range(pairs):
         x = tl.where(pair == 0, x_ptr, x2_ptr) + task_x
         g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
@@ -166,11 +199,17 @@ def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr
             if not DENSE or CA % BM != 0:
                 inside = inside & real[None, :]
             left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
-            there = (m < stop)[:, None]
-            if CB % BN != 0:
-                there = there & (cb < CB)[None, :]
-            right = tl.load(g + m[:, None] * CB + cb[None, :], mask=there, other=0.0)
-            result = _dot(tl.trans(left), right, result, ACC, PRECISION)
+            row = tl.minimum(m, stop - 1)  # what comes after the last row is zero in x
+            if CB % BN == 0:
+                right = tl.load(g + row[:, None] * CB + cb[None, :])
+            else:
+                right = tl.load(g + row[:, None] * CB + cb[None, :], mask=(cb < CB)[None, :], other=0.0)
+            if SWAPPED:
+                result = _dot(tl.trans(right), left, result, ACC, PRECISION)
+            else:
+                result = _dot(tl.trans(left), right, result, ACC, PRECISION)
+    if SWAPPED:
+        result = tl.trans(result)
     at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
     written = real[:, None] & (cb < CB)[None, :]
     if S == 1:
@@ -203,16 +242,21 @@ class _Tile(NamedTuple):
         return launch_options(self.num_warps, self.num_stages)
 
 
-def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Tile:
+def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool, arch: int) -> _Tile:
     """The one tile (rows, columns, depth of a step) for operands of this type.
 
     Dense: 128 x 64 on tensor cores, 64 x 64 on the ordinary units and for weights, where the rows are channels of one
     tap, and a step has twice as many pixels: finding them is a third of its instructions. Where taps and channels are
     one axis (the first layer's 9 to 27) every element finds its own address, so steps are short; for weights 32 rows
-    take all of them. float64, for checks, gets what its registers hold.
+    take all of them. Three products for one have more time for loads, and keep both parts of operands in registers:
+    64 x 64, of four warps, in steps of 32 (of 16 for weights on sm_80, whose tensor cores take registers). float64,
+    for checks, gets what its registers hold.
     """
     matrix = dtype == torch.bfloat16 or precision == "tf32"
-    if dtype == torch.float64:
+    three = precision == "tf32x3"
+    if three:
+        rows, columns, depth = 64, 64, 16 if weight and arch < 90 else 32
+    elif dtype == torch.float64:
         rows, columns, depth = (32 if weight else 16), 32, 16
     elif dense:
         rows, columns = (128 if matrix and not weight else 64), 64
@@ -231,12 +275,36 @@ def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Til
     }
     # Four warps have fewer loads for as many products: eight spend a quarter of their instructions on loads.
     small = not weight if dtype == torch.float64 else dense and weight and not matrix
-    return _Tile(constants, 4 if small else 8, 3 if matrix and dense else 2)
+    staged = dense and matrix if not three else not weight
+    return _Tile(constants, 4 if small or three else 8, 3 if staged else 2)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+def _arch() -> int:
+    """Of the current GPU, as 10 times its compute capability; the interpreter's is 90."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    found: int = triton.runtime.driver.active.get_current_target().arch
+    return found
+
+
+_THREE_PRODUCTS = (80, 90, 100, 103)
+"""Architectures that multiply TF32 at more than three times the rate of float32; a desktop's GPU does not."""
+
+
+def _precision(dtype: torch.dtype, dense: bool, arch: int) -> str:
+    """How products are taken, by Triton's names; float32 by three products in dense tiles, where they are the faster.
+
+    Raises:
+        ValueError: ``MAMLPP_FAST_PRODUCTS`` is neither.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    wanted = os.environ.get("MAMLPP_FAST_PRODUCTS", "tf32x3")
+    if wanted not in ("tf32x3", "ieee"):
+        raise ValueError(f"MAMLPP_FAST_PRODUCTS: expected tf32x3 or ieee, got {wanted!r}")
+    return wanted if dense and arch in _THREE_PRODUCTS else "ieee"
 
 
 def _operands(
@@ -302,11 +370,11 @@ def to_input(
 def _launch_product(
     tensors: list[Tensor], out: Tensor, sizes: tuple[int, ...], tasks: int, *, transposed: bool
 ) -> None:
-    dtype = tensors[0].dtype
+    dtype, arch = tensors[0].dtype, _arch()
     rows, channels = sizes[1], sizes[7]
-    tile = _tile(dtype, _dense(sizes[6], channels), _precision(dtype), weight=False)
+    dense = _dense(sizes[6], channels)
+    tile = _tile(dtype, dense, _precision(dtype, dense, arch), weight=False, arch=arch)
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
-    arch = 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
     _product[grid](
         *tensors, out, *sizes[:6], sizes[9], *sizes[6:], TRANSPOSED=transposed, **tile.constants,
         **_unrolling(tile, sizes[6], arch), **tile.options,
@@ -320,8 +388,9 @@ def _unrolling(tile: _Tile, channels: int, arch: int) -> dict[str, Any]:
     """
     dense, precision = tile.constants["DENSE"], tile.constants["PRECISION"]
     blocks = triton.cdiv(channels, tile.constants["BK"])
-    rolled = dense and arch < 90 and (precision == "tf32" or tile.constants["BK"] == 64)
-    unroll = max(n for n in (1, 2, 3, 4) if blocks % n == 0) if dense and not rolled else 1
+    rolled = dense and arch < 90 and (precision != "ieee" or tile.constants["BK"] == 64)
+    most = 2 if precision == "tf32x3" else 4
+    unroll = max(n for n in range(1, most + 1) if blocks % n == 0) if dense and not rolled else 1
     return {"UNROLL": unroll, "ROLLED": rolled}
 
 
@@ -331,8 +400,8 @@ def to_weight(
     """``task_conv2d_to_weight``; the pixels of a task are cut into at most 32 pieces where programs are few."""
     tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, out, g, padding)
     tensors, pairs = _operands(x, g, x2, g2, out)
-    dtype, rows = tensors[0].dtype, images * oh * ow
-    tile = _tile(dtype, _dense(ci, co), _precision(dtype), weight=True)
+    dtype, rows, dense, arch = tensors[0].dtype, images * oh * ow, _dense(ci, co), _arch()
+    tile = _tile(dtype, dense, _precision(dtype, dense, arch), weight=True, arch=arch)
     bm = tile.constants["BM"]
     blocks = taps * triton.cdiv(ci, bm) if tile.constants["DENSE"] else triton.cdiv(taps * ci, bm)
     columns = triton.cdiv(co, tile.constants["BN"])
@@ -361,23 +430,27 @@ def _geometry_constants(order: str, ci: int, co: int, side: int) -> dict[str, in
 
 
 def launch_configurations() -> Iterator[Configuration]:
-    """Three products, two layouts of the reduction, four precisions, two results, each for one geometry."""
+    """Three products, two layouts of the reduction, five precisions, two results, each for one geometry."""
     modes = (
         (torch.float64, "ieee", torch.float64),
         (torch.float32, "ieee", torch.float32),
         (torch.float32, "tf32", torch.float32),
+        (torch.float32, "tf32x3", torch.float32),
         (torch.bfloat16, "ieee", torch.float32),
         (torch.bfloat16, "ieee", torch.bfloat16),
     )
     orders = ("forward", "to_input", "to_weight")
     for (dtype, precision, out), dense, order in itertools.product(modes, (True, False), orders):
-        kernel = _weight_product if order == "to_weight" else _product
-        tile = _tile(dtype, dense, precision, order == "to_weight")
+        if precision == "tf32x3" and not dense:
+            continue
+        weight = order == "to_weight"
+        kernel = _weight_product if weight else _product
+        tile, older = (_tile(dtype, dense, precision, weight, arch) for arch in (90, 80))
         constants = tile.constants | _geometry_constants(order, *_GEOMETRIES[dense])
-        by_arch = {}
+        by_arch = {80: older.constants}
         if kernel is _product:
             constants |= {"TRANSPOSED": order == "to_input", **_unrolling(tile, constants["CA"], 90)}
-            by_arch = {80: _unrolling(tile, constants["CA"], 80)}
+            by_arch = {80: older.constants | _unrolling(older, constants["CA"], 80)}
         wide = TYPE_NAMES[accumulator(dtype)[0]]
         kinds = {"out_ptr": f"*{TYPE_NAMES[out]}", "part_ptr": f"*{wide}", "counter_ptr": "*i32"}
         operand = f"*{TYPE_NAMES[dtype]}"
@@ -387,7 +460,7 @@ def launch_configurations() -> Iterator[Configuration]:
             if n not in constants
         }
         pointers = tuple(n for n in types if n.endswith("_ptr"))
-        shown = "tf32" if precision == "tf32" else TYPE_NAMES[dtype]
+        shown = TYPE_NAMES[dtype] if precision == "ieee" else precision
         yield Configuration(
             f"{order} {'dense' if dense else 'flat'} {shown} -> {TYPE_NAMES[out]}",
             kernel,
@@ -396,6 +469,6 @@ def launch_configurations() -> Iterator[Configuration]:
             tile.num_warps,
             tile.num_stages,
             aligned=pointers,
-            tensor_cores=dtype == torch.bfloat16 or precision == "tf32",
+            tensor_cores=dtype == torch.bfloat16 or precision != "ieee",
             by_arch=by_arch,
         )
