@@ -66,6 +66,8 @@ def _clocks(name: str) -> float:
 def products(cubin: bytes) -> dict[str, float] | None:
     """Of the innermost loop with the most arithmetic of products: its instructions and what of them they are.
 
+    Where a kernel has several with at least half as much, the one that spends the most instructions beside them.
+
     Returns:
         ``instructions``; ``matrix``, the tensor cores', ``instructions per 4 matrix`` and, on sm_90, ``clocks`` that
         they take; or ``ffma`` and ``ffma share``; None where no loop has either.
@@ -74,12 +76,15 @@ def products(cubin: bytes) -> dict[str, float] | None:
     def arithmetic(loop: Counter[str]) -> int:
         return 1000 * sum(loop[name] for name in loop if _matrix(name)) + loop["FFMA"]
 
-    loop = max(loops(cubin), key=arithmetic, default=Counter())
+    found = loops(cubin)
+    most = max(map(arithmetic, found), default=0)
+    large = [loop for loop in found if 0 < most <= 2 * arithmetic(loop)]
+    loop = max(large, key=lambda loop: sum(loop.values()) / arithmetic(loop), default=Counter[str]())
     total, matrix = sum(loop.values()), sum(loop[name] for name in loop if _matrix(name))
     if matrix:
         clocks = sum(_clocks(name) * count for name, count in loop.items())
-        found = {"instructions": total, "matrix": matrix, "instructions per 4 matrix": 4 * total / matrix}
-        return found | ({"clocks": clocks} if clocks else {})
+        spent = {"instructions": total, "matrix": matrix, "instructions per 4 matrix": 4 * total / matrix}
+        return spent | ({"clocks": clocks} if clocks else {})
     if loop["FFMA"]:
         return {"instructions": total, "ffma": loop["FFMA"], "ffma share": loop["FFMA"] / total}
     return None

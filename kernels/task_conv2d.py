@@ -6,7 +6,7 @@ second operand pair's: one accumulator for both. Nothing is unfolded in memory.
 
 Operands are float64, float32 or bfloat16; sums are float32 (float64 of float64). float32 operands are rounded to TF32
 where ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``; elsewhere they are multiplied as they are: on tensor
-cores that have room for it by three products of TF32 (:func:`_dot`), otherwise, or where ``MAMLPP_FAST_PRODUCTS`` is
+cores that have room for it by three products of TF32, otherwise, or where ``MAMLPP_FAST_PRODUCTS`` is
 ``ieee``, by ordinary multiplications.
 """
 
@@ -17,215 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, counters, last_piece, launch_options, split
-
-_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW", "taps"]
-"""Not specialised: the sizes of images. Channels, kernel, step and padding are constants of the compiled program."""
-
-
-@triton.jit
-def _source(i, tap, padding, stride, size, TRANSPOSED: tl.constexpr):
-    """Where along one axis output position i finds its operand for this tap, and whether that is inside."""
-    if TRANSPOSED:
-        shifted = i + padding - tap
-        position = shifted // stride
-        inside = (shifted >= 0) & (position * stride == shifted) & (position < size)
-    else:
-        position = i * stride - padding + tap
-        inside = (position >= 0) & (position < size)
-    return position, inside
-
-
-@triton.jit
-def _parts(x):
-    """float32 x as the sum of x rounded to TF32 (10 bits of a fraction) and of what is left, exactly.
-
-    A number that rounds to infinity, or is infinite, leaves NaN; NaN stays, if only in what is left.
-    """
-    large = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return large, x - large
-
-
-@triton.jit
-def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """accumulator + a b. By "tf32x3" the operands are cut in two, and the product of both rests, 2^-22 of ab, left out.
-
-    Tensor cores cut 13 bits off a rest (2^-21 of ab for both) and cut their sums off where others round: hence a sum
-    of its own for each block, which an ordinary addition takes up. Triton's own "tf32x3" also looks for NaN in each
-    number and each sum: 1.7 times the instructions.
-    """
-    if PRECISION == "tf32x3":
-        large_a, rest_a = _parts(a)
-        large_b, rest_b = _parts(b)
-        part = tl.zeros([a.shape[0], b.shape[1]], ACC)
-        part = tl.dot(rest_a, large_b, part, input_precision="tf32", out_dtype=ACC)
-        part = tl.dot(large_a, rest_b, part, input_precision="tf32", out_dtype=ACC)
-        part = tl.dot(large_a, large_b, part, input_precision="tf32", out_dtype=ACC)
-        total = accumulator + part
-    else:
-        total = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
-    return total
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, CA: tl.constexpr, CB: tl.constexpr,
-             KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-             TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
-             ROLLED: tl.constexpr):  # fmt: skip
-    """Convolution of a [T, images, IH, IW, CA] with w, or (TRANSPOSED) its adjoint; out is [T, images, OH, OW, CB].
-
-    DENSE takes one tap at a time, UNROLL blocks of channels for the one address and mask of its pixels, and needs
-    channels in multiples of 16; otherwise taps and channels are one axis.
-    """
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    cb = tl.program_id(1) * BN + tl.arange(0, BN)
-    t = tl.program_id(2).to(tl.int64)
-    n = m // (OH * OW)
-    i = (m % (OH * OW) // OW)[:, None]
-    j = (m % OW)[:, None]
-    task_a = t * (M // (OH * OW)) * IH * IW * CA
-    task_w = t * TAPS * CA * CB
-    rounds: tl.constexpr = (CA + BK * UNROLL - 1) // (BK * UNROLL)
-    constant: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
-    tiles = constant
-    if ROLLED:  # a number that the compiler does not know, lest it unrolls the loop
-        tiles = taps * rounds
-    result = tl.zeros([BM, BN], ACC)
-    for pair in range(pairs):
-        a = tl.where(pair == 0, a_ptr, a2_ptr) + task_a
-        w = tl.where(pair == 0, w_ptr, w2_ptr) + task_w
-        for tile in range(tiles):
-            if DENSE:
-                tap = tile // rounds
-                y, row_inside = _source(i, tap // KW, PAD_Y, STRIDE, IH, TRANSPOSED)
-                x, column_inside = _source(j, tap % KW, PAD_X, STRIDE, IW, TRANSPOSED)
-                left_row = a + ((n[:, None] * IH + y) * IW + x) * CA
-                inside = row_inside & column_inside & (m < M)[:, None]
-                for block in tl.static_range(UNROLL):
-                    c = (tile % rounds * UNROLL + block) * BK + tl.arange(0, BK)
-                    if CA % (BK * UNROLL) == 0:
-                        left = tl.load(left_row + c[None, :], mask=inside, other=0.0)
-                    else:
-                        left = tl.load(left_row + c[None, :], mask=inside & (c < CA)[None, :], other=0.0)
-                    if TRANSPOSED:
-                        weight = (tap * CB + cb)[None, :] * CA + c[:, None]
-                    else:
-                        weight = (tap * CA + c)[:, None] * CB + cb[None, :]
-                    if CA % (BK * UNROLL) == 0 and CB % BN == 0:
-                        right = tl.load(w + weight)
-                    else:
-                        right = tl.load(w + weight, mask=(c < CA)[:, None] & (cb < CB)[None, :], other=0.0)
-                    result = _dot(left, right, result, ACC, PRECISION)
-            else:
-                k = tile * BK + tl.arange(0, BK)
-                tap = k // CA
-                c = k % CA
-                real = tap < TAPS
-                y, row_inside = _source(i, (tap // KW)[None, :], PAD_Y, STRIDE, IH, TRANSPOSED)
-                x, column_inside = _source(j, (tap % KW)[None, :], PAD_X, STRIDE, IW, TRANSPOSED)
-                pixel = (n[:, None] * IH + y) * IW + x
-                inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
-                left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
-                if TRANSPOSED:
-                    weight = (tap * CB * CA + c)[:, None] + cb[None, :] * CA
-                else:
-                    weight = ((tap * CA + c) * CB)[:, None] + cb[None, :]
-                right = tl.load(w + weight, mask=real[:, None] & (cb < CB)[None, :], other=0.0)
-                result = _dot(left, right, result, ACC, PRECISION)
-    written = (m < M)[:, None] & (cb < CB)[None, :]
-    tl.store(out_ptr + t * M * CB + m[:, None] * CB + cb[None, :], result, mask=written)
-
-
-@triton.jit(do_not_specialize=["pairs", "M", "T", "S", "piece"])
-def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH: tl.constexpr,
-                    OW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
-                    KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
-                    PAD_X: tl.constexpr, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
-                    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Sum over all rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [T, TAPS, CA, CB].
-
-    Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
-    of a tile adds them up. DENSE: program 0 is a tap and a block of channels; otherwise taps and channels are one axis.
-    The images' sizes are constants too: every step finds the pixels of its rows.
-
-    Three products of TF32 make the transposed tile: Triton copies the left operand of a product from memory by 4 bytes,
-    with an address and a mask for each, and those of g are the cheaper ones; x comes by 16.
-    """
-    SWAPPED: tl.constexpr = PRECISION == "tf32x3"
-    cb = tl.program_id(1) * BN + tl.arange(0, BN)
-    t = tl.program_id(2) % T
-    s = tl.program_id(2) // T
-    if DENSE:
-        blocks: tl.constexpr = (CA + BM - 1) // BM
-        tap = tl.program_id(0) // blocks
-        c = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-        real = c < CA
-        tap_row = tap // KW
-        tap_column = tap % KW
-    else:
-        k = tl.program_id(0) * BM + tl.arange(0, BM)
-        tap = k // CA
-        c = k % CA
-        real = tap < TAPS
-        tap_row = (tap // KW)[None, :]
-        tap_column = (tap % KW)[None, :]
-    same: tl.constexpr = STRIDE == 1 and OH == IH and OW == IW
-    images = M // (OH * OW)
-    task_x = t.to(tl.int64) * images * IH * IW * CA
-    task_g = t.to(tl.int64) * M * CB
-    stop = tl.minimum(M, (s + 1) * piece)
-    result = tl.zeros([BN, BM] if SWAPPED else [BM, BN], ACC)
-    for pair in range(pairs):
-        x = tl.where(pair == 0, x_ptr, x2_ptr) + task_x
-        g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
-        for first in range(s * piece, stop, BK):
-            m = first + tl.arange(0, BK)
-            line = (
-                m.to(tl.uint32) // OW
-            )  # a division of what may be negative takes twice as many instructions
-            i, row_inside = _source((line % OH).to(tl.int32)[:, None], tap_row, PAD_Y, STRIDE, IH, False)
-            j, column_inside = _source(
-                (m - line.to(tl.int32) * OW)[:, None], tap_column, PAD_X, STRIDE, IW, False
-            )
-            if same:  # a pixel of x lies as far from that of g for all of them
-                pixel = m[:, None] + ((tap_row - PAD_Y) * IW + tap_column - PAD_X)
-            else:
-                pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
-            inside = row_inside & column_inside & (m < stop)[:, None]
-            if not DENSE or CA % BM != 0:
-                inside = inside & real[None, :]
-            left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
-            row = tl.minimum(m, stop - 1)  # what comes after the last row is zero in x
-            if CB % BN == 0:
-                right = tl.load(g + row[:, None] * CB + cb[None, :])
-            else:
-                right = tl.load(g + row[:, None] * CB + cb[None, :], mask=(cb < CB)[None, :], other=0.0)
-            if SWAPPED:
-                result = _dot(tl.trans(right), left, result, ACC, PRECISION)
-            else:
-                result = _dot(tl.trans(left), right, result, ACC, PRECISION)
-    if SWAPPED:
-        result = tl.trans(result)
-    at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
-    written = real[:, None] & (cb < CB)[None, :]
-    if S == 1:
-        tl.store(out_ptr + at, result, mask=written)
-    else:
-        elements = T.to(tl.int64) * TAPS * CA * CB
-        tl.store(part_ptr + s * elements + at, result, mask=written)
-        tile_of_all = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * T + t
-        if last_piece(counter_ptr + tile_of_all, S):
-            total = tl.load(part_ptr + at, mask=written, other=0.0, cache_modifier=".cg")
-            for other in range(1, S):
-                total += tl.load(
-                    part_ptr + other * elements + at, mask=written, other=0.0, cache_modifier=".cg"
-                )
-            tl.store(out_ptr + at, total, mask=written)
-
+from . import _task_conv2d_kernels as kernels
+from ._launch import TYPE_NAMES, Configuration, accumulator, counters, launch_options, split
 
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -240,6 +35,11 @@ class _Tile(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         return launch_options(self.num_warps, self.num_stages)
+
+
+def _matrix(dtype: torch.dtype, precision: str) -> bool:
+    """Whether tensor cores multiply."""
+    return dtype == torch.bfloat16 or precision != "ieee"
 
 
 def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool, arch: int) -> _Tile:
@@ -375,7 +175,7 @@ def _launch_product(
     dense = _dense(sizes[6], channels)
     tile = _tile(dtype, dense, _precision(dtype, dense, arch), weight=False, arch=arch)
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
-    _product[grid](
+    kernels._product[grid](
         *tensors, out, *sizes[:6], sizes[9], *sizes[6:], TRANSPOSED=transposed, **tile.constants,
         **_unrolling(tile, sizes[6], arch), **tile.options,
     )  # fmt: skip
@@ -410,9 +210,45 @@ def to_weight(
     parts = out.new_empty(pieces, out.numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
     counts = counters(out, blocks * columns * tasks)
     sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, *pads, tasks, pieces, piece)
-    _weight_product[blocks, columns, tasks * pieces](
+    kernels._weight_product[blocks, columns, tasks * pieces](
         *tensors, parts, counts, out, *sizes, **tile.constants, **tile.options
     )
+
+
+def gradients(
+    x: Tensor, w: Tensor, g: Tensor, x2: Tensor | None, w2: Tensor | None, g2: Tensor | None, stride: int, padding: int,
+    gx: Tensor, gw: Tensor,
+) -> None:  # fmt: skip
+    """``task_conv2d_gradients``: on tensor cores one launch, whose programs make tiles of either; otherwise two."""
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, g, padding)
+    (g, w, *others), pairs = _operands(g, w, g2, w2, gx)
+    (x, _, x2, g2), _ = _operands(x, g, x2, g2, gw)
+    dtype, arch, dense = g.dtype, _arch(), _dense(ci, co)
+    precision = _precision(dtype, dense, arch)
+    if not dense or x.dtype != dtype or not _matrix(dtype, precision):
+        second = (g2, others[1]) if pairs == 2 else (None, None)
+        to_input(g, w, *second, stride, padding, gx)
+        to_weight(x, g, *((x2, g2) if pairs == 2 else (None, None)), stride, padding, gw)
+        return
+    tile, other = (_tile(dtype, True, precision, weight=weight, arch=arch) for weight in (False, True))
+    shared = tile.constants
+    columns, rows = shared["BN"], images * oh * ow
+    blocks = taps * triton.cdiv(ci, other.constants["BM"]) * triton.cdiv(co, columns)
+    piece, pieces = split(rows, blocks * tasks, other.constants["BK"], target=264)
+    parts = gw.new_empty(pieces, gw.numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
+    counts = counters(gw, blocks * tasks)
+    tiles = triton.cdiv(images * height * width, shared["BM"]) * triton.cdiv(ci, columns)
+    kernels._gradient_products[((blocks * pieces + tiles) * tasks,)](
+        x, w, g, x2, others[1], g2, parts, counts, gx, gw, pairs, images, taps, tasks, pieces, piece, oh, ow, height,
+        width, ci, co, kw, taps, stride, *pads, **_both(tile, other, co, arch), **tile.options,
+    )  # fmt: skip
+
+
+def _both(tile: _Tile, weight: _Tile, channels: int, arch: int) -> dict[str, Any]:
+    """Constants of one launch for both gradients, tiles of as many columns, by as many warps."""
+    shared = {n: v for n, v in tile.constants.items() if n != "DENSE"}
+    own = {"WEIGHT_BM": weight.constants["BM"], "WEIGHT_BK": weight.constants["BK"]}
+    return shared | own | _unrolling(tile, channels, arch)
 
 
 _GEOMETRIES = {True: (48, 64, 6), False: (1, 64, 6)}
@@ -424,13 +260,25 @@ What is compiled in earnest has a network's own; the code is the same but for it
 
 def _geometry_constants(order: str, ci: int, co: int, side: int) -> dict[str, int]:
     weight = order == "to_weight"
-    sizes = {"OH": side, "OW": side, "IH": side, "IW": side} if weight else {}
+    sizes = {"OH": side, "OW": side, "IH": side, "IW": side} if weight or order == "gradients" else {}
     ca, cb = (co, ci) if order == "to_input" else (ci, co)
     return sizes | {"CA": ca, "CB": cb, "KW": 3, "TAPS": 9, "STRIDE": 1, "PAD_Y": 1, "PAD_X": 1}
 
 
+def _constants(
+    order: str, dtype: torch.dtype, dense: bool, precision: str, channels: int, arch: int
+) -> dict[str, Any]:
+    """Of a launch but its geometry; `channels` are those that the first operand of a product is summed over."""
+    tile, weight = (_tile(dtype, dense, precision, kind, arch) for kind in (False, True))
+    if order == "to_weight":
+        return weight.constants
+    if order == "gradients":
+        return _both(tile, weight, channels, arch)
+    return tile.constants | {"TRANSPOSED": order == "to_input", **_unrolling(tile, channels, arch)}
+
+
 def launch_configurations() -> Iterator[Configuration]:
-    """Three products, two layouts of the reduction, five precisions, two results, each for one geometry."""
+    """Three products and two in one, two layouts of the reduction, five precisions, two results; one geometry each."""
     modes = (
         (torch.float64, "ieee", torch.float64),
         (torch.float32, "ieee", torch.float32),
@@ -439,20 +287,22 @@ def launch_configurations() -> Iterator[Configuration]:
         (torch.bfloat16, "ieee", torch.float32),
         (torch.bfloat16, "ieee", torch.bfloat16),
     )
-    orders = ("forward", "to_input", "to_weight")
+    orders = ("forward", "to_input", "to_weight", "gradients")
     for (dtype, precision, out), dense, order in itertools.product(modes, (True, False), orders):
-        if precision == "tf32x3" and not dense:
+        both, weight = order == "gradients", order == "to_weight"
+        if (not dense and (both or precision == "tf32x3")) or (both and not _matrix(dtype, precision)):
             continue
-        weight = order == "to_weight"
-        kernel = _weight_product if weight else _product
-        tile, older = (_tile(dtype, dense, precision, weight, arch) for arch in (90, 80))
-        constants = tile.constants | _geometry_constants(order, *_GEOMETRIES[dense])
-        by_arch = {80: older.constants}
-        if kernel is _product:
-            constants |= {"TRANSPOSED": order == "to_input", **_unrolling(tile, constants["CA"], 90)}
-            by_arch = {80: older.constants | _unrolling(older, constants["CA"], 80)}
+        kernel = (
+            kernels._weight_product if weight else kernels._gradient_products if both else kernels._product
+        )
+        geometry = _geometry_constants(order, *_GEOMETRIES[dense])
+        channels = geometry["CB" if both else "CA"]
+        constants, older = (_constants(order, dtype, dense, precision, channels, arch) for arch in (90, 80))
+        constants |= geometry
+        tile = _tile(dtype, dense, precision, weight, 90)
         wide = TYPE_NAMES[accumulator(dtype)[0]]
-        kinds = {"out_ptr": f"*{TYPE_NAMES[out]}", "part_ptr": f"*{wide}", "counter_ptr": "*i32"}
+        kinds = dict.fromkeys(("out_ptr", "gx_ptr", "gw_ptr"), f"*{TYPE_NAMES[out]}")
+        kinds |= {"part_ptr": f"*{wide}", "counter_ptr": "*i32"}
         operand = f"*{TYPE_NAMES[dtype]}"
         types = {
             n: kinds.get(n, operand if n.endswith("_ptr") else "i32")
@@ -469,6 +319,6 @@ def launch_configurations() -> Iterator[Configuration]:
             tile.num_warps,
             tile.num_stages,
             aligned=pointers,
-            tensor_cores=dtype == torch.bfloat16 or precision != "ieee",
-            by_arch=by_arch,
+            tensor_cores=_matrix(dtype, precision),
+            by_arch={80: older},
         )

@@ -138,6 +138,7 @@ def _task_conv2d() -> None:
             task_conv2d.forward(x, w, None, None, 1, 1, g.to(out))
             task_conv2d.to_input(g, w, g, w, 1, 1, x.to(out))
             task_conv2d.to_weight(x, g, None, None, 1, 1, w.to(out))
+            task_conv2d.gradients(x, w, g, x, w, g, 1, 1, x.to(out), w.to(out))
 
 
 def _running_blend() -> None:
