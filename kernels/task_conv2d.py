@@ -226,9 +226,9 @@ def gradients(
     dtype, arch, dense = g.dtype, _arch(), _dense(ci, co)
     precision = _precision(dtype, dense, arch)
     if not dense or x.dtype != dtype or not _matrix(dtype, precision):
-        second = (g2, others[1]) if pairs == 2 else (None, None)
-        to_input(g, w, *second, stride, padding, gx)
-        to_weight(x, g, *((x2, g2) if pairs == 2 else (None, None)), stride, padding, gw)
+        two = pairs == 2
+        to_input(g, w, g2 if two else None, others[1] if two else None, stride, padding, gx)
+        to_weight(x, g, x2 if two else None, g2 if two else None, stride, padding, gw)
         return
     tile, other = (_tile(dtype, True, precision, weight=weight, arch=arch) for weight in (False, True))
     shared = tile.constants
