@@ -33,7 +33,7 @@ LOOPS = {
         "_product": ("instructions per 4 matrix", 20, 96),
         "_gradient_products": ("instructions per 4 matrix", 20, 146),
     },
-    "ieee": {"_product": ("ffma share", 0.8, 1.0), "_weight_product": ("ffma share", 0.79, 1.0)},
+    "ieee": {"_product": ("ffma share", 0.8, 1.0), "_weight_product": ("ffma share", 0.8, 1.0)},
     "tf32": {
         "_product": ("instructions per 4 matrix", 20, 110),
         "_gradient_products": ("instructions per 4 matrix", 20, 120),
