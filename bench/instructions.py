@@ -20,7 +20,7 @@ _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "DMMA")
 
 
 def loops(cubin: bytes) -> list[Counter[str]]:
-    """Instructions of every loop that has no other inside, by their first name (``HGMMA``, ``FFMA``)."""
+    """Instructions of every loop that has no other inside, by their first name (``FFMA``, ``HGMMA.64x32``)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -31,7 +31,7 @@ def loops(cubin: bytes) -> list[Counter[str]]:
 
 def read(text: str) -> list[Counter[str]]:
     """The same from a disassembly."""
-    code = [(int(m[1], 16), m[2].split(".")[0], m[3]) for m in map(_LINE.match, text.splitlines()) if m]
+    code = [(int(m[1], 16), _name(m[2]), m[3]) for m in map(_LINE.match, text.splitlines()) if m]
     spans = []
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip())
@@ -48,21 +48,43 @@ def read(text: str) -> list[Counter[str]]:
     ]
 
 
+def _name(instruction: str) -> str:
+    """The first name; of a warp group's product with what it multiplies, 64 by so many columns (``HGMMA.64x32``)."""
+    shape = re.match(r"HGMMA\.64x\d+", instruction)
+    return shape[0] if shape else instruction.split(".")[0]
+
+
+def _matrix(name: str) -> bool:
+    return name.split(".")[0] in _MATRIX
+
+
+def _clocks(name: str) -> float:
+    """Of tensor cores of sm_90 for one of four warps, 64 x N x 8 of TF32 or x 16 of bfloat16; 0 of other kinds."""
+    return int(name.rpartition("x")[2]) / 2 if name.startswith("HGMMA.") else 0
+
+
 def products(cubin: bytes) -> dict[str, float] | None:
     """Of the innermost loop with the most arithmetic of products: its instructions and what of them they are.
 
+    Where a kernel has several with at least half as much, the one that spends the most instructions beside them.
+
     Returns:
-        ``instructions``; ``matrix``, the tensor cores', and ``instructions per 4 matrix``, or ``ffma`` and ``ffma
-        share``; None where no loop has either.
+        ``instructions``; ``matrix``, the tensor cores', ``instructions per 4 matrix`` and, on sm_90, ``clocks`` that
+        they take; or ``ffma`` and ``ffma share``; None where no loop has either.
     """
 
     def arithmetic(loop: Counter[str]) -> int:
-        return 1000 * sum(loop[name] for name in _MATRIX) + loop["FFMA"]
+        return 1000 * sum(loop[name] for name in loop if _matrix(name)) + loop["FFMA"]
 
-    loop = max(loops(cubin), key=arithmetic, default=Counter())
-    total, matrix = sum(loop.values()), sum(loop[name] for name in _MATRIX)
+    found = loops(cubin)
+    most = max(map(arithmetic, found), default=0)
+    large = [loop for loop in found if 0 < most <= 2 * arithmetic(loop)]
+    loop = max(large, key=lambda loop: sum(loop.values()) / arithmetic(loop), default=Counter[str]())
+    total, matrix = sum(loop.values()), sum(loop[name] for name in loop if _matrix(name))
     if matrix:
-        return {"instructions": total, "matrix": matrix, "instructions per 4 matrix": 4 * total / matrix}
+        clocks = sum(_clocks(name) * count for name, count in loop.items())
+        spent = {"instructions": total, "matrix": matrix, "instructions per 4 matrix": 4 * total / matrix}
+        return spent | ({"clocks": clocks} if clocks else {})
     if loop["FFMA"]:
         return {"instructions": total, "ffma": loop["FFMA"], "ffma share": loop["FFMA"] / total}
     return None

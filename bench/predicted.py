@@ -6,10 +6,11 @@ workloads in each precision.
 The rule, for every call of an operation: the larger of
 
 - its bytes (every tensor it is given, once) over 4.0 TB/s, and
-- its operations over the peak of their precision: 67 TFLOP/s for float32, 390 for tf32, 780 for bfloat16 (what was
-  measured of large products there, tf32 half of it). Of that only the share of multiprocessors that have a program, of
-  132, and the share of instructions that are products: of an exact float32 loop what is FFMA; on tensor cores, where 4
-  HGMMA of 8 warps take 128 clocks, 64 of the instructions per 4. Other float32 arithmetic counts at half the peak;
+- its operations over the peak of their precision: 67 TFLOP/s for float32, 390 for tf32 (a third of it for float32 by
+  three products), 780 for bfloat16 (what was measured of large products there, tf32 half of it). Of that only the share
+  of multiprocessors that have a program, of 132, and the share of instructions that are products: of an exact float32
+  loop what is FFMA; on tensor cores the clocks that the loop's HGMMA take, N / 2 for 64 x N, over its instructions, of
+  which one a clock is issued. Other float32 arithmetic counts at half the peak;
 
 plus 1.5 microseconds for each node of the graph. Nothing of it was measured on a GPU: what waits for memory or for the
 end of another program takes longer.
@@ -98,7 +99,8 @@ class Call:
         if loop is not None and "ffma share" in loop:
             share = loop["ffma share"]
         elif loop is not None:
-            peak, share = PEAK[precision], min(1.0, 64 / loop["instructions per 4 matrix"])
+            peak = PEAK["tf32"] / 3 if precision == "float32" else PEAK[precision]
+            share = min(1.0, loop["clocks"] / loop["instructions"]) if "clocks" in loop else 0.5
         busy = min(1.0, programs / MULTIPROCESSORS)
         return max(memory, self.flops / (peak * share * busy)) + NODE * self.nodes
 

@@ -9,7 +9,7 @@ tangent. What happens once a channel is float64 throughout.
 import triton
 import triton.language as tl
 
-from ._launch import ROWS
+from ._launch import ROWS, last_piece
 
 _SIZES = [
     "C",
@@ -277,10 +277,13 @@ def tangent_windows(padded_ptr, folded_ptr, shift_ptr, y_ptr, index_ptr, uy_ptr,
     tl.store(uy_ptr + out, tl.where(open, u, u * leak), mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def chosen_sums(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, slope: tl.float64, C, K, M, H, W, CI, KW, OH, OW, T, S,
-                piece, KP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Sums [S, T, KP, C] over the windows of one piece of g times the chosen patch, and of g in row K."""
+@triton.jit
+def _chosen_sums(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, slope, C, K, M, H, W, CI, KW, OH, OW, T,
+                 S, piece, KP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """Sums [S, T, KP, C] over the windows of one piece of g times the chosen patch, and of g in row K.
+
+    Returns whether this piece is the last of its channels and task: then all are in memory.
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     s = tl.program_id(2)
@@ -309,6 +312,7 @@ def chosen_sums(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, slope: tl.float6
     k = tl.arange(0, KP)
     rows = ((s * T + t).to(tl.int64) * KP + k[None, :]) * C + c[:, None]
     tl.store(part_ptr + rows, total, mask=(c < C)[:, None])
+    return last_piece(counter_ptr + tl.program_id(0) * T + t, S)
 
 
 @triton.jit
@@ -318,15 +322,17 @@ def _centred(part_ptr, moments_ptr, t, c, C, K, T, S, KP: tl.constexpr, BC: tl.c
     total = tl.zeros([KP, BC], tl.float64)
     for s in range(S):
         rows = ((s * T + t).to(tl.int64) * KP + k[:, None]) * C + c[None, :]
-        total += tl.load(part_ptr + rows, mask=(c < C)[None, :], other=0.0).to(tl.float64)
+        total += tl.load(part_ptr + rows, mask=(c < C)[None, :], other=0.0, cache_modifier=".cg").to(
+            tl.float64
+        )
     plain = tl.sum(tl.where((k == K)[:, None], total, 0.0), axis=0)
     mean = _mean(moments_ptr, t, 1, K, KP)
     return tl.where((k < K)[:, None], total - mean[:, None] * plain[None, :], 0.0), plain
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
-def backward_finish(part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, C, K, T,
-                    S, row_stride, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+@triton.jit
+def _backward(part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, C, K, T, S,
+              row_stride, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     b, plain = _centred(part_ptr, moments_ptr, t, c, C, K, T, S, KP, BC)
@@ -342,9 +348,23 @@ def backward_finish(part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, s
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
-def backward_tangent_finish(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr,
-                            gw_ptr, ggamma_ptr, gbeta_ptr, C, K, M, T, S, row_stride, MOVES: tl.constexpr,
-                            KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def backward(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr,
+             gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64, C, K, M, H, W, CI, KW, OH, OW, T, S, piece,
+             row_stride, KP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    if _chosen_sums(
+        padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, slope, C, K, M, H, W, CI, KW, OH, OW, T, S, piece,
+        KP, ACC, BM, BC,
+    ):  # fmt: skip
+        _backward(
+            part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, C, K, T, S,
+            row_stride, KP, BC,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tangent(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr, gw_ptr,
+                      ggamma_ptr, gbeta_ptr, C, K, M, T, S, row_stride, MOVES: tl.constexpr, KP: tl.constexpr,
+                      BC: tl.constexpr):  # fmt: skip
     """M: patches of a task, all that the statistics are taken over."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
@@ -373,3 +393,19 @@ def backward_tangent_finish(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamm
     _set_matrix(gw_ptr, product, t, c, C, K, KP)
     tl.store(ggamma_ptr + t * C + c, q_dot * m, mask=c < C)
     tl.store(gbeta_ptr + t * C + c, plain, mask=c < C)
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
+def backward_tangent(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr,
+                     gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr, gw_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64, C, K,
+                     M, H, W, CI, KW, OH, OW, T, S, piece, stretch, row_stride, MOVES: tl.constexpr, KP: tl.constexpr,
+                     ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """stretch: patches of a task, of which M windows are made of four each, and some at the edge of none."""
+    if _chosen_sums(
+        padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, slope, C, K, M, H, W, CI, KW, OH, OW, T, S, piece,
+        KP, ACC, BM, BC,
+    ):  # fmt: skip
+        _backward_tangent(
+            part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr, gw_ptr,
+            ggamma_ptr, gbeta_ptr, C, K, stretch, T, S, row_stride, MOVES, KP, BC,
+        )  # fmt: skip

@@ -1,8 +1,8 @@
 """The first layer in one, without its feature map, on a GPU.
 
 Arguments and formulas are those of ``mamlpp_fast.ops.conv_norm_act_pool``. Forward and tangent fold scale and mean
-into the weights, then pass over the windows; both backward orders sum over the windows in pieces, then finish channel
-by channel. Two launches each, no atomics.
+into the weights, then pass over the windows, two launches each; both backward orders sum over the windows in pieces,
+the last of which finishes channel by channel.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import _conv_norm_act_pool_kernels as kernels
-from ._launch import ROWS, TYPE_NAMES, Configuration, accumulator, directions, launch_options, split
+from ._launch import ROWS, TYPE_NAMES, Configuration, accumulator, counters, directions, launch_options, split
 
 _TYPES = (torch.float64, torch.float32)
 _PATCHES = (16, 32)
@@ -37,14 +37,13 @@ def _constants(kernel: Any, dtype: torch.dtype, values: int) -> dict[str, Any]:
         given["BM"] = 256
     elif kernel is kernels.patch_products:
         given["BM"] = 16
-    elif kernel is kernels.backward_tangent_finish:
-        given["BC"] = 16
-    elif kernel is kernels.chosen_sums and dtype == torch.float64:
+    elif kernel in _BACKWARD and dtype == torch.float64:
         given["BM"], given["BC"] = 256 // values, 16
     return {name: given[name] for name in kernel.arg_names if name in given}
 
 
 _PREPARE = (kernels.pixel_sums, kernels.pad, kernels.moments)
+_BACKWARD = (kernels.backward, kernels.backward_tangent)
 _KERNELS = (
     *_PREPARE,
     kernels.patch_products,
@@ -52,18 +51,16 @@ _KERNELS = (
     kernels.tangent_fold,
     kernels.forward_windows,
     kernels.tangent_windows,
-    kernels.chosen_sums,
-    kernels.backward_finish,
-    kernels.backward_tangent_finish,
+    *_BACKWARD,
 )
 
 
 def _options(kernel: Any) -> tuple[int, int]:
     """Warps and pipeline depth: what keeps the sums over windows in registers."""
-    return (8, 2) if kernel is kernels.chosen_sums else (4, 3)
+    return (8, 2) if kernel in _BACKWARD else (4, 3)
 
 
-_FLOAT32 = (kernels.forward_windows, kernels.tangent_windows, kernels.chosen_sums)
+_FLOAT32 = (kernels.forward_windows, kernels.tangent_windows)
 
 
 def _padded_values(values: int) -> int:
@@ -179,26 +176,21 @@ def tangent(
     _over_windows(call, kernels.tangent_windows, padded, folded, shift, y, index, uy, slope=slope)
 
 
-def _sums(
-    call: _Call, padded: Tensor, gy: Tensor, y: Tensor, index: Tensor, slope: float
-) -> tuple[Tensor, int]:
-    blocks = call.blocks(kernels.chosen_sums)
-    rows = _constants(kernels.chosen_sums, call.dtype, call.size)["BM"]
-    piece, pieces = split(call.windows, blocks * call.tasks, rows)
+def _finished_sums(
+    call: _Call,
+    kernel: Any,
+    windows: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    gw: Tensor,
+    **scalars: Any,
+) -> None:
+    """Sums over the windows in pieces, the last of which finishes what they are for."""
+    blocks = call.blocks(kernel)
+    piece, pieces = split(call.windows, blocks * call.tasks, _constants(kernel, call.dtype, call.size)["BM"])
     part = call.empty(pieces, call.tasks, call.size, call.channels)
-    sizes = {"M": call.windows, "S": pieces, "piece": piece}
-    call(
-        kernels.chosen_sums,
-        (blocks, call.tasks, pieces),
-        padded,
-        gy,
-        y,
-        index,
-        part,
-        slope=slope,
-        **sizes,
-    )
-    return part, pieces
+    counts = counters(gw, blocks * call.tasks)
+    grid = (blocks, call.tasks, pieces)
+    call(kernel, grid, *windows, part, counts, *operands, M=call.windows, S=pieces, piece=piece, **scalars)
 
 
 def backward(
@@ -208,12 +200,9 @@ def backward(
     """``conv_norm_act_pool_backward``."""
     call = _Call(padded, w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
-    part, pieces = _sums(call, padded, gy, y, index, slope)
-    grid = (call.blocks(kernels.backward_finish), call.tasks)
-    call(
-        kernels.backward_finish, grid, part, moments, w, *rows, rstd, gw, sums, ggamma, gbeta,
-        S=pieces, row_stride=stride,
-    )  # fmt: skip
+    operands = (moments, w, *rows, rstd, gw, sums, ggamma, gbeta)
+    windows = (padded, gy, y, index)
+    _finished_sums(call, kernels.backward, windows, operands, gw, slope=slope, row_stride=stride)
 
 
 def backward_tangent(
@@ -224,12 +213,11 @@ def backward_tangent(
     """``conv_norm_act_pool_backward_tangent``."""
     call = _Call(padded, w.shape[1:3], w.shape[4])
     stride, rows = call.affine(gamma)
-    part, pieces = _sums(call, padded, gy_dot, y, index, slope)
-    grid = (call.blocks(kernels.backward_tangent_finish), call.tasks)
     moves, dots = directions((gamma_dot,), rstd)
-    call(
-        kernels.backward_tangent_finish, grid, part, v, moments, w, *rows, *dots, rstd, sums, t, gw_dot, ggamma_dot,
-        gbeta_dot, M=call.images * call.out[0] * call.out[1], S=pieces, row_stride=stride, MOVES=moves,
+    operands = (v, moments, w, *rows, *dots, rstd, sums, t, gw_dot, ggamma_dot, gbeta_dot)
+    _finished_sums(
+        call, kernels.backward_tangent, (padded, gy_dot, y, index), operands, gw_dot, slope=slope, row_stride=stride,
+        stretch=call.images * call.out[0] * call.out[1], MOVES=moves,
     )  # fmt: skip
 
 
@@ -249,11 +237,6 @@ def launch_configurations() -> Iterator[Configuration]:
                 if dtype == torch.float32 and kernel is kernels.moments:
                     continue  # all float64
                 kind = TYPE_NAMES[dtype]
-                sums_of_windows = kernel in (
-                    kernels.chosen_sums,
-                    kernels.backward_finish,
-                    kernels.backward_tangent_finish,
-                )
                 types = {}
                 for name in kernel.arg_names:
                     if name in constants:
@@ -262,7 +245,9 @@ def launch_configurations() -> Iterator[Configuration]:
                         types[name] = "fp64"
                     elif name == "index_ptr":
                         types[name] = "*u8"
-                    elif name in doubles and not (name == "part_ptr" and sums_of_windows):
+                    elif name == "counter_ptr":
+                        types[name] = "*i32"
+                    elif name in doubles and not (name == "part_ptr" and kernel in _BACKWARD):
                         types[name] = "*fp64"
                     else:
                         types[name] = f"*{kind}" if name.endswith("_ptr") else "i32"

@@ -4,189 +4,23 @@ Arguments are those of ``mamlpp_fast.ops.task_conv2d``. One program makes a tile
 registers while it walks the reduction (taps and channels; for the weights, the pixels of all images), then the
 second operand pair's: one accumulator for both. Nothing is unfolded in memory.
 
-Operands are float64, float32 or bfloat16; sums are float32 (float64 of float64). float32 operands are multiplied
-exactly, or rounded to TF32 where ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``.
+Operands are float64, float32 or bfloat16; sums are float32 (float64 of float64). float32 operands are rounded to TF32
+where ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``; elsewhere they are multiplied as they are: on tensor
+cores that have room for it by three products of TF32, otherwise, or where ``MAMLPP_FAST_PRODUCTS`` is
+``ieee``, by ordinary multiplications.
 """
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, counters, last_piece, launch_options, split
-
-_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW", "taps"]
-"""Not specialised: the sizes of images. Channels, kernel, step and padding are constants of the compiled program."""
-
-
-@triton.jit
-def _source(i, tap, padding, stride, size, TRANSPOSED: tl.constexpr):
-    """Where along one axis output position i finds its operand for this tap, and whether that is inside."""
-    if TRANSPOSED:
-        shifted = i + padding - tap
-        position = shifted // stride
-        inside = (shifted >= 0) & (position * stride == shifted) & (position < size)
-    else:
-        position = i * stride - padding + tap
-        inside = (position >= 0) & (position < size)
-    return position, inside
-
-
-@triton.jit
-def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, CA: tl.constexpr, CB: tl.constexpr,
-             KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-             TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
-             ROLLED: tl.constexpr):  # fmt: skip
-    """Convolution of a [T, images, IH, IW, CA] with w, or (TRANSPOSED) its adjoint; out is [T, images, OH, OW, CB].
-
-    DENSE takes one tap at a time, UNROLL blocks of channels for the one address and mask of its pixels, and needs
-    channels in multiples of 16; otherwise taps and channels are one axis.
-    """
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    cb = tl.program_id(1) * BN + tl.arange(0, BN)
-    t = tl.program_id(2).to(tl.int64)
-    n = m // (OH * OW)
-    i = (m % (OH * OW) // OW)[:, None]
-    j = (m % OW)[:, None]
-    task_a = t * (M // (OH * OW)) * IH * IW * CA
-    task_w = t * TAPS * CA * CB
-    rounds: tl.constexpr = (CA + BK * UNROLL - 1) // (BK * UNROLL)
-    constant: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
-    tiles = constant
-    if ROLLED:  # a number that the compiler does not know, lest it unrolls the loop
-        tiles = taps * rounds
-    result = tl.zeros([BM, BN], ACC)
-    for pair in range(pairs):
-        a = tl.where(pair == 0, a_ptr, a2_ptr) + task_a
-        w = tl.where(pair == 0, w_ptr, w2_ptr) + task_w
-        for tile in range(tiles):
-            if DENSE:
-                tap = tile // rounds
-                y, row_inside = _source(i, tap // KW, PAD_Y, STRIDE, IH, TRANSPOSED)
-                x, column_inside = _source(j, tap % KW, PAD_X, STRIDE, IW, TRANSPOSED)
-                left_row = a + ((n[:, None] * IH + y) * IW + x) * CA
-                inside = row_inside & column_inside & (m < M)[:, None]
-                for block in tl.static_range(UNROLL):
-                    c = (tile % rounds * UNROLL + block) * BK + tl.arange(0, BK)
-                    if CA % (BK * UNROLL) == 0:
-                        left = tl.load(left_row + c[None, :], mask=inside, other=0.0)
-                    else:
-                        left = tl.load(left_row + c[None, :], mask=inside & (c < CA)[None, :], other=0.0)
-                    if TRANSPOSED:
-                        weight = (tap * CB + cb)[None, :] * CA + c[:, None]
-                    else:
-                        weight = (tap * CA + c)[:, None] * CB + cb[None, :]
-                    if CA % (BK * UNROLL) == 0 and CB % BN == 0:
-                        right = tl.load(w + weight)
-                    else:
-                        right = tl.load(w + weight, mask=(c < CA)[:, None] & (cb < CB)[None, :], other=0.0)
-                    result = _dot(left, right, result, ACC, PRECISION)
-            else:
-                k = tile * BK + tl.arange(0, BK)
-                tap = k // CA
-                c = k % CA
-                real = tap < TAPS
-                y, row_inside = _source(i, (tap // KW)[None, :], PAD_Y, STRIDE, IH, TRANSPOSED)
-                x, column_inside = _source(j, (tap % KW)[None, :], PAD_X, STRIDE, IW, TRANSPOSED)
-                pixel = (n[:, None] * IH + y) * IW + x
-                inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
-                left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
-                if TRANSPOSED:
-                    weight = (tap * CB * CA + c)[:, None] + cb[None, :] * CA
-                else:
-                    weight = ((tap * CA + c) * CB)[:, None] + cb[None, :]
-                right = tl.load(w + weight, mask=real[:, None] & (cb < CB)[None, :], other=0.0)
-                result = _dot(left, right, result, ACC, PRECISION)
-    written = (m < M)[:, None] & (cb < CB)[None, :]
-    tl.store(out_ptr + t * M * CB + m[:, None] * CB + cb[None, :], result, mask=written)
-
-
-@triton.jit(do_not_specialize=["pairs", "M", "T", "S", "piece"])
-def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH: tl.constexpr,
-                    OW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
-                    KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
-                    PAD_X: tl.constexpr, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
-                    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Sum over all rows of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [T, TAPS, CA, CB].
-
-    Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
-    of a tile adds them up. DENSE: program 0 is a tap and a block of channels; otherwise taps and channels are one axis.
-    The images' sizes are constants too: every step finds the pixels of its rows.
-    """
-    cb = tl.program_id(1) * BN + tl.arange(0, BN)
-    t = tl.program_id(2) % T
-    s = tl.program_id(2) // T
-    if DENSE:
-        blocks: tl.constexpr = (CA + BM - 1) // BM
-        tap = tl.program_id(0) // blocks
-        c = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-        real = c < CA
-        tap_row = tap // KW
-        tap_column = tap % KW
-    else:
-        k = tl.program_id(0) * BM + tl.arange(0, BM)
-        tap = k // CA
-        c = k % CA
-        real = tap < TAPS
-        tap_row = (tap // KW)[None, :]
-        tap_column = (tap % KW)[None, :]
-    same: tl.constexpr = STRIDE == 1 and OH == IH and OW == IW
-    images = M // (OH * OW)
-    task_x = t.to(tl.int64) * images * IH * IW * CA
-    task_g = t.to(tl.int64) * M * CB
-    stop = tl.minimum(M, (s + 1) * piece)
-    result = tl.zeros([BM, BN], ACC)
-    for pair in range(pairs):
-        x = tl.where(pair == 0, x_ptr, x2_ptr) + task_x
-        g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
-        for first in range(s * piece, stop, BK):
-            m = first + tl.arange(0, BK)
-            line = (
-                m.to(tl.uint32) // OW
-            )  # a division of what may be negative takes twice as many instructions
-            i, row_inside = _source((line % OH).to(tl.int32)[:, None], tap_row, PAD_Y, STRIDE, IH, False)
-            j, column_inside = _source(
-                (m - line.to(tl.int32) * OW)[:, None], tap_column, PAD_X, STRIDE, IW, False
-            )
-            if same:  # a pixel of x lies as far from that of g for all of them
-                pixel = m[:, None] + ((tap_row - PAD_Y) * IW + tap_column - PAD_X)
-            else:
-                pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
-            inside = row_inside & column_inside & (m < stop)[:, None]
-            if not DENSE or CA % BM != 0:
-                inside = inside & real[None, :]
-            left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
-            there = (m < stop)[:, None]
-            if CB % BN != 0:
-                there = there & (cb < CB)[None, :]
-            right = tl.load(g + m[:, None] * CB + cb[None, :], mask=there, other=0.0)
-            result = _dot(tl.trans(left), right, result, ACC, PRECISION)
-    at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
-    written = real[:, None] & (cb < CB)[None, :]
-    if S == 1:
-        tl.store(out_ptr + at, result, mask=written)
-    else:
-        elements = T.to(tl.int64) * TAPS * CA * CB
-        tl.store(part_ptr + s * elements + at, result, mask=written)
-        tile_of_all = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * T + t
-        if last_piece(counter_ptr + tile_of_all, S):
-            total = tl.load(part_ptr + at, mask=written, other=0.0, cache_modifier=".cg")
-            for other in range(1, S):
-                total += tl.load(
-                    part_ptr + other * elements + at, mask=written, other=0.0, cache_modifier=".cg"
-                )
-            tl.store(out_ptr + at, total, mask=written)
-
+from . import _task_conv2d_kernels as kernels
+from ._launch import TYPE_NAMES, Configuration, accumulator, counters, launch_options, split
 
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -203,16 +37,26 @@ class _Tile(NamedTuple):
         return launch_options(self.num_warps, self.num_stages)
 
 
-def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Tile:
+def _matrix(dtype: torch.dtype, precision: str) -> bool:
+    """Whether tensor cores multiply."""
+    return dtype == torch.bfloat16 or precision != "ieee"
+
+
+def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool, arch: int) -> _Tile:
     """The one tile (rows, columns, depth of a step) for operands of this type.
 
     Dense: 128 x 64 on tensor cores, 64 x 64 on the ordinary units and for weights, where the rows are channels of one
     tap, and a step has twice as many pixels: finding them is a third of its instructions. Where taps and channels are
     one axis (the first layer's 9 to 27) every element finds its own address, so steps are short; for weights 32 rows
-    take all of them. float64, for checks, gets what its registers hold.
+    take all of them. Three products for one have more time for loads, and keep both parts of operands in registers:
+    64 x 64, of four warps, in steps of 32 (of 16 for weights on sm_80, whose tensor cores take registers). float64,
+    for checks, gets what its registers hold.
     """
     matrix = dtype == torch.bfloat16 or precision == "tf32"
-    if dtype == torch.float64:
+    three = precision == "tf32x3"
+    if three:
+        rows, columns, depth = 64, 64, 16 if weight and arch < 90 else 32
+    elif dtype == torch.float64:
         rows, columns, depth = (32 if weight else 16), 32, 16
     elif dense:
         rows, columns = (128 if matrix and not weight else 64), 64
@@ -231,12 +75,36 @@ def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool) -> _Til
     }
     # Four warps have fewer loads for as many products: eight spend a quarter of their instructions on loads.
     small = not weight if dtype == torch.float64 else dense and weight and not matrix
-    return _Tile(constants, 4 if small else 8, 3 if matrix and dense else 2)
+    staged = dense and matrix if not three else not weight
+    return _Tile(constants, 4 if small or three else 8, 3 if staged else 2)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+def _arch() -> int:
+    """Of the current GPU, as 10 times its compute capability; the interpreter's is 90."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    found: int = triton.runtime.driver.active.get_current_target().arch
+    return found
+
+
+_THREE_PRODUCTS = (80, 90, 100, 103)
+"""Architectures that multiply TF32 at more than three times the rate of float32; a desktop's GPU does not."""
+
+
+def _precision(dtype: torch.dtype, dense: bool, arch: int) -> str:
+    """How products are taken, by Triton's names; float32 by three products in dense tiles, where they are the faster.
+
+    Raises:
+        ValueError: ``MAMLPP_FAST_PRODUCTS`` is neither.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    wanted = os.environ.get("MAMLPP_FAST_PRODUCTS", "tf32x3")
+    if wanted not in ("tf32x3", "ieee"):
+        raise ValueError(f"MAMLPP_FAST_PRODUCTS: expected tf32x3 or ieee, got {wanted!r}")
+    return wanted if dense and arch in _THREE_PRODUCTS else "ieee"
 
 
 def _operands(
@@ -302,12 +170,12 @@ def to_input(
 def _launch_product(
     tensors: list[Tensor], out: Tensor, sizes: tuple[int, ...], tasks: int, *, transposed: bool
 ) -> None:
-    dtype = tensors[0].dtype
+    dtype, arch = tensors[0].dtype, _arch()
     rows, channels = sizes[1], sizes[7]
-    tile = _tile(dtype, _dense(sizes[6], channels), _precision(dtype), weight=False)
+    dense = _dense(sizes[6], channels)
+    tile = _tile(dtype, dense, _precision(dtype, dense, arch), weight=False, arch=arch)
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
-    arch = 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
-    _product[grid](
+    kernels._product[grid](
         *tensors, out, *sizes[:6], sizes[9], *sizes[6:], TRANSPOSED=transposed, **tile.constants,
         **_unrolling(tile, sizes[6], arch), **tile.options,
     )  # fmt: skip
@@ -320,8 +188,9 @@ def _unrolling(tile: _Tile, channels: int, arch: int) -> dict[str, Any]:
     """
     dense, precision = tile.constants["DENSE"], tile.constants["PRECISION"]
     blocks = triton.cdiv(channels, tile.constants["BK"])
-    rolled = dense and arch < 90 and (precision == "tf32" or tile.constants["BK"] == 64)
-    unroll = max(n for n in (1, 2, 3, 4) if blocks % n == 0) if dense and not rolled else 1
+    rolled = dense and arch < 90 and (precision != "ieee" or tile.constants["BK"] == 64)
+    most = 2 if precision == "tf32x3" else 4
+    unroll = max(n for n in range(1, most + 1) if blocks % n == 0) if dense and not rolled else 1
     return {"UNROLL": unroll, "ROLLED": rolled}
 
 
@@ -331,8 +200,8 @@ def to_weight(
     """``task_conv2d_to_weight``; the pixels of a task are cut into at most 32 pieces where programs are few."""
     tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, out, g, padding)
     tensors, pairs = _operands(x, g, x2, g2, out)
-    dtype, rows = tensors[0].dtype, images * oh * ow
-    tile = _tile(dtype, _dense(ci, co), _precision(dtype), weight=True)
+    dtype, rows, dense, arch = tensors[0].dtype, images * oh * ow, _dense(ci, co), _arch()
+    tile = _tile(dtype, dense, _precision(dtype, dense, arch), weight=True, arch=arch)
     bm = tile.constants["BM"]
     blocks = taps * triton.cdiv(ci, bm) if tile.constants["DENSE"] else triton.cdiv(taps * ci, bm)
     columns = triton.cdiv(co, tile.constants["BN"])
@@ -341,9 +210,45 @@ def to_weight(
     parts = out.new_empty(pieces, out.numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
     counts = counters(out, blocks * columns * tasks)
     sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, *pads, tasks, pieces, piece)
-    _weight_product[blocks, columns, tasks * pieces](
+    kernels._weight_product[blocks, columns, tasks * pieces](
         *tensors, parts, counts, out, *sizes, **tile.constants, **tile.options
     )
+
+
+def gradients(
+    x: Tensor, w: Tensor, g: Tensor, x2: Tensor | None, w2: Tensor | None, g2: Tensor | None, stride: int, padding: int,
+    gx: Tensor, gw: Tensor,
+) -> None:  # fmt: skip
+    """``task_conv2d_gradients``: on tensor cores one launch, whose programs make tiles of either; otherwise two."""
+    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, g, padding)
+    (g, w, *others), pairs = _operands(g, w, g2, w2, gx)
+    (x, _, x2, g2), _ = _operands(x, g, x2, g2, gw)
+    dtype, arch, dense = g.dtype, _arch(), _dense(ci, co)
+    precision = _precision(dtype, dense, arch)
+    if not dense or x.dtype != dtype or not _matrix(dtype, precision):
+        two = pairs == 2
+        to_input(g, w, g2 if two else None, others[1] if two else None, stride, padding, gx)
+        to_weight(x, g, x2 if two else None, g2 if two else None, stride, padding, gw)
+        return
+    tile, other = (_tile(dtype, True, precision, weight=weight, arch=arch) for weight in (False, True))
+    shared = tile.constants
+    columns, rows = shared["BN"], images * oh * ow
+    blocks = taps * triton.cdiv(ci, other.constants["BM"]) * triton.cdiv(co, columns)
+    piece, pieces = split(rows, blocks * tasks, other.constants["BK"], target=264)
+    parts = gw.new_empty(pieces, gw.numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
+    counts = counters(gw, blocks * tasks)
+    tiles = triton.cdiv(images * height * width, shared["BM"]) * triton.cdiv(ci, columns)
+    kernels._gradient_products[((blocks * pieces + tiles) * tasks,)](
+        x, w, g, x2, others[1], g2, parts, counts, gx, gw, pairs, images, taps, tasks, pieces, piece, oh, ow, height,
+        width, ci, co, kw, taps, stride, *pads, **_both(tile, other, co, arch), **tile.options,
+    )  # fmt: skip
+
+
+def _both(tile: _Tile, weight: _Tile, channels: int, arch: int) -> dict[str, Any]:
+    """Constants of one launch for both gradients, tiles of as many columns, by as many warps."""
+    shared = {n: v for n, v in tile.constants.items() if n != "DENSE"}
+    own = {"WEIGHT_BM": weight.constants["BM"], "WEIGHT_BK": weight.constants["BK"]}
+    return shared | own | _unrolling(tile, channels, arch)
 
 
 _GEOMETRIES = {True: (48, 64, 6), False: (1, 64, 6)}
@@ -355,31 +260,49 @@ What is compiled in earnest has a network's own; the code is the same but for it
 
 def _geometry_constants(order: str, ci: int, co: int, side: int) -> dict[str, int]:
     weight = order == "to_weight"
-    sizes = {"OH": side, "OW": side, "IH": side, "IW": side} if weight else {}
+    sizes = {"OH": side, "OW": side, "IH": side, "IW": side} if weight or order == "gradients" else {}
     ca, cb = (co, ci) if order == "to_input" else (ci, co)
     return sizes | {"CA": ca, "CB": cb, "KW": 3, "TAPS": 9, "STRIDE": 1, "PAD_Y": 1, "PAD_X": 1}
 
 
+def _constants(
+    order: str, dtype: torch.dtype, dense: bool, precision: str, channels: int, arch: int
+) -> dict[str, Any]:
+    """Of a launch but its geometry; `channels` are those that the first operand of a product is summed over."""
+    tile, weight = (_tile(dtype, dense, precision, kind, arch) for kind in (False, True))
+    if order == "to_weight":
+        return weight.constants
+    if order == "gradients":
+        return _both(tile, weight, channels, arch)
+    return tile.constants | {"TRANSPOSED": order == "to_input", **_unrolling(tile, channels, arch)}
+
+
 def launch_configurations() -> Iterator[Configuration]:
-    """Three products, two layouts of the reduction, four precisions, two results, each for one geometry."""
+    """Three products and two in one, two layouts of the reduction, five precisions, two results; one geometry each."""
     modes = (
         (torch.float64, "ieee", torch.float64),
         (torch.float32, "ieee", torch.float32),
         (torch.float32, "tf32", torch.float32),
+        (torch.float32, "tf32x3", torch.float32),
         (torch.bfloat16, "ieee", torch.float32),
         (torch.bfloat16, "ieee", torch.bfloat16),
     )
-    orders = ("forward", "to_input", "to_weight")
+    orders = ("forward", "to_input", "to_weight", "gradients")
     for (dtype, precision, out), dense, order in itertools.product(modes, (True, False), orders):
-        kernel = _weight_product if order == "to_weight" else _product
-        tile = _tile(dtype, dense, precision, order == "to_weight")
-        constants = tile.constants | _geometry_constants(order, *_GEOMETRIES[dense])
-        by_arch = {}
-        if kernel is _product:
-            constants |= {"TRANSPOSED": order == "to_input", **_unrolling(tile, constants["CA"], 90)}
-            by_arch = {80: _unrolling(tile, constants["CA"], 80)}
+        both, weight = order == "gradients", order == "to_weight"
+        if (not dense and (both or precision == "tf32x3")) or (both and not _matrix(dtype, precision)):
+            continue
+        kernel = (
+            kernels._weight_product if weight else kernels._gradient_products if both else kernels._product
+        )
+        geometry = _geometry_constants(order, *_GEOMETRIES[dense])
+        channels = geometry["CB" if both else "CA"]
+        constants, older = (_constants(order, dtype, dense, precision, channels, arch) for arch in (90, 80))
+        constants |= geometry
+        tile = _tile(dtype, dense, precision, weight, 90)
         wide = TYPE_NAMES[accumulator(dtype)[0]]
-        kinds = {"out_ptr": f"*{TYPE_NAMES[out]}", "part_ptr": f"*{wide}", "counter_ptr": "*i32"}
+        kinds = dict.fromkeys(("out_ptr", "gx_ptr", "gw_ptr"), f"*{TYPE_NAMES[out]}")
+        kinds |= {"part_ptr": f"*{wide}", "counter_ptr": "*i32"}
         operand = f"*{TYPE_NAMES[dtype]}"
         types = {
             n: kinds.get(n, operand if n.endswith("_ptr") else "i32")
@@ -387,7 +310,7 @@ def launch_configurations() -> Iterator[Configuration]:
             if n not in constants
         }
         pointers = tuple(n for n in types if n.endswith("_ptr"))
-        shown = "tf32" if precision == "tf32" else TYPE_NAMES[dtype]
+        shown = TYPE_NAMES[dtype] if precision == "ieee" else precision
         yield Configuration(
             f"{order} {'dense' if dense else 'flat'} {shown} -> {TYPE_NAMES[out]}",
             kernel,
@@ -396,6 +319,6 @@ def launch_configurations() -> Iterator[Configuration]:
             tile.num_warps,
             tile.num_stages,
             aligned=pointers,
-            tensor_cores=dtype == torch.bfloat16 or precision == "tf32",
-            by_arch=by_arch,
+            tensor_cores=_matrix(dtype, precision),
+            by_arch={80: older},
         )

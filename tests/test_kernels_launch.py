@@ -1,6 +1,7 @@
 """What the launchers launch is what the ahead-of-time compilation compiles: nothing runs here."""
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -22,6 +23,8 @@ from mamlpp_fast.kernels import (
 )
 from mamlpp_fast.kernels._launch import TYPE_NAMES, Configuration
 from triton.runtime import interpreter
+
+from mamlpp_fast._modes import float32_products
 
 TYPES = {**TYPE_NAMES, torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32"}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
@@ -123,20 +126,19 @@ def _linear_cross_entropy() -> None:
 
 
 def _task_conv2d() -> None:
-    precision = torch.backends.cuda.matmul.fp32_precision
-    modes = [*((t, t, "none") for t in FLOATS), (torch.bfloat16, torch.float32, "none")]
-    for (dtype, out, mode), ci in itertools.product(
-        [*modes, (torch.float32, torch.float32, "tf32")], (48, 1)
-    ):
-        torch.backends.cuda.matmul.fp32_precision = mode
-        try:
+    modes = [*((t, t, "tf32x3") for t in FLOATS), (torch.bfloat16, torch.float32, "tf32x3")]
+    modes += [(torch.float32, torch.float32, mode) for mode in ("tf32", "ieee")]
+    for (dtype, out, mode), ci in itertools.product(modes, (48, 1)):
+        with (
+            float32_products(torch.device("cuda"), tf32=mode == "tf32"),
+            mock.patch.dict(os.environ, {"MAMLPP_FAST_PRODUCTS": "ieee" if mode == "ieee" else "tf32x3"}),
+        ):
             x, g = torch.ones(2, 3, 6, 6, ci, dtype=dtype), torch.ones(2, 3, 6, 6, 64, dtype=dtype)
             w = torch.ones(2, 3, 3, ci, 64, dtype=dtype)
             task_conv2d.forward(x, w, None, None, 1, 1, g.to(out))
             task_conv2d.to_input(g, w, g, w, 1, 1, x.to(out))
             task_conv2d.to_weight(x, g, None, None, 1, 1, w.to(out))
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = precision
+            task_conv2d.gradients(x, w, g, x, w, g, 1, 1, x.to(out), w.to(out))
 
 
 def _running_blend() -> None:

@@ -296,6 +296,47 @@ def test_a_second_pair_of_another_shape_is_refused(name: str) -> None:
             ops.task_conv2d(x, w, x[:, :1], w, 1, 1, out)
 
 
+def gradients(case: Case, second: bool, *, both: bool) -> list[Tensor]:
+    """Of input and weights, by one call or by two."""
+    pairs = [(t[0], t[1] if second else None) for t in (case.x, case.w, case.g)]
+    (x, u), (w, v), (g, h) = pairs
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    gx, gw = (torch.full_like(t, torch.nan, dtype=dtype) for t in (x, w))
+    rest = case.stride, case.padding
+    if both:
+        ops.task_conv2d_gradients(x, w, g, u, v, h, *rest, gx, gw)
+    else:
+        ops.task_conv2d_to_input(g, w, h, v, *rest, gx)
+        ops.task_conv2d_to_weight(x, g, u, h, *rest, gw)
+    return [gx, gw]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["odd-3x3", "dense-stride-2", "dense-1x1-stride-2", "dense-sequence"])
+@pytest.mark.parametrize("by", [b for b in ("python", "triton") if b in backends("task_conv2d")])
+def test_both_gradients_at_once_are_those_of_two_calls(by: str, name: str, dtype: torch.dtype) -> None:
+    """In every bit: the products have been held against float64 above."""
+    case = Case(INTERPRETED[name], dtype)
+    with use_backend(by):
+        for second in (False, True):
+            one, two = (gradients(case, second, both=both) for both in (True, False))
+            for a, b in zip(one, two, strict=True):
+                assert not b.isnan().any()
+                assert torch.equal(a, b)
+
+
+def test_gradients_that_do_not_belong_together_are_refused() -> None:
+    case = Case(INTERPRETED["odd-3x3"], torch.float32)
+    (x, u), (w, v), (g, _) = case.x, case.w, case.g
+    rest = case.stride, case.padding
+    with pytest.raises(ValueError, match="second operands: expected all three or none, got two"):
+        ops.task_conv2d_gradients(x, w, g, u, v, None, *rest, torch.empty_like(x), torch.empty_like(w))
+    with pytest.raises(ValueError, match="gw: expected the shape"):
+        ops.task_conv2d_gradients(x, w, g, None, None, None, *rest, torch.empty_like(x), w[:1])
+    with pytest.raises(ValueError, match="task_conv2d: expected output"):
+        ops.task_conv2d_gradients(x, w, g[:, :1], None, None, None, *rest, torch.empty_like(x), w)
+
+
 @interpreted
 def test_pieces_are_counted_anew_in_every_launch() -> None:
     """The last piece of a tile adds up all, and leaves its counter at zero: a replay is a launch like the first."""

@@ -1,13 +1,14 @@
 """Convolutions of a batch of tasks, each task with weights of its own.
 
 ``task_conv2d`` is ``F.conv2d`` of each task, ``_to_input`` and ``_to_weight`` are its gradients for a gradient g of the
-result, the latter summed over a task's images. Every op may take a second operand pair whose product is added in the
-same accumulator (the pairs of derivation ``docs/derivations/task_conv2d.md``), writes into ``out`` and returns nothing.
+result, the latter summed over a task's images; ``_gradients`` is both, for a GPU's fewer launches. Every op may take a
+second operand pair whose product is added in the same accumulator (the pairs of derivation
+``docs/derivations/task_conv2d.md``), writes into ``out`` and returns nothing.
 All tensors are contiguous:
     x: activations [T, N, H, W, Ci]; w: weights [T, kh, kw, Ci, Co], at most 49 taps in the native kernels.
     g, and the result: [T, N, Ho, Wo, Co], Ho = (H + 2·padding - kh) // stride + 1.
     x2, w2, g2: the second pair, of the same shapes, or None.
-    out: what the op computes, overwritten; float32 where the operands are bfloat16.
+    out (gx like x and gw like w): what the op computes, overwritten; float32 where the operands are bfloat16.
 An axis along which the kernel
 is one pixel is not padded, so that sequences [T, N, L, 1, C] have kernels [T, k, 1, Ci, Co].
 """
@@ -129,6 +130,25 @@ def _to_weight(
     _each_task(_pairs(x, g, x2, g2), product, (2, 3, 1, 0), out)
 
 
+def _gradients(
+    x: Tensor, w: Tensor, g: Tensor, x2: Tensor | None, w2: Tensor | None, g2: Tensor | None, stride: int, padding: int,
+    gx: Tensor, gw: Tensor,
+) -> None:  # fmt: skip
+    _to_input(g, w, g2, w2, stride, padding, gx)
+    _to_weight(x, g, x2, g2, stride, padding, gw)
+
+
+def _check_gradients(*, gx: Tensor, gw: Tensor, stride: int, padding: int, **named: Tensor | None) -> None:
+    """Raises unless the operands belong together, as for the products they are of, and the results are like them."""
+    _check("x", "w", "g", stride=stride, padding=padding, **named)
+    if len({t is None for name, t in named.items() if name.endswith("2")}) > 1:
+        raise ValueError("second operands: expected all three or none, got two")
+    for name, result, like in (("gx", gx, named["x"]), ("gw", gw, named["w"])):
+        assert like is not None
+        if result.shape != like.shape:
+            raise ValueError(f"{name}: expected the shape {tuple(like.shape)}, got {tuple(result.shape)}")
+
+
 for _name, _first, _second, _roles, _closed in (
     ("task_conv2d", "x", "w", ("x", "w", "out"), _forward),
     ("task_conv2d_to_input", "g", "w", ("out", "w", "g"), _to_input),
@@ -141,3 +161,10 @@ for _name, _first, _second, _roles, _closed in (
         triton=launcher("task_conv2d", _closed.__name__[1:]),
         check=partial(_check, *_roles),
     )
+define(
+    "task_conv2d_gradients(Tensor x, Tensor w, Tensor g, Tensor? x2, Tensor? w2, Tensor? g2, int stride, int padding, "
+    "Tensor(a!) gx, Tensor(b!) gw) -> ()",
+    fallback=_gradients,
+    triton=launcher("task_conv2d", "gradients"),
+    check=_check_gradients,
+)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
+from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 
@@ -28,6 +29,7 @@ class Conv(Step):
 
     forward_op: ClassVar[str] = "task_conv2d"
     to_input_op: ClassVar[str] = "task_conv2d_to_input"
+    gradients_op: ClassVar[str | None] = "task_conv2d_gradients"
 
     @property
     def convolves(self) -> bool:
@@ -76,7 +78,26 @@ class Conv(Step):
         """Gradients for ``g``; for ``g`` the tangent of a gradient ``g0``, the tangent of the gradients."""
         source, name = self.inputs[0], self.weight.name
         x, w = ps.values[source], ps.weights[name]
-        u, v = ps.tangents.get(source), ps.directions.get(name)
+        u, v = (None, None) if g0 is None else (ps.tangents.get(source), ps.directions.get(name))
+        both = source in out.wanted_values and name in out.wanted_params and (u is None) == (v is None)
+        if both and self.gradients_op is not None and base.launches_cost(em.device):
+            gx, gw = em.like(f"gradient of input of {self.name}", x), out.of(em, self.weight, ps.tasks)
+            operands = [
+                r if r is None else em.operand(r) for r in (x, w, g, u, v, g0 if u is not None else None)
+            ]
+            flops = 2 * self._flops(ps, 1 if u is None else 2)
+            em.call(
+                getattr(ops, self.gradients_op).default,
+                *operands,
+                self.stride,
+                self.padding,
+                gx,
+                gw,
+                flops=flops,
+            )
+            out.add(source, gx)
+            out.params[name] = gw
+            return
         if source in out.wanted_values:
             pairs = [(g, w)] + ([] if v is None or g0 is None else [(g0, v)])
             gx = em.like(f"gradient of input of {self.name}", x)
@@ -103,6 +124,7 @@ class TransposedConv(Conv):
 
     forward_op: ClassVar[str] = "task_conv2d_to_input"
     to_input_op: ClassVar[str] = "task_conv2d"
+    gradients_op: ClassVar[str | None] = None
 
     def _flops(self, ps: Pass, pairs: int) -> int:
         kh, kw, co = self.weight.shape[:3]

@@ -1,0 +1,267 @@
+"""What a program of a convolution or of its gradients does; the launches are those of ``task_conv2d``."""
+
+import triton
+import triton.language as tl
+
+from ._launch import last_piece
+
+_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW", "taps"]
+"""Not specialised: the sizes of images. Channels, kernel, step and padding are constants of the compiled program."""
+
+
+@triton.jit
+def _source(i, tap, padding, stride, size, TRANSPOSED: tl.constexpr):
+    """Where along one axis output position i finds its operand for this tap, and whether that is inside."""
+    if TRANSPOSED:
+        shifted = i + padding - tap
+        position = shifted // stride
+        inside = (shifted >= 0) & (position * stride == shifted) & (position < size)
+    else:
+        position = i * stride - padding + tap
+        inside = (position >= 0) & (position < size)
+    return position, inside
+
+
+@triton.jit
+def _parts(x):
+    """float32 x as the sum of x rounded to TF32 (10 bits of a fraction) and of what is left, exactly.
+
+    A number that rounds to infinity, or is infinite, leaves NaN; NaN stays, if only in what is left.
+    """
+    large = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return large, x - large
+
+
+@triton.jit
+def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator + a b. By "tf32x3" the operands are cut in two, and the product of both rests, 2^-22 of ab, left out.
+
+    Tensor cores cut 13 bits off a rest (2^-21 of ab for both) and cut their sums off where others round: hence a sum
+    of its own for each block, which an ordinary addition takes up. Triton's own "tf32x3" also looks for NaN in each
+    number and each sum: 1.7 times the instructions.
+    """
+    if PRECISION == "tf32x3":
+        large_a, rest_a = _parts(a)
+        large_b, rest_b = _parts(b)
+        part = tl.zeros([a.shape[0], b.shape[1]], ACC)
+        part = tl.dot(rest_a, large_b, part, input_precision="tf32", out_dtype=ACC)
+        part = tl.dot(large_a, rest_b, part, input_precision="tf32", out_dtype=ACC)
+        part = tl.dot(large_a, large_b, part, input_precision="tf32", out_dtype=ACC)
+        total = accumulator + part
+    else:
+        total = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+@triton.jit
+def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, row, column, task,
+                  CA: tl.constexpr, CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
+                  PAD_Y: tl.constexpr, PAD_X: tl.constexpr, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr,
+                  PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  UNROLL: tl.constexpr, ROLLED: tl.constexpr):  # fmt: skip
+    """A tile of a [T, images, IH, IW, CA] convolved with w, or (TRANSPOSED) the adjoint; out [T, images, OH, OW, CB].
+
+    DENSE takes one tap at a time, UNROLL blocks of channels for the one address and mask of its pixels, and needs
+    channels in multiples of 16; otherwise taps and channels are one axis.
+    """
+    m = row * BM + tl.arange(0, BM)
+    cb = column * BN + tl.arange(0, BN)
+    t = task.to(tl.int64)
+    n = m // (OH * OW)
+    i = (m % (OH * OW) // OW)[:, None]
+    j = (m % OW)[:, None]
+    task_a = t * (M // (OH * OW)) * IH * IW * CA
+    task_w = t * TAPS * CA * CB
+    rounds: tl.constexpr = (CA + BK * UNROLL - 1) // (BK * UNROLL)
+    constant: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
+    tiles = constant
+    if ROLLED:  # a number that the compiler does not know, lest it unrolls the loop
+        tiles = taps * rounds
+    result = tl.zeros([BM, BN], ACC)
+    for pair in range(pairs):
+        a = tl.where(pair == 0, a_ptr, a2_ptr) + task_a
+        w = tl.where(pair == 0, w_ptr, w2_ptr) + task_w
+        for tile in range(tiles):
+            if DENSE:
+                tap = tile // rounds
+                y, row_inside = _source(i, tap // KW, PAD_Y, STRIDE, IH, TRANSPOSED)
+                x, column_inside = _source(j, tap % KW, PAD_X, STRIDE, IW, TRANSPOSED)
+                left_row = a + ((n[:, None] * IH + y) * IW + x) * CA
+                inside = row_inside & column_inside & (m < M)[:, None]
+                for block in tl.static_range(UNROLL):
+                    c = (tile % rounds * UNROLL + block) * BK + tl.arange(0, BK)
+                    if CA % (BK * UNROLL) == 0:
+                        left = tl.load(left_row + c[None, :], mask=inside, other=0.0)
+                    else:
+                        left = tl.load(left_row + c[None, :], mask=inside & (c < CA)[None, :], other=0.0)
+                    if TRANSPOSED:
+                        weight = (tap * CB + cb)[None, :] * CA + c[:, None]
+                    else:
+                        weight = (tap * CA + c)[:, None] * CB + cb[None, :]
+                    if CA % (BK * UNROLL) == 0 and CB % BN == 0:
+                        right = tl.load(w + weight)
+                    else:
+                        right = tl.load(w + weight, mask=(c < CA)[:, None] & (cb < CB)[None, :], other=0.0)
+                    result = _dot(left, right, result, ACC, PRECISION)
+            else:
+                k = tile * BK + tl.arange(0, BK)
+                tap = k // CA
+                c = k % CA
+                real = tap < TAPS
+                y, row_inside = _source(i, (tap // KW)[None, :], PAD_Y, STRIDE, IH, TRANSPOSED)
+                x, column_inside = _source(j, (tap % KW)[None, :], PAD_X, STRIDE, IW, TRANSPOSED)
+                pixel = (n[:, None] * IH + y) * IW + x
+                inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
+                left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
+                if TRANSPOSED:
+                    weight = (tap * CB * CA + c)[:, None] + cb[None, :] * CA
+                else:
+                    weight = ((tap * CA + c) * CB)[:, None] + cb[None, :]
+                right = tl.load(w + weight, mask=real[:, None] & (cb < CB)[None, :], other=0.0)
+                result = _dot(left, right, result, ACC, PRECISION)
+    written = (m < M)[:, None] & (cb < CB)[None, :]
+    tl.store(out_ptr + t * M * CB + m[:, None] * CB + cb[None, :], result, mask=written)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, CA: tl.constexpr, CB: tl.constexpr,
+             KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+             TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+             ROLLED: tl.constexpr):  # fmt: skip
+    _product_tile(
+        a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, tl.program_id(0), tl.program_id(1),
+        tl.program_id(2), CA, CB, KW, TAPS, STRIDE, PAD_Y, PAD_X, TRANSPOSED, DENSE, PRECISION, ACC, BM, BN, BK, UNROLL,
+        ROLLED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _weight_tile(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, block, column, task_and_piece,
+                 OH: tl.constexpr, OW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, CA: tl.constexpr,
+                 CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
+                 PAD_X: tl.constexpr, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """A tile of the sum of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [T, TAPS, CA, CB].
+
+    Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
+    of a tile adds them up. DENSE: a block is one of a tap and of channels; otherwise taps and channels are one axis.
+    The images' sizes are constants too: every step finds the pixels of its rows.
+
+    Three products of TF32 make the transposed tile: Triton copies the left operand of a product from memory by 4 bytes,
+    with an address and a mask for each, and those of g are the cheaper ones; x comes by 16.
+    """
+    SWAPPED: tl.constexpr = PRECISION == "tf32x3"
+    cb = column * BN + tl.arange(0, BN)
+    t = task_and_piece % T
+    s = task_and_piece // T
+    if DENSE:
+        blocks: tl.constexpr = (CA + BM - 1) // BM
+        tap = block // blocks
+        c = block % blocks * BM + tl.arange(0, BM)
+        real = c < CA
+        tap_row = tap // KW
+        tap_column = tap % KW
+    else:
+        k = block * BM + tl.arange(0, BM)
+        tap = k // CA
+        c = k % CA
+        real = tap < TAPS
+        tap_row = (tap // KW)[None, :]
+        tap_column = (tap % KW)[None, :]
+    same: tl.constexpr = STRIDE == 1 and OH == IH and OW == IW
+    images = M // (OH * OW)
+    task_x = t.to(tl.int64) * images * IH * IW * CA
+    task_g = t.to(tl.int64) * M * CB
+    stop = tl.minimum(M, (s + 1) * piece)
+    result = tl.zeros([BN, BM] if SWAPPED else [BM, BN], ACC)
+    for pair in range(pairs):
+        x = tl.where(pair == 0, x_ptr, x2_ptr) + task_x
+        g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
+        for first in range(s * piece, stop, BK):
+            m = first + tl.arange(0, BK)
+            line = (
+                m.to(tl.uint32) // OW
+            )  # a division of what may be negative takes twice as many instructions
+            i, row_inside = _source((line % OH).to(tl.int32)[:, None], tap_row, PAD_Y, STRIDE, IH, False)
+            j, column_inside = _source(
+                (m - line.to(tl.int32) * OW)[:, None], tap_column, PAD_X, STRIDE, IW, False
+            )
+            if same:  # a pixel of x lies as far from that of g for all of them
+                pixel = m[:, None] + ((tap_row - PAD_Y) * IW + tap_column - PAD_X)
+            else:
+                pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
+            inside = row_inside & column_inside & (m < stop)[:, None]
+            if not DENSE or CA % BM != 0:
+                inside = inside & real[None, :]
+            left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
+            row = tl.minimum(m, stop - 1)  # what comes after the last row is zero in x
+            if CB % BN == 0:
+                right = tl.load(g + row[:, None] * CB + cb[None, :])
+            else:
+                right = tl.load(g + row[:, None] * CB + cb[None, :], mask=(cb < CB)[None, :], other=0.0)
+            if SWAPPED:
+                result = _dot(tl.trans(right), left, result, ACC, PRECISION)
+            else:
+                result = _dot(tl.trans(left), right, result, ACC, PRECISION)
+    if SWAPPED:
+        result = tl.trans(result)
+    at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
+    written = real[:, None] & (cb < CB)[None, :]
+    if S == 1:
+        tl.store(out_ptr + at, result, mask=written)
+    else:
+        elements = T.to(tl.int64) * TAPS * CA * CB
+        tl.store(part_ptr + s * elements + at, result, mask=written)
+        tile_of_all = (block * ((CB + BN - 1) // BN) + column) * T + t
+        if last_piece(counter_ptr + tile_of_all, S):
+            total = tl.load(part_ptr + at, mask=written, other=0.0, cache_modifier=".cg")
+            for other in range(1, S):
+                total += tl.load(
+                    part_ptr + other * elements + at, mask=written, other=0.0, cache_modifier=".cg"
+                )
+            tl.store(out_ptr + at, total, mask=written)
+
+
+@triton.jit(do_not_specialize=["pairs", "M", "T", "S", "piece"])
+def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH: tl.constexpr,
+                    OW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
+                    KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
+                    PAD_X: tl.constexpr, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+                    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    _weight_tile(
+        x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, tl.program_id(0), tl.program_id(1),
+        tl.program_id(2), OH, OW, IH, IW, CA, CB, KW, TAPS, STRIDE, PAD_Y, PAD_X, T, S, piece, DENSE, PRECISION, ACC,
+        BM, BN, BK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pairs", "images", "taps", "T", "S", "piece"])
+def _gradient_products(x_ptr, w_ptr, g_ptr, x2_ptr, w2_ptr, g2_ptr, part_ptr, counter_ptr, gx_ptr, gw_ptr, pairs,
+                       images, taps, T, S, piece, OH: tl.constexpr, OW: tl.constexpr, IH: tl.constexpr,
+                       IW: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr,
+                       STRIDE: tl.constexpr,
+                       PAD_Y: tl.constexpr, PAD_X: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+                       ROLLED: tl.constexpr, WEIGHT_BM: tl.constexpr, WEIGHT_BK: tl.constexpr):  # fmt: skip
+    """Both gradients of a convolution x [T, images, IH, IW, CA] * w [T, TAPS, CA, CB]: first gw's tiles, then gx's."""
+    columns: tl.constexpr = (CB + BN - 1) // BN
+    blocks: tl.constexpr = TAPS * ((CA + WEIGHT_BM - 1) // WEIGHT_BM)
+    program = tl.program_id(0)
+    tiles = blocks * columns * T * S
+    if program < tiles:
+        _weight_tile(
+            x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, gw_ptr, pairs, images * (OH * OW), program % blocks,
+            program // blocks % columns, program // (blocks * columns), OH, OW, IH, IW, CA, CB, KW, TAPS, STRIDE, PAD_Y,
+            PAD_X, T, S, piece, True, PRECISION, ACC, WEIGHT_BM, BN, WEIGHT_BK,
+        )  # fmt: skip
+    else:
+        tile = program - tiles
+        rows = images * (IH * IW)
+        along = tl.cdiv(rows, BM)
+        across: tl.constexpr = (CA + BN - 1) // BN
+        _product_tile(
+            g_ptr, w_ptr, g2_ptr, w2_ptr, gx_ptr, pairs, rows, IH, IW, OH, OW, taps, tile % along,
+            tile // along % across, tile // (along * across), CB, CA, KW, TAPS, STRIDE, PAD_Y, PAD_X, True, True,
+            PRECISION, ACC, BM, BN, BK, UNROLL, ROLLED,
+        )  # fmt: skip
