@@ -61,7 +61,7 @@ def _differentiable(model: nn.Module, x: Tensor, inputs: bool) -> Differentiable
         raise Unsupported(type(model).__name__, "normalises with running statistics")
     keep_one_row(template)
     parameters = dict(template.named_parameters())
-    recording = record(template, x, torch.cat([x, x[:1]]))
+    recording = record(template, x, torch.cat([x, x[:1]]), original=model)
     if recording.draws is not None:
         raise Unsupported(type(model).__name__, recording.draws)
     network = lower(recording, template, frozenset(parameters), any_shape=True)
