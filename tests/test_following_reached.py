@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import functools
+import importlib
 import operator
 import os
 from collections.abc import Callable
+from pathlib import Path
 from random import random  # a builtin method, which belongs to no module
 from typing import Any
 
@@ -295,6 +298,30 @@ def test_what_libraries_do_is_not_followed() -> None:
         assert fingerprint(model) == before
     finally:
         del copy._deepcopy_dispatch[Times]  # type: ignore[attr-defined]
+
+
+def test_what_is_installed_is_followed_for_its_own_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other people's packages change as they like; not the one that a model or a loss is of."""
+    folder = tmp_path / "site-packages" / "strangers_of_ours"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(
+        "scale = 1.0\n\ndef factor():\n    return scale\n\ndef loss(y, labels):\n    return factor()\n"
+    )
+    monkeypatch.syspath_prepend(str(folder.parent))
+    strangers = importlib.import_module("strangers_of_ours")
+
+    def own(y: Tensor, labels: Tensor) -> Any:
+        return strangers.factor()
+
+    followed, model = {}, Base()
+    for loss in (own, strangers.loss, functools.partial(strangers.loss)):
+        with monkeypatch.context() as patch:
+            before = fingerprint(model, loss)
+            patch.setattr(strangers, "scale", 2.0)
+            followed[loss] = fingerprint(model, loss) != before
+    assert list(followed.values()) == [False, True, True]
 
 
 def of_a_module(y: Tensor, labels: Tensor) -> Tensor:

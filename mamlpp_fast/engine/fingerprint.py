@@ -28,12 +28,13 @@ from mamlpp_fast.engine.named import (
     functions_of,
     globals_of,
     imported,
+    installed,
     is_operator,
     reads_environment,
 )
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of", "tensors_named"]
+__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
 
 ROUTED = "_mamlpp_fast_routed"
 """Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
@@ -108,6 +109,8 @@ class _Reader:
         # Names of attributes that any function followed so far reads, of whatever object.
         self.called: set[str] = set()
         self.of_a_thread = False
+        # Installed packages of which the model or what counts beside it is: others are libraries.
+        self.home: set[str] = set()
 
     def module(self, module: nn.Module, training: bool) -> None:
         key, held = self.key, self.held
@@ -120,6 +123,7 @@ class _Reader:
         key += (id(cls), id(forward), module.training != training)
         functions: list[types.FunctionType] = []
         if not cls.__module__.startswith(LIBRARIES):
+            self.home.add(installed(cls.__module__))
             self.constants(cls)
             self.names(forward)
             functions = self.methods(cls, forward)
@@ -229,6 +233,8 @@ class _Reader:
             else:
                 self.opaque.append(value)
         elif isinstance(value, _CODE):
+            if depth == 0:  # an attribute, or the loss
+                self.home.add(installed(getattr(getattr(value, "func", value), "__module__", None)))
             self.names(value)
             if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
                 self.named_of(value.__self__, value.__func__.__code__, depth)
@@ -298,7 +304,7 @@ class _Reader:
         self.functions.add(id(function))
         code = function.__code__
         found: list[Any] = []
-        if not from_library(function.__globals__.get("__name__")):
+        if not self.foreign(function.__globals__.get("__name__")):
             self.called.update(attributes_of(code))
             if reads_environment(code):
                 self.environment()
@@ -315,6 +321,11 @@ class _Reader:
         for value in found:
             self.named(value, code, 1)
 
+    def foreign(self, module: str | None) -> bool:
+        """Whether what a module defines is left aside: no code of those who made the model or the loss."""
+        package = installed(module)
+        return from_library(module) or (package != "" and package not in self.home)
+
     def named(self, value: Any, code: types.CodeType, depth: int) -> None:
         """A value that a function names."""
         if type(value) in _PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
@@ -326,7 +337,7 @@ class _Reader:
         if value is os.environ:
             self.environment()
         elif isinstance(value, types.ModuleType):
-            if not from_library(value.__name__) and (id(value), code) not in self.followed:
+            if not self.foreign(value.__name__) and (id(value), code) not in self.followed:
                 self.followed.add((id(value), code))
                 for name in attributes_of(code):
                     if name in vars(value):
@@ -338,7 +349,7 @@ class _Reader:
         elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES):
             return
         elif isinstance(value, type):
-            if not from_library(value.__module__):
+            if not self.foreign(value.__module__):
                 self.constants(value)  # a namespace of settings, say
                 self.operators(value, *MADE_BY, *attributes_of(code))
         elif _settings(value) is not None:
@@ -367,25 +378,6 @@ class _Reader:
         for method in methods:
             self.names(method)
             self.named_of(value, method.__code__, depth + 1)
-
-
-def tensors_named(function: Any) -> list[Tensor]:
-    """Tensors that a function and those that it names read as globals or close over, without a gradient."""
-    found: list[Tensor] = []
-    seen, queue = set[int](), [(function, 0)]
-    for value, depth in queue:  # grows meanwhile
-        if isinstance(value, functools.partial):
-            found += [t for t in (*value.args, *value.keywords.values()) if isinstance(t, Tensor)]
-            queue.append((value.func, depth))
-        value = getattr(value, "__func__", value)
-        if not isinstance(value, types.FunctionType) or id(value) in seen or depth >= _DEPTH:
-            continue
-        seen.add(id(value))
-        named = [value.__globals__.get(name) for name in globals_of(value.__code__)]
-        named += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-        found += [t for t in named if isinstance(t, Tensor) and not t.requires_grad]
-        queue += [(f, depth + 1) for f in named if isinstance(f, (types.FunctionType, functools.partial))]
-    return found
 
 
 def _pickled(value: object) -> bytes:
@@ -452,9 +444,9 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     kinds that a ``forward``, the methods, properties and functions it calls, with what is written within them, or a
     function that is an attribute name; of other objects, which they are, and the attributes that these name. Defaults
     and attributes of such functions count, and the process's environment where one of them names that. What a pass of
-    ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Functions are
-    found by the names in their code, also through modules (``lib.scale(x)``), ``super()``, ``getattr`` with a written name,
-    as operators (``x * y``, ``with x``) and as methods of other modules. Not seen are changes deeper within other objects,
+    ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Functions are found by the
+    names in their code, also through modules (``lib.scale(x)``), ``super()``, ``getattr`` with a written name, as
+    operators (``x * y``, ``with x``) and as methods of other modules. Not seen are changes deeper within other objects,
     in libraries, and what is reached by a name that is computed.
 
     Args:

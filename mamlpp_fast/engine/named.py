@@ -8,6 +8,10 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 __all__ = [
     "LIBRARIES",
@@ -17,8 +21,10 @@ __all__ = [
     "functions_of",
     "globals_of",
     "imported",
+    "installed",
     "is_operator",
     "reads_environment",
+    "tensors_named",
 ]
 
 LIBRARIES = ("torch.", "mamlpp_fast.", "builtins")
@@ -30,7 +36,11 @@ _NOT_IN_USE = MADE_BY | {
     *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
 }
 # Of what these are given as a text, the name is a constant of the code.
-_BY_TEXT = frozenset({"getattr", "attrgetter", "methodcaller", "vars", "globals", "__dict__", "__getattribute__"})
+_BY_TEXT = frozenset(
+    {"getattr", "attrgetter", "methodcaller", "vars", "globals", "__dict__", "__getattribute__"}
+)
+_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "IMPORT_FROM")
+_DEPTH = 6  # of functions that name functions
 _STDLIB = sysconfig.get_path("stdlib")
 
 
@@ -54,7 +64,7 @@ def _texts(code: types.CodeType) -> Iterator[str]:
 @functools.lru_cache(maxsize=1000)
 def _all_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
     own = _named(code, "LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME")
-    attributes = _named(code, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "IMPORT_FROM")
+    attributes = _named(code, *_READS, "STORE_ATTR")
     texts = () if _BY_TEXT.isdisjoint((*own, *attributes)) else tuple(_texts(code))
     return tuple(dict.fromkeys(own + texts)), tuple(dict.fromkeys(attributes + texts))
 
@@ -65,14 +75,16 @@ def globals_of(code: types.CodeType) -> tuple[str, ...]:
 
 
 def attributes_of(code: types.CodeType) -> tuple[str, ...]:
-    """Names of the attributes that a function reads, methods among them; by ``getattr`` and the like too."""
+    """Names of the attributes that a function reads or sets, methods among them; by ``getattr`` and the like too."""
     return _all_of(code)[1]
 
 
 @functools.lru_cache(maxsize=1000)
 def reads_environment(code: types.CodeType) -> bool:
     """Whether a function may read or write the process's environment."""
-    return not {"environ", "environb", "expandvars", "getenv"}.isdisjoint((*globals_of(code), *attributes_of(code)))
+    return not {"environ", "environb", "expandvars", "getenv"}.isdisjoint(
+        (*globals_of(code), *attributes_of(code))
+    )
 
 
 @functools.lru_cache(maxsize=1000)
@@ -102,6 +114,13 @@ def from_library(module: str | None) -> bool:
     return top in sys.stdlib_module_names and (file is None or file.startswith(_STDLIB))
 
 
+@functools.cache
+def installed(module: str | None) -> str:
+    """The package of that module where it was installed, as other people's are; else nothing."""
+    file = getattr(sys.modules.get(str(module)), "__file__", None) or ""
+    return str(module).partition(".")[0] if {"site-packages", "dist-packages"} & {*Path(file).parts} else ""
+
+
 def _function(value: object) -> types.FunctionType | None:
     """The function behind a method of a class, whatever its kind."""
     if isinstance(value, (staticmethod, classmethod)):
@@ -127,3 +146,22 @@ def functions_of(cls: type) -> dict[str, tuple[types.FunctionType, ...]]:
 def is_operator(name: str) -> bool:
     """Whether a method of this name is called by other code than a call of it: ``x * y``, ``with x``, ``x[0]``."""
     return name.startswith("__") and name.endswith("__") and name not in _NOT_IN_USE
+
+
+def tensors_named(function: Any) -> list[Tensor]:
+    """Tensors that a function and those that it names read as globals or close over, without a gradient."""
+    found: list[Tensor] = []
+    seen, queue = set[int](), [(function, 0)]
+    for value, depth in queue:  # grows meanwhile
+        if isinstance(value, functools.partial):
+            found += [t for t in (*value.args, *value.keywords.values()) if isinstance(t, Tensor)]
+            queue.append((value.func, depth))
+        value = getattr(value, "__func__", value)
+        if not isinstance(value, types.FunctionType) or id(value) in seen or depth >= _DEPTH:
+            continue
+        seen.add(id(value))
+        named = [value.__globals__.get(name) for name in globals_of(value.__code__)]
+        named += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        found += [t for t in named if isinstance(t, Tensor) and not t.requires_grad]
+        queue += [(f, depth + 1) for f in named if isinstance(f, (types.FunctionType, functools.partial))]
+    return found

@@ -34,9 +34,10 @@ from mamlpp_fast import reference
 from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
-from mamlpp_fast.engine.fingerprint import fingerprint, tensors_named
+from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.named import tensors_named
 from mamlpp_fast.engine.recorder import Operation, Recorder
-from mamlpp_fast.engine.shared import Shared, held, in_memory_of, shared, with_a_graph
+from mamlpp_fast.engine.shared import NOTHING, Shared, held, in_memory_of, shared, with_a_graph
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -274,7 +275,7 @@ def _watched(
     model: nn.Module,
     *inputs: Tensor,
     gradient: bool = True,
-    places: Shared = Shared({}, {}),  # noqa: B008 - never written
+    places: Shared = NOTHING,
 ) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
     recorder = Recorder(model, inputs[0], inputs[1:], places)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
 from mamlpp_fast.engine.executions import Draw, Executions
-from mamlpp_fast.engine.shared import Shared, held
+from mamlpp_fast.engine.shared import NOTHING, Shared, held
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
 __all__ = [
@@ -130,7 +130,7 @@ class Recorder(TorchFunctionMode):
         model: nn.Module,
         x: Tensor,
         beside: Sequence[Tensor] = (),
-        shared: Shared = Shared({}, {}),  # noqa: B008 - never written
+        shared: Shared = NOTHING,
     ) -> None:
         super().__init__()
         self.root = type(model).__name__

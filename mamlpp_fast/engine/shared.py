@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from mamlpp_fast.engine.fingerprint import PLUMBING
 
-__all__ = ["Shared", "held", "in_memory_of", "shared", "with_a_graph"]
+__all__ = ["NOTHING", "Shared", "held", "in_memory_of", "shared", "with_a_graph"]
 
 
 class Shared(NamedTuple):
@@ -23,6 +23,9 @@ class Shared(NamedTuple):
 
     held: Mapping[int, str]
     beside: Mapping[str, frozenset[str]]
+
+
+NOTHING = Shared({}, {})
 
 
 def held(model: nn.Module) -> list[Tensor]:
@@ -54,7 +57,9 @@ def with_a_graph(model: nn.Module) -> str | None:
     """The attribute, no table, that holds what was computed with a gradient: a copy has it as a constant."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in PLUMBING and any(isinstance(t, Tensor) and not t.is_leaf for t in tree_leaves(value)):
+            if name not in PLUMBING and any(
+                isinstance(t, Tensor) and not t.is_leaf for t in tree_leaves(value)
+            ):
                 return name
     return None
 
