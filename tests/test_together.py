@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 from collections.abc import Callable
@@ -240,6 +241,36 @@ def test_one_after_the_other(make: Callable[[], nn.Module], loss: Callable[[], A
     assert AFTER in said and why in said
     if loss is not StatefulLoss and make is not Counting:  # looking at these counts as well
         torch.testing.assert_close(results[1], results[0], **CLOSE)
+
+
+scale = contextvars.ContextVar("scale", default=1.0)
+own = threading.local()
+
+
+def of_the_context(prediction: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, y) * scale.get()
+
+
+def of_the_thread(prediction: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, y) * getattr(own, "scale", 7.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [(of_the_context, BESIDE), (of_the_thread, "what each thread has its own of")],
+    ids=["context", "thread"],
+)
+def test_a_loss_by_values_of_the_caller(loss: Any, why: str) -> None:
+    def run(engine: str) -> tuple[Tensor, str]:
+        scale.set(2.0)
+        ours = learner(Scaled, engine, loss_fn=loss)
+        losses = quickly(ours).task_losses
+        return losses, ours.explain()
+
+    own.scale = 2.0
+    (expected, _), (found, said) = (contextvars.copy_context().run(run, e) for e in ("reference", "autograd"))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert why in said
 
 
 def test_dropout_draws_as_in_the_loop() -> None:

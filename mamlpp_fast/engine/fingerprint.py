@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextvars
 import dataclasses
-import dis
 import enum
 import functools
 import os
 import pickle
+import threading
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -19,9 +20,21 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
+from mamlpp_fast.engine.named import (
+    LIBRARIES,
+    MADE_BY,
+    attributes_of,
+    from_library,
+    functions_of,
+    globals_of,
+    imported,
+    installed,
+    is_operator,
+    reads_environment,
+)
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of", "tensors_named"]
+__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
 
 ROUTED = "_mamlpp_fast_routed"
 """Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
@@ -34,16 +47,15 @@ _PLAIN = frozenset(
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
-_LIBRARIES = ("torch.", "mamlpp_fast.", "builtins")
 
 # Containers that lie deeper or hold more than this are compared by identity and length.
 _DEPTH = 6
 _ENTRIES = 1000
 
 # PyTorch's own bookkeeping in a module; what matters of it is read otherwise.
-_PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_flat_weights_names"}
+PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_flat_weights_names"}
 # Likewise that of compat.higher's functional modules, whose weights are others in every step.
-_PLUMBING |= {"_fast_root_ref", "_fast_indices", "_fast_params", "_fast_places", "_fast_recurrent"}
+PLUMBING |= {"_fast_root_ref", "_fast_indices", "_fast_params", "_fast_places", "_fast_recurrent"}
 # What engines set in every pass.
 _CONTROLS = frozenset({"step", "eval_stats", "plain"})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -54,11 +66,17 @@ class Fingerprint:
     """Equal to another where nothing that :func:`fingerprint` looks at has changed.
 
     Holds on to what it knows by identity: the address of an object that is gone may be another's.
+
+    Attributes:
+        of_a_thread: whether values of the calling thread (``threading.local``) are among what it looks at.
     """
 
-    __slots__ = ("_held", "_key", "_opaque")
+    __slots__ = ("_held", "_key", "_opaque", "of_a_thread")
 
-    def __init__(self, key: list[Any], held: list[object], opaque: list[object]) -> None:
+    def __init__(
+        self, key: list[Any], held: list[object], opaque: list[object], of_a_thread: bool = False
+    ) -> None:
+        self.of_a_thread = of_a_thread
         self._key = tuple(key)
         self._held = held
         self._opaque = opaque
@@ -87,6 +105,12 @@ class _Reader:
         self.form = form
         self.tensors: dict[int, int] = {}
         self.followed: set[tuple[int, types.CodeType]] = set()
+        self.functions: set[int] = set()
+        # Names of attributes that any function followed so far reads, of whatever object.
+        self.called: set[str] = set()
+        self.of_a_thread = False
+        # Installed packages of which the model or what counts beside it is: others are libraries.
+        self.home: set[str] = set()
 
     def module(self, module: nn.Module, training: bool) -> None:
         key, held = self.key, self.held
@@ -98,9 +122,10 @@ class _Reader:
         forward = next(own, None)
         key += (id(cls), id(forward), module.training != training)
         functions: list[types.FunctionType] = []
-        if not cls.__module__.startswith(_LIBRARIES):
+        if not cls.__module__.startswith(LIBRARIES):
+            self.home.add(installed(cls.__module__))
             self.constants(cls)
-            self.names(forward, 0)
+            self.names(forward)
             functions = self.methods(cls, forward)
         opaque = len(self.opaque)
         for name in _HOOKS:
@@ -122,9 +147,9 @@ class _Reader:
             key.append(name)
             if child is not None:
                 self.child(child)
-        skipped = _PLUMBING
+        skipped = PLUMBING
         if isinstance(module, PerStepBatchNorm2d):
-            skipped = _PLUMBING | _CONTROLS
+            skipped = PLUMBING | _CONTROLS
             if self.form:  # of one call; its step is read when it is made
                 key += (module.eval_stats, getattr(module, "plain", False))
         for name, value in state.items():
@@ -208,15 +233,23 @@ class _Reader:
             else:
                 self.opaque.append(value)
         elif isinstance(value, _CODE):
-            self.names(value, depth)
+            if depth == 0:  # an attribute, or the loss
+                self.home.add(installed(getattr(getattr(value, "func", value), "__module__", None)))
+            self.names(value)
+            if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
+                self.named_of(value.__self__, value.__func__.__code__, depth)
             if isinstance(value, functools.partial) and depth < _DEPTH:
                 for part in (value.func, value.args, value.keywords):
                     self.value(part, depth + 1)
         elif value is os.environ:
             self.environment()
+        elif isinstance(value, contextvars.ContextVar):
+            if depth < _DEPTH:
+                self.value(value.get(None), depth + 1)
         else:
+            self.of_a_thread |= isinstance(value, threading.local)
             self.opaque.append(value)
-            self.names(type(value).__call__ if callable(value) else None, depth)
+            self.operators(type(value))
             if (settings := _settings(value)) is not None and depth + 1 < _DEPTH:
                 self.constants(type(value))
                 self.value(settings, depth + 1)
@@ -224,7 +257,7 @@ class _Reader:
     def constants(self, cls: type) -> None:
         """Plain attributes of a class and its bases."""
         for base in cls.__mro__:
-            if not base.__module__.startswith(_LIBRARIES):
+            if not base.__module__.startswith(LIBRARIES):
                 for name, value in tuple(vars(base).items()):
                     if name.startswith("__"):
                         continue
@@ -235,55 +268,96 @@ class _Reader:
                         self.value(value, 1)
 
     def methods(self, cls: type, forward: Any) -> list[types.FunctionType]:
-        """The class's own functions that its forward calls, and so on, with what they name; and the forward."""
-        own = _functions_of(cls)
-        seen, queue = {forward}, [forward]
-        for function in queue:  # grows meanwhile
-            for name in _attributes_of(function.__code__) if isinstance(function, types.FunctionType) else ():
-                method = own.get(name)
-                if method is not None and method not in seen:
-                    seen.add(method)
-                    queue.append(method)
-                    self.identities(name, (method,))
-                    self.names(method, 0)
-        return [f for f in queue if isinstance(f, types.FunctionType)]
+        """The class's own functions that are called by its forward, or from outside, and so on; and the forward.
 
-    def names(self, function: Any, depth: int) -> None:
-        """What a function itself names: globals and closed-over values; its defaults and attributes."""
+        With what they name.
+        """
+        own = functions_of(cls)
+        outer = [name for name in own if is_operator(name) or name in self.called]
+        seen = dict.fromkeys((forward, *(f for name in outer for f in own[name])))
+        queue = [f for f in seen if isinstance(f, types.FunctionType)]
+        for function in queue:  # grows meanwhile
+            if function is not forward:
+                self.identities(function.__name__, (function,))
+                self.names(function)
+            for name in attributes_of(function.__code__):
+                more = [f for f in own.get(name, ()) if f not in seen]
+                seen |= dict.fromkeys(more)
+                queue += more
+        return queue
+
+    def operators(self, cls: type, *names: str) -> None:
+        """Methods that are called without their name, and those of these names."""
+        for name, functions in functions_of(cls).items():
+            if is_operator(name) or name == "__call__" or name in names:
+                for function in functions:
+                    self.names(function)
+
+    def names(self, function: Any) -> None:
+        """What a function itself names: globals and closed-over values; its defaults and attributes.
+
+        Of a library's, a wrapper say, not the globals.
+        """
         function = getattr(function, "__func__", function)
-        if not isinstance(function, types.FunctionType) or depth >= _DEPTH:
+        if not isinstance(function, types.FunctionType) or id(function) in self.functions:
             return
+        self.functions.add(id(function))
         code = function.__code__
-        if _reads_environment(code):
-            self.environment()
+        found: list[Any] = []
+        if not self.foreign(function.__globals__.get("__name__")):
+            self.called.update(attributes_of(code))
+            if reads_environment(code):
+                self.environment()
+            found = [function.__globals__.get(name) for name in globals_of(code)]
+            found += imported(function)
         for given in (function.__defaults__, function.__kwdefaults__, function.__dict__):
             if given:
-                self.value(given, depth + 1)
-        found = [function.__globals__.get(name) for name in _globals_of(code)]
+                self.value(given, 1)
         for cell in function.__closure__ or ():
             try:
                 found.append(cell.cell_contents)
             except ValueError:  # not filled yet
                 continue
         for value in found:
-            if type(value) in _PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
-                self.value(value, depth + 1)
-                continue
-            # Which one it is counts at least: another activation under the same name, say.
-            self.key.append(id(value))
-            self.held.append(value)
-            if value is os.environ:
-                self.environment()
-            elif isinstance(value, nn.Module):
-                self.named_of(value, code, depth + 1)
-            elif getattr(value, "__module__", "torch.").startswith(_LIBRARIES):
-                continue
-            elif isinstance(value, type):
+            self.named(value, code, 1)
+
+    def foreign(self, module: str | None) -> bool:
+        """Whether what a module defines is left aside: no code of those who made the model or the loss."""
+        package = installed(module)
+        return from_library(module) or (package != "" and package not in self.home)
+
+    def named(self, value: Any, code: types.CodeType, depth: int) -> None:
+        """A value that a function names."""
+        if type(value) in _PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
+            self.value(value, depth)
+            return
+        # Which one it is counts at least: another activation under the same name, say.
+        self.key.append(id(value))
+        self.held.append(value)
+        if value is os.environ:
+            self.environment()
+        elif isinstance(value, types.ModuleType):
+            if not self.foreign(value.__name__) and (id(value), code) not in self.followed:
+                self.followed.add((id(value), code))
+                for name in attributes_of(code):
+                    if name in vars(value):
+                        self.named(vars(value)[name], code, depth)
+        elif isinstance(value, (types.FunctionType, types.MethodType, contextvars.ContextVar)):
+            self.value(value, depth)
+        elif isinstance(value, nn.Module):
+            self.named_of(value, code, depth)
+        elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES):
+            return
+        elif isinstance(value, type):
+            if not self.foreign(value.__module__):
                 self.constants(value)  # a namespace of settings, say
-            elif isinstance(value, types.FunctionType) or _settings(value) is not None:
-                self.value(value, depth + 1)
-            elif not isinstance(value, types.ModuleType):
-                self.named_of(value, code, depth + 1)
+                self.operators(value, *MADE_BY, *attributes_of(code))
+        elif _settings(value) is not None:
+            self.value(value, depth)
+            self.named_of(value, code, depth)
+        else:
+            self.of_a_thread |= isinstance(value, threading.local)
+            self.named_of(value, code, depth)
 
     def environment(self) -> None:
         self.key += os.environ.items()
@@ -293,33 +367,17 @@ class _Reader:
         if depth >= _DEPTH or (id(value), code) in self.followed:
             return
         self.followed.add((id(value), code))
-        held, own = _attributes(value), _functions_of(type(value))
-        for name in _attributes_of(code):
+        held, own = _attributes(value), functions_of(type(value))
+        methods = [f for name in own if is_operator(name) or name == "__call__" for f in own[name]]
+        for name in attributes_of(code):
             if name in held:
                 self.key.append(name)
                 self.value(held[name], depth + 1)
-            elif (method := own.get(name)) is not None:
-                self.names(method, depth + 1)
-                self.named_of(value, method.__code__, depth + 1)
-
-
-def tensors_named(function: Any) -> list[Tensor]:
-    """Tensors that a function and those that it names read as globals or close over, without a gradient."""
-    found: list[Tensor] = []
-    seen, queue = set[int](), [(function, 0)]
-    for value, depth in queue:  # grows meanwhile
-        if isinstance(value, functools.partial):
-            found += [t for t in (*value.args, *value.keywords.values()) if isinstance(t, Tensor)]
-            queue.append((value.func, depth))
-        value = getattr(value, "__func__", value)
-        if not isinstance(value, types.FunctionType) or id(value) in seen or depth >= _DEPTH:
-            continue
-        seen.add(id(value))
-        named = [value.__globals__.get(name) for name in _globals_of(value.__code__)]
-        named += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-        found += [t for t in named if isinstance(t, Tensor) and not t.requires_grad]
-        queue += [(f, depth + 1) for f in named if isinstance(f, (types.FunctionType, functools.partial))]
-    return found
+            else:
+                methods += own.get(name, ())
+        for method in methods:
+            self.names(method)
+            self.named_of(value, method.__code__, depth + 1)
 
 
 def _pickled(value: object) -> bytes:
@@ -327,54 +385,6 @@ def _pickled(value: object) -> bytes:
         return pickle.dumps(value)
     except Exception:  # whatever a class of the user's raises
         return b""
-
-
-def _named(code: types.CodeType, *operations: str) -> tuple[str, ...]:
-    """What these operations of a function, and of functions and comprehensions written within it, name."""
-    found = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in operations)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= dict.fromkeys(_named(constant, *operations))
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=1000)
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    """Names of the globals that a function reads or sets."""
-    return _named(code, "LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME")
-
-
-@functools.lru_cache(maxsize=1000)
-def _attributes_of(code: types.CodeType) -> tuple[str, ...]:
-    """Names of the attributes that a function reads, methods among them."""
-    return _named(code, "LOAD_ATTR", "LOAD_METHOD")
-
-
-def _function(value: object) -> types.FunctionType | None:
-    """The function behind a method of a class, whatever its kind."""
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    elif isinstance(value, property):
-        value = value.fget
-    elif isinstance(value, functools.cached_property):
-        value = value.func
-    return value if isinstance(value, types.FunctionType) else None
-
-
-def _functions_of(cls: type) -> dict[str, types.FunctionType]:
-    """The functions of a class and its bases, but for those of libraries."""
-    own: dict[str, types.FunctionType] = {}
-    for base in reversed(cls.__mro__):
-        if not base.__module__.startswith(_LIBRARIES):
-            own |= {n: f for n, v in tuple(vars(base).items()) if (f := _function(v)) is not None}
-    return own
-
-
-@functools.lru_cache(maxsize=1000)
-def _reads_environment(code: types.CodeType) -> bool:
-    return not {"environ", "environb", "expandvars", "getenv"}.isdisjoint(
-        (*_globals_of(code), *_attributes_of(code))
-    )
 
 
 def _is_record(value: object) -> bool:
@@ -434,8 +444,10 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     kinds that a ``forward``, the methods, properties and functions it calls, with what is written within them, or a
     function that is an attribute name; of other objects, which they are, and the attributes that these name. Defaults
     and attributes of such functions count, and the process's environment where one of them names that. What a pass of
-    ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Not seen are changes deeper
-    within other objects, and what functions read that are reached through a module (``lib.scale(x)``) or ``getattr``.
+    ours sets (``PerStepBatchNorm2d.step``, ``eval_stats`` and ``plain``) does not count. Functions are found by the
+    names in their code, also through modules (``lib.scale(x)``), ``super()``, ``getattr`` with a written name, as
+    operators (``x * y``, ``with x``) and as methods of other modules. Not seen are changes deeper within other objects,
+    in libraries, and what is reached by a name that is computed.
 
     Args:
         model: any module. Nothing is read from a device.
@@ -456,7 +468,7 @@ def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = Fals
     queue, training = reader.queue, model.training
     for module in queue:  # grows meanwhile
         reader.module(module, training)
-    return Fingerprint(reader.key, reader.held, reader.opaque)
+    return Fingerprint(reader.key, reader.held, reader.opaque, reader.of_a_thread)
 
 
 class Watch:

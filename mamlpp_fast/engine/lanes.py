@@ -6,6 +6,7 @@ processors away, a lane is late by what was taken from it, not by what was taken
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import os
 import sys
@@ -164,7 +165,8 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1, threads: int = 1) -> 
 
     pool, running = _pool.of(lanes), list[Future[None]]()
     try:
-        running += (pool.submit(on_lane, lane) for lane in range(lanes))
+        # Context variables (NumPy's treatment of errors, a user's settings) are the caller's on every lane.
+        running += (pool.submit(contextvars.copy_context().run, on_lane, lane) for lane in range(lanes))
         # With a limit: an interrupt that comes just before the wait begins is seen only after it.
         while wait(running, timeout=1.0).not_done:
             continue

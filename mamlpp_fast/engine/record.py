@@ -34,13 +34,15 @@ from mamlpp_fast import reference
 from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
-from mamlpp_fast.engine.fingerprint import fingerprint, tensors_named
+from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.named import tensors_named
 from mamlpp_fast.engine.recorder import Operation, Recorder
+from mamlpp_fast.engine.shared import NOTHING, Shared, held, in_memory_of, shared, with_a_graph
 from mamlpp_fast.inputs import examples_of, joined, structure_of, tensors_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-__all__ = ["Recording", "head_names", "hooks", "record", "record_loss"]
+__all__ = ["Recording", "head_names", "hooks", "of_a_thread", "record", "record_loss"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ class Recording:
 
 
 def record(
-    model: nn.Module, x: reference.Inputs, other: reference.Inputs, *, fixed: bool = False
+    model: nn.Module,
+    x: reference.Inputs,
+    other: reference.Inputs,
+    *,
+    fixed: bool = False,
+    original: nn.Module | None = None,
 ) -> Recording:
     """Records ``model`` in the mode (training or evaluation) that it is in, on copies; random states stay as they are.
 
@@ -84,18 +91,27 @@ def record(
         x: what it is called with, examples [n, ...].
         other: the same for m examples, m not n.
         fixed: whether there are never but n of them: the forward need not take m.
+        original: the model, where ``model`` is a copy of it.
 
     Raises:
         Unsupported: names the module, and what makes its forward no fixed list of operations.
     """
     if (hook := hooks(model)) is not None:
         raise hook
-    first, second = (_watched(_own_copy(model), examples) for examples in (x, other))
+    original = model if original is None else original
+    if (name := with_a_graph(original)) is not None:
+        raise Unsupported(type(model).__name__, f"the attribute {name} was computed with a gradient")
+    places = shared(original)
+
+    def watched(examples: reference.Inputs, gradient: bool = True) -> Recorder:
+        return _watched(_own_copy(model), examples, gradient=gradient, places=places)
+
+    first, second = watched(x), watched(other)
     if fixed and first.problem is None and second.problem is not None:
         other = x
-        second = _watched(_own_copy(model), other)
+        second = watched(other)
     # An evaluation's target passes take no gradient, which a forward may ask about.
-    third = second if model.training else _watched(_own_copy(model), other, gradient=False)
+    third = second if model.training else watched(other, gradient=False)
     for recorder in (first, second, third):
         if recorder.problem is not None:
             raise recorder.problem
@@ -156,13 +172,17 @@ class _Watched(nn.Module):
 
 
 def record_loss(
-    loss_fn: reference.LossFn, support: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]
+    loss_fn: reference.LossFn,
+    support: tuple[Tensor, Tensor],
+    target: tuple[Tensor, Tensor],
+    model: nn.Module,
 ) -> tuple[Recording, nn.Module]:
     """Records a loss on the predictions and labels of both sides: values 0 and 1.
 
     Args:
         loss_fn: a function, a ``functools.partial`` of one, or a module without parameters.
         support, target: predictions [N, O] and labels [N, ...].
+        model: what the predictions are of; a loss that reads its memory is none of predictions and labels.
 
     Returns:
         The recording, and the module that it is of, whose buffers are the loss's own.
@@ -175,6 +195,10 @@ def record_loss(
     module = _Watched(loss_fn)
     if (hook := hooks(module)) is not None:
         raise hook
+    probe = _Watched(loss_fn)
+    probe.hold()
+    if (name := in_memory_of(model, held(probe))) is not None:
+        raise Unsupported("loss", f"reads the memory of the model's {name}")
     found = []
     for given in (support, target):
         own = _own_copy(module)
@@ -198,6 +222,11 @@ def record_loss(
         raise Unsupported("loss", f"expected a scalar of {support[0].dtype}, got {list(shape)} of {dtype}")
     sizes = len(support[0]), len(target[0])
     return Recording(2, tuple(first), tuple(second), sizes, result, {}, dtypes, ()), module
+
+
+def of_a_thread(loss_fn: reference.LossFn) -> bool:
+    """Whether a loss reads what each thread has its own of (``threading.local``)."""
+    return fingerprint(_Watched(loss_fn)).of_a_thread
 
 
 def _unfollowed(loss_fn: reference.LossFn) -> str | None:
@@ -254,9 +283,14 @@ def _own_copy(model: _Module) -> _Module:
         raise Unsupported(type(model).__name__, str(error).removeprefix("model: ")) from error
 
 
-def _watched(model: nn.Module, inputs: reference.Inputs, gradient: bool = True) -> Recorder:
+def _watched(
+    model: nn.Module,
+    inputs: reference.Inputs,
+    gradient: bool = True,
+    places: Shared = NOTHING,
+) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
-    recorder = Recorder(model, tensors_of(inputs))
+    recorder = Recorder(model, tensors_of(inputs), places)
     before = fingerprint(model)
     states = before.states()
     with _random_state() as drawn:

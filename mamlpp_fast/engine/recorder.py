@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
 from mamlpp_fast.engine.executions import Draw, Executions
+from mamlpp_fast.engine.shared import NOTHING, Shared, held
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
 __all__ = [
@@ -121,9 +122,10 @@ class Recorder(TorchFunctionMode):
         model: called with stand-ins for its tensors.
         inputs: the first values; whether one requires a gradient tells what of it is made a constant (``detach``,
             ``no_grad``).
+        shared: of the model that this one is a copy of.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], shared: Shared = NOTHING) -> None:
         super().__init__()
         self.root = type(model).__name__
         self.paths = {id(m): name for name, m in model.named_modules()}
@@ -151,10 +153,13 @@ class Recorder(TorchFunctionMode):
             self.stand_ins[name] = b.detach().clone()
             self._references[id(self.stand_ins[name])] = Buffer(name)
         self._fixed = {_storage(t): name for name, t in self.stand_ins.items()}
-        for t in tree_leaves([list(vars(m).values()) for m in model.modules()]):
-            if isinstance(t, Tensor) and not t.requires_grad:
+        self._shared, self._aliases = shared, dict[int, str]()
+        for i, t in enumerate(held(model)):
+            if not t.requires_grad:
                 self._references[id(t)] = Constant(t)
                 self._fixed[_storage(t)] = "an attribute"
+            if i in shared.held:
+                self._aliases[id(t)] = shared.held[i]
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
         self.counted: list[str] = []
@@ -185,14 +190,24 @@ class Recorder(TorchFunctionMode):
         """Looks, after the pass and outside the modes, at what it left and returned."""
         self._nothing_beside()
         for name, before in self._buffers.items():
-            if name not in self._statistics and not torch.equal(before, self.stand_ins[name]):
+            if torch.equal(before, self.stand_ins[name]):
+                continue
+            if name not in self._statistics:
                 self.complain(name, "is a buffer that the forward changes")
+            elif self._reads_beside(name):
+                self.complain(name, "is a running statistic that more than its norm reads")
         known = self._known(result) if isinstance(result, Tensor) else None
         if not isinstance(known, Value) or known.index < len(self.inputs):
             self.complain(self.root, "expected forward to return one tensor of predictions made of its input")
         else:
             self._check_read(result, known)
             self.result = known.index
+
+    def _reads_beside(self, statistic: str) -> bool:
+        """Whether more than one norm reads a statistic, which passes side by side take in when all are done."""
+        names = {statistic, *self._shared.beside.get(statistic, ())}
+        found = [op for op in self.operations if any(getattr(r, "name", None) in names for r in op.inputs())]
+        return len(found) > 1 or any(op.function not in _NORMS for op in found)
 
     def layers(self) -> Iterator[frozenset[str]]:
         """Parameters that meet an activation in one operation, from the last operation that reaches the output back."""
@@ -233,6 +248,8 @@ class Recorder(TorchFunctionMode):
         draws = watch.draws or (drawn and (func not in _DROPOUTS or _all_constant(references.values())))
         watch.clear()
         name = name_of(func)
+        for known in (self._aliases[id(t)] for t in given if executed and id(t) in self._aliases):
+            self.complain(self.here(), f"{name} reads the memory of {known} under another name")
         if draws:
             self.complain(self.here(), f"{name} draws random numbers")
         reads &= not (func is F.one_hot and _classes(args, kwargs) >= 0)  # only for what it raises
@@ -247,7 +264,7 @@ class Recorder(TorchFunctionMode):
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if not executed and not written and all(self._known(t) is not None for t in made):
             return result  # a question about a tensor, or the tensor itself
-        if norm or func is F.batch_norm:
+        if func in _NORMS:
             self._statistics.update(r.name for r in tree_leaves(recorded) if isinstance(r, Buffer))
         elif self._counts(func, recorded):
             return result
@@ -432,6 +449,7 @@ def _classes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return int(kwargs.get("num_classes", args[1] if len(args) > 1 else -1))
 
 
+_NORMS = (reference.per_step_norm, F.batch_norm)
 _KNOWN_NORMS = (reference.PerStepBatchNorm2d.normalise, PerStepBatchNorm2d.normalise)
 # Their draws are drawn anew in every pass.
 _DROPOUTS = frozenset(

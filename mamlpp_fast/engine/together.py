@@ -17,7 +17,7 @@ from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.held import Held, Taken
-from mamlpp_fast.engine.record import hooks, record_loss
+from mamlpp_fast.engine.record import hooks, of_a_thread, record_loss
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.inputs import form_of_inputs
 from mamlpp_fast.lslr import LSLR
@@ -152,11 +152,13 @@ class Together:
         return networks
 
     def _check_loss(self, prediction: Tensor, y: Tensor) -> None:
-        key = (prediction.shape, prediction.dtype, y.shape, y.dtype)
+        key = (self._model.training, prediction.shape, prediction.dtype, y.shape, y.dtype)
         if key not in self._losses:
             try:
-                record_loss(self._loss_fn, (prediction, y), (prediction, y))
-                self._losses[key] = None
+                record_loss(self._loss_fn, (prediction, y), (prediction, y), self._model)
+                self._losses[key] = (
+                    "loss: reads what each thread has its own of" if of_a_thread(self._loss_fn) else None
+                )
             except Unsupported as error:
                 self._losses[key] = f"loss: {error.why}"
         if (why := self._losses[key]) is not None:

@@ -65,7 +65,7 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
         raise Unsupported(type(model).__name__, "normalises with running statistics")
     keep_one_row(template)
     parameters = dict(template.named_parameters())
-    recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x))
+    recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
     if recording.draws is not None:
         raise Unsupported(type(model).__name__, recording.draws)
     network = lower(recording, template, frozenset(parameters), any_shape=True)

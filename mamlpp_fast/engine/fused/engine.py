@@ -265,10 +265,11 @@ class FusedEngine:
     def _loss(self, batch: EpisodeBatch, network: Network) -> RecordedLoss:
         """The loss as it is recorded, for predictions and labels like those of a batch."""
         outputs = math.prod(network.shapes[network.output])
-        key = (outputs, *(part for y in (batch.support_y, batch.target_y) for part in (y.shape[1:], y.dtype)))
+        labels = (part for y in (batch.support_y, batch.target_y) for part in (y.shape[1:], y.dtype))
+        key = self.model.training, outputs, *labels  # by the mode, which a loss may ask for
         if key not in self._losses:
             sides = (outputs, batch.support_y[0]), (outputs, batch.target_y[0])
-            self._losses[key] = recorded_loss(self.loss_fn, sides, self.dtype)
+            self._losses[key] = recorded_loss(self.loss_fn, sides, self.dtype, self.model)
         return self._losses[key]
 
     def _lower(

@@ -26,7 +26,10 @@ _PREDICTIONS, _LABELS = 0, 1
 
 
 def recorded_loss(
-    loss_fn: LossFn, sides: tuple[tuple[int, Tensor], tuple[int, Tensor]], dtype: torch.dtype
+    loss_fn: LossFn,
+    sides: tuple[tuple[int, Tensor], tuple[int, Tensor]],
+    dtype: torch.dtype,
+    model: torch.nn.Module,
 ) -> RecordedLoss:
     """The rules of a loss, found by watching it.
 
@@ -34,6 +37,7 @@ def recorded_loss(
         loss_fn: (predictions [N, O], labels [N, ...]) to a scalar.
         sides: O, and labels as they come, of the support and of the target set.
         dtype: of the predictions.
+        model: what they are of.
 
     Raises:
         Unsupported: names ``loss``, and why it is no fixed list of operations.
@@ -46,7 +50,7 @@ def recorded_loss(
 
     pairs = [(predictions(outputs, labels), labels) for outputs, labels in sides]
     try:
-        recording, watched = record_loss(loss_fn, pairs[0], pairs[1])
+        recording, watched = record_loss(loss_fn, pairs[0], pairs[1], model)
         network = lower_loss(recording, watched, dtype)
     except Unsupported as error:
         raise Unsupported("loss", error.why) from error

@@ -1,0 +1,167 @@
+"""What the code of functions and classes names, by its instructions: globals, attributes, modules, methods."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+__all__ = [
+    "LIBRARIES",
+    "MADE_BY",
+    "attributes_of",
+    "from_library",
+    "functions_of",
+    "globals_of",
+    "imported",
+    "installed",
+    "is_operator",
+    "reads_environment",
+    "tensors_named",
+]
+
+LIBRARIES = ("torch.", "mamlpp_fast.", "builtins")
+
+MADE_BY = frozenset({"__init__", "__new__", "__post_init__", "__call__"})
+"""Methods that a call of a class runs, or of its metaclass."""
+_NOT_IN_USE = MADE_BY | {
+    *("__repr__", "__str__", "__format__", "__dir__", "__sizeof__", "__del__", "__init_subclass__"),
+    *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"),
+}
+# Of what these are given as a text, the name is a constant of the code.
+_BY_TEXT = frozenset(
+    {"getattr", "attrgetter", "methodcaller", "vars", "globals", "__dict__", "__getattribute__"}
+)
+_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "IMPORT_FROM")
+_DEPTH = 6  # of functions that name functions
+_STDLIB = sysconfig.get_path("stdlib")
+
+
+def _named(code: types.CodeType, *operations: str) -> tuple[str, ...]:
+    """What these operations of a function, and of functions and comprehensions written within it, name."""
+    found = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in operations)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= dict.fromkeys(_named(constant, *operations))
+    return tuple(found)
+
+
+def _texts(code: types.CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _texts(constant)
+        elif isinstance(constant, str) and constant.replace(".", "_").isidentifier():
+            yield from constant.split(".")
+
+
+@functools.lru_cache(maxsize=1000)
+def _all_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    own = _named(code, "LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME")
+    attributes = _named(code, *_READS, "STORE_ATTR")
+    texts = () if _BY_TEXT.isdisjoint((*own, *attributes)) else tuple(_texts(code))
+    return tuple(dict.fromkeys(own + texts)), tuple(dict.fromkeys(attributes + texts))
+
+
+def globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the globals that a function reads or sets."""
+    return _all_of(code)[0]
+
+
+def attributes_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the attributes that a function reads or sets, methods among them; by ``getattr`` and the like too."""
+    return _all_of(code)[1]
+
+
+@functools.lru_cache(maxsize=1000)
+def reads_environment(code: types.CodeType) -> bool:
+    """Whether a function may read or write the process's environment."""
+    return not {"environ", "environb", "expandvars", "getenv"}.isdisjoint(
+        (*globals_of(code), *attributes_of(code))
+    )
+
+
+@functools.lru_cache(maxsize=1000)
+def _imports(code: types.CodeType) -> tuple[str, ...]:
+    return _named(code, "IMPORT_NAME")
+
+
+def imported(function: types.FunctionType) -> list[types.ModuleType]:
+    """The modules that a function itself imports, where they have been imported before."""
+    found = list[types.ModuleType]()
+    for name in _imports(function.__code__):
+        package = function.__globals__.get("__package__") or ""
+        for full in (name, name.partition(".")[0], f"{package}.{name}".rstrip(".")):
+            if (module := sys.modules.get(full)) is not None and module not in found:
+                found.append(module)
+    return found
+
+
+@functools.cache
+def from_library(module: str | None) -> bool:
+    """Whether what is defined in a module of this name is PyTorch's, NumPy's, ours or Python's own."""
+    top = "builtins" if module is None else module.partition(".")[0]
+    if top in ("torch", "mamlpp_fast", "numpy", "builtins"):
+        return True
+    # A script's own module may have the name of one of Python's.
+    file = getattr(sys.modules.get(str(module)), "__file__", None)
+    return top in sys.stdlib_module_names and (file is None or file.startswith(_STDLIB))
+
+
+@functools.cache
+def installed(module: str | None) -> str:
+    """The package of that module where it was installed, as other people's are; else nothing."""
+    file = getattr(sys.modules.get(str(module)), "__file__", None) or ""
+    return str(module).partition(".")[0] if {"site-packages", "dist-packages"} & {*Path(file).parts} else ""
+
+
+def _function(value: object) -> types.FunctionType | None:
+    """The function behind a method of a class, whatever its kind."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, functools.cached_property):
+        value = value.func
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def functions_of(cls: type) -> dict[str, tuple[types.FunctionType, ...]]:
+    """The functions of a class and its bases by name, but for those of libraries: ``super()`` reaches each."""
+    own: dict[str, tuple[types.FunctionType, ...]] = {}
+    for base in cls.__mro__:
+        if not base.__module__.startswith(LIBRARIES):
+            for name, value in tuple(vars(base).items()):
+                if (function := _function(value)) is not None:
+                    own[name] = (*own.get(name, ()), function)
+    return own
+
+
+def is_operator(name: str) -> bool:
+    """Whether a method of this name is called by other code than a call of it: ``x * y``, ``with x``, ``x[0]``."""
+    return name.startswith("__") and name.endswith("__") and name not in _NOT_IN_USE
+
+
+def tensors_named(function: Any) -> list[Tensor]:
+    """Tensors that a function and those that it names read as globals or close over, without a gradient."""
+    found: list[Tensor] = []
+    seen, queue = set[int](), [(function, 0)]
+    for value, depth in queue:  # grows meanwhile
+        if isinstance(value, functools.partial):
+            found += [t for t in (*value.args, *value.keywords.values()) if isinstance(t, Tensor)]
+            queue.append((value.func, depth))
+        value = getattr(value, "__func__", value)
+        if not isinstance(value, types.FunctionType) or id(value) in seen or depth >= _DEPTH:
+            continue
+        seen.add(id(value))
+        named = [value.__globals__.get(name) for name in globals_of(value.__code__)]
+        named += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        found += [t for t in named if isinstance(t, Tensor) and not t.requires_grad]
+        queue += [(f, depth + 1) for f in named if isinstance(f, (types.FunctionType, functools.partial))]
+    return found

@@ -1,0 +1,357 @@
+"""What a forward or a loss reaches by other ways than a name of its own, changed between calls: followed as well."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import importlib
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from random import random  # a builtin method, which belongs to no module
+from typing import Any
+
+import named_helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import mamlpp_fast as mf
+from mamlpp_fast.engine.fingerprint import fingerprint
+
+scale = 1.0
+context = contextvars.ContextVar("context", default=1.0)
+D = torch.float64
+
+
+class Settings:
+    """Holds a tensor as well, so that it is no plain record."""
+
+    def __init__(self) -> None:
+        self.scale, self.other = 1.0, torch.ones(2)
+
+    def own(self) -> float:
+        return self.scale
+
+
+bound = Settings().own
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.GroupNorm(1, 3), nn.Linear(3, 3)
+        self.settings = Settings()
+
+    def body(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(x))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.by()
+
+    def by(self) -> Any:
+        return 1.0
+
+
+class ThroughAModule(Base):
+    def by(self) -> float:
+        return named_helpers.factor()
+
+
+class ConstantOfAModule(Base):
+    def by(self) -> float:
+        return named_helpers.scale
+
+
+class TableOfAModule(Base):
+    def by(self) -> float:
+        return named_helpers.settings["scale"]
+
+
+class ClassOfAModule(Base):
+    def by(self) -> float:
+        return named_helpers.Settings.scale
+
+
+class OtherOfAModule(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return named_helpers.act(self.body(x))
+
+
+class ImportedWithin(Base):
+    def by(self) -> float:
+        from named_helpers import scale as own
+
+        return own
+
+
+class ByGetattr(Base):
+    def by(self) -> Any:
+        return getattr(named_helpers, "scale")  # noqa: B009
+
+
+class EnvironmentByGetattr(Base):
+    def by(self) -> float:
+        return float(getattr(os, "environ").get("SCALE", "1"))  # noqa: B009
+
+
+class ObjectByGetattr(Base):
+    def by(self) -> Any:
+        return getattr(self.settings, "scale")  # noqa: B009
+
+
+class ByAttrgetter(Base):
+    def by(self) -> Any:
+        return operator.attrgetter("settings.scale")(self)
+
+
+class ByGlobals(Base):
+    def by(self) -> Any:
+        return globals()["scale"]
+
+
+class ByContext(Base):
+    def by(self) -> float:
+        return context.get()
+
+
+class ByABoundMethod(Base):
+    def by(self) -> float:
+        return bound()
+
+
+class Parent(Base):
+    def by(self) -> float:
+        return scale
+
+
+class BySuper(Parent):
+    def by(self) -> float:
+        return super().by()
+
+
+class BySuperForward(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).neg()
+
+
+class Child(nn.Module):
+    def helper(self) -> float:
+        return scale
+
+
+class ByAnotherModule(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child()
+
+    def by(self) -> float:
+        return self.child.helper()
+
+
+def nested(depth: int) -> Callable[[], float]:
+    if depth == 0:
+        return lambda: scale
+    inner = nested(depth - 1)
+    return lambda: inner()
+
+
+deep = nested(12)
+
+
+class Deep(Base):
+    def by(self) -> float:
+        return deep()
+
+
+class ByIndex(Base):
+    def __getitem__(self, name: str) -> float:
+        return scale
+
+    def by(self) -> float:
+        return self["scale"]
+
+
+class ByMissing(Base):
+    def __getattr__(self, name: str) -> Any:
+        return scale if name == "missing" else super().__getattr__(name)
+
+    def by(self) -> Any:
+        return self.missing
+
+
+class Times:
+    def __rmul__(self, other: Tensor) -> Tensor:
+        return other * scale
+
+
+class ByOperator(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = Times()
+
+    def by(self) -> Any:
+        return self.times
+
+
+class Entered:
+    def __enter__(self) -> float:
+        return scale
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class ByWith(Base):
+    def by(self) -> float:
+        with Entered() as own:
+            return own
+
+
+Change = Callable[[nn.Module, pytest.MonkeyPatch], Any]
+
+
+def _global(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(globals(), "scale", 3.0)
+
+
+def _module(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(named_helpers, "scale", 3.0)
+
+
+def _settings(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.settings.scale = 3.0
+
+
+MODELS: dict[type[Base], Change] = {
+    ThroughAModule: _module,
+    ConstantOfAModule: _module,
+    TableOfAModule: lambda model, patch: patch.setitem(named_helpers.settings, "scale", 3.0),
+    ClassOfAModule: lambda model, patch: patch.setattr(named_helpers.Settings, "scale", 3.0),
+    OtherOfAModule: lambda model, patch: patch.setattr(named_helpers, "act", torch.cosh),
+    ImportedWithin: _module,
+    ByGetattr: _module,
+    EnvironmentByGetattr: lambda model, patch: patch.setenv("SCALE", "3"),
+    ObjectByGetattr: _settings,
+    ByAttrgetter: _settings,
+    ByGlobals: _global,
+    ByContext: lambda model, patch: context.set(3.0),
+    ByABoundMethod: lambda model, patch: patch.setattr(bound.__self__, "scale", 3.0),  # type: ignore[attr-defined]
+    BySuper: _global,
+    BySuperForward: _global,
+    ByAnotherModule: _global,
+    Deep: _global,
+    ByIndex: _global,
+    ByMissing: _global,
+    ByOperator: _global,
+    ByWith: _global,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_accelerated_model(
+    kind: type[Base], monkeypatch: pytest.MonkeyPatch, nothing_accelerated: None
+) -> None:
+    def run() -> None:
+        torch.manual_seed(0)
+        plain, x = kind().double(), torch.randn(4, 3, dtype=D)
+        ours = mf.accelerate(copy.deepcopy(plain))
+        before = plain(x)
+        for _ in range(2):
+            assert_close(ours(x), before)
+        assert "one operation" in mf.acceleration(ours)
+        for model in (plain, ours):
+            MODELS[kind](model, monkeypatch)
+        assert not torch.allclose(plain(x), before, rtol=1e-2)
+        assert_close(ours(x), plain(x))
+
+    contextvars.copy_context().run(run)
+
+
+class Drawing(Base):
+    def by(self) -> float:
+        return random()
+
+
+def test_a_function_of_no_module(nothing_accelerated: None) -> None:
+    ours = mf.accelerate(Drawing().double())
+    ours(torch.randn(4, 3, dtype=D))
+    assert "draws random numbers" in mf.acceleration(ours)
+
+
+def test_what_libraries_do_is_not_followed() -> None:
+    """A function of Python's own names hundreds of others."""
+
+    class Net(Base):
+        def by(self) -> float:
+            return len(copy.deepcopy([1.0]))
+
+    model = Net()
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    copy._deepcopy_dispatch[Times] = lambda value, memo: value  # type: ignore[attr-defined]
+    try:
+        assert fingerprint(model) == before
+    finally:
+        del copy._deepcopy_dispatch[Times]  # type: ignore[attr-defined]
+
+
+def test_what_is_installed_is_followed_for_its_own_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other people's packages change as they like; not the one that a model or a loss is of."""
+    folder = tmp_path / "site-packages" / "strangers_of_ours"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(
+        "scale = 1.0\n\ndef factor():\n    return scale\n\ndef loss(y, labels):\n    return factor()\n"
+    )
+    monkeypatch.syspath_prepend(str(folder.parent))
+    strangers = importlib.import_module("strangers_of_ours")
+
+    def own(y: Tensor, labels: Tensor) -> Any:
+        return strangers.factor()
+
+    followed, model = {}, Base()
+    for loss in (own, strangers.loss, functools.partial(strangers.loss)):
+        with monkeypatch.context() as patch:
+            before = fingerprint(model, loss)
+            patch.setattr(strangers, "scale", 2.0)
+            followed[loss] = fingerprint(model, loss) != before
+    assert list(followed.values()) == [False, True, True]
+
+
+def of_a_module(y: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(y, labels) * named_helpers.factor()
+
+
+def of_a_context(y: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(y, labels) * context.get()
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("loss", [of_a_module, of_a_context])
+def test_a_loss(loss: Any, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, q = (torch.randn(2, 6, 3, dtype=D, generator=g) for _ in range(2))
+    y = torch.arange(6).remainder(3).repeat(2, 1)
+    batch, found = mf.EpisodeBatch(x, y, q, y), list[Any]()
+
+    def run(name: str) -> None:
+        torch.manual_seed(0)
+        config = mf.MAMLConfig.maml(steps=2, inner_lr=0.1)
+        learner = mf.MAMLPlusPlus(Base(), config, engine=name, precision="float64", loss_fn=loss)  # type: ignore[arg-type]
+        before = learner.meta_gradient(batch).loss
+        with monkeypatch.context() as patch:
+            _module(learner.model, patch)
+            context.set(3.0)
+            after = learner.meta_gradient(batch).loss
+        assert abs(after - before) > 0.1
+        found.append([before, after, *(p.grad for p in learner.model.parameters())])
+
+    for name in ("reference", engine):
+        contextvars.copy_context().run(run, name)
+    assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
