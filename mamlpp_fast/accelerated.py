@@ -232,9 +232,9 @@ def _route(model: nn.Module, x: Tensor, plain: Callable[[], nn.Module] | None) -
     transform = (transforms.refusal(model, x),) if transformed() else ()
     key = (_kind(model), x.shape, x.dtype, x.device, model.training, x.requires_grad, transform, form)
     with _lock:
-        if key in _routes:
+        if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
-            return _routes[key]
+            return known
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")

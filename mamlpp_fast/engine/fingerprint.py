@@ -19,6 +19,7 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
+from mamlpp_fast.engine.fragments import PLAIN, number_of, others
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
 __all__ = ["Fingerprint", "Watch", "fingerprint", "form_of", "tensors_named"]
@@ -26,11 +27,6 @@ __all__ = ["Fingerprint", "Watch", "fingerprint", "form_of", "tensors_named"]
 ROUTED = "_mamlpp_fast_routed"
 """Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
 
-# Compared by value.
-_PLAIN = frozenset(
-    {int, bool, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
-    | {torch.memory_format, slice, range}
-)
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
@@ -46,6 +42,7 @@ _PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"
 _PLUMBING |= {"_fast_root_ref", "_fast_indices", "_fast_params", "_fast_places", "_fast_recurrent"}
 # What engines set in every pass.
 _CONTROLS = frozenset({"step", "eval_stats", "plain"})
+_PLUMBING_OF_NORMS = _PLUMBING | _CONTROLS
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
@@ -56,10 +53,11 @@ class Fingerprint:
     Holds on to what it knows by identity: the address of an object that is gone may be another's.
     """
 
-    __slots__ = ("_held", "_key", "_opaque")
+    __slots__ = ("_hash", "_held", "_key", "_opaque")
 
     def __init__(self, key: list[Any], held: list[object], opaque: list[object]) -> None:
         self._key = tuple(key)
+        self._hash: int | None = None
         self._held = held
         self._opaque = opaque
 
@@ -71,7 +69,9 @@ class Fingerprint:
         return isinstance(other, Fingerprint) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        if self._hash is None:
+            self._hash = hash(self._key)
+        return self._hash
 
 
 class _Reader:
@@ -94,8 +94,7 @@ class _Reader:
             held.append(module)
         cls = type(module)
         state = module.__dict__
-        own = (vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c) and not vars(c).get(ROUTED))
-        forward = next(own, None)
+        forward = _forward_of(cls)
         key += (id(cls), id(forward), module.training != training)
         functions: list[types.FunctionType] = []
         if not cls.__module__.startswith(_LIBRARIES):
@@ -124,16 +123,18 @@ class _Reader:
                 self.child(child)
         skipped = _PLUMBING
         if isinstance(module, PerStepBatchNorm2d):
-            skipped = _PLUMBING | _CONTROLS
+            skipped = _PLUMBING_OF_NORMS
             if self.form:  # of one call; its step is read when it is made
                 key += (module.eval_stats, getattr(module, "plain", False))
-        for name, value in state.items():
-            if name not in skipped:
+        names = others(tuple(state), skipped)
+        values = tuple(map(state.__getitem__, names))
+        number = number_of(names, values)
+        if number is not None:
+            key.append(number)
+        else:
+            for name, value in zip(names, values, strict=True):
                 key.append(name)
-                if (kind := type(value)) in _PLAIN:
-                    key += (kind, value)
-                else:
-                    self.value(value, 0)
+                self.value(value, 0)
         for value in self.opaque[opaque:]:
             for function in functions:
                 self.named_of(value, function.__code__, 1)
@@ -166,7 +167,7 @@ class _Reader:
         """A plain attribute, or what a container among them holds."""
         key = self.key
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             key += (kind, value)
         elif isinstance(value, Tensor):
             version = 0 if value.is_inference() else value._version
@@ -228,7 +229,7 @@ class _Reader:
                 for name, value in tuple(vars(base).items()):
                     if name.startswith("__"):
                         continue
-                    if type(value) in _PLAIN:
+                    if type(value) in PLAIN:
                         self.key += (name, type(value), value)
                     elif isinstance(value, _CONTAINERS) or _is_record(value):
                         self.key.append(name)
@@ -266,7 +267,7 @@ class _Reader:
             except ValueError:  # not filled yet
                 continue
         for value in found:
-            if type(value) in _PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
+            if type(value) in PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
                 self.value(value, depth + 1)
                 continue
             # Which one it is counts at least: another activation under the same name, say.
@@ -350,6 +351,15 @@ def _attributes_of(code: types.CodeType) -> tuple[str, ...]:
     return _named(code, "LOAD_ATTR", "LOAD_METHOD")
 
 
+def _forward_of(cls: type) -> Any:
+    """The user's ``forward`` of a class."""
+    for base in cls.__mro__:
+        own = vars(base)
+        if "forward" in own and not own.get(ROUTED):
+            return own["forward"]
+    return None
+
+
 def _function(value: object) -> types.FunctionType | None:
     """The function behind a method of a class, whatever its kind."""
     if isinstance(value, (staticmethod, classmethod)):
@@ -389,7 +399,7 @@ def _attributes(value: object) -> dict[str, Any]:
 def _settings(value: object) -> dict[str, Any] | None:
     """The attributes of an object that holds plain values and containers alone, a configuration say."""
     held = _attributes(value)
-    plain = all(type(v) in _PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
+    plain = all(type(v) in PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
     return held if plain else None
 
 
