@@ -107,12 +107,15 @@ class _Reader:
                 self.identities(name, state[name].values())
         for name, p in state["_parameters"].items():
             key.append(name)
-            if p is not None:
+            if p is not None and self.form:
+                key += (self.tensors.setdefault(id(p), len(self.tensors)), p.shape, p.dtype, p.device)
+            elif p is not None:
                 self.parameter(p)
         for name, buffer in state["_buffers"].items():
             key.append(name)
             if buffer is not None and self.form:
-                self.tensor(buffer)
+                place = self.tensors.setdefault(id(buffer), len(self.tensors))
+                key += (place, buffer.shape, buffer.dtype, buffer.device)
                 key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
             elif buffer is not None:
                 held.append(buffer)
@@ -145,13 +148,7 @@ class _Reader:
             self.queue.append(module)
         self.key.append(self.seen[id(module)] if self.form else id(module))
 
-    def tensor(self, t: Tensor) -> None:
-        self.key += (self.tensors.setdefault(id(t), len(self.tensors)), t.shape, t.dtype, t.device)
-
     def parameter(self, p: Tensor) -> None:
-        if self.form:
-            self.tensor(p)
-            return
         self.held.append(p)
         self.key += (id(p), p.requires_grad, p.shape, p.dtype, p.device, _place(p))
         for hooks in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)):
@@ -260,7 +257,8 @@ class _Reader:
         for given in (function.__defaults__, function.__kwdefaults__, function.__dict__):
             if given:
                 self.value(given, depth + 1)
-        found = [function.__globals__.get(name) for name in _globals_of(code)]
+        library = (function.__module__ or "").startswith(_LIBRARIES)  # a user's is closed over at most
+        found = [] if library else [function.__globals__.get(name) for name in _globals_of(code)]
         for cell in function.__closure__ or ():
             try:
                 found.append(cell.cell_contents)

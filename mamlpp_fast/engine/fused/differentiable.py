@@ -35,8 +35,8 @@ __all__ = ["DifferentiableNetwork", "differentiable"]
 
 _PARTS = 4
 """Sets of gradients of a form that have sections of their own, all gradients among them."""
-_OFTEN, _REST = 8, 64
-"""Third derivatives within so many calls of a form leave so many calls to PyTorch."""
+_OFTEN, _REST, _MOST_REST = 8, 64, 1024
+"""Third derivatives within so many calls of a form leave so many calls to PyTorch; twice as many each time, up to."""
 
 
 def differentiable(model: nn.Module, x: Tensor) -> DifferentiableNetwork:
@@ -188,7 +188,7 @@ class DifferentiableNetwork:
         self.moves = Moves([self.slots[n] for n in self.names], [shapes[n] for n in self.names], device)
         self.follow = Follower(network.norms, images, device)
         self._refused: set[frozenset[str]] = set()
-        self._calls, self._curved, self._rest = 0, -_OFTEN, 0
+        self._calls, self._curved, self._rest, self._next_rest = 0, -_OFTEN, 0, _REST
 
     def __str__(self) -> str:
         generic = [s.name for s in self.network.steps if isinstance(s, Generic)]
@@ -249,7 +249,7 @@ class DifferentiableNetwork:
     def curved(self) -> None:
         """Notes that a call was differentiated a third time."""
         if self._calls - self._curved < _OFTEN:
-            self._rest = _REST
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _MOST_REST)
         self._curved = self._calls
 
     def call(self, tensors: Held, x: Tensor) -> Tensor:
