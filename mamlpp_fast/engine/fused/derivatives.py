@@ -107,7 +107,8 @@ class Forward(torch.autograd.Function):
                     apply(net, lease, wanted, ctx.buffers, gy, token if keep else None, x, *parameters)
                 )
             else:
-                _, found = _gradients(net, lease, wanted, False, ctx.buffers, gy, x, parameters)
+                assert gy is not None
+                found = _gradients(net, lease, wanted, False, ctx.buffers, gy, x, parameters)[1]
         moved, *rest = found
         return None, moved, None, None, *rest
 
