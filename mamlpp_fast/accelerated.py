@@ -56,7 +56,7 @@ def accelerate(model: _M) -> _M:
     penalty) has calls of its own, checked likewise when it is first taken, up to three such sets. Copies, pickles and
     learners of the model work as before. Per-step batch norms use the row of their step at the call. Where a second
     derivative is taken with ``create_graph=True``, for a third, it is PyTorch's own; where that comes again within
-    eight calls, the next 63 calls of that form are.
+    eight calls, the next 63 calls of that form are, then 127, up to 1023.
 
     Args:
         model: any module.
@@ -247,9 +247,9 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
     devices = frozenset(t.device for t in tensors_of(x))
     key = (_kind(model), form_of_inputs(x), devices, model.training, inputs, transform, form)
     with _lock:
-        if key in _routes:
+        if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
-            return _routes[key]
+            return known
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")

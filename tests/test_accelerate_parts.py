@@ -186,8 +186,9 @@ def test_a_physics_informed_loss_goes_to_pytorch_where_it_is_taken_again_and_aga
     assert served(fast)
     (route,) = routes()
     assert route._rest > 0 and module._resting[fast] is route
-    # The calls that are left to PyTorch come to an end.
+    # The calls that are left to PyTorch come to an end, and are twice as many then.
     torch.testing.assert_close(physics(fast, 80), physics(plain, 80), **CLOSE)
+    assert route._next_rest == 4 * 64 and 100 < route._rest <= 128
 
 
 def test_examples_that_lead_to_a_graph_of_their_own() -> None:

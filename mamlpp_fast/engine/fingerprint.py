@@ -20,6 +20,7 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
+from mamlpp_fast.engine.fragments import PLAIN, number_of, others
 from mamlpp_fast.engine.named import (
     LIBRARIES,
     MADE_BY,
@@ -39,11 +40,6 @@ __all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
 ROUTED = "_mamlpp_fast_routed"
 """Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
 
-# Compared by value.
-_PLAIN = frozenset(
-    {int, bool, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
-    | {torch.memory_format, slice, range}
-)
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
@@ -58,6 +54,7 @@ PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs",
 PLUMBING |= {"_fast_root_ref", "_fast_indices", "_fast_params", "_fast_places", "_fast_recurrent"}
 # What engines set in every pass.
 _CONTROLS = frozenset({"step", "eval_stats", "plain"})
+_PLUMBING_OF_NORMS = PLUMBING | _CONTROLS
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
@@ -71,13 +68,14 @@ class Fingerprint:
         of_a_thread: whether values of the calling thread (``threading.local``) are among what it looks at.
     """
 
-    __slots__ = ("_held", "_key", "_opaque", "of_a_thread")
+    __slots__ = ("_hash", "_held", "_key", "_opaque", "of_a_thread")
 
     def __init__(
         self, key: list[Any], held: list[object], opaque: list[object], of_a_thread: bool = False
     ) -> None:
         self.of_a_thread = of_a_thread
         self._key = tuple(key)
+        self._hash: int | None = None
         self._held = held
         self._opaque = opaque
 
@@ -89,7 +87,9 @@ class Fingerprint:
         return isinstance(other, Fingerprint) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        if self._hash is None:
+            self._hash = hash(self._key)
+        return self._hash
 
 
 class _Reader:
@@ -118,8 +118,7 @@ class _Reader:
             held.append(module)
         cls = type(module)
         state = module.__dict__
-        own = (vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c) and not vars(c).get(ROUTED))
-        forward = next(own, None)
+        forward = _forward_of(cls)
         key += (id(cls), id(forward), module.training != training)
         functions: list[types.FunctionType] = []
         if not cls.__module__.startswith(LIBRARIES):
@@ -133,12 +132,15 @@ class _Reader:
                 self.identities(name, state[name].values())
         for name, p in state["_parameters"].items():
             key.append(name)
-            if p is not None:
+            if p is not None and self.form:
+                key += (self.tensors.setdefault(id(p), len(self.tensors)), p.shape, p.dtype, p.device)
+            elif p is not None:
                 self.parameter(p)
         for name, buffer in state["_buffers"].items():
             key.append(name)
             if buffer is not None and self.form:
-                self.tensor(buffer)
+                place = self.tensors.setdefault(id(buffer), len(self.tensors))
+                key += (place, buffer.shape, buffer.dtype, buffer.device)
                 key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
             elif buffer is not None:
                 held.append(buffer)
@@ -149,16 +151,18 @@ class _Reader:
                 self.child(child)
         skipped = PLUMBING
         if isinstance(module, PerStepBatchNorm2d):
-            skipped = PLUMBING | _CONTROLS
+            skipped = _PLUMBING_OF_NORMS
             if self.form:  # of one call; its step is read when it is made
                 key += (module.eval_stats, getattr(module, "plain", False))
-        for name, value in state.items():
-            if name not in skipped:
+        names = others(tuple(state), skipped)
+        values = tuple(map(state.__getitem__, names))
+        number = number_of(names, values)
+        if number is not None:
+            key.append(number)
+        else:
+            for name, value in zip(names, values, strict=True):
                 key.append(name)
-                if (kind := type(value)) in _PLAIN:
-                    key += (kind, value)
-                else:
-                    self.value(value, 0)
+                self.value(value, 0)
         for value in self.opaque[opaque:]:
             for function in functions:
                 self.named_of(value, function.__code__, 1)
@@ -169,13 +173,7 @@ class _Reader:
             self.queue.append(module)
         self.key.append(self.seen[id(module)] if self.form else id(module))
 
-    def tensor(self, t: Tensor) -> None:
-        self.key += (self.tensors.setdefault(id(t), len(self.tensors)), t.shape, t.dtype, t.device)
-
     def parameter(self, p: Tensor) -> None:
-        if self.form:
-            self.tensor(p)
-            return
         self.held.append(p)
         self.key += (id(p), p.requires_grad, p.shape, p.dtype, p.device, _place(p))
         for hooks in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)):
@@ -191,7 +189,7 @@ class _Reader:
         """A plain attribute, or what a container among them holds."""
         key = self.key
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             key += (kind, value)
         elif isinstance(value, Tensor):
             version = 0 if value.is_inference() else value._version
@@ -261,7 +259,7 @@ class _Reader:
                 for name, value in tuple(vars(base).items()):
                     if name.startswith("__"):
                         continue
-                    if type(value) in _PLAIN:
+                    if type(value) in PLAIN:
                         self.key += (name, type(value), value)
                     elif isinstance(value, _CONTAINERS) or _is_record(value):
                         self.key.append(name)
@@ -328,7 +326,7 @@ class _Reader:
 
     def named(self, value: Any, code: types.CodeType, depth: int) -> None:
         """A value that a function names."""
-        if type(value) in _PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
+        if type(value) in PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
             self.value(value, depth)
             return
         # Which one it is counts at least: another activation under the same name, say.
@@ -387,6 +385,15 @@ def _pickled(value: object) -> bytes:
         return b""
 
 
+def _forward_of(cls: type) -> Any:
+    """The user's ``forward`` of a class."""
+    for base in cls.__mro__:
+        own = vars(base)
+        if "forward" in own and not own.get(ROUTED):
+            return own["forward"]
+    return None
+
+
 def _is_record(value: object) -> bool:
     return isinstance(value, _RECORDS) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
@@ -399,7 +406,7 @@ def _attributes(value: object) -> dict[str, Any]:
 def _settings(value: object) -> dict[str, Any] | None:
     """The attributes of an object that holds plain values and containers alone, a configuration say."""
     held = _attributes(value)
-    plain = all(type(v) in _PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
+    plain = all(type(v) in PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
     return held if plain else None
 
 

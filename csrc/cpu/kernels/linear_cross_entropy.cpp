@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "tiles.h"
+#include "transpose.h"
 
 namespace mf::MF_ISA {
 namespace {
@@ -34,9 +35,7 @@ MF_INLINE void each_register(int64_t n, const Body& body) {
 
 template <typename T>
 void head_transpose(const T* x, int64_t rows, int64_t columns, T* out) {
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = 0; r < rows; ++r) out[c * rows + r] = x[r * columns + c];
-  }
+  transpose(x, columns, rows, columns, out, rows);
 }
 
 template <typename T>

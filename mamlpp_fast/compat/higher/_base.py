@@ -179,6 +179,10 @@ class ElementwiseOptimizer(DifferentiableOptimizer):
     def formula(self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
         """The updated p [P]; ``state`` is changed in place."""
 
+    def short(self, group: dict[str, Any]) -> bool:
+        """Whether the formula is a single operation on parameter and gradient: less than joining them takes."""
+        return False
+
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         for index, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
             present = {i: g for i, g in enumerate(grads) if g is not None}
@@ -196,6 +200,10 @@ class ElementwiseOptimizer(DifferentiableOptimizer):
             for name, value in state.items():
                 if name not in self.buffers and isinstance(value, Tensor) and not value.requires_grad:
                     state[name] = value.item()
+        if self.short(group):
+            for i, g in grads.items():
+                params[i] = self.formula(group, params[i], g, states[i])
+            return
         broadcast = any(isinstance(v, Tensor) and v.numel() > 1 for v in flatten(group_settings(group)))
         for bucket in buckets(params, grads, states, self.buffers):
             if len(bucket) > 1 and not broadcast:

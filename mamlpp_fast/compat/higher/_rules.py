@@ -78,6 +78,10 @@ class DifferentiableSGD(ElementwiseOptimizer):
 
     buffers = ("momentum_buffer",)
 
+    def short(self, group: dict[str, Any]) -> bool:
+        settings = group["lr"], group["momentum"], group["weight_decay"]
+        return not any(isinstance(s, Tensor) for s in settings) and not any(map(_set, settings[1:]))
+
     def formula(self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
         g = _decayed(group, p, g)
         momentum = group["momentum"]

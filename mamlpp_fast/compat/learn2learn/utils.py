@@ -157,20 +157,62 @@ def update_module(
         warn_of_lengths("update_module", given, updates, "updates")
         for p, update in zip(given, updates, strict=False):
             p.update = update  # type: ignore[attr-defined]
-    parameters, buffers, children = _parts(module)
-    for tensors in (parameters, buffers):
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            update = getattr(tensor, "update", None)
-            if tensor not in memo and update is not None:
-                memo[tensor] = tensor + update
-                tensor.update = None
-            tensors[name] = memo.get(tensor, tensor)
-    for child in children.values():
-        if child is not None:
-            update_module(child, memo=memo)
+    replaced = replace_tensors(module, {id(t): (t, new) for t, new in memo.items()})
+    memo.update(replaced.values())
     return module
+
+
+Replaced = dict[int, tuple[Tensor, Tensor]]
+"""Tensors and what takes their place, by ``id`` of the former; a Tensor's own hash is a function in Python."""
+
+
+def replace_tensors(module: nn.Module, replaced: Replaced) -> Replaced:
+    """Replaces parameters and buffers of a module, in every place; those beside by themselves and their ``update``.
+
+    Args:
+        module: changed in place; its tensors are not, but that an ``update`` which was added is gone.
+        replaced: is added to.
+    """
+    for own in modules_of(module):
+        for tensors in (own.__dict__["_parameters"], own.__dict__["_buffers"]):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if (found := replaced.get(id(tensor))) is None:
+                    update = getattr(tensor, "update", None)
+                    if update is None:
+                        continue
+                    found = replaced[id(tensor)] = tensor, tensor + update
+                    tensor.update = None
+                tensors[name] = found[1]
+    return replaced
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """Every module in a module, itself first, in the order of ``nn.Module.modules``, without its names' cost."""
+    found: dict[int, nn.Module] = {}
+
+    def add(module: nn.Module) -> None:
+        found[id(module)] = module
+        for child in module.__dict__["_modules"].values():
+            if child is not None and id(child) not in found:
+                add(child)
+
+    add(module)
+    return list(found.values())
+
+
+_PARAMETERS = ("parameters", "named_parameters", "named_modules")
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """What ``module.parameters()`` gives."""
+    if any(getattr(type(module), name) is not getattr(nn.Module, name) for name in _PARAMETERS):
+        return list(module.parameters())
+    found = {
+        id(p): p for own in modules_of(module) for p in own.__dict__["_parameters"].values() if p is not None
+    }
+    return list(found.values())
 
 
 def accuracy(preds: Tensor, targets: Tensor) -> Tensor:

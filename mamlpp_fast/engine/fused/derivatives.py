@@ -100,14 +100,45 @@ class Forward(torch.autograd.Function):
             wanted = net.wanted(ctx)
             if wanted != net.everything:
                 wanted = net.part(wanted)
-            apply: Any = _Backward.apply
-            recorded = torch.is_grad_enabled()
-            # Where its graph is freed, this node is of no more use, and not to be led to.
-            token = token if recorded and keep else None
-            given = net, lease, wanted, recorded, ctx.buffers, gy, token, x, *parameters
-            found = list(apply(*given))
+            if torch.is_grad_enabled():
+                apply: Any = _Backward.apply
+                # Where its graph is freed, this node is of no more use, and not to be led to.
+                found = list(
+                    apply(net, lease, wanted, ctx.buffers, gy, token if keep else None, x, *parameters)
+                )
+            else:
+                assert gy is not None
+                found = _gradients(net, lease, wanted, False, ctx.buffers, gy, x, parameters)[1]
         moved, *rest = found
         return None, moved, None, None, *rest
+
+
+def _gradients(
+    net: DifferentiableNetwork,
+    lease: Lease,
+    wanted: frozenset[str],
+    recorded: bool,
+    buffers: Mapping[str, Tensor],
+    gy: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+) -> tuple[Lease, list[Tensor | None]]:
+    """The gradients of the examples and of all parameters, None for those that are not wanted; and where they lie.
+
+    Args:
+        lease: of the forward pass; another is taken where that has no room for this backward pass.
+        recorded: whether the values that its own derivative reads are to stay there.
+    """
+    place = lease.place
+    if place.busy or wanted not in place.of:  # or made before these gradients were ever wanted alone
+        lease = Lease(net)
+        place = lease.place
+        net.load(place, x, buffers, parameters[: len(net.names)])
+    place.gy.copy_(gy)
+    place.of[wanted].backward()
+    place.busy = recorded
+    first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
+    return lease, [first, *net.taken_of(wanted, place.gradients, parameters)]
 
 
 class _Backward(torch.autograd.Function):
@@ -119,34 +150,24 @@ class _Backward(torch.autograd.Function):
         net: DifferentiableNetwork,
         lease: Lease,
         wanted: frozenset[str],
-        recorded: bool,
         buffers: Mapping[str, Tensor],
         gy: Tensor,
         token: Tensor | None,
         x: Tensor,
         *parameters: Tensor,
     ) -> Any:
-        place = lease.place
-        ctx.shared = token is not None
-        if place.busy or wanted not in place.of:  # or made before these gradients were ever wanted alone
-            lease = Lease(net)
-            place = lease.place
-            net.load(place, x, buffers, parameters[: len(net.names)])
-            ctx.shared = False
-        place.gy.copy_(gy)
-        place.of[wanted].backward()
-        place.busy = recorded
-        ctx.net, ctx.lease, ctx.wanted, ctx.buffers = net, lease, wanted, buffers
+        own, found = _gradients(net, lease, wanted, True, buffers, gy, x, parameters)
+        ctx.shared = token is not None and own is lease
+        ctx.net, ctx.lease, ctx.wanted, ctx.buffers = net, own, wanted, buffers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, *parameters)
-        first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
-        return first, *net.taken_of(wanted, place.gradients, parameters)
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, along: Tensor | None, *cotangents: Tensor | None) -> Any:
         gy, x, *parameters = ctx.saved_tensors
         net, lease = ctx.net, ctx.lease
-        none = (None,) * 5
+        none = (None,) * 4
         given = [c for c in (along, *cotangents) if c is not None]
         if not given:
             return *none, None, None, None, *(None for _ in parameters)

@@ -21,8 +21,9 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.derivatives import Forward, as_recorded, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
-from mamlpp_fast.engine.fused.held import Held, Taken
+from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.lowering import lower
+from mamlpp_fast.engine.fused.moves import Follower, Moves
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections, input_name
 from mamlpp_fast.engine.fused.steps import Generic, Step
@@ -37,8 +38,8 @@ __all__ = ["DifferentiableNetwork", "differentiable"]
 
 _PARTS = 4
 """Sets of gradients of a form that have sections of their own, all gradients among them."""
-_OFTEN, _REST = 8, 64
-"""Third derivatives within so many calls of a form leave so many calls to PyTorch."""
+_OFTEN, _REST, _MOST_REST = 8, 64, 1024
+"""Third derivatives within so many calls of a form leave so many calls to PyTorch; twice as many each time, up to."""
 
 
 def differentiable(model: nn.Module, x: Inputs) -> DifferentiableNetwork:
@@ -195,17 +196,11 @@ class DifferentiableNetwork:
         )
         self.sections = Sections(Form(network, smooth, images, device, dtype), [self.everything])
         self.buffers = self.sections.buffers
-        self._kept = [
-            (n, norm, norm.statistics) for n, norm in network.norms.items() if norm.statistics is not None
-        ]
-        held = dict(model.named_parameters())
-        # How each parameter gets the axes of the kernels' layout; None for one that has them.
-        self._arranged = [
-            None if s.split == held[n].shape and s.order == tuple(range(len(s.split))) else (s.split, s.order)
-            for n, s in ((n, self.slots[n]) for n in self.names)
-        ]
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        self.moves = Moves([self.slots[n] for n in self.names], [shapes[n] for n in self.names], device)
+        self.follow = Follower(network.norms, images, device)
         self._refused: set[frozenset[str]] = set()
-        self._calls, self._curved, self._rest = 0, -_OFTEN, 0
+        self._calls, self._curved, self._rest, self._next_rest = 0, -_OFTEN, 0, _REST
 
     def __str__(self) -> str:
         generic = [s.name for s in self.network.steps if isinstance(s, Generic)]
@@ -273,7 +268,7 @@ class DifferentiableNetwork:
     def curved(self) -> None:
         """Notes that a call was differentiated a third time."""
         if self._calls - self._curved < _OFTEN:
-            self._rest = _REST
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _MOST_REST)
         self._curved = self._calls
 
     def call(self, tensors: Held, x: Inputs) -> Tensor:
@@ -299,29 +294,6 @@ class DifferentiableNetwork:
         own = {name: b for name, b in buffers.items() if name not in names}
         return joined([first, *(buffers[name] for name in names)], self.structure), own
 
-    def follow(self, tensors: Held, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Running statistics take in those of the batch, as ``F.batch_norm`` does it; at once, or later."""
-        if not self._kept:
-            return
-        images = self.sections.form.images
-        taken = Taken([], [], [], [])
-        for name, norm, kept in self._kept:
-            mean, rstd = statistics[name]
-            if norm.bias is not None:
-                mean = mean + tensors.parameter(norm.bias).detach()
-            count = norm.elements * images
-            # By `data`, as PyTorch's kernel: the graph of a plain pass beside may have kept the buffers' versions.
-            taken.running.extend((tensors.buffer(kept.mean).data, tensors.buffer(kept.var).data))
-            taken.new.extend((mean, (rstd.pow(-2) - kept.eps).mul_(count / (count - 1))))
-            taken.shares.extend((kept.momentum,) * 2)
-            if kept.counted is not None:
-                taken.counts.append(tensors.buffer(kept.counted))
-        if tensors.later is None:
-            taken.apply()
-        else:
-            # Not the place's memory, which other passes write to meanwhile.
-            tensors.later.append(taken._replace(new=[t.clone() for t in taken.new]))
-
     def load(
         self, place: Place, x: Tensor, buffers: Mapping[str, Tensor], parameters: Sequence[Tensor]
     ) -> None:
@@ -329,7 +301,7 @@ class DifferentiableNetwork:
         place.x.copy_(self.stored(x))
         for name, b in buffers.items():
             place.buffers[name].copy_(b)
-        torch._foreach_copy_(place.parameters, self.arranged(parameters))
+        self.moves.load(place.parameters, parameters)
         place.forward()
         place.busy, place.pending = False, None
 
@@ -342,25 +314,12 @@ class DifferentiableNetwork:
         """A view of examples with the axes that they have in the kernels' layout."""
         return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
 
-    def arranged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views, or copies where there are none, with the axes that they have in the kernels' layout."""
-        return [
-            t if how is None else t.reshape(how[0]).permute(how[1])
-            for how, t in zip(self._arranged, tensors, strict=False)
-        ]
-
-    def taken(self, places: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of what lies in the kernels' layout, in the parameters'; zeros for those that are inert."""
-        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[: len(self.names)]]
-        torch._foreach_copy_(self.arranged(made), list(places))
-        return made + [torch.zeros_like(p) for p in like[len(self.names) :]]
-
     def taken_of(
         self, wanted: frozenset[str], places: Sequence[Tensor], like: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """As :meth:`taken`, of some; None for the others."""
+        """Copies of some gradients, in the parameters' layout; None for the others, zeros for those that are inert."""
         if wanted == self.everything:
-            return list(self.taken(places, like))
+            return list(self.moves.take(places, like))
         made: list[Tensor | None] = [None] * len(self.names)
         for i, name in enumerate(self.names):
             if name in wanted:
@@ -378,26 +337,15 @@ class DifferentiableNetwork:
                 place.beside[1].zero_()
             else:
                 place.beside[1].copy_(self.stored(along))
-        places, values = [], []
-        rows = zip(self.names, self._arranged, place.directions, cotangents, strict=False)
-        for name, how, held, c in rows:
+        if wanted == self.everything:
+            self.moves.load(place.directions, cotangents)
+            return
+        # The other places are not read.
+        for name, held, c in zip(self.names, place.directions, cotangents, strict=False):
             if c is not None:
-                places.append(held)
-                values.append(c if how is None else c.reshape(how[0]).permute(how[1]))
+                held.copy_(self.slots[name].arrange(c.contiguous()))
             elif name in wanted:
                 held.zero_()
-        if places:
-            torch._foreach_copy_(places, values)
-
-    def directed(
-        self, place: Place, cotangents: Sequence[Tensor | None], zero: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The directions of a double backward pass, and what is to be copied to them."""
-        rows = zip(place.directions, self._arranged, cotangents, strict=False)
-        return place.directions, [
-            zero.expand_as(held) if c is None else c if how is None else c.reshape(how[0]).permute(how[1])
-            for held, how, c in rows
-        ]
 
     def second(
         self,
@@ -419,7 +367,7 @@ class DifferentiableNetwork:
         place.of[wanted].second()
         return [
             self.input_taken(place.beside[2], x) if self.inputs else None,
-            *self.taken(place.seconds, parameters),
+            *self.moves.take(place.seconds, parameters),
         ]
 
     def input_taken(self, stored: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -26,6 +27,12 @@ class Taken(NamedTuple):
         torch._foreach_add_(self.running, torch._foreach_mul(self.new, self.shares))
         if self.counts:
             torch._foreach_add_(self.counts, 1)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _path(name: str) -> tuple[list[str], str]:
+    *path, leaf = name.split(".")
+    return path, leaf
 
 
 class Held:
@@ -68,7 +75,7 @@ class Held:
         return found
 
     def _module(self, name: str) -> tuple[nn.Module, str]:
-        module, (*path, leaf) = self._model, name.split(".")
+        module, (path, leaf) = self._model, _path(name)
         for part in path:
             module = module._modules[part]  # type: ignore[assignment]
         return module, leaf

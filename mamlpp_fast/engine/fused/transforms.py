@@ -182,7 +182,9 @@ class _Use:
         moving = made[: len(net.names)]
         for inert in made[len(net.names) :]:
             inert.zero_()
-        return made, lambda task, place: [(net.arranged([self.one(t, task) for t in moving]), of(place))]
+        return made, lambda task, place: [
+            (net.moves.arranged([self.one(t, task) for t in moving]), of(place))
+        ]
 
     def forward(self, given: Sequence[Tensor], after: _Plan) -> _State:
         """The forward pass on x, buffers and parameters, in places that are fresh, and what comes after it there."""
@@ -193,7 +195,7 @@ class _Use:
             x, *rest = self.of_task(task, given)
             buffers, own = rest[: len(net.buffers)], rest[len(net.buffers) :]
             to = [place.x, *(place.buffers[name] for name in net.buffers), *place.parameters]
-            yield to, [net.stored(x), *buffers, *net.arranged(own[: len(net.names)])]
+            yield to, [net.stored(x), *buffers, *net.moves.arranged(own[: len(net.names)])]
             yield place.forward
             yield from after(task, place)
 
@@ -338,7 +340,7 @@ class _Double(_Operation):
         def plan(task: int, place: Place) -> Iterator[_Item]:
             own = iter(cotangents)
             along = [use.one(next(own), task) if c else None for c in use.along]
-            yield net.directed(place, along, still)
+            yield place.directions, net.moves.directed(place.directions, along, still)
             yield [place.gy_dot], [still.expand_as(place.gy_dot)]
             yield place.whole.tangent
             yield place.whole.second

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn._gradients import inner_gradients
 from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner, given
-from mamlpp_fast.compat.learn2learn.utils import clone_module, update_module, warn_of_lengths
+from mamlpp_fast.compat.learn2learn.utils import (
+    Replaced,
+    clone_module,
+    parameters_of,
+    replace_tensors,
+    update_module,
+    warn_of_lengths,
+)
 
 __all__ = ["MAML", "maml_update"]
 
@@ -27,14 +34,21 @@ def maml_update(
     """
     if grads is None:
         return update_module(model)
-    parameters = list(model.parameters())
+    return _updated(model, parameters_of(model), lr, grads)
+
+
+def _updated(
+    model: nn.Module, parameters: Sequence[Tensor], lr: float | Tensor, grads: Sequence[Tensor | None]
+) -> nn.Module:
     warn_of_lengths("maml_update", parameters, grads, "gradients")
-    updated: dict[Tensor, Tensor] = {}
+    replaced: Replaced = {}
     for p, grad in zip(parameters, grads, strict=False):
         if grad is not None:
             fixed = isinstance(lr, int | float)
-            updated[p] = torch.add(p, grad, alpha=-lr) if fixed else p - lr * grad  # type: ignore[arg-type]
-    return update_module(model, memo=updated)
+            new = torch.add(p, grad, alpha=-lr) if fixed else p - lr * grad  # type: ignore[arg-type]
+            replaced[id(p)] = p, new
+    replace_tensors(model, replaced)
+    return model
 
 
 class MAML(BaseLearner):
@@ -80,15 +94,16 @@ class MAML(BaseLearner):
         """
         options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
         second_order = not options.pop("first_order")
+        parameters = parameters_of(self.module)
         gradients = inner_gradients(
             loss,
-            self.module.parameters(),
+            parameters,
             create_graph=second_order,
             retain_graph=second_order,
             hint="learn2learn: Maybe try with allow_nograd=True and/or allow_unused=True ?",
             **options,
         )
-        self.module = maml_update(self.module, self.lr, gradients)
+        self.module = _updated(self.module, parameters, self.lr, gradients)
 
     def clone(
         self,

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner
-from mamlpp_fast.compat.learn2learn.utils import clone_module, clone_parameters
+from mamlpp_fast.compat.learn2learn.utils import (
+    Replaced,
+    clone_module,
+    clone_parameters,
+    modules_of,
+    parameters_of,
+)
 
 __all__ = ["MetaSGD", "meta_sgd_update"]
 
@@ -29,11 +35,11 @@ def meta_sgd_update(
         lrs: one a parameter, of its shape; without it, or without ``grads``, each parameter's attribute ``_lr``.
         grads: one a parameter, None for what stays; without it, or without ``lrs``, each parameter's ``grad``.
     """
-    updated: dict[Tensor, Tensor] = {}
+    replaced: Replaced = {}
     if grads is not None and lrs is not None:
-        for p, lr, grad in zip(model.parameters(), lrs, grads, strict=False):
+        for p, lr, grad in zip(parameters_of(model), lrs, grads, strict=False):
             if grad is not None:
-                updated[p] = torch.addcmul(p, lr, grad, value=-1)
+                replaced[id(p)] = p, torch.addcmul(p, lr, grad, value=-1)
     else:
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -42,14 +48,14 @@ def meta_sgd_update(
                     and tensor.grad is not None
                     and getattr(tensor, "_lr", None) is not None
                 ):
-                    updated[tensor] = tensor - tensor._lr * tensor.grad  # type: ignore[attr-defined]
+                    replaced[id(tensor)] = tensor, tensor - tensor._lr * tensor.grad  # type: ignore[attr-defined]
                     tensor.grad = tensor._lr = None  # type: ignore[attr-defined]
-    for module in model.modules():
+    for module in modules_of(model):
         groups: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in groups:
             for name, tensor in tensors.items():
-                if tensor is not None and tensor in updated:
-                    tensors[name] = updated[tensor]
+                if (found := replaced.get(id(tensor))) is not None:
+                    tensors[name] = found[1]
     return model
 
 
@@ -91,6 +97,6 @@ class MetaSGD(BaseLearner):
         """One gradient step on ``loss``, in place; first order as the learner has it where not given."""
         second_order = not (self.first_order if first_order is None else first_order)
         gradients = torch.autograd.grad(
-            loss, list(self.module.parameters()), retain_graph=second_order, create_graph=second_order
+            loss, parameters_of(self.module), retain_graph=second_order, create_graph=second_order
         )
         self.module = meta_sgd_update(self.module, self.lrs, gradients)

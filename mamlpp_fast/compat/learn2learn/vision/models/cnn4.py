@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn._batch_norm import FusedBatchNorm1d, FusedBatchNorm2d, normalise_relu
 from mamlpp_fast.compat.learn2learn.nn import Flatten, Lambda
 
@@ -133,6 +134,7 @@ class ConvBase(nn.Sequential):
     ) -> None:
         widths = [channels] + [hidden] * layers
         super().__init__(*(ConvBlock(i, o, (3, 3), max_pool, max_pool_factor) for i, o in pairwise(widths)))
+        accelerate(self)  # for where it stands alone, ANIL's body say: no clone holds it, which would be
 
 
 class OmniglotFC(Classifier):

@@ -1,0 +1,251 @@
+// What goes between the tensors of a call and the memory of a program: parameters and cotangents into the kernels'
+// layout, gradients out of it, and a batch's statistics into the running ones. Each in one call, for in a small network
+// a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/differentiable.py.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "kernels/linear_cross_entropy.h"
+
+namespace mf {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+/// Whether a tensor is its values, next to each other in memory, and nothing else.
+bool bare(const Tensor& t) {
+  return t.layout() == at::kStrided && t.is_cpu() && t.is_contiguous() && !t.is_neg() && !t._is_zerotensor() &&
+         !t.unsafeGetTensorImpl()->is_python_dispatch() &&
+         (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+}
+
+constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
+
+/// Of a weight [outputs, inputs, window], which the kernels have as [window, inputs, outputs].
+struct Weight {
+  int64_t outputs, inputs, window;
+
+  int64_t columns() const { return inputs * window; }
+  /// Where the kernels have the values of a column, for all outputs.
+  int64_t row(int64_t column) const { return (column % window * inputs + column / window) * outputs; }
+};
+
+/// Copies outputs [begin, end) of a weight into the kernels' layout: these become the last axis, then whole rows of
+/// them are moved.
+template <typename T>
+void copy_in(const Weight& w, int64_t begin, int64_t end, const T* own, T* kernels) {
+  const int64_t columns = w.columns(), count = end - begin;
+  T* turned = scratch<T>(columns * count);
+  MF_DISPATCH(head_transpose<T>)(own + begin * columns, count, columns, turned);
+  for (int64_t j = 0; j < columns; ++j) std::copy_n(turned + j * count, count, kernels + w.row(j) + begin);
+}
+
+/// And out of it.
+template <typename T>
+void copy_out(const Weight& w, int64_t begin, int64_t end, const T* kernels, T* own) {
+  const int64_t columns = w.columns(), count = end - begin;
+  T* gathered = scratch<T>(columns * count);
+  for (int64_t j = 0; j < columns; ++j) std::copy_n(kernels + w.row(j) + begin, count, gathered + j * count);
+  MF_DISPATCH(head_transpose<T>)(gathered, columns, count, own + begin * columns);
+}
+
+/// The share of a thread in so many elements, in whole cache lines of float.
+std::pair<int64_t, int64_t> share(int64_t count, int64_t part, int64_t parts) {
+  constexpr int64_t line = 16;
+  const auto begin = [&](int64_t i) { return std::min(count, (count * i / parts + line - 1) / line * line); };
+  return {begin(part), begin(part + 1)};
+}
+
+/// How a tensor lies for its owner and for the kernels; `split` and `order` as in steps/base.py, Slot.
+class Arrangement {
+ public:
+  Arrangement(std::vector<int64_t> split, std::vector<int64_t> order)
+      : split_(std::move(split)), order_(std::move(order)) {
+    const bool matrix = order_ == std::vector<int64_t>{1, 0};
+    if (matrix || order_ == std::vector<int64_t>{2, 3, 1, 0}) {
+      weight_ = Weight{split_[0], split_[1], matrix ? 1 : split_[2] * split_[3]};
+    }
+    plain_ = true;
+    for (size_t i = 0; i < order_.size(); ++i) plain_ &= order_[i] == static_cast<int64_t>(i);
+  }
+
+  /// Whether `copy_share` takes a tensor of the owner and the place that the kernels have for it.
+  bool shares(const Tensor& own, const Tensor& place) const {
+    return (plain_ || weight_) && bare(own) && bare(place) && own.scalar_type() == place.scalar_type() &&
+           own.numel() == place.numel();
+  }
+
+  /// Copies a thread's part from one of them to the other.
+  template <bool out>
+  void copy_share(const Tensor& own, const Tensor& place, int64_t part, int64_t parts) const {
+    typed(own, [&](auto type) {
+      using T = typename decltype(type)::type;
+      const T* of = (out ? place : own).template const_data_ptr<T>();
+      T* to = (out ? own : place).template mutable_data_ptr<T>();
+      const auto [begin, end] = share(plain_ ? own.numel() : weight_->outputs, part, parts);
+      if (begin == end) return;
+      if (plain_) {
+        std::copy_n(of + begin, end - begin, to + begin);
+      } else if constexpr (out) {
+        copy_out<T>(*weight_, begin, end, of, to);
+      } else {
+        copy_in<T>(*weight_, begin, end, of, to);
+      }
+    });
+  }
+
+  /// The same of tensors that lie in any way.
+  template <bool out>
+  void copy(const Tensor& own, const Tensor& place) const {
+    if constexpr (out) {
+      own.view(split_).permute(order_).copy_(place);
+    } else {
+      place.copy_(own.reshape(split_).permute(order_));
+    }
+  }
+
+ private:
+  std::vector<int64_t> split_, order_;
+  std::optional<Weight> weight_;
+  bool plain_ = false;
+};
+
+/// Moves the tensors of a call in and out.
+class Moves : public torch::CustomClassHolder {
+ public:
+  Moves(std::vector<std::vector<int64_t>> splits, std::vector<std::vector<int64_t>> orders) {
+    TORCH_CHECK_VALUE(splits.size() == orders.size(), "orders: expected ", splits.size(), ", got ", orders.size());
+    for (size_t i = 0; i < splits.size(); ++i) {
+      TORCH_CHECK_VALUE(splits[i].size() == orders[i].size(), "orders: expected ", splits[i].size(), " axes, got ",
+                        orders[i].size());
+      arrangements_.emplace_back(std::move(splits[i]), std::move(orders[i]));
+    }
+  }
+
+  /// Copies to the places; zeros where there is nothing.
+  void load(std::vector<Tensor> places, std::vector<OptTensor> given) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    check(places, given.size());
+    std::vector<Tensor> own(places.size());
+    for (size_t i = 0; i < places.size(); ++i) {
+      if (given[i]) {
+        own[i] = *given[i];
+      } else {
+        places[i].zero_();
+      }
+    }
+    move<false>(own, places);
+  }
+
+  /// New tensors like the owners', with what the places have; beyond these, zeros.
+  std::vector<Tensor> take(std::vector<Tensor> places, std::vector<Tensor> like) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    check(places, like.size());
+    std::vector<Tensor> made;
+    made.reserve(like.size());
+    for (size_t i = 0; i < places.size(); ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
+    move<true>(made, places);
+    for (size_t i = places.size(); i < like.size(); ++i) made.push_back(at::zeros(like[i].sizes(), like[i].options()));
+    return made;
+  }
+
+ private:
+  /// Copies what there is to its place, or (`out`) from there. Each thread takes the share that it has in PyTorch's
+  /// loops over the same tensors: what lies in the cache of another core comes from there at a fraction of the speed.
+  template <bool out>
+  void move(const std::vector<Tensor>& own, const std::vector<Tensor>& places) const {
+    std::vector<size_t> shared;
+    int64_t elements = 0;
+    for (size_t i = 0; i < places.size(); ++i) {
+      if (!own[i].defined()) continue;
+      if (arrangements_[i].shares(own[i], places[i])) {
+        shared.push_back(i);
+        elements += own[i].numel();
+      } else {
+        arrangements_[i].copy<out>(own[i], places[i]);
+      }
+    }
+    const int64_t parts = elements < kGrain ? 1 : at::get_num_threads();
+    each(parts, [&](int64_t part) {
+      for (const size_t i : shared) arrangements_[i].copy_share<out>(own[i], places[i], part, parts);
+    });
+  }
+
+  void check(const std::vector<Tensor>& places, size_t given) const {
+    TORCH_CHECK_VALUE(places.size() == arrangements_.size(), "places: expected ", arrangements_.size(), ", got ",
+                      places.size());
+    TORCH_CHECK_VALUE(given >= places.size(), "tensors: expected ", places.size(), " or more, got ", given);
+  }
+
+  std::vector<Arrangement> arrangements_;
+};
+
+/// Running statistics of the batch norms of a network.
+class Statistics : public torch::CustomClassHolder {
+ public:
+  /// Of each norm: what was added to its variance, the batch's share in the running statistics, and the factor that
+  /// makes a variance of the batch one of the population.
+  Statistics(std::vector<double> eps, std::vector<double> shares, std::vector<double> unbiased)
+      : eps_(std::move(eps)), shares_(std::move(shares)), unbiased_(std::move(unbiased)) {
+    TORCH_CHECK_VALUE(eps_.size() == shares_.size() && eps_.size() == unbiased_.size(),
+                      "expected one number a norm of each kind");
+  }
+
+  /// mean <- (1 - share) mean + share (m + bias), var <- (1 - share) var + share unbiased (1 / rstd² - eps), and true;
+  /// false, with nothing done, where these tensors are none to read and write as they lie. [C] each.
+  bool follow(std::vector<Tensor> means, std::vector<Tensor> vars, std::vector<Tensor> batch, std::vector<Tensor> rstds,
+              std::vector<OptTensor> biases) {
+    const size_t count = eps_.size();
+    TORCH_CHECK_VALUE(means.size() == count && vars.size() == count && batch.size() == count && rstds.size() == count &&
+                          biases.size() == count,
+                      "expected ", count, " tensors of each kind");
+    for (size_t i = 0; i < count; ++i) {
+      for (const Tensor& t : {means[i], vars[i], batch[i], rstds[i], biases[i] ? *biases[i] : means[i]}) {
+        if (!bare(t) || t.scalar_type() != means[i].scalar_type() || t.numel() != means[i].numel()) return false;
+      }
+    }
+    for (size_t i = 0; i < count; ++i) {
+      typed(means[i], [&](auto type) {
+        using T = typename decltype(type)::type;
+        T *mean = means[i].mutable_data_ptr<T>(), *var = vars[i].mutable_data_ptr<T>();
+        const T *m = batch[i].const_data_ptr<T>(), *r = rstds[i].const_data_ptr<T>();
+        const T* b = biases[i] ? biases[i]->const_data_ptr<T>() : nullptr;
+        const T eps = static_cast<T>(eps_[i]), unbiased = static_cast<T>(unbiased_[i]);
+        const T share = static_cast<T>(shares_[i]), rest = static_cast<T>(1 - shares_[i]);
+        for (int64_t c = 0; c < means[i].numel(); ++c) {
+          mean[c] = rest * mean[c] + share * (b == nullptr ? m[c] : m[c] + b[c]);
+          var[c] = rest * var[c] + share * ((1 / (r[c] * r[c]) - eps) * unbiased);
+        }
+      });
+    }
+    return true;
+  }
+
+ private:
+  std::vector<double> eps_, shares_, unbiased_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
+  m.class_<Moves>("Moves")
+      .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>>())
+      .def("load", &Moves::load)
+      .def("take", &Moves::take);
+  m.class_<Statistics>("Statistics")
+      .def(torch::init<std::vector<double>, std::vector<double>, std::vector<double>>())
+      .def("follow", &Statistics::follow);
+}
+
+}  // namespace mf

@@ -1,0 +1,201 @@
+"""What goes between the tensors of a call and a program's memory, by the native library and by PyTorch's operators."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mamlpp_fast.engine.fused.held import Held
+from mamlpp_fast.engine.fused.moves import Follower, Moves
+from mamlpp_fast.engine.fused.network import Norm, Statistics
+from mamlpp_fast.engine.fused.steps import Slot
+
+CPU = torch.device("cpu")
+
+
+def slot(name: str, split: tuple[int, ...], order: tuple[int, ...]) -> Slot:
+    return Slot(name, tuple(split[i] for i in order), split, order)
+
+
+# Whole blocks of registers and none, the kernels' window, a matrix, a head behind images, vectors, another order.
+SHAPES = {
+    "conv": ((64, 16, 3, 3), (64, 16, 3, 3), (2, 3, 1, 0)),
+    "odd conv": ((5, 3, 2, 3), (5, 3, 2, 3), (2, 3, 1, 0)),
+    "between": ((37, 19, 3, 3), (37, 19, 3, 3), (2, 3, 1, 0)),
+    "one input": ((64, 1, 3, 3), (64, 1, 3, 3), (2, 3, 1, 0)),
+    "linear": ((7, 33), (7, 33), (1, 0)),
+    "head": ((5, 24), (5, 6, 2, 2), (2, 3, 1, 0)),
+    "vector": ((13,), (13,), (0,)),
+    "other": ((4, 3, 5), (4, 3, 5), (1, 2, 0)),
+    "number": ((), (), ()),
+}
+
+
+def moves_of(names: list[str]) -> Moves:
+    return Moves([slot(n, *SHAPES[n][1:]) for n in names], [SHAPES[n][0] for n in names], CPU)
+
+
+class _Watching(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> object:
+        return func(*args, **(kwargs or {}))  # type: ignore[operator,misc]
+
+
+@pytest.fixture(params=["native", "watched"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The library, and PyTorch's operators, which what watches the caller can see; without autograd, as in a pass."""
+    with torch.no_grad():
+        if request.param == "native":
+            yield request.param
+            return
+        with _Watching():  # type: ignore[no-untyped-call]
+            yield request.param
+
+
+def drawn(dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {n: torch.randn(shape, dtype=dtype) for n, (shape, *_) in SHAPES.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_what_goes_in_lies_as_the_kernels_have_it_and_comes_out_again(path: str, dtype: torch.dtype) -> None:
+    names, own = list(SHAPES), drawn(dtype)
+    moves = moves_of(names)
+    places = [torch.empty([SHAPES[n][1][i] for i in SHAPES[n][2]], dtype=dtype) for n in names]
+    moves.load(places, [own[n].requires_grad_() for n in names])
+    for n, place in zip(names, places, strict=True):
+        expected = own[n].detach().reshape(SHAPES[n][1]).permute(SHAPES[n][2])
+        torch.testing.assert_close(place, expected, rtol=0, atol=0)
+    inert = torch.randn(3, dtype=dtype)
+    *taken, zeros = moves.take(places, [*own.values(), inert])
+    for found, t in zip(taken, own.values(), strict=True):
+        assert not found.requires_grad and found.is_contiguous()
+        torch.testing.assert_close(found, t.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(zeros, torch.zeros_like(inert), rtol=0, atol=0)
+    taken[0].add_(1)  # nobody else's memory
+    torch.testing.assert_close(
+        moves.take(places, list(own.values()))[0], own["conv"].detach(), rtol=0, atol=0
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_what_does_not_lie_plainly_is_copied_all_the_same(path: str) -> None:
+    """Channels-last weights, parts of others, an expanded number, another type, negated views, nothing."""
+    own = drawn(torch.float64)
+    given: dict[str, Tensor | None] = {
+        "conv": own["conv"].to(memory_format=torch.channels_last),
+        "odd conv": torch.randn(5, 4, 2, 3, dtype=torch.float64)[:, 1:],
+        "one input": own["one input"].float(),
+        "linear": own["linear"].t().contiguous().t(),
+        "vector": torch.tensor(2.0, dtype=torch.float64).expand(13),
+        "head": torch.imag(torch.complex(own["head"], own["head"]).conj()),
+        "other": None,
+        "between": None,
+    }
+    names = list(given)
+    places = [torch.empty([SHAPES[n][1][i] for i in SHAPES[n][2]], dtype=torch.float64) for n in names]
+    moves_of(names).load(places, list(given.values()))
+    for n, place in zip(names, places, strict=True):
+        t = given[n]
+        whole = torch.zeros(SHAPES[n][0], dtype=torch.float64) if t is None else t.double().resolve_neg()
+        torch.testing.assert_close(place, whole.reshape(SHAPES[n][1]).permute(SHAPES[n][2]), rtol=0, atol=0)
+
+
+def test_counts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="orders: expected 1, got 0"):
+        torch.classes.mamlpp_fast.Moves([[2]], [])
+    with pytest.raises(ValueError, match="orders: expected 1 axes, got 2"):
+        torch.classes.mamlpp_fast.Moves([[2]], [[0, 1]])
+    native = torch.classes.mamlpp_fast.Moves([[2]], [[0]])
+    with pytest.raises(ValueError, match="places: expected 1, got 2"):
+        native.load([torch.zeros(2)] * 2, [torch.zeros(2)] * 2)
+    with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
+        native.take([torch.zeros(2)], [])
+    with pytest.raises(ValueError, match="one number a norm"):
+        torch.classes.mamlpp_fast.Statistics([1e-5], [0.1], [])
+    with pytest.raises(ValueError, match="expected 1 tensors of each kind"):
+        torch.classes.mamlpp_fast.Statistics([1e-5], [0.1], [1.0]).follow([], [], [], [], [])
+
+
+class _Norms(nn.Module):
+    """Two batch norms behind convolutions: what a follower is to do for them, it does itself by ``F.batch_norm``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1, dtype=dtype)
+        self.first = nn.BatchNorm2d(5, momentum=0.3, dtype=dtype)
+        self.second = nn.BatchNorm2d(5, eps=1e-2, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.conv(x)))
+
+
+def _follower(model: _Norms, images: int, elements: int) -> Follower:
+    norms = {}
+    for name, bias in (("first", "conv.bias"), ("second", None)):
+        norm: nn.BatchNorm2d = getattr(model, name)
+        buffers = f"{name}.running_mean", f"{name}.running_var", f"{name}.num_batches_tracked"
+        assert norm.momentum is not None
+        norms[name] = Norm(elements, Statistics(*buffers, 1, norm.momentum, norm.eps), bias)
+    return Follower(norms, images, CPU)
+
+
+def _statistics(model: _Norms, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Means and reciprocal deviations of the batch, of the first norm without the bias in front."""
+    y = F.conv2d(x, model.conv.weight.detach())
+    found = {}
+    for name in ("first", "second"):
+        norm: nn.BatchNorm2d = getattr(model, name)
+        mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+        found[name] = mean, (var + norm.eps).rsqrt()
+        y = F.batch_norm(y, None, None, norm.weight.detach(), norm.bias.detach(), True, 0.0, norm.eps)
+    return found
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("lies", ["plainly", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_follow_as_batch_norms(
+    path: str, dtype: torch.dtype, lies: str, later: bool
+) -> None:
+    torch.manual_seed(0)
+    model = _Norms(dtype)
+    x = torch.randn(4, 3, 2, 3, dtype=dtype)
+    plain = copy.deepcopy(model)
+    if lies == "strided":
+        for norm in (model.first, model.second):
+            for name, b in list(norm.named_buffers()):
+                if b.ndim:
+                    setattr(norm, name, torch.stack([b, b], 1)[:, 0])
+    follower, todo = _follower(model, 4, 6), [] if later else None
+    for batch in (x, 2 * x + 1):
+        plain(batch)
+        follower(Held(model, later=todo), _statistics(model, batch))
+    for taken in todo or []:
+        taken.apply()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for (name, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_statistics_of_another_form_are_left_alone() -> None:
+    """The native library says so, and has done nothing, to the norm in front of that one neither."""
+    native = torch.classes.mamlpp_fast.Statistics([1e-5] * 2, [0.1] * 2, [1.0] * 2)
+    good, other = torch.ones(3), torch.ones(3, dtype=torch.float64)
+    kept = [torch.ones(3), torch.ones(3)]
+    assert not native.follow([kept[0], other], kept, [good] * 2, [good] * 2, [None] * 2)
+    assert not native.follow(kept, kept, [good] * 2, [good] * 2, [None, torch.ones(4)])
+    assert all(torch.equal(t, torch.ones(3)) for t in kept)
+    assert native.follow(kept, [torch.ones(3)] * 2, [good] * 2, [good] * 2, [None, good])
+    assert math.isclose(kept[1][0].item(), 0.9 + 0.1 * 2, rel_tol=1e-6)
