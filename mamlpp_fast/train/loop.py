@@ -15,6 +15,7 @@ from mamlpp_fast.distributed import RankError, Ranks
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
 from mamlpp_fast.machine import peak_memory_mib
+from mamlpp_fast.train._resumable import check_training
 from mamlpp_fast.train.build import (
     build_learner,
     device_name,
@@ -28,7 +29,7 @@ from mamlpp_fast.train.evaluate import Predictions, Score, predict, score
 from mamlpp_fast.train.files import run_lock
 from mamlpp_fast.train.learned import batch_norms, inner_rates
 from mamlpp_fast.train.progress import Curves, Progress
-from mamlpp_fast.train.record import Record, check_training
+from mamlpp_fast.train.record import Record
 from mamlpp_fast.train.run_folder import finished_summary, open_folder, put_model, ranked
 from mamlpp_fast.train.signals import Interrupted, StopSignal
 

@@ -14,10 +14,10 @@ from mamlpp_fast.data import EpisodeSampler, FewShotData
 from mamlpp_fast.data.archives import shown
 from mamlpp_fast.engine import EngineName
 from mamlpp_fast.learner import MAMLPlusPlus
-from mamlpp_fast.train._resumable import check_best, is_model_name
+from mamlpp_fast.train._resumable import changed_settings, check_best, check_fits, is_model_name
 from mamlpp_fast.train.build import build_learner, load_data, make_sampler
-from mamlpp_fast.train.checkpoint import check_fits, load_checkpoint
-from mamlpp_fast.train.config import TrainConfig, differences
+from mamlpp_fast.train.checkpoint import load_checkpoint
+from mamlpp_fast.train.config import TrainConfig
 from mamlpp_fast.train.evaluate import Score, predict, score
 from mamlpp_fast.train.files import read_json, remove_leftovers, write_json
 
@@ -42,11 +42,9 @@ def open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, 
     remove_leftovers(checkpoints)
     path = folder / "config.json"
     if path.exists():
-        # Settings younger than the run have their defaults.
-        stored = TrainConfig().deciding() | read_json(path)
         plain = json.loads(json.dumps(identity))
-        changed = differences(plain, {k: stored[k] for k in stored if k in plain})
-        if changed:
+        stored = {k: v for k, v in read_json(path).items() if k in plain}
+        if changed := changed_settings(stored, plain):
             raise ValueError(f"--out: expected a folder without another run, {folder} differs: now {changed}")
     else:
         if (checkpoints / "latest.pt").exists():
