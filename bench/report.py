@@ -13,7 +13,6 @@ package's own functions and a kept run make.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import re
@@ -25,6 +24,7 @@ from typing import Any
 from bench import figures, kept, plots, tables
 from bench import load as under_load
 from bench.compare import compare, measurements, name_of, summary
+from bench.harness import parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -193,9 +193,7 @@ def stale(write: bool) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     differing = stale(write=not check)

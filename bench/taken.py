@@ -7,11 +7,11 @@ prints it, or puts it into the page between its two marks; ``tests/test_taken.py
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table
+from bench.harness import parser_of
 from mamlpp_fast.engine.fused.composites import COMPOSITES
 from mamlpp_fast.engine.fused.lowering import taken
 from mamlpp_fast.engine.recorder import name_of
@@ -53,9 +53,7 @@ def written(page: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--write", action="store_true", help="into docs/engine.md")
     if parser.parse_args().write:
         PAGE.write_text(written(PAGE.read_text()))
