@@ -7,20 +7,28 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from mamlpp_fast.engine import ENGINES, PRECISIONS
+
+if TYPE_CHECKING:
+    from mamlpp_fast.train import Interrupted
 
 __all__ = [
     "ENGINES",
     "Commands",
     "Parser",
     "add_command",
+    "add_data",
+    "add_device",
     "add_engine",
     "add_experiment",
     "add_json",
+    "add_settings",
     "at_least",
-    "print_json",
+    "print_result",
+    "stopped",
 ]
 
 
@@ -51,12 +59,20 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="auto", metavar="E", help=", ".join(ENGINES))
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="float32", metavar="P", help=", ".join(PRECISIONS)
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser, text: str = "") -> None:
+    parser.add_argument("--data", metavar="PATH", help=f"where the data set lies{text}")
 
 
 def add_experiment(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -66,14 +82,11 @@ def add_experiment(parser: argparse.ArgumentParser, *, required: bool) -> None:
         metavar="FILE",
         help="an experiment file (JSON) of the MAML++ authors' code",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change settings; repeatable",
-    )
+    add_settings(parser, "change settings; repeatable")
+
+
+def add_settings(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=text)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -89,8 +102,16 @@ def at_least(least: int) -> Callable[[str], int]:
     return convert
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2))
+def print_result(arguments: argparse.Namespace, value: Any, text: Callable[[], str]) -> None:
+    """As JSON where it was asked for, else in words."""
+    print(json.dumps(_finite(value), indent=2) if arguments.json else text())
+
+
+def stopped(stop: Interrupted, out: Path, *, told: bool = True) -> int:
+    """The exit status of a run that was stopped by a signal, which is told where ``told``."""
+    if told:
+        print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
+    return 128 + stop.number
 
 
 def _finite(value: Any) -> Any:

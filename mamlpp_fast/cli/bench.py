@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_json, at_least, print_json
+from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_json, at_least, print_result
 
 __all__ = ["add", "run"]
 
@@ -44,8 +44,5 @@ def run(arguments: argparse.Namespace) -> int:
         iters=arguments.iters,
         warmup=arguments.warmup,
     )
-    if arguments.json:
-        print_json(result.to_dict())
-    else:
-        print(result.describe())
+    print_result(arguments, result.to_dict(), result.describe)
     return 0

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import ENGINES, Commands, add_command, add_json, at_least, print_json
+from mamlpp_fast.cli._arguments import (
+    ENGINES,
+    Commands,
+    add_command,
+    add_data,
+    add_device,
+    add_json,
+    at_least,
+    print_result,
+)
 
 __all__ = ["add", "run"]
 
@@ -18,11 +27,9 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--ensemble", type=at_least(1), default=5, metavar="N", help="models to average (default: 5)"
     )
-    sub.add_argument(
-        "--data", metavar="PATH", help="where the data set lies (default: where the run found it)"
-    )
+    add_data(sub, " (default: where the run found it)")
     sub.add_argument("--engine", choices=ENGINES, metavar="E", help="default: the run's")
-    sub.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device(sub)
     sub.add_argument("--steps", type=at_least(1), metavar="K", help="inner updates (default: the run's)")
     sub.add_argument(
         "--stats", choices=("batch", "running"), help="statistics of the target passes (default: the run's)"
@@ -46,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         stats=arguments.stats,
     )
-    if arguments.json:
-        print_json({"scores": [asdict(s) for s in scores]})
-    else:
-        for s in scores:
-            print(f"test accuracy: {s.describe()}")
+    print_result(
+        arguments,
+        {"scores": [asdict(s) for s in scores]},
+        lambda: "\n".join(f"test accuracy: {s.describe()}" for s in scores),
+    )
     return 0

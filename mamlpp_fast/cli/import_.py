@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_experiment
+from mamlpp_fast.cli._arguments import Commands, add_command, add_data, add_engine, add_experiment
 
 __all__ = ["add", "run"]
 
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
     )
     add_experiment(sub, required=True)
     sub.add_argument("--out", required=True, metavar="DIR", help="the run's folder")
-    sub.add_argument("--data", metavar="PATH", help="where the data set lies, for the run to remember")
+    add_data(sub, ", for the run to remember")
     add_engine(sub)
     sub.set_defaults(precision=None)
 

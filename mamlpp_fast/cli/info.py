@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_json
+from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_result
 
 __all__ = ["add", "run"]
 
@@ -18,8 +18,5 @@ def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.info import describe, info
 
     found = info()
-    if arguments.json:
-        print_json(found)
-    else:
-        print(describe(found))
+    print_result(arguments, found, lambda: describe(found))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import ENGINES, Commands, add_command, add_json, print_json
+from mamlpp_fast.cli._arguments import ENGINES, Commands, add_command, add_json, print_result
 
 __all__ = ["add", "run"]
 
@@ -33,11 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=resolve_device(arguments.device),
     )
-    if arguments.json:
-        print_json(report.to_dict())
-    else:
-        for name in ("loss", "meta_gradient", "final_parameters", "eval_logits"):
-            print(f"{name:<17} {getattr(report, name):.2e}")
-        verdict = "within tolerance" if report.ok else "outside tolerance"
-        print(f"engine {report.engine}, {report.dtype}: {verdict}")
+    print_result(arguments, report.to_dict(), report.describe)
     return 0 if report.ok else 1

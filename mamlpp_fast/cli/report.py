@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, at_least
+from mamlpp_fast.cli._arguments import Commands, add_command, add_data, add_device, at_least
 
 __all__ = ["add", "run"]
 
@@ -22,10 +22,8 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="test tasks to count confusions over, 0 for none (default: 100)",
     )
-    sub.add_argument(
-        "--data", metavar="PATH", help="where the data set lies (default: where each run found it)"
-    )
-    sub.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_data(sub, " (default: where each run found it)")
+    add_device(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, at_least
+from mamlpp_fast.cli._arguments import (
+    Commands,
+    add_command,
+    add_data,
+    add_engine,
+    add_settings,
+    at_least,
+    stopped,
+)
 
 __all__ = ["add", "run"]
 
@@ -30,17 +37,10 @@ def add(commands: Commands) -> None:
         "--rows", nargs="+", metavar="ROW", help="rows such as maml maml-lslr maml++ (default: all)"
     )
     sub.add_argument("--protocol", choices=("paper", "authors-code", "default"), default="paper")
-    sub.add_argument("--data", metavar="PATH", help="where the data set lies")
+    add_data(sub)
     sub.add_argument("--out", metavar="DIR", help="the table's folder (default: runs/reproduce-TABLE)")
     add_engine(sub)
-    sub.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change settings of every row",
-    )
+    add_settings(sub, "change settings of every row")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,7 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
             device=resolve_device(arguments.device),
         )
     except Interrupted as stop:
-        print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
-        return 128 + stop.number
+        return stopped(stop, out)
     print(f"\n{text}\nwrote {out / 'table.md'}, {out / 'table.json'}")
     return 0

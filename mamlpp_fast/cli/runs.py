@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_json
+from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_result
 
 __all__ = ["add", "run"]
 
@@ -19,8 +19,6 @@ def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.report.listing import describe_runs, list_runs
 
     found = list_runs(arguments.dirs)
-    if arguments.json:
-        print_json({"runs": found})
-    else:
-        print(describe_runs(found) if found else f"no runs under {', '.join(arguments.dirs)}")
+    nothing = f"no runs under {', '.join(arguments.dirs)}"
+    print_result(arguments, {"runs": found}, lambda: describe_runs(found) if found else nothing)
     return 0

@@ -11,7 +11,15 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_experiment, at_least
+from mamlpp_fast.cli._arguments import (
+    Commands,
+    add_command,
+    add_data,
+    add_engine,
+    add_experiment,
+    at_least,
+    stopped,
+)
 
 __all__ = ["add", "run"]
 
@@ -30,9 +38,7 @@ def add(commands: Commands) -> None:
         help="BASE[-VARIANT][-PROTOCOL], such as omniglot-20w1s or miniimagenet-5w1s-maml-paper (default: strokes)",
     )
     sub.add_argument("--list", action="store_true", help="print the presets and stop")
-    sub.add_argument(
-        "--data", metavar="PATH", help="where the data set lies (default: MAMLPP_FAST_DATA, then cache)"
-    )
+    add_data(sub, " (default: MAMLPP_FAST_DATA, then cache)")
     sub.add_argument(
         "--out", metavar="DIR", help="the run's folder (default: runs/PRESET or runs/EXPERIMENT)"
     )
@@ -106,11 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
                 process_group=group,
             )
     except Interrupted as stop:
-        if first:
-            print(
-                f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr
-            )
-        return 128 + stop.number
+        return stopped(stop, out, told=first)
     except (ArithmeticError, RankError) as error:
         if first or isinstance(error, RankLostError):
             print(
