@@ -5,9 +5,9 @@
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
 show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table;
 `runs/` or `run-headline/` and the folders under results/ to compare, with commas; `rates/`, `reproduced/` or
-`reproduced-headline/` and one folder; or `hard-use/` and a file of results/hard_use/. Plots are of the same machine and
-go to docs/images/; so do the curves of each reproduced table, and the figures of docs/how_it_works.md, which the
-package's own functions and a kept run make.
+`reproduced-headline/` and one folder; `hard-use/` and a file of results/hard_use/; or `taken`, what the fused engine's
+rules say. Plots are of the same machine and go to docs/images/; so do the curves of each reproduced table, and the
+figures of docs/how_it_works.md, which the package's own functions and a kept run make.
 `--check` changes nothing and exits with 1 when a page or plot and what it is made of disagree.
 """
 
@@ -25,6 +25,7 @@ from bench import figures, kept, plots, tables
 from bench import load as under_load
 from bench.compare import compare, measurements, name_of, summary
 from bench.harness import parser_of
+from bench.taken import what_is_taken
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -32,6 +33,7 @@ IMAGES = ROOT / "docs" / "images"
 PAGES = (
     "README.md",
     "docs/drop_in.md",
+    "docs/engine.md",
     "docs/performance.md",
     "docs/kernel_table.md",
     "docs/hard_use.md",
@@ -146,6 +148,8 @@ def render(name: str) -> str:
     machine, slash, what = name.rpartition("/")
     if machine in RUNS:
         return f"\n{RUNS[machine](what.split(','))}\n\n"
+    if name == "taken":
+        return f"\n{what_is_taken()}\n\n"
     machine = machine if slash else shown()
     if what == "machine":
         content = load(machine, "iterations")

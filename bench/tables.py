@@ -13,9 +13,9 @@ Rows = list[dict[str, Any]]
 COMPILED = ("torch.compile", "torch.compile-traced", "textbook-compiled", "textbook-compiled-net")
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    rule = ["---" if i == 0 else "---:" for i in range(len(header))]
+def table(header: list[str], lines: list[list[str]], texts: int = 1) -> str:
+    """A Markdown table, numbers to the right; of its columns the first ``texts`` hold none."""
+    rule = ["---" if i < texts else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
 
 
@@ -281,8 +281,7 @@ def environments(data: dict[str, Any]) -> str:
             if package in ("torch", "torchopt", "higher", "learn2learn", "jax", "jaxlib", "numpy", "python")
         )
         lines.append([f"`{name}`", what])
-    rule = ["| environment | what is in it, or why it is not there |", "| --- | --- |"]
-    return "\n".join([*rule, *("| " + " | ".join(line) + " |" for line in lines)])
+    return table(["environment", "what is in it, or why it is not there"], lines, texts=2)
 
 
 def peer_rows(data: dict[str, Any]) -> Rows:
