@@ -11,8 +11,7 @@
 #
 # Exits 0 while PyTorch behaves so, 1 when it no longer does.
 set -euo pipefail
-cd "$(mktemp -d)"
-trap 'rm -rf "$PWD"' EXIT
+cd "$(mktemp -d)" && trap 'rm -rf "$PWD"' EXIT
 python3 -m venv . && bin/pip install -q torch==2.13.0
 bin/python -W ignore - <<'PYTHON'
 import sys

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_json, at_least, print_result
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "bench", run, "Times whole meta-iterations of a workload.")
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(commands, "bench", run, "Times whole meta-iterations of a workload.")
     sub.add_argument(
         "workload", metavar="WORKLOAD", help="omniglot-20w1s, ..., miniimagenet-5w5s, each also with -final"
     )
-    add_engine(sub)
+    common.add_engine(sub)
     sub.add_argument(
-        "--iters", type=at_least(1), default=10, metavar="N", help="iterations timed (default: 10)"
+        "--iters", type=common.at_least(1), default=10, metavar="N", help="iterations timed (default: 10)"
     )
     sub.add_argument(
-        "--warmup", type=at_least(0), default=3, metavar="N", help="iterations before (default: 3)"
+        "--warmup", type=common.at_least(0), default=3, metavar="N", help="iterations before (default: 3)"
     )
-    add_json(sub)
+    common.add_json(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,5 +44,5 @@ def run(arguments: argparse.Namespace) -> int:
         iters=arguments.iters,
         warmup=arguments.warmup,
     )
-    print_result(arguments, result.to_dict(), result.describe)
+    common.print_result(arguments, result.to_dict(), result.describe)
     return 0

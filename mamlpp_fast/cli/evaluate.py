@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import (
-    ENGINES,
-    Commands,
-    add_command,
-    add_data,
-    add_device,
-    add_json,
-    at_least,
-    print_result,
-)
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(
         commands, "evaluate", run, "Test accuracy of a run's best checkpoint and of its ensemble."
     )
     sub.add_argument("dir", metavar="DIR", help="the run's folder")
-    sub.add_argument("--tasks", type=at_least(1), default=600, metavar="N", help="test tasks (default: 600)")
     sub.add_argument(
-        "--ensemble", type=at_least(1), default=5, metavar="N", help="models to average (default: 5)"
+        "--tasks", type=common.at_least(1), default=600, metavar="N", help="test tasks (default: 600)"
     )
-    add_data(sub, " (default: where the run found it)")
-    sub.add_argument("--engine", choices=ENGINES, metavar="E", help="default: the run's")
-    add_device(sub)
-    sub.add_argument("--steps", type=at_least(1), metavar="K", help="inner updates (default: the run's)")
+    sub.add_argument(
+        "--ensemble", type=common.at_least(1), default=5, metavar="N", help="models to average (default: 5)"
+    )
+    common.add_data(sub, " (default: where the run found it)")
+    sub.add_argument("--engine", choices=common.ENGINES, metavar="E", help="default: the run's")
+    common.add_device(sub)
+    sub.add_argument(
+        "--steps", type=common.at_least(1), metavar="K", help="inner updates (default: the run's)"
+    )
     sub.add_argument(
         "--stats", choices=("batch", "running"), help="statistics of the target passes (default: the run's)"
     )
-    add_json(sub)
+    common.add_json(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         stats=arguments.stats,
     )
-    print_result(
+    common.print_result(
         arguments,
         {"scores": [asdict(s) for s in scores]},
         lambda: "\n".join(f"test accuracy: {s.describe()}" for s in scores),

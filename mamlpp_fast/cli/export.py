@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mamlpp_fast.cli._arguments import Commands, add_command
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(
         commands, "export", run, "Writes a run's last state as a checkpoint of the MAML++ authors' code."
     )
     sub.add_argument("dir", metavar="DIR", help="the run's folder")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_data, add_engine, add_experiment
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
@@ -14,8 +14,8 @@ __all__ = ["add", "run"]
 _DEFAULTS = {"engine": "auto", "precision": "float32", "data": None}
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(
         commands,
         "import",
         run,
@@ -27,10 +27,10 @@ def add(commands: Commands) -> None:
         metavar="CHECKPOINT",
         help="saved_models/train_model_N of their code; the best of several are the ensemble",
     )
-    add_experiment(sub, required=True)
+    common.add_experiment(sub, required=True)
     sub.add_argument("--out", required=True, metavar="DIR", help="the run's folder")
-    add_data(sub, ", for the run to remember")
-    add_engine(sub)
+    common.add_data(sub, ", for the run to remember")
+    common.add_engine(sub)
     sub.set_defaults(precision=None)
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_result
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "info", run, "Versions, devices, and what serves each operation.")
-    add_json(sub)
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(commands, "info", run, "Versions, devices, and what serves each operation.")
+    common.add_json(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.info import describe, info
 
     found = info()
-    print_result(arguments, found, lambda: describe(found))
+    common.print_result(arguments, found, lambda: describe(found))
     return 0

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import ENGINES, Commands, add_command, add_json, print_result
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(
         commands,
         "replay",
         run,
         "Repeats a recorded run; exit status 1 when an error is outside the tolerance.",
     )
     sub.add_argument("file", metavar="FILE", help="a recorded run (.npz)")
-    sub.add_argument("--engine", choices=ENGINES, default="auto", metavar="E", help=", ".join(ENGINES))
+    sub.add_argument(
+        "--engine", choices=common.ENGINES, default="auto", metavar="E", help=", ".join(common.ENGINES)
+    )
     sub.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
-    add_json(sub)
+    common.add_json(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=resolve_device(arguments.device),
     )
-    print_result(arguments, report.to_dict(), report.describe)
+    common.print_result(arguments, report.to_dict(), report.describe)
     return 0 if report.ok else 1

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_data, add_device, at_least
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "report", run, "One HTML page about a run, or comparing several.")
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(commands, "report", run, "One HTML page about a run, or comparing several.")
     sub.add_argument("dirs", nargs="+", metavar="DIR", help="a run's folder")
     sub.add_argument(
         "--out", metavar="FILE", help="the page (default: DIR/report.html; for several ./report.html)"
     )
     sub.add_argument(
         "--tasks",
-        type=at_least(0),
+        type=common.at_least(0),
         default=100,
         metavar="N",
         help="test tasks to count confusions over, 0 for none (default: 100)",
     )
-    add_data(sub, " (default: where each run found it)")
-    add_device(sub)
+    common.add_data(sub, " (default: where each run found it)")
+    common.add_device(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:

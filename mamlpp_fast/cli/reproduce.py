@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import (
-    Commands,
-    add_command,
-    add_data,
-    add_engine,
-    add_settings,
-    at_least,
-    stopped,
-)
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(
         commands,
         "reproduce",
         run,
@@ -29,7 +21,9 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--scale", type=float, default=1.0, metavar="S", help="share of the published budget (default: 1)"
     )
-    sub.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="runs a row (default: 3)")
+    sub.add_argument(
+        "--seeds", type=common.at_least(1), default=3, metavar="N", help="runs a row (default: 3)"
+    )
     sub.add_argument(
         "--shots", type=int, nargs="+", choices=(1, 5), default=[1], metavar="K", help="1, 5 or both"
     )
@@ -37,10 +31,10 @@ def add(commands: Commands) -> None:
         "--rows", nargs="+", metavar="ROW", help="rows such as maml maml-lslr maml++ (default: all)"
     )
     sub.add_argument("--protocol", choices=("paper", "authors-code", "default"), default="paper")
-    add_data(sub)
+    common.add_data(sub)
     sub.add_argument("--out", metavar="DIR", help="the table's folder (default: runs/reproduce-TABLE)")
-    add_engine(sub)
-    add_settings(sub, "change settings of every row")
+    common.add_engine(sub)
+    common.add_settings(sub, "change settings of every row")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,6 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
             device=resolve_device(arguments.device),
         )
     except Interrupted as stop:
-        return stopped(stop, out)
+        return common.stopped(stop, out)
     print(f"\n{text}\nwrote {out / 'table.md'}, {out / 'table.json'}")
     return 0

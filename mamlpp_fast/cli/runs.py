@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_result
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "runs", run, "Runs under a folder: state, progress, best figures.")
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(commands, "runs", run, "Runs under a folder: state, progress, best figures.")
     sub.add_argument("dirs", nargs="*", default=["runs"], metavar="DIR", help="where to look (default: runs)")
-    add_json(sub)
+    common.add_json(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,5 +20,5 @@ def run(arguments: argparse.Namespace) -> int:
 
     found = list_runs(arguments.dirs)
     nothing = f"no runs under {', '.join(arguments.dirs)}"
-    print_result(arguments, {"runs": found}, lambda: describe_runs(found) if found else nothing)
+    common.print_result(arguments, {"runs": found}, lambda: describe_runs(found) if found else nothing)
     return 0

@@ -11,21 +11,13 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import (
-    Commands,
-    add_command,
-    add_data,
-    add_engine,
-    add_experiment,
-    at_least,
-    stopped,
-)
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
+def add(commands: common.Commands) -> None:
+    sub = common.add_command(
         commands,
         "train",
         run,
@@ -38,17 +30,17 @@ def add(commands: Commands) -> None:
         help="BASE[-VARIANT][-PROTOCOL], such as omniglot-20w1s or miniimagenet-5w1s-maml-paper (default: strokes)",
     )
     sub.add_argument("--list", action="store_true", help="print the presets and stop")
-    add_data(sub, " (default: MAMLPP_FAST_DATA, then cache)")
+    common.add_data(sub, " (default: MAMLPP_FAST_DATA, then cache)")
     sub.add_argument(
         "--out", metavar="DIR", help="the run's folder (default: runs/PRESET or runs/EXPERIMENT)"
     )
-    add_engine(sub)
-    add_experiment(sub, required=False)
+    common.add_engine(sub)
+    common.add_experiment(sub, required=False)
     sub.add_argument(
         "--deterministic", action="store_true", help="the same result on any number of CPU threads"
     )
     sub.add_argument(
-        "--max-iters", type=at_least(1), metavar="N", help="stop after N meta-updates in all, and test"
+        "--max-iters", type=common.at_least(1), metavar="N", help="stop after N meta-updates in all, and test"
     )
 
 
@@ -112,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
                 process_group=group,
             )
     except Interrupted as stop:
-        return stopped(stop, out, told=first)
+        return common.stopped(stop, out, told=first)
     except (ArithmeticError, RankError) as error:
         if first or isinstance(error, RankLostError):
             print(
