@@ -122,8 +122,6 @@ def where(content: dict[str, Any]) -> str:
     m = content["machine"]
     device = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, {m['isa']}"
     text = f"{device}; torch {m['versions']['torch']}"
-    if "date" not in m:
-        return f"{text}."
     rows = [row for row in content.get("rows", ()) if "commit" in row] or [m]
     dates = sorted({row["date"] for row in rows})
     commits = list(dict.fromkeys(row["commit"] for row in sorted(rows, key=lambda row: row["date"])))
