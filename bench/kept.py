@@ -11,18 +11,6 @@ from bench.tables import Rows, table
 from mamlpp_fast.report.runs import read_run
 from mamlpp_fast.reproduce.published import Published
 
-__all__ = [
-    "COMPARED",
-    "compared",
-    "curve_rows",
-    "hard_use",
-    "rates",
-    "reproduced",
-    "reproduced_headline",
-    "run_headline",
-    "runs",
-]
-
 # Runs whose curves one figure shows.
 COMPARED = {"omniglot-20w1s": ("omniglot-20w1s", "omniglot-20w1s-maml")}
 # Epochs that a curve's table shows, about.

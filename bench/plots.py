@@ -14,8 +14,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["GREY", "OURS", "THEIRS", "curves", "drawn", "peers", "roofline", "scaling"]
-
 Rows = list[dict[str, Any]]
 _P = ParamSpec("_P")
 _STYLE = {

@@ -10,8 +10,6 @@ from mamlpp_fast.engine.fused.composites import COMPOSITES
 from mamlpp_fast.engine.fused.lowering import taken
 from mamlpp_fast.engine.recorder import name_of
 
-__all__ = ["what_is_taken"]
-
 _OPERATORS = {"__add__": "`+`", "__mul__": "`*`", "__setitem__": "assignment to a slice"}
 
 

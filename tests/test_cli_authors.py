@@ -18,18 +18,8 @@ ANY_IMAGES = ["--set", "dataset=folder"]
 
 
 def command(experiment: Path, data: Path, out: Path) -> list[str]:
-    engine = ["--engine", "reference", "--device", "cpu"]
-    return [
-        "train",
-        "--config",
-        str(experiment),
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        *engine,
-        *ANY_IMAGES,
-    ]
+    where = ["--config", str(experiment), "--data", str(data), "--out", str(out)]
+    return ["train", *where, "--engine", "reference", "--device", "cpu", *ANY_IMAGES]
 
 
 def their_checkpoint(folder: Path) -> Path:
