@@ -294,6 +294,8 @@ def test_evaluate_repeats_the_test(whole: Path) -> None:
 def test_evaluate_without_an_epoch(tmp_path: Path, data: Path) -> None:
     with pytest.raises(ValueError, match="expected a run's folder"):
         evaluate_run(tmp_path)
+    with pytest.raises(ValueError, match="ensemble: expected at least 1, got 0"):
+        evaluate_run(tmp_path, ensemble=0)
 
 
 def test_interval_and_score() -> None:

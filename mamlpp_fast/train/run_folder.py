@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mamlpp_fast.train._resumable import changed_settings, check_best, check_fit
 from mamlpp_fast.train.build import build_learner, load_data, make_sampler
 from mamlpp_fast.train.checkpoint import load_checkpoint
 from mamlpp_fast.train.config import TrainConfig
-from mamlpp_fast.train.evaluate import Score, predict, score
+from mamlpp_fast.train.evaluate import Score, predict, score_models
 from mamlpp_fast.train.files import read_json, remove_leftovers, write_json
 
 __all__ = [
@@ -164,6 +165,8 @@ def evaluate_run(
     Raises:
         ValueError: when the folder holds no run with a finished epoch, or a checkpoint does not fit.
     """
+    if ensemble < 1:
+        raise ValueError(f"ensemble: expected at least 1, got {ensemble}")
     folder = Path(folder)
     config, record = read_config(folder)
     if stats is not None:
@@ -174,18 +177,12 @@ def evaluate_run(
         config = dataclasses.replace(config, eval_steps=steps)
     _, learner, sampler = open_test(config, record, data_path=data_path, engine=engine, device=device)
     files = best_files(folder)[:ensemble]
-    conditions = config.conditions()
-    scores = []
-    total: torch.Tensor | None = None
-    for file in files:
-        load_model(folder / "checkpoints" / file, learner)
-        logits, labels, _ = predict(learner, sampler, config.test_tasks, config.tasks)
-        if total is None:
-            scores.append(score(logits, labels, models=1, **conditions))
-        total = logits.double() if total is None else total + logits.double()
-    if total is not None and len(files) > 1:
-        scores.append(score(total / len(files), labels, models=len(files), **conditions))
-    return scores
+    single, average = score_models(
+        (partial(load_model, folder / "checkpoints" / file, learner) for file in files),
+        partial(predict, learner, sampler, config.test_tasks, config.tasks),
+        config.conditions(),
+    )
+    return [single, average] if len(files) > 1 else [single]
 
 
 def best_files(folder: Path) -> list[str]:
