@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mamlpp_fast.engine import ENGINES, PRECISIONS
 
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENGINES",
-    "Commands",
     "Parser",
-    "add_command",
+    "add_count",
     "add_data",
     "add_device",
     "add_engine",
     "add_experiment",
     "add_json",
     "add_settings",
-    "at_least",
     "print_result",
     "stopped",
 ]
@@ -38,19 +36,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
-
-
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-
-
-def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
-) -> argparse.ArgumentParser:
-    """A command's parser; ``run`` returns the exit status."""
-    sub = commands.add_parser(name, help=text, description=text)
-    sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    sub.set_defaults(run=run)
-    return sub
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +74,20 @@ def add_settings(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=text)
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def add_count(
+    parser: argparse.ArgumentParser,
+    name: str,
+    text: str,
+    default: int | None = None,
+    *,
+    least: int = 1,
+    metavar: str = "N",
+) -> None:
+    shown = "" if default is None else f" (default: {default})"
+    parser.add_argument(name, type=_at_least(least), default=default, metavar=metavar, help=f"{text}{shown}")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
             value = int(text)

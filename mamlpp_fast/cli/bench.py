@@ -1,4 +1,4 @@
-"""``mamlpp-fast bench``."""
+"""Times whole meta-iterations of a workload."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from mamlpp_fast.cli import _arguments as common
 __all__ = ["add", "run"]
 
 
-def add(commands: common.Commands) -> None:
-    sub = common.add_command(commands, "bench", run, "Times whole meta-iterations of a workload.")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "workload", metavar="WORKLOAD", help="omniglot-20w1s, ..., miniimagenet-5w5s, each also with -final"
     )
-    common.add_engine(sub)
-    sub.add_argument(
-        "--iters", type=common.at_least(1), default=10, metavar="N", help="iterations timed (default: 10)"
-    )
-    sub.add_argument(
-        "--warmup", type=common.at_least(0), default=3, metavar="N", help="iterations before (default: 3)"
-    )
-    common.add_json(sub)
+    common.add_engine(parser)
+    common.add_count(parser, "--iters", "iterations timed", 10)
+    common.add_count(parser, "--warmup", "iterations before", 3, least=0)
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``mamlpp-fast evaluate``."""
+"""Test accuracy of a run's best checkpoint and of its ensemble."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from mamlpp_fast.cli import _arguments as common
 __all__ = ["add", "run"]
 
 
-def add(commands: common.Commands) -> None:
-    sub = common.add_command(
-        commands, "evaluate", run, "Test accuracy of a run's best checkpoint and of its ensemble."
-    )
-    sub.add_argument("dir", metavar="DIR", help="the run's folder")
-    sub.add_argument(
-        "--tasks", type=common.at_least(1), default=600, metavar="N", help="test tasks (default: 600)"
-    )
-    sub.add_argument(
-        "--ensemble", type=common.at_least(1), default=5, metavar="N", help="models to average (default: 5)"
-    )
-    common.add_data(sub, " (default: where the run found it)")
-    sub.add_argument("--engine", choices=common.ENGINES, metavar="E", help="default: the run's")
-    common.add_device(sub)
-    sub.add_argument(
-        "--steps", type=common.at_least(1), metavar="K", help="inner updates (default: the run's)"
-    )
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="the run's folder")
+    common.add_count(parser, "--tasks", "test tasks", 600)
+    common.add_count(parser, "--ensemble", "models to average", 5)
+    common.add_data(parser, " (default: where the run found it)")
+    parser.add_argument("--engine", choices=common.ENGINES, metavar="E", help="default: the run's")
+    common.add_device(parser)
+    common.add_count(parser, "--steps", "inner updates (default: the run's)", metavar="K")
+    parser.add_argument(
         "--stats", choices=("batch", "running"), help="statistics of the target passes (default: the run's)"
     )
-    common.add_json(sub)
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

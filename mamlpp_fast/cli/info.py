@@ -1,4 +1,4 @@
-"""``mamlpp-fast info``."""
+"""Versions, devices, and what serves each operation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from mamlpp_fast.cli import _arguments as common
 __all__ = ["add", "run"]
 
 
-def add(commands: common.Commands) -> None:
-    sub = common.add_command(commands, "info", run, "Versions, devices, and what serves each operation.")
-    common.add_json(sub)
+def add(parser: argparse.ArgumentParser) -> None:
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

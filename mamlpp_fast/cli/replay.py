@@ -1,4 +1,4 @@
-"""``mamlpp-fast replay``."""
+"""Repeats a recorded run; exit status 1 when an error is outside the tolerance."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from mamlpp_fast.cli import _arguments as common
 __all__ = ["add", "run"]
 
 
-def add(commands: common.Commands) -> None:
-    sub = common.add_command(
-        commands,
-        "replay",
-        run,
-        "Repeats a recorded run; exit status 1 when an error is outside the tolerance.",
-    )
-    sub.add_argument("file", metavar="FILE", help="a recorded run (.npz)")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a recorded run (.npz)")
+    parser.add_argument(
         "--engine", choices=common.ENGINES, default="auto", metavar="E", help=", ".join(common.ENGINES)
     )
-    sub.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
-    common.add_json(sub)
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

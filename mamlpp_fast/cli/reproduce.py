@@ -1,4 +1,4 @@
-"""``mamlpp-fast reproduce``."""
+"""Trains the rows of a published table over seeds; goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -10,31 +10,23 @@ from mamlpp_fast.cli import _arguments as common
 __all__ = ["add", "run"]
 
 
-def add(commands: common.Commands) -> None:
-    sub = common.add_command(
-        commands,
-        "reproduce",
-        run,
-        "Trains the rows of a published table over seeds; goes on where it was stopped.",
-    )
-    sub.add_argument("table", metavar="TABLE", help="omniglot-20w, mini-imagenet or instability")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="omniglot-20w, mini-imagenet or instability")
+    parser.add_argument(
         "--scale", type=float, default=1.0, metavar="S", help="share of the published budget (default: 1)"
     )
-    sub.add_argument(
-        "--seeds", type=common.at_least(1), default=3, metavar="N", help="runs a row (default: 3)"
-    )
-    sub.add_argument(
+    common.add_count(parser, "--seeds", "runs a row", 3)
+    parser.add_argument(
         "--shots", type=int, nargs="+", choices=(1, 5), default=[1], metavar="K", help="1, 5 or both"
     )
-    sub.add_argument(
+    parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="rows such as maml maml-lslr maml++ (default: all)"
     )
-    sub.add_argument("--protocol", choices=("paper", "authors-code", "default"), default="paper")
-    common.add_data(sub)
-    sub.add_argument("--out", metavar="DIR", help="the table's folder (default: runs/reproduce-TABLE)")
-    common.add_engine(sub)
-    common.add_settings(sub, "change settings of every row")
+    parser.add_argument("--protocol", choices=("paper", "authors-code", "default"), default="paper")
+    common.add_data(parser)
+    parser.add_argument("--out", metavar="DIR", help="the table's folder (default: runs/reproduce-TABLE)")
+    common.add_engine(parser)
+    common.add_settings(parser, "change settings of every row")
 
 
 def run(arguments: argparse.Namespace) -> int:

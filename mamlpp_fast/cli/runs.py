@@ -1,4 +1,4 @@
-"""``mamlpp-fast runs``."""
+"""Runs under a folder: state, progress, best figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from mamlpp_fast.cli import _arguments as common
 __all__ = ["add", "run"]
 
 
-def add(commands: common.Commands) -> None:
-    sub = common.add_command(commands, "runs", run, "Runs under a folder: state, progress, best figures.")
-    sub.add_argument("dirs", nargs="*", default=["runs"], metavar="DIR", help="where to look (default: runs)")
-    common.add_json(sub)
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dirs", nargs="*", default=["runs"], metavar="DIR", help="where to look (default: runs)"
+    )
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

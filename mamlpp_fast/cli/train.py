@@ -1,4 +1,4 @@
-"""``mamlpp-fast train``."""
+"""Meta-trains, validates each epoch, tests; goes on where DIR holds a stopped run."""
 
 from __future__ import annotations
 
@@ -16,32 +16,24 @@ from mamlpp_fast.cli import _arguments as common
 __all__ = ["add", "run"]
 
 
-def add(commands: common.Commands) -> None:
-    sub = common.add_command(
-        commands,
-        "train",
-        run,
-        "Meta-trains, validates each epoch, tests; goes on where DIR holds a stopped run.",
-    )
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "preset",
         nargs="?",
         metavar="PRESET",
         help="BASE[-VARIANT][-PROTOCOL], such as omniglot-20w1s or miniimagenet-5w1s-maml-paper (default: strokes)",
     )
-    sub.add_argument("--list", action="store_true", help="print the presets and stop")
-    common.add_data(sub, " (default: MAMLPP_FAST_DATA, then cache)")
-    sub.add_argument(
+    parser.add_argument("--list", action="store_true", help="print the presets and stop")
+    common.add_data(parser, " (default: MAMLPP_FAST_DATA, then cache)")
+    parser.add_argument(
         "--out", metavar="DIR", help="the run's folder (default: runs/PRESET or runs/EXPERIMENT)"
     )
-    common.add_engine(sub)
-    common.add_experiment(sub, required=False)
-    sub.add_argument(
+    common.add_engine(parser)
+    common.add_experiment(parser, required=False)
+    parser.add_argument(
         "--deterministic", action="store_true", help="the same result on any number of CPU threads"
     )
-    sub.add_argument(
-        "--max-iters", type=common.at_least(1), metavar="N", help="stop after N meta-updates in all, and test"
-    )
+    common.add_count(parser, "--max-iters", "stop after N meta-updates in all, and test")
 
 
 def run(arguments: argparse.Namespace) -> int:
