@@ -4,8 +4,8 @@
 
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
 show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table;
-`runs/` or `run-headline/` and the folders under results/ to compare, with commas; `rates/`, `reproduced/` or
-`reproduced-headline/` and one folder; `hard-use/` and a file of results/hard_use/; or `taken`, what the fused engine's
+`runs/` or `run-headline/` and the folders under results/ to compare, with commas; `rates/` or `reproduced/`
+and one folder; `hard-use/` and a file of results/hard_use/; or `taken`, what the fused engine's
 rules say. Plots are of the same machine and go to docs/images/; so do the curves of each reproduced table, and the
 figures of docs/how_it_works.md, which the package's own functions and a kept run make.
 `--check` changes nothing and exits with 1 when a page or plot and what it is made of disagree.
@@ -32,7 +32,6 @@ RESULTS = ROOT / "bench" / "results"
 IMAGES = ROOT / "docs" / "images"
 PAGES = (
     "README.md",
-    "docs/drop_in.md",
     "docs/engine.md",
     "docs/performance.md",
     "docs/kernel_table.md",
@@ -64,7 +63,6 @@ RUNS = {
     "run-headline": kept.run_headline,
     "rates": kept.rates,
     "reproduced": kept.reproduced,
-    "reproduced-headline": kept.reproduced_headline,
     "hard-use": kept.hard_use,
 }
 PLOTS: dict[str, tuple[str, Callable[[tables.Rows], bytes]]] = {
