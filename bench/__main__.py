@@ -21,8 +21,6 @@ from bench.harness import RESULTS, machine_name, parser_of
 from bench.peers.driver import PEERS
 from bench.tables import COMPILED
 
-__all__ = ["PARTS", "Part"]
-
 
 @dataclass(frozen=True)
 class Part:

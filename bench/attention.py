@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
-from bench.harness import keep
+from bench.harness import keep, parser_of
 from bench.networks import RATE, textbook
 from mamlpp_fast.engine.fused.engine import FusedEngine
 
@@ -92,14 +92,11 @@ def _peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], metavar="L")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--side", choices=["textbook", "ours"], help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.side is not None:
         print(json.dumps(peak(arguments.side, arguments.lengths[0], arguments.heads, arguments.width)))

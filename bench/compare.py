@@ -19,8 +19,6 @@ from typing import Any
 from bench.harness import parser_of
 from bench.tables import peer_rows, to_itself
 
-__all__ = ["agree", "compare", "measurements", "name_of", "summary"]
-
 # What holds [lower quartile, median, upper quartile] in a row, by the unit.
 _QUARTILES = ("ms", "ours_us", "torch_us", "before_ms", "after_ms", "quartiles", "ratio_quartiles")
 _RATIO = "ratio_quartiles"

@@ -24,8 +24,6 @@ from mamlpp_fast import data, reference
 from mamlpp_fast.report.runs import read_run
 from mamlpp_fast.train import TrainConfig, preset
 
-__all__ = ["FIGURES"]
-
 _SIZE = (6.4, 2.6)
 _TASKS = 32
 

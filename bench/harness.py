@@ -25,26 +25,6 @@ from mamlpp_fast.benchmarking import cpu_name
 from mamlpp_fast.ops._library import OPERATIONS, served_by
 from mamlpp_fast.train.build import versions
 
-__all__ = [
-    "ORDERS",
-    "RESULTS",
-    "Case",
-    "Subjects",
-    "Times",
-    "check",
-    "copy_bandwidth",
-    "interleaved",
-    "keep",
-    "machine",
-    "machine_name",
-    "of_order",
-    "parser_of",
-    "peak_flops",
-    "pool",
-    "rows",
-    "task_by_task",
-]
-
 RESULTS = Path(__file__).resolve().parent / "results"
 Job = Callable[[], Sequence[Tensor]]
 _PEAK_ROUNDS = 100_000

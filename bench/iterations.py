@@ -93,20 +93,9 @@ def peak_memory(workload: Workload, engine: str, precision: str, device: str) ->
         step()
         step()
         return float(torch.cuda.max_memory_allocated(device) - before) / 2**20
-    command = [
-        sys.executable,
-        "-m",
-        "mamlpp_fast",
-        "bench",
-        workload.name,
-        "--json",
-        "--iters",
-        "1",
-        "--warmup",
-        "1",
-    ]
-    options = ["--engine", engine, "--precision", precision, "--device", device]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    options = f"--json --iters 1 --warmup 1 --engine {engine} --precision {precision} --device {device}"
+    command = [sys.executable, "-m", "mamlpp_fast", "bench", workload.name, *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)["peak_memory_mib"])
 
 

@@ -9,19 +9,6 @@ from typing import Any
 
 from bench.tables import Rows, table
 from mamlpp_fast.report.runs import read_run
-from mamlpp_fast.reproduce.published import Published
-
-__all__ = [
-    "COMPARED",
-    "compared",
-    "curve_rows",
-    "hard_use",
-    "rates",
-    "reproduced",
-    "reproduced_headline",
-    "run_headline",
-    "runs",
-]
 
 # Runs whose curves one figure shows.
 COMPARED = {"omniglot-20w1s": ("omniglot-20w1s", "omniglot-20w1s-maml")}
@@ -118,21 +105,6 @@ def rates(names: list[str]) -> str:
     held = [[what, seen, "yes" if holds else "no"] for what, seen, holds in statements]
     charts = table(["the paper's charts", "this run", "holds"], held)
     return f"{table(header, lines)}\n\n{charts}"
-
-
-def reproduced_headline(names: list[str]) -> str:
-    """Each row of a reproduced table at the scale it was run, beside the published figures."""
-    (name,) = names
-    content = json.loads((RESULTS / name / "table.json").read_text())
-    lines = []
-    for r in content["rows"]:
-        mean, sd = r["single"]["mean"], r["single"]["seeds_sd"]
-        ours = "-" if mean is None else f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
-        theirs = ", ".join(str(Published(**p)) for p in r["published"])
-        lines.append([r["label"], ours, theirs or "-"])
-    seeds = max(r["single"]["seeds"] for r in content["rows"])
-    header = ["row", f"{100 * content['scale']:g} % of the budget, {seeds} seeds, %", "published, %"]
-    return table(header, lines)
 
 
 def reproduced(names: list[str]) -> str:

@@ -9,11 +9,9 @@ must equal the loop's in float64 to 1e-9 before any time is taken.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mamlpp_fast as mf
-from bench.harness import interleaved, keep
+from bench.harness import interleaved, keep, parser_of
 
 STEPS, RATE = 5, 0.01
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -367,13 +365,10 @@ def measured(name: str, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in CASES]:
         parser.error(f"NAME: expected one of {', '.join(CASES)}, got {unknown[0]}")

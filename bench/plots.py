@@ -14,8 +14,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["GREY", "OURS", "THEIRS", "curves", "drawn", "peers", "roofline", "scaling"]
-
 Rows = list[dict[str, Any]]
 _P = ParamSpec("_P")
 _STYLE = {
@@ -143,7 +141,7 @@ def scaling(rows: Rows) -> Figure:
     for ax, name in zip(axes[0], names, strict=True):
         own = [r for r in rows if r["varies"] == name]
         x = [r["value"] for r in own]
-        quartiles = [r["ms"] if isinstance(r["ms"], list) else [r["ms"]] * 3 for r in own]
+        quartiles = [r["ms"] for r in own]
         y = [q[1] for q in quartiles]
         spans = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
         ideal = [y[0] * (x[0] / v if name == "threads" else v / x[0]) for v in x]

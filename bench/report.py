@@ -4,16 +4,15 @@
 
 Each table stands between `<!-- bench:NAME -->` and `<!-- bench:end -->`. NAME is a table of the machine that the pages
 show, which is the CPU with the newest full set of results; a folder under bench/results/, a slash and a table;
-`runs/` or `run-headline/` and the folders under results/ to compare, with commas; `rates/`, `reproduced/` or
-`reproduced-headline/` and one folder; or `hard-use/` and a file of results/hard_use/. Plots are of the same machine and
-go to docs/images/; so do the curves of each reproduced table, and the figures of docs/how_it_works.md, which the
-package's own functions and a kept run make.
+`runs/` or `run-headline/` and the folders under results/ to compare, with commas; `rates/` or `reproduced/`
+and one folder; `hard-use/` and a file of results/hard_use/; or `taken`, what the fused engine's
+rules say. Plots are of the same machine and go to docs/images/; so do the curves of each reproduced table, and the
+figures of docs/how_it_works.md, which the package's own functions and a kept run make.
 `--check` changes nothing and exits with 1 when a page or plot and what it is made of disagree.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import re
@@ -25,13 +24,15 @@ from typing import Any
 from bench import figures, kept, plots, tables
 from bench import load as under_load
 from bench.compare import compare, measurements, name_of, summary
+from bench.harness import parser_of
+from bench.taken import what_is_taken
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 IMAGES = ROOT / "docs" / "images"
 PAGES = (
     "README.md",
-    "docs/drop_in.md",
+    "docs/engine.md",
     "docs/performance.md",
     "docs/kernel_table.md",
     "docs/hard_use.md",
@@ -62,7 +63,6 @@ RUNS = {
     "run-headline": kept.run_headline,
     "rates": kept.rates,
     "reproduced": kept.reproduced,
-    "reproduced-headline": kept.reproduced_headline,
     "hard-use": kept.hard_use,
 }
 PLOTS: dict[str, tuple[str, Callable[[tables.Rows], bytes]]] = {
@@ -120,8 +120,6 @@ def where(content: dict[str, Any]) -> str:
     m = content["machine"]
     device = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, {m['isa']}"
     text = f"{device}; torch {m['versions']['torch']}"
-    if "date" not in m:
-        return f"{text}."
     rows = [row for row in content.get("rows", ()) if "commit" in row] or [m]
     dates = sorted({row["date"] for row in rows})
     commits = list(dict.fromkeys(row["commit"] for row in sorted(rows, key=lambda row: row["date"])))
@@ -146,6 +144,8 @@ def render(name: str) -> str:
     machine, slash, what = name.rpartition("/")
     if machine in RUNS:
         return f"\n{RUNS[machine](what.split(','))}\n\n"
+    if name == "taken":
+        return f"\n{what_is_taken()}\n\n"
     machine = machine if slash else shown()
     if what == "machine":
         content = load(machine, "iterations")
@@ -193,9 +193,7 @@ def stale(write: bool) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     differing = stale(write=not check)

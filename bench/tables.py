@@ -13,9 +13,9 @@ Rows = list[dict[str, Any]]
 COMPILED = ("torch.compile", "torch.compile-traced", "textbook-compiled", "textbook-compiled-net")
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    rule = ["---" if i == 0 else "---:" for i in range(len(header))]
+def table(header: list[str], lines: list[list[str]], texts: int = 1) -> str:
+    """A Markdown table, numbers to the right; of its columns the first ``texts`` hold none."""
+    rule = ["---" if i < texts else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
 
 
@@ -99,15 +99,14 @@ def kernels(rows: Rows) -> str:
                 *_named(r),
                 *(f"{r['ours_us'][1]:.0f}", f"{r['torch_us'][1]:.0f}", _ratio(r["ratio_quartiles"])),
                 *(f"{r['bytes'] / 2**20:.1f}", f"{r['gb_per_s']:.1f}", f"{r['share_of_copy']:.0%}"),
-                *(_optional(r, "gflop_per_s", ".0f"), _optional(r, "share_of_peak", ".0%")),
-                _optional(r, "share_of_roof", ".0%"),
+                *(f"{r['gflop_per_s']:.0f}", f"{r['share_of_peak']:.0%}", f"{r['share_of_roof']:.0%}"),
             ]
         )
     return table(header, lines)
 
 
 def _optional(r: dict[str, Any], key: str, form: str) -> str:
-    """A number that older results lack."""
+    """A number that not every row has."""
     return format(r[key], form) if r.get(key) is not None else ""
 
 
@@ -128,7 +127,7 @@ def kernel_summary(rows: Rows) -> str:
         if not timed:
             lines.append([*name, "not timed", ""])
             continue
-        shares = [max(r["share_of_copy"], r.get("share_of_peak", 0.0)) for r in timed]
+        shares = [max(r["share_of_copy"], r["share_of_peak"]) for r in timed]
         lines.append([*name, _range([r["ratio"] for r in timed], ".2f"), _range(shares, ".0%")])
     return table(["operation", "", "sizes", "times as fast as PyTorch", "of the nearer ceiling"], lines)
 
@@ -169,10 +168,11 @@ def dispatch(rows: Rows) -> str:
 def scaling(rows: Rows) -> str:
     lines = []
     for r in rows:
-        ms = spread(r["ms"], 1) if isinstance(r["ms"], list) else f"{r['ms']:.1f}"
         ratios = [_ratio(r.get("ratio_quartiles")), _ratio(r.get("again"))]
         rates = [_optional(r, "gflop_per_s", ".0f"), _optional(r, "share_of_peak", ".0%")]
-        lines.append([r["varies"], str(r["value"]), ms, *ratios, f"{r['ms_each']:.2f}", *rates])
+        lines.append(
+            [r["varies"], str(r["value"]), spread(r["ms"], 1), *ratios, f"{r['ms_each']:.2f}", *rates]
+        )
     header = ["varies", "value", "ms (quartiles)", "times the unchanged", "in another run"]
     return table([*header, "ms each", "GFLOP/s", "of peak"], lines)
 
@@ -281,8 +281,7 @@ def environments(data: dict[str, Any]) -> str:
             if package in ("torch", "torchopt", "higher", "learn2learn", "jax", "jaxlib", "numpy", "python")
         )
         lines.append([f"`{name}`", what])
-    rule = ["| environment | what is in it, or why it is not there |", "| --- | --- |"]
-    return "\n".join([*rule, *("| " + " | ".join(line) + " |" for line in lines)])
+    return table(["environment", "what is in it, or why it is not there"], lines, texts=2)
 
 
 def peer_rows(data: dict[str, Any]) -> Rows:

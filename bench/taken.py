@@ -1,30 +1,21 @@
-"""What the fused engine takes, as the table in ``docs/engine.md``, from the engine's own rules.
-
-    python -m bench.taken [--write]
-
-prints it, or puts it into the page between its two marks; ``tests/test_taken.py`` holds the page against the code.
-"""
+"""What the fused engine takes, as the table in ``docs/engine.md``, from the engine's own rules."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table
+from bench.tables import table
 from mamlpp_fast.engine.fused.composites import COMPOSITES
 from mamlpp_fast.engine.fused.lowering import taken
 from mamlpp_fast.engine.recorder import name_of
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "engine.md"
-BEGIN, END = "<!-- taken: by python -m bench.taken --write -->\n", "<!-- /taken -->\n"
 _OPERATORS = {"__add__": "`+`", "__mul__": "`*`", "__setitem__": "assignment to a slice"}
 
 
-def names(functions: list[Any]) -> list[str]:
+def _names(functions: list[Any]) -> str:
     """How these are called, each name once: in place and reversed forms under that of the plain one."""
-    found = dict.fromkeys(map(_name, functions))
-    return [name for name in found if name]
+    return ", ".join(name for name in dict.fromkeys(map(_name, functions)) if name)
 
 
 def _name(function: Any) -> str:
@@ -34,34 +25,11 @@ def _name(function: Any) -> str:
     return f"`{name.strip('_')}`"
 
 
-def table() -> str:
-    """Two tables: functions with rules of their own, and those that are traced as other ones."""
-    lines = ["| operation | with a rule of its own |", "| --- | --- |"]
-    lines += [f"| {', '.join(names(functions))} | {takes} |" for takes, functions in taken().items()]
-    composites = ", ".join(names(list(COMPOSITES)))
-    lines += ["", f"Generic steps made of other operations than PyTorch's: {composites}.", ""]
-    return "\n".join(lines)
-
-
-def written(page: str) -> str:
-    """A page with the table between its marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE.name}: expected the marks {BEGIN.strip()} and {END.strip()}")
-    return before + begin + table() + end + after
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def what_is_taken() -> str:
+    """Functions with rules of their own, and those that are traced as other ones."""
+    rules = [[_names(functions), takes] for takes, functions in taken().items()]
+    composites = _names(list(COMPOSITES))
+    return (
+        f"{table(['operation', 'with a rule of its own'], rules, texts=2)}\n\n"
+        f"Generic steps made of other operations than PyTorch's: {composites}."
     )
-    parser.add_argument("--write", action="store_true", help="into docs/engine.md")
-    if parser.parse_args().write:
-        PAGE.write_text(written(PAGE.read_text()))
-    else:
-        print(table(), end="")
-
-
-if __name__ == "__main__":
-    main()

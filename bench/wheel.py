@@ -11,13 +11,14 @@ kernels are not in use or that is more than 1e-9.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from bench.harness import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,9 +80,7 @@ def check(wheel: Path, site: Path, python: str, folder: Path) -> dict[str, objec
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, json=False)
     parser.add_argument("pythons", nargs="+", metavar="PYTHON")
     parser.add_argument("--out", type=Path, help="where the wheel is left")
     arguments = parser.parse_args()

@@ -11,12 +11,9 @@
 #
 # Exits 0 while PyTorch behaves so, 1 when it no longer does.
 set -euo pipefail
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.13.0
-cd "$work"
-"$work/venv/bin/python" -W ignore - <<'PYTHON'
+cd "$(mktemp -d)" && trap 'rm -rf "$PWD"' EXIT
+python3 -m venv . && bin/pip install -q torch==2.13.0
+bin/python -W ignore - <<'PYTHON'
 import sys
 
 import torch

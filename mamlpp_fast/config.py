@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["MAMLConfig", "check_kind", "check_value", "type_hints"]
+__all__ = ["TRUTH", "MAMLConfig", "read_value", "type_hints"]
 
 _MOST = 1e18  # more than any setting needs, and what every type of tensor holds
 
@@ -79,7 +81,7 @@ class MAMLConfig:
     def __post_init__(self) -> None:
         hints = type_hints(type(self))  # type: ignore[arg-type]  # a class has a hash, which mypy takes for its instances'
         for field in dataclasses.fields(self):
-            check_value(field.name, getattr(self, field.name), hints[field.name])
+            read_value(field.name, getattr(self, field.name), hints[field.name])
         for name, least in self.least().items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -128,35 +130,59 @@ class MAMLConfig:
         return dataclasses.asdict(self)
 
 
-_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "an integer"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text"),
-    list: ((list,), "a list"),
-}
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_SPOKEN = TRUTH | {"yes": True, "on": True, "no": False, "off": False}
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", list: "a list"}
 
 
-def check_value(name: str, value: Any, hint: Any) -> None:
-    """Raises unless a value is of the type that a setting has; of texts and tuples in it only choices are known.
+def read_value(name: str, value: Any, hint: Any, *, text: bool = False) -> Any:
+    """A value of the type that a setting has.
+
+    Args:
+        name: the setting, for the message.
+        value: a plain value (JSON), or what was written of it.
+        hint: the type: plain, a choice of texts, a tuple of one type, or a union of these and None.
+        text: whether ``value`` is a text of a command line, to be read as that type.
 
     Raises:
         ValueError: names the setting, what was expected and what came.
     """
-    options = get_args(hint)
-    if options and all(isinstance(o, str) for o in options):
-        if value not in options:
-            raise ValueError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
-        return
-    kind = next((o for o in options or (hint,) if o in (bool, int, float)), None)
-    if kind is None or (value is None and type(None) in options) or get_origin(hint) is tuple:
-        return
-    check_kind(name, value, kind)
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    found = _from_text(value, options) if text else value
+    if not any(_fits(found, option) for option in options):
+        raise ValueError(f"{name}: expected {_words(options[0])}, got {value!r}")
+    return found
 
 
-def check_kind(name: str, value: Any, kind: Any) -> None:
-    """Raises unless a value is of a plain type; whole numbers are numbers, truth values are not."""
-    kinds, words = _KINDS[kind]
-    fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-    if not fits or (kind in (int, float) and not -_MOST < value < _MOST):
-        raise ValueError(f"{name}: expected {words}, got {value!r}")
+def _from_text(text: str, options: tuple[Any, ...]) -> Any:
+    """What a text says, as the first type that takes it; as it is where none does."""
+    if NoneType in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
+        if option is bool:
+            return _SPOKEN.get(text.lower(), text)
+        if option in (int, float):
+            with suppress(ValueError):
+                return option(text)
+        if get_origin(option) is tuple and ("," in text or len(options) == 1):
+            return tuple(_from_text(part.strip(), get_args(option)) for part in text.split(","))
+    return text
+
+
+def _fits(value: Any, option: Any) -> bool:
+    """Whether a value is of a type; whole numbers are numbers, truth values are not."""
+    if get_origin(option) is Literal:
+        return value in get_args(option)
+    if get_origin(option) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, get_args(option)[0]) for v in value)
+    if isinstance(value, bool):
+        return option is bool
+    if option in (int, float):
+        return isinstance(value, int if option is int else int | float) and -_MOST < value < _MOST
+    return isinstance(value, option)
+
+
+def _words(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return f"one of {', '.join(get_args(option))}"
+    return "numbers separated by commas" if get_origin(option) is tuple else _WORDS[option]

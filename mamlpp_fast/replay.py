@@ -53,6 +53,13 @@ class ReplayReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def describe(self) -> str:
+        """The errors and the verdict, a line each."""
+        names = ("loss", "meta_gradient", "final_parameters", "eval_logits")
+        errors = [f"{name:<17} {getattr(self, name):.2e}" for name in names]
+        verdict = "within tolerance" if self.ok else "outside tolerance"
+        return "\n".join([*errors, f"engine {self.engine}, {self.dtype}: {verdict}"])
+
 
 class _RecordedLearner(MAMLPlusPlus):
     """A learner with the recorded multi-step weights: the authors' code rounds them to float32."""

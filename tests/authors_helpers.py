@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -129,29 +129,23 @@ class _Stage(nn.Module):
         )
 
 
+_STAGES = 2
+
+
 class TheirSystem(nn.Module):
     """Their learner in plain PyTorch: state dict, inner loop, multi-step loss, Adam over all that is trained."""
 
-    def __init__(
-        self,
-        config: mf.MAMLConfig,
-        *,
-        ways: int = 2,
-        filters: int = 4,
-        stages: int = 2,
-        gamma: bool = True,
-        beta: bool = True,
-    ) -> None:
+    def __init__(self, config: mf.MAMLConfig, *, gamma: bool = True, beta: bool = True) -> None:
         super().__init__()
-        self.config, self.stages, self.iteration = config, stages, 0
+        self.config, self.iteration = config, 0
         steps = config.steps
         self.classifier = nn.Module()
         layers = nn.ModuleDict()
-        for i in range(stages):
+        for i in range(_STAGES):
             rows = (steps,) if config.bnwb else ()
-            layers[f"conv{i}"] = _Stage(1 if i == 0 else filters, filters, rows, gamma, beta)
+            layers[f"conv{i}"] = _Stage(1 if i == 0 else 4, 4, rows, gamma, beta)
         layers["linear"] = _Named(
-            weights=nn.Parameter(torch.randn(ways, filters * 4) * 0.3), bias=nn.Parameter(torch.zeros(ways))
+            weights=nn.Parameter(torch.randn(2, 16) * 0.3), bias=nn.Parameter(torch.zeros(2))
         )
         self.classifier.layer_dict = layers
         self.inner_loop_optimizer = nn.Module()
@@ -171,7 +165,7 @@ class TheirSystem(nn.Module):
         def get(name: str) -> Tensor:
             return fast[name] if name in fast else self.classifier.get_parameter(name)
 
-        for i in range(self.stages):
+        for i in range(_STAGES):
             layer = f"layer_dict.conv{i}"
             x = F.conv2d(x, get(f"{layer}.conv.weight"), get(f"{layer}.conv.bias"), padding=1)
             gamma, beta = get(f"{layer}.norm_layer.weight"), get(f"{layer}.norm_layer.bias")
@@ -210,6 +204,12 @@ class TheirSystem(nn.Module):
         self.optimizer.step()
         self.iteration += 1
         return float(mean.detach())
+
+    def trained(self, updates: int, seed: int = 0) -> Self:
+        """After so many meta-updates on :func:`their_batches`."""
+        for batch in their_batches(updates, seed):
+            self.step(batch)
+        return self
 
     def state(self, accuracies: list[float]) -> dict[str, Any]:
         """What they save at the end of an epoch; ``accuracies`` are those of validation, an epoch each."""

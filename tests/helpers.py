@@ -107,3 +107,12 @@ def spare_the_interpreter(backend: str, needless: bool) -> None:
     """Skips what another case covers where it is Triton's interpreter, which takes 0.1 s a launch."""
     if backend == "triton" and needless:
         pytest.skip("covered by another case; too long for the interpreter")
+
+
+@contextlib.contextmanager
+def refused(kind: type[Exception], text: str) -> Iterator[None]:
+    """Within it an error of this kind is raised, of one line with this text in it."""
+    with pytest.raises(kind) as raised:
+        yield
+    assert text in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -28,7 +28,7 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: floa
             ends.append(receive)
         for process in processes:
             process.start()
-        results = [pickle.loads(end.recv_bytes()) if end.poll(90) else "no answer" for end in ends]
+        results = [pickle.loads(end.recv_bytes()) if end.poll(timeout + 90) else "no answer" for end in ends]
         for process in processes:
             process.join(10)
             process.kill()

@@ -16,17 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import draw_folder, metrics_of, tiny_arguments
+from train_helpers import metrics_of, tiny_arguments
 
 from mamlpp_fast.cli import main
 from mamlpp_fast.train import load_checkpoint
 
 LATEST = Path("checkpoints") / "latest.pt"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("data"))
 
 
 def command(data: Path, out: Path, **changes: object) -> list[str]:

@@ -19,6 +19,7 @@ from bench import gpu_equality, harness, iterations, load, plots, report, tables
 from bench.__main__ import PARTS
 from bench.cases import all_cases
 from bench.compare import compare
+from bench.taken import what_is_taken
 from mamlpp_fast.workloads import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,9 +245,19 @@ def test_pages_show_the_newest_full_set(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_page_or_plot_that_differs_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another test may have added rules to the table of this page, in this process.
+    monkeypatch.setattr(report, "PAGES", [page for page in report.PAGES if page != "docs/engine.md"])
     monkeypatch.setitem(report.PLOTS, "peers", ("peers", lambda rows: b"other"))
     monkeypatch.setitem(report.TABLES, "headline", ("iterations", lambda rows: "| other |"))
     assert report.stale(write=False) == ["README.md", "docs/images/peers.svg"]
+
+
+def test_every_row_of_what_is_taken_has_names_and_words() -> None:
+    """``python -m bench.report`` writes it into ``docs/engine.md``."""
+    made = what_is_taken()
+    rows = [line.strip("|").split(" | ") for line in made.splitlines() if line.startswith("| `")]
+    assert len(rows) > 10 and all(names.strip() and takes.strip() for names, takes in rows)
+    assert all(name in made for name in ("`conv2d`", "`dropout2d`", "`linear`", "`*`", "`gru`"))
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -11,7 +11,8 @@ import torch
 from train_helpers import RunsCode
 
 from mamlpp_fast.train import checkpoint, files
-from mamlpp_fast.train.checkpoint import CheckpointError, check_fits, load_checkpoint, save_checkpoint
+from mamlpp_fast.train._resumable import check_fits
+from mamlpp_fast.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ import errno
 import importlib.util
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cli_helpers import fails
@@ -225,14 +223,6 @@ def test_wrong_arguments(
     fails(capsys, arguments, *parts)
 
 
-def test_truncated_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "omniglot.npz", images=np.zeros((40, 20, 28, 28), np.uint8))
-    whole = (tmp_path / "omniglot.npz").read_bytes()
-    (tmp_path / "omniglot.npz").write_bytes(whole[: len(whole) // 2])
-    command = ["train", "omniglot-5w1s", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
-    fails(capsys, command, "omniglot.npz: expected a whole .npz archive")
-
-
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -246,32 +236,6 @@ def test_data_that_do_not_suffice(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, int], parts: list[str]
 ) -> None:
     fails(capsys, train_command(data, tmp_path / "run", **changes), *parts)
-
-
-class _RunsCode:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("ran",)
-
-
-def _pickles(folder: Path, value: object) -> list[str]:
-    """A mini-ImageNet of three pickles."""
-    for split in ("train", "val", "test"):
-        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(value))
-    return ["train", "miniimagenet-5w1s", "--data", str(folder), "--out", str(folder / "run")]
-
-
-def test_pickle_that_would_run_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    fails(capsys, _pickles(tmp_path, _RunsCode()), "mini-imagenet-cache-train.pkl: expected")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_labels_outside_the_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = np.zeros((4, 84, 84, 3), np.uint8)
-    value = {"image_data": images, "class_dict": {"a": [0, 1], "b": [2, 9]}}
-    fails(capsys, _pickles(tmp_path, value), "class_dict['b']: expected 0 .. 3, got 2 .. 9")
 
 
 def test_nan_in_images(
@@ -317,38 +281,6 @@ def test_checkpoint_of_another_shape(interrupted: list[str], capsys: pytest.Capt
     )
 
 
-def test_truncated_checkpoint(interrupted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    latest = Path(interrupted[interrupted.index("--out") + 1]) / "checkpoints" / "latest.pt"
-    latest.write_bytes(latest.read_bytes()[:1000])
-    fails(capsys, interrupted, "latest.pt: expected a whole checkpoint")
-
-
-def test_checkpoint_that_would_run_code(
-    interrupted: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save(
-        {"format": _RunsCode()},
-        Path(interrupted[interrupted.index("--out") + 1]) / "checkpoints" / "latest.pt",
-    )
-    fails(capsys, interrupted, "latest.pt: expected tensors and plain values only")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_other_settings_for_the_same_folder(
-    interrupted: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    fails(
-        capsys,
-        [*interrupted, "--set", "steps=3"],
-        "--out: expected a folder without another run",
-        "steps=3 (was 2)",
-    )
-
-
 def test_a_file_where_the_folder_should_be(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,15 +289,6 @@ def test_a_file_where_the_folder_should_be(
         capsys, train_command(data, tmp_path / "file"), "file: expected to read and write here, File exists"
     )
     fails(capsys, train_command(data, tmp_path / "file" / "run"), "Not a directory")
-
-
-def test_a_folder_without_write_permission(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    (tmp_path / "locked").mkdir(mode=0o500)
-    fails(capsys, train_command(data, tmp_path / "locked" / "run"), "locked", "Permission denied")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
@@ -381,12 +304,6 @@ def test_a_disk_that_refuses(
         patch.setattr(files.os, "fsync", refuse)
         fails(capsys, interrupted, ".pt: expected to read and write here", os.strerror(number))
     assert main(interrupted) == 0
-
-
-def test_two_processes_on_one_folder(interrupted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    out = Path(interrupted[interrupted.index("--out") + 1])
-    with files.run_lock(out):
-        fails(capsys, interrupted, "--out: expected a folder no other run is using", f"process {os.getpid()}")
 
 
 def test_debug_shows_the_traceback() -> None:

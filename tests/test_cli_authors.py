@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from authors_helpers import TINY, TheirSystem, their_batches, write_experiment
+from authors_helpers import TINY, TheirSystem, write_experiment
 from cli_helpers import fails
 from train_helpers import metrics_of
 
@@ -18,26 +18,13 @@ ANY_IMAGES = ["--set", "dataset=folder"]
 
 
 def command(experiment: Path, data: Path, out: Path) -> list[str]:
-    engine = ["--engine", "reference", "--device", "cpu"]
-    return [
-        "train",
-        "--config",
-        str(experiment),
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        *engine,
-        *ANY_IMAGES,
-    ]
+    where = ["--config", str(experiment), "--data", str(data), "--out", str(out)]
+    return ["train", *where, "--engine", "reference", "--device", "cpu", *ANY_IMAGES]
 
 
 def their_checkpoint(folder: Path) -> Path:
     config = read_experiment(folder / "e.json", {"dataset": "folder"}).config
-    theirs = TheirSystem(config)
-    for batch in their_batches(6):
-        theirs.step(batch)
-    state = theirs.state([0.5, 0.75])
+    state = TheirSystem(config).trained(6).state([0.5, 0.75])
     state["network"] = {k: v.float() for k, v in state["network"].items()}
     torch.save(state, folder / "train_model_2")
     return folder / "train_model_2"

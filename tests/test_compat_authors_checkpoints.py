@@ -23,6 +23,11 @@ def tiny_experiment(folder: Path, **changes: Any) -> Experiment:
     return read_experiment(write_experiment(folder / "experiment.json", **(TINY | changes)))
 
 
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return tiny_experiment(tmp_path)
+
+
 def stored(folder: Path, experiment: Experiment, engine: EngineName = "reference") -> mf.MAMLPlusPlus:
     """A learner at the state that training in ``folder`` goes on from."""
     config, record = read_config(folder)
@@ -190,16 +195,15 @@ def test_their_training_goes_on_as_ours_would(tmp_path: Path, variant: str) -> N
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("parallel", [False, True], ids=["one-gpu", "several-gpus"])
-def test_round_trip_keeps_every_tensor(tmp_path: Path, legacy: bool, parallel: bool) -> None:
-    experiment = tiny_experiment(tmp_path)
+def test_round_trip_keeps_every_tensor(
+    tmp_path: Path, experiment: Experiment, legacy: bool, parallel: bool
+) -> None:
     theirs = TheirSystem(experiment.config)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "running" in name:
                 p.uniform_(0.5, 2)
-    for batch in their_batches(6):
-        theirs.step(batch)
-    state = theirs.state([0.5, 0.25])
+    state = theirs.trained(6).state([0.5, 0.25])
     for moments in state["optimizer"]["state"].values():
         if moments["exp_avg"].shape == (3,):  # of a rate vector, whose last entry nothing of ours holds
             moments["exp_avg"][-1] = 0.125
@@ -219,11 +223,8 @@ def test_round_trip_keeps_every_tensor(tmp_path: Path, legacy: bool, parallel: b
     assert back["per_epoch_statistics"]["val_accuracy_mean"] == [0.5, 0.25]
 
 
-def test_adams_numbers_follow_the_order_of_the_file(tmp_path: Path) -> None:
-    experiment = tiny_experiment(tmp_path)
-    theirs = TheirSystem(experiment.config)
-    for batch in their_batches(3):
-        theirs.step(batch)
+def test_adams_numbers_follow_the_order_of_the_file(tmp_path: Path, experiment: Experiment) -> None:
+    theirs = TheirSystem(experiment.config).trained(3)
     state = theirs.state([0.5])
     torch.save(state, tmp_path / "x")
     network, optimizer = state["network"], state["optimizer"]
@@ -240,13 +241,9 @@ def test_adams_numbers_follow_the_order_of_the_file(tmp_path: Path) -> None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_older_versions(tmp_path: Path) -> None:
+def test_files_of_older_versions(tmp_path: Path, experiment: Experiment) -> None:
     """NumPy 1 named its module otherwise, PyTorch before 1.6 wrote no archives, Adam counted its steps in integers."""
-    experiment = tiny_experiment(tmp_path)
-    theirs = TheirSystem(experiment.config)
-    for batch in their_batches(3):
-        theirs.step(batch)
-    state = theirs.state([0.5])
+    state = TheirSystem(experiment.config).trained(3).state([0.5])
     torch.save(state, tmp_path / "new")
     for moments in state["optimizer"]["state"].values():
         moments["step"] = int(moments["step"])
@@ -261,13 +258,11 @@ def test_files_of_older_versions(tmp_path: Path) -> None:
     same_tensors(runs[0], runs[1])
 
 
-def test_the_best_of_several_are_the_ensemble(tmp_path: Path) -> None:
-    experiment = tiny_experiment(tmp_path)
+def test_the_best_of_several_are_the_ensemble(tmp_path: Path, experiment: Experiment) -> None:
     theirs = TheirSystem(experiment.config)
     accuracies, paths = [0.5, 0.75, 0.625], []
     for epoch in range(3):
-        for batch in their_batches(3, seed=epoch):
-            theirs.step(batch)
+        theirs.trained(3, seed=epoch)
         paths.append(tmp_path / f"train_model_{epoch + 1}")
         torch.save(theirs.state(accuracies[: epoch + 1]), paths[-1])
     paths.append(tmp_path / "train_model_latest")
@@ -284,8 +279,7 @@ def test_the_best_of_several_are_the_ensemble(tmp_path: Path) -> None:
     assert set(lines[2]["inner_rates"]) == set(stored(tmp_path / "run", experiment).rates.names)
 
 
-def test_statistics_that_lost_epochs_are_said_to_have(tmp_path: Path) -> None:
-    experiment = tiny_experiment(tmp_path)
+def test_statistics_that_lost_epochs_are_said_to_have(tmp_path: Path, experiment: Experiment) -> None:
     theirs = TheirSystem(experiment.config)
     theirs.iteration = 9
     torch.save(theirs.state([0.5, 0.25]), tmp_path / "x")
@@ -299,8 +293,7 @@ def test_statistics_that_lost_epochs_are_said_to_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, form: str) -> None:
-    experiment = tiny_experiment(tmp_path)
+def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, experiment: Experiment, form: str) -> None:
     marker, path = tmp_path / "ran", tmp_path / "evil"
     state = TheirSystem(experiment.config).state([0.5]) | {"best_val_acc": RunsCode(marker)}
     if form == "pickle":
@@ -317,13 +310,11 @@ def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_numbers_of_every_plain_type_of_numpy_are_read(legacy: bool, tmp_path: Path) -> None:
+def test_numbers_of_every_plain_type_of_numpy_are_read(
+    legacy: bool, tmp_path: Path, experiment: Experiment
+) -> None:
     """In their statistics and in Adam's settings alike; a numpy.bool comes of comparing numbers of numpy."""
-    experiment = tiny_experiment(tmp_path)
-    theirs = TheirSystem(experiment.config)
-    for batch in their_batches(3):
-        theirs.step(batch)
-    state = theirs.state([0.5])
+    state = TheirSystem(experiment.config).trained(3).state([0.5])
     state["optimizer"]["param_groups"][0]["amsgrad"] = np.bool_(False)
     state |= {f"statistic_{kind}": np.dtype(kind).type(1) for kind in "?bhiqBHIQefd"}
     torch.save(state, tmp_path / "x", _use_new_zipfile_serialization=not legacy)
@@ -336,8 +327,7 @@ def test_numbers_of_every_plain_type_of_numpy_are_read(legacy: bool, tmp_path: P
     import_checkpoints([tmp_path / "x"], experiment, tmp_path / "run")
 
 
-def test_numbers_of_other_types_are_refused(tmp_path: Path) -> None:
-    experiment = tiny_experiment(tmp_path)
+def test_numbers_of_other_types_are_refused(tmp_path: Path, experiment: Experiment) -> None:
     state = TheirSystem(experiment.config).state([0.5])
     torch.save(state | {"best_val_acc": np.complex128(1)}, tmp_path / "x")
     with pytest.raises(ValueError, match=r"x: expected a checkpoint, .*number type 'c16'"):
@@ -380,11 +370,10 @@ def _adam(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (lambda s: s | {"optimizer": {"state": {}}}, "expected the state of an Adam with one group"),
     ],
 )
-def test_other_checkpoints_are_refused(tmp_path: Path, change: Any, message: str) -> None:
-    experiment = tiny_experiment(tmp_path)
-    theirs = TheirSystem(experiment.config)
-    for batch in their_batches(3):
-        theirs.step(batch)
+def test_other_checkpoints_are_refused(
+    tmp_path: Path, experiment: Experiment, change: Any, message: str
+) -> None:
+    theirs = TheirSystem(experiment.config).trained(3)
     torch.save(change(theirs.state([0.5])), tmp_path / "x")
     with pytest.raises(ValueError, match=message):
         import_checkpoints([tmp_path / "x"], experiment, tmp_path / "run")
@@ -403,16 +392,14 @@ def test_a_network_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 20, 2000])
-def test_a_cut_file_is_refused(tmp_path: Path, kept: int) -> None:
-    experiment = tiny_experiment(tmp_path)
+def test_a_cut_file_is_refused(tmp_path: Path, experiment: Experiment, kept: int) -> None:
     torch.save(TheirSystem(experiment.config).state([0.5]), tmp_path / "x")
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:kept])
     with pytest.raises(ValueError, match="x: expected"):
         import_checkpoints([tmp_path / "x"], experiment, tmp_path / "run")
 
 
-def test_export_refuses_what_their_code_has_not(tmp_path: Path) -> None:
-    experiment = tiny_experiment(tmp_path)
+def test_export_refuses_what_their_code_has_not(tmp_path: Path, experiment: Experiment) -> None:
     theirs = TheirSystem(experiment.config)
     theirs.iteration = 3
     torch.save(theirs.state([0.5]), tmp_path / "x")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -227,10 +228,8 @@ def test_mini_in_the_order_of_the_authors_index(place: str, tmp_path: Path) -> N
 )
 def test_bad_mini_pickles(content: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(DataError) as raised:
+    with refused(DataError, message):
         load("miniimagenet", tmp_path)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +267,8 @@ def test_bad_mini_lists(content: str, message: str, tmp_path: Path) -> None:
     for split in SPLITS:
         (tmp_path / f"{split}.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
     (tmp_path / "images").mkdir()
-    with pytest.raises(DataError) as raised:
+    with refused(DataError, message):
         load("miniimagenet", tmp_path)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 def test_incomplete_mini(tmp_path: Path) -> None:
@@ -378,9 +375,8 @@ def test_cifar(tmp_path: Path) -> None:
 )
 def test_bad_cifar(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_cifar(tmp_path / "cifar_fs_subset.npz", **change)
-    with pytest.raises(DataError) as raised:
+    with refused(DataError, message):
         load("cifar-fs", tmp_path)
-    assert message in str(raised.value)
 
 
 def test_real_cifar(real_data: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from PIL import Image
 
 from mamlpp_fast.data import DataError, FewShotData, load, omniglot
@@ -308,10 +309,8 @@ def test_bad_npz(what: str, tmp_path: Path) -> None:
         "shape": "images_maml_packed: expected uint8 [18, 20, 28, 4], got uint8 [3, 2]",
         "suffix": "omniglot.txt: expected omniglot.npz",
     }[what]
-    with pytest.raises(DataError) as raised:
+    with refused(DataError, message):
         load("omniglot", file)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("at", range(100, 9000, 1700))

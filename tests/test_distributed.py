@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rank_helpers import on_ranks
 from torch import nn
-from train_helpers import metrics_of, tiny, tiny_arguments
+from train_helpers import before_call, metrics_of, tiny, tiny_arguments
 
 import mamlpp_fast as mf
 from mamlpp_fast.distributed import Ranks, own_device
@@ -282,16 +282,7 @@ def _stopped(out: Path, data: Path, when: str) -> tuple[str, int]:
     if dist.get_rank() == dist.get_world_size() - 1:
         name = "meta_gradient" if when == "training" else "evaluate"
         original = getattr(MAMLPlusPlus, name)
-        calls = 0
-
-        def struck(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*arguments, **keywords)
-
-        setattr(MAMLPlusPlus, name, struck)
+        setattr(MAMLPlusPlus, name, before_call(2, original, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     try:
         run(out, data)
     except Interrupted as stop:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from authors_helpers import shipped
+from helpers import refused
 from PIL import Image
 
 from bench.fuzz.archives import _archive, _bomb, _members
@@ -181,9 +182,8 @@ def _npz(tmp_path: Path, header: str, body: bytes = b"") -> Path:
     ids=["promises", "no-size", "objects", "negative", "cut"],
 )
 def test_headers_that_promise_what_is_not_there(header: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as raised:
+    with refused(DataError, message):
         read_npz(_npz(tmp_path, header, b"abc"))
-    assert message in str(raised.value)
 
 
 def test_characters_that_are_none(tmp_path: Path) -> None:
@@ -304,9 +304,8 @@ def test_pickles_that_harm_without_code(program: bytes, reason: str | None, tmp_
     if reason is None:
         assert read_pickle(file) is None  # a memo of 16 GiB, did the file have its way
         return
-    with pytest.raises(DataError) as raised:
+    with refused(DataError, reason):
         read_pickle(file)
-    assert reason in str(raised.value)
 
 
 def test_labels_that_spell_out_to_a_power_of_two(tmp_path: Path) -> None:
@@ -334,9 +333,8 @@ _more_than_plain = pytest.mark.parametrize(
 @_more_than_plain
 def test_checkpoints_of_more_than_plain_tensors(content: Any, reason: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", "model", content)
-    with pytest.raises(CheckpointError) as raised:
+    with refused(CheckpointError, reason):
         load_checkpoint(tmp_path / "a.pt", "model")
-    assert reason in str(raised.value)
 
 
 def test_a_compressed_checkpoint(tmp_path: Path) -> None:
@@ -368,9 +366,8 @@ def test_imported_checkpoints_are_vetted_like_our_own(
     content: Any, reason: str, legacy: bool, tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "a", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError) as raised:
+    with refused(CheckpointError, reason):
         load_tensors(tmp_path / "a")
-    assert reason in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -388,9 +385,8 @@ def test_storages_of_the_old_format_have_their_bytes(change: Any, reason: str, t
     (tmp_path / "a").write_bytes(saved)
     torch.testing.assert_close(load_tensors(tmp_path / "a")["w"], torch.zeros(3), rtol=0, atol=0)
     (tmp_path / "a").write_bytes(change(saved))
-    with pytest.raises(CheckpointError) as raised:
+    with refused(CheckpointError, reason):
         load_tensors(tmp_path / "a")
-    assert reason in str(raised.value)
 
 
 def test_a_checkpoint_of_both_formats_is_read_as_the_one_that_was_vetted(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import TINY, tiny_arguments
+from train_helpers import TINY, before_call, tiny_arguments
 
 from mamlpp_fast.cli import main
 from mamlpp_fast.learner import MAMLPlusPlus, NonFiniteLossError
@@ -94,18 +94,11 @@ def test_a_finished_run_is_not_run_again(
 def test_a_stopped_table_goes_on(
     whole: tuple[Path, str], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = MAMLPlusPlus.meta_step
-    calls = 0
-
-    def stopping(learner: MAMLPlusPlus, batch: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 7:
-            raise Interrupted(2)
-        return original(learner, batch, **keywords)
+    def stop() -> None:
+        raise Interrupted(2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MAMLPlusPlus, "meta_step", stopping)
+        patch.setattr(MAMLPlusPlus, "meta_step", before_call(7, MAMLPlusPlus.meta_step, stop))
         with pytest.raises(Interrupted):
             run(tmp_path, data)
     # The first run is whole, and so is a table of it.

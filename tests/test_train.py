@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import draw_folder, metrics_of, tiny, tiny_arguments, without_timing
+from train_helpers import before_call, draw_folder, metrics_of, tiny, tiny_arguments, without_timing
 
 from mamlpp_fast.cli import main
 from mamlpp_fast.learner import MAMLPlusPlus, NonFiniteLossError, StepMetrics
@@ -202,16 +202,7 @@ def _lines(path: Path) -> int:
 def test_a_signal_saves_and_stops(
     tmp_path: Path, whole: Path, data: Path, number: int, during: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = getattr(MAMLPlusPlus, during)
-    calls = 0
-
-    def signalling(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            os.kill(os.getpid(), number)
-        return original(*arguments, **keywords)
-
+    signalling = before_call(5, getattr(MAMLPlusPlus, during), lambda: os.kill(os.getpid(), number))
     with monkeypatch.context() as patch:
         patch.setattr(MAMLPlusPlus, during, signalling)
         with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(number).name}"):
@@ -303,6 +294,8 @@ def test_evaluate_repeats_the_test(whole: Path) -> None:
 def test_evaluate_without_an_epoch(tmp_path: Path, data: Path) -> None:
     with pytest.raises(ValueError, match="expected a run's folder"):
         evaluate_run(tmp_path)
+    with pytest.raises(ValueError, match="ensemble: expected at least 1, got 0"):
+        evaluate_run(tmp_path, ensemble=0)
 
 
 def test_interval_and_score() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,18 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` without their times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [without_timing(json.loads(line)) for line in lines]
+
+
+def before_call(number: int, function: Callable[..., Any], act: Callable[[], Any]) -> Callable[..., Any]:
+    """The function, which does ``act`` first at its call of this number, counted from 1."""
+    calls = itertools.count(1)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return function(*arguments, **keywords)
+
+    return call
 
 
 class RunsCode:

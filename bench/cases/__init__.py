@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from bench.cases import batch_norm, conv, dispatch, first_layer, head, lslr, norm_act_pool
 from bench.harness import Case
 
-__all__ = ["GROUPS", "all_cases"]
-
 GROUPS = {
     "batch-norm": batch_norm.cases,
     "lslr": lslr.cases,

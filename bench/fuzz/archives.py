@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from bench.fuzz.mutations import NUMBERS, Mutation
 
-__all__ = ["zip_of"]
-
 _BLOCK = 1 << 20
 # Few are large: one of 30 MiB is allowed and takes long to read, one of 2000 MiB must be refused for its size.
 _BOMBS = (1, 1, 1, 1, 30, 2000)

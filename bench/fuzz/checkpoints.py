@@ -25,8 +25,6 @@ from mamlpp_fast.train.checkpoint import checkpoint_bytes, load_checkpoint, load
 from mamlpp_fast.train.files import write_json
 from mamlpp_fast.train.run_folder import load_model
 
-__all__ = ["Authors", "Checkpoint"]
-
 _CONFIG = TrainConfig(filters=2, stages=1, ways=2, image_size=4, steps=2)
 
 

@@ -28,8 +28,6 @@ from bench.fuzz.mutations import Canary
 from bench.fuzz.subject import Subject
 from bench.fuzz.subjects import SUBJECTS
 
-__all__ = ["SECONDS", "fuzz"]
-
 SECONDS = 10.0  # of processor time, an input
 _MEMORY = 1 << 30  # address space beyond what the process starts with
 _BATCH = 1000

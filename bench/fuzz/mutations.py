@@ -8,38 +8,12 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-__all__ = [
-    "NUMBERS",
-    "Canary",
-    "Mutation",
-    "bytes_of",
-    "json_of",
-    "json_value",
-    "npy_of",
-    "pickle_of",
-    "png_of",
-    "program",
-]
-
 Mutation = Callable[[random.Random, bytes], bytes]
-NUMBERS = (
-    0,
-    1,
-    2,
-    127,
-    128,
-    255,
-    256,
-    32767,
-    65535,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**63 - 1,
-    2**64 - 1,
+NUMBERS = (  # around what integers of every width hold
+    *(0, 1, 2, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1),
 )
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 5, 10**6, 10**12, 10**30, -(10**30), 0.5, -0.0, 1e308, 1e-308),
@@ -98,18 +72,7 @@ def npy_of(rng: random.Random, data: bytes) -> bytes:
     header, body = data[10 : 10 + length].decode("latin1"), data[10 + length :]
     sizes = ", ".join(str(rng.choice((*NUMBERS[:8], 10**6, 10**12, -1))) for _ in range(rng.randrange(5)))
     types = (
-        "|u1",
-        "<f8",
-        ">i4",
-        "|O",
-        "|S0",
-        "<U0",
-        "|V0",
-        "|b1",
-        "<f2",
-        "<c16",
-        "|S1000000",
-        "<M8[s]",
+        *("|u1", "<f8", ">i4", "|O", "|S0", "<U0", "|V0", "|b1", "<f2", "<c16", "|S1000000", "<M8[s]"),
         "[('a','<f8')]",
     )
     kind = rng.randrange(4)
@@ -193,49 +156,27 @@ _NAMES = (
 )
 
 
+def _each(codes: bytes) -> list[bytes]:
+    return [bytes([code]) for code in codes]
+
+
 def program(rng: random.Random, canary: str) -> bytes:
     """A pickle of random operations on a stack that mostly has what they need."""
     parts = [b"\x80\x04"]
     for _ in range(rng.randrange(1, 60)):
         module, name = rng.choice(_NAMES)
+        number = partial(rng.choice, NUMBERS)
         parts.append(
             rng.choice(
                 (
-                    *(
-                        b"(",
-                        b"N",
-                        b"\x88",
-                        b"K" + bytes([rng.randrange(256)]),
-                        b"]",
-                        b"}",
-                        b")",
-                        b"\x8f",
-                        b"2",
-                        b"0",
-                    ),
-                    *(
-                        b"t",
-                        b"\x85",
-                        b"\x86",
-                        b"\x87",
-                        b"l",
-                        b"d",
-                        b"a",
-                        b"e",
-                        b"s",
-                        b"u",
-                        b"R",
-                        b"b",
-                        b"\x90",
-                        b"\x91",
-                    ),
-                    *(b"\x81", b"\x92", b"o", b"Q", b"\x94", b"h" + bytes([rng.randrange(4)])),
-                    b"J" + struct.pack("<I", rng.choice(NUMBERS) % 2**32),
-                    b"r" + struct.pack("<I", rng.choice(NUMBERS) % 2**32),
-                    b"\x8a\x08" + struct.pack("<Q", rng.choice(NUMBERS)),
-                    b"\x8e" + struct.pack("<Q", rng.choice(NUMBERS)),
-                    b"\x95" + struct.pack("<Q", rng.choice(NUMBERS)),
-                    b"\x96" + struct.pack("<Q", rng.choice(NUMBERS)),
+                    *_each(b"(N\x88"),
+                    b"K" + bytes([rng.randrange(256)]),
+                    *_each(b"]})\x8f20t\x85\x86\x87ldaesuRb\x90\x91\x81\x92oQ\x94"),
+                    b"h" + bytes([rng.randrange(4)]),
+                    b"J" + struct.pack("<I", number() % 2**32),
+                    b"r" + struct.pack("<I", number() % 2**32),
+                    b"\x8a\x08" + struct.pack("<Q", number()),
+                    *(code + struct.pack("<Q", number()) for code in _each(b"\x8e\x95\x96")),
                     b"X" + struct.pack("<I", len(canary)) + canary.encode(),
                     b"U\x02" + rng.choice((b"u1", b"f8", b"O8", b"S0", b"V9", b"|O")),
                     *(b"c" + f"{module}\n{name}\n".encode() for _ in range(4)),
@@ -267,11 +208,6 @@ def pickle_of(rng: random.Random, data: bytes, content: Any) -> bytes:
         (Canary(), hostile, json_value(rng, changed[key]), [changed[key]], {"a": hostile})
     )
     if rng.random() < 0.1:  # the same as the key of a dictionary or member of a set, which is hashed
-        return (
-            b"\x80\x04"
-            + rng.choice((b"}", b"\x8f("))
-            + b")"
-            + b"2\x86" * rng.choice((3, 40))
-            + rng.choice((b"Ns.", b"\x90."))
-        )
+        start, end = rng.choice((b"}", b"\x8f(")), b")" + b"2\x86" * rng.choice((3, 40))
+        return b"\x80\x04" + start + end + rng.choice((b"Ns.", b"\x90."))
     return pickle.dumps(changed, rng.randrange(6))

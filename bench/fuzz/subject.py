@@ -6,8 +6,6 @@ import random
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-__all__ = ["Subject"]
-
 
 class Subject(ABC):
     """One kind of input.

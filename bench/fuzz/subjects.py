@@ -26,8 +26,6 @@ from mamlpp_fast.data.classes import FewShotData
 from mamlpp_fast.train import parse_settings, preset
 from mamlpp_fast.train.run_folder import finished_summary, read_config
 
-__all__ = ["SUBJECTS"]
-
 SPLITS = ("train", "val", "test")
 
 

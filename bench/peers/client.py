@@ -20,8 +20,6 @@ import numpy as np
 
 from bench.peers.problem import Arrays
 
-__all__ = ["Failed", "Peer", "Worker", "differs", "distance"]
-
 ROOT = Path(__file__).resolve().parents[2]
 _INERT = re.compile(r"\.conv\.bias$")
 

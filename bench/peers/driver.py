@@ -38,8 +38,6 @@ from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, rec
 from bench.peers.problem import SIZES, TINY, Arrays, Sizes, make
 from bench.tables import held_up
 
-__all__ = ["PEERS", "Settings", "compare"]
-
 _P = "bench.peers."
 EXACT = Peer("exact", _P + "textbook")
 PEERS = (

@@ -21,8 +21,6 @@ from typing import Any
 
 from bench.harness import parser_of
 
-__all__ = ["ENVIRONMENTS", "Environment", "default_cache", "recorded"]
-
 
 @dataclass(frozen=True)
 class Environment:
@@ -108,20 +106,8 @@ def _unpack(python: Path, requirement: str) -> None:
     name = requirement.partition("==")[0]
     site = _site(python)
     with tempfile.TemporaryDirectory() as folder:
-        _run(
-            python,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-binary",
-            ":all:",
-            "-d",
-            folder,
-            requirement,
-        )
+        options = ["-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d"]
+        _run(python, "-m", "pip", "download", *options, folder, requirement)
         archive = next(Path(folder).glob("*.tar.gz"))
         with tarfile.open(archive) as tar:
             root = archive.name.removesuffix(".tar.gz")

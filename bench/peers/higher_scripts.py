@@ -11,8 +11,6 @@ from bench.peers.problem import Problem
 from bench.peers.torch_parts import conv4, tasks
 from bench.peers.worker import Step
 
-__all__ = ["SCRIPTS", "build"]
-
 BEFORE, AFTER = "import higher", "import mamlpp_fast.compat.higher as higher"
 
 _LOOP = """

@@ -8,8 +8,6 @@ import sys
 from functools import cache
 from types import ModuleType
 
-__all__ = ["load", "skeleton"]
-
 _BARE = ("", ".algorithms", ".vision")
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["EPOCH", "MSL_EPOCHS", "SIZES", "STAGES", "TINY", "Arrays", "Problem", "Sizes", "make"]
-
 Arrays = dict[str, np.ndarray[Any, Any]]
 STAGES = 4
 

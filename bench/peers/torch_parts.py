@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from bench.peers.problem import STAGES, Problem
 
-__all__ = ["Named", "Task", "conv4", "finished", "leaves", "norms", "rate", "tasks"]
-
 Named = dict[str, Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
 # float32 means float32 on a GPU too.

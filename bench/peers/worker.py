@@ -31,8 +31,6 @@ import numpy as np
 
 from bench.peers.problem import Problem
 
-__all__ = ["Step"]
-
 Step = Callable[[], tuple[Any, Mapping[str, Any]]]
 
 

@@ -4,6 +4,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <vector>
 
@@ -22,6 +24,30 @@ inline at::ScalarType check_float(const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, name, ": expected float32 or float64, got ", type);
   return type;
 }
+
+/// Registers functions, each behind its operation's name.
+template <typename Function, typename... Others>
+void implement(torch::Library& library, const char* name, Function* function, const Others&... others) {
+  library.impl(name, function);
+  if constexpr (sizeof...(others) > 0) implement(library, others...);
+}
+
+/// A contiguous buffer of the wanted type; `finish` rounds it into the result if that is another tensor.
+struct Result {
+  Result(const at::Tensor& out, at::ScalarType type)
+      : result(out),
+        buffer(out.scalar_type() == type && out.is_contiguous() ? out
+                                                                : at::empty(out.sizes(), out.options().dtype(type))) {}
+  void finish() const {
+    if (!buffer.is_same(result)) result.copy_(buffer);
+  }
+  /// Where a row of the last axis' length begins.
+  template <typename T>
+  T* row(int64_t i) const {
+    return buffer.mutable_data_ptr<T>() + i * buffer.size(-1);
+  }
+  at::Tensor result, buffer;
+};
 
 template <typename T>
 struct Type {

@@ -434,11 +434,9 @@ void conv_norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& v, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("patch_moments", &patch_moments_op);
-  m.impl("conv_norm_act_pool", &conv_norm_act_pool);
-  m.impl("conv_norm_act_pool_backward", &conv_norm_act_pool_backward);
-  m.impl("conv_norm_act_pool_tangent", &conv_norm_act_pool_tangent);
-  m.impl("conv_norm_act_pool_backward_tangent", &conv_norm_act_pool_backward_tangent);
+  implement(m, "patch_moments", &patch_moments_op, "conv_norm_act_pool", &conv_norm_act_pool,
+            "conv_norm_act_pool_backward", &conv_norm_act_pool_backward, "conv_norm_act_pool_tangent",
+            &conv_norm_act_pool_tangent, "conv_norm_act_pool_backward_tangent", &conv_norm_act_pool_backward_tangent);
 }
 
 }  // namespace mf

@@ -185,10 +185,9 @@ void linear_cross_entropy_backward_tangent(const Tensor& gz_dot, const Tensor& g
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("linear_cross_entropy", &linear_cross_entropy);
-  m.impl("linear_cross_entropy_backward", &linear_cross_entropy_backward);
-  m.impl("linear_cross_entropy_tangent", &linear_cross_entropy_tangent);
-  m.impl("linear_cross_entropy_backward_tangent", &linear_cross_entropy_backward_tangent);
+  implement(m, "linear_cross_entropy", &linear_cross_entropy, "linear_cross_entropy_backward",
+            &linear_cross_entropy_backward, "linear_cross_entropy_tangent", &linear_cross_entropy_tangent,
+            "linear_cross_entropy_backward_tangent", &linear_cross_entropy_backward_tangent);
 }
 
 }  // namespace mf

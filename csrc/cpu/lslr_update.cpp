@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
+
 namespace mf {
 namespace {
 
@@ -47,22 +49,6 @@ struct Rows {
     return tensor.const_data_ptr<T>() + task * tensor.stride(0);
   }
   Tensor tensor;
-};
-
-/// A contiguous buffer [tasks, P] of the wanted type; `finish` rounds it into the result if that is another.
-struct Result {
-  Result(const Tensor& out, at::ScalarType type)
-      : result(out),
-        buffer(out.scalar_type() == type && out.is_contiguous() ? out
-                                                                : at::empty(out.sizes(), out.options().dtype(type))) {}
-  template <typename T>
-  T* row(int64_t task) const {
-    return buffer.mutable_data_ptr<T>() + task * buffer.size(-1);
-  }
-  void finish() const {
-    if (!buffer.is_same(result)) result.copy_(buffer);
-  }
-  Tensor result, buffer;
 };
 
 /// The step's rates, of segments or of elements, in the wanted type.
@@ -266,11 +252,9 @@ std::tuple<Tensor, Tensor, Tensor> lslr_update_double_backward(const Tensor& a, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("lslr_update", &lslr_update);
-  m.impl("lslr_update_out", &lslr_update_out);
-  m.impl("lslr_update_backward", &lslr_update_backward);
-  m.impl("lslr_update_backward_out", &lslr_update_backward_out);
-  m.impl("lslr_update_double_backward", &lslr_update_double_backward);
+  implement(m, "lslr_update", &lslr_update, "lslr_update_out", &lslr_update_out, "lslr_update_backward",
+            &lslr_update_backward, "lslr_update_backward_out", &lslr_update_backward_out, "lslr_update_double_backward",
+            &lslr_update_double_backward);
 }
 
 }  // namespace mf

@@ -8,11 +8,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -102,35 +100,19 @@ std::optional<InRows<T>> direction(const Problem& p, const char* name, const Opt
   return InRows<T>(p, *t);
 }
 
-/// A contiguous result of type T, rounded into the tensor asked for at the end if that differs.
 template <typename T>
-struct Out {
-  explicit Out(Tensor& t)
-      : result(t),
-        buffer(t.scalar_type() == c10::CppTypeToScalarType<T>::value && t.is_contiguous()
-                   ? t
-                   : at::empty(t.sizes(), t.options().dtype(c10::CppTypeToScalarType<T>::value))) {}
-  void finish() const {
-    if (!buffer.is_same(result)) result.copy_(buffer);
-  }
+struct Out : Result {
+  explicit Out(const Tensor& t) : Result(t, c10::CppTypeToScalarType<T>::value) {}
   T* data() const { return buffer.template mutable_data_ptr<T>(); }
-  Tensor &result, buffer;
 };
 
-/// Memory the calling thread keeps from call to call: partial sums of every image and rows of every task.
+/// Partial sums of every image and rows of every task, in the calling thread's memory.
 template <typename T>
 class Scratch {
  public:
   Scratch(const Problem& p, int64_t sums, int64_t rows)
       : channels_(p.shape.channels), images_(p.images), sums_(sums), rows_(rows) {
-    const int64_t needed = p.tasks * (p.images * sums + rows) * channels_;
-    static thread_local std::unique_ptr<T[]> kept;
-    static thread_local int64_t size = 0;
-    if (needed > size) {
-      kept.reset(new T[needed]);
-      size = needed;
-    }
-    data_ = kept.get();
+    data_ = scratch<T>(p.tasks * (p.images * sums + rows) * channels_);
     rows_data_ = data_ + p.tasks * p.images * sums * channels_;
   }
   T* sum(int64_t task, int64_t image, int64_t i) const {
@@ -159,19 +141,14 @@ template <typename Reduce, typename Combine, typename Apply>
 void run(const Problem& p, const Reduce& reduce, const Combine& combine, const Apply& apply) {
   const int64_t threads = at::get_num_threads();
   if (p.tasks % threads == 0 || p.tasks >= 4 * threads) {
-    at::parallel_for(0, p.tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        for (int64_t image = 0; image < p.images; ++image) reduce(task, image);
-        combine(task);
-        for (int64_t image = 0; image < p.images; ++image) apply(task, image);
-      }
+    return each(p.tasks, [&](int64_t task) {
+      for (int64_t image = 0; image < p.images; ++image) reduce(task, image);
+      combine(task);
+      for (int64_t image = 0; image < p.images; ++image) apply(task, image);
     });
-    return;
   }
   const auto each_image = [&](const auto& work) {
-    at::parallel_for(0, p.tasks * p.images, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) work(i / p.images, i % p.images);
-    });
+    each(p.tasks * p.images, [&](int64_t i) { work(i / p.images, i % p.images); });
   };
   each_image(reduce);
   for (int64_t task = 0; task < p.tasks; ++task) combine(task);
@@ -475,10 +452,9 @@ void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("norm_act_pool", &norm_act_pool);
-  m.impl("norm_act_pool_backward", &norm_act_pool_backward);
-  m.impl("norm_act_pool_tangent", &norm_act_pool_tangent);
-  m.impl("norm_act_pool_backward_tangent", &norm_act_pool_backward_tangent);
+  implement(m, "norm_act_pool", &norm_act_pool, "norm_act_pool_backward", &norm_act_pool_backward,
+            "norm_act_pool_tangent", &norm_act_pool_tangent, "norm_act_pool_backward_tangent",
+            &norm_act_pool_backward_tangent);
 }
 
 }  // namespace mf

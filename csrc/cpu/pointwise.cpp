@@ -66,9 +66,7 @@ void pointwise_bend(const Tensor& x, const Tensor& g_dot, const Tensor& g, const
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("pointwise", &pointwise);
-  m.impl("pointwise_slope", &pointwise_slope);
-  m.impl("pointwise_bend", &pointwise_bend);
+  implement(m, "pointwise", &pointwise, "pointwise_slope", &pointwise_slope, "pointwise_bend", &pointwise_bend);
 }
 
 }  // namespace mf

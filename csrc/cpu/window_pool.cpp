@@ -102,11 +102,8 @@ void window_mean_place(const Tensor& gy, at::IntArrayRef window, Tensor& gx) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("window_max", &window_max);
-  m.impl("window_max_pick", &window_max_pick);
-  m.impl("window_max_place", &window_max_place);
-  m.impl("window_mean", &window_mean);
-  m.impl("window_mean_place", &window_mean_place);
+  implement(m, "window_max", &window_max, "window_max_pick", &window_max_pick, "window_max_place", &window_max_place,
+            "window_mean", &window_mean, "window_mean_place", &window_mean_place);
 }
 
 }  // namespace mf

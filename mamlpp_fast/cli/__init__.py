@@ -1,4 +1,4 @@
-"""The command ``mamlpp-fast``: a module a command, each with ``add(commands)``.
+"""The command ``mamlpp-fast``: a module a command, with what it does, its arguments by ``add`` and its work by ``run``.
 
 A mistake gets one line on standard error that names the argument, what was expected and what came, and exit status 2.
 Commands import what they need when they run, so that --help and mistakes in the arguments answer at once.
@@ -54,5 +54,9 @@ def _parser() -> Parser:
     parser = Parser(prog="mamlpp-fast", description="Fast, exact meta-training with MAML++.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for command in _COMMANDS:
-        command.add(commands)
+        name = command.__name__.rpartition(".")[2].strip("_")
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+        sub.set_defaults(run=command.run)
+        command.add(sub)
     return parser

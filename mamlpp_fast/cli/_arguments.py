@@ -7,20 +7,26 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mamlpp_fast.engine import ENGINES, PRECISIONS
 
+if TYPE_CHECKING:
+    from mamlpp_fast.train import Interrupted
+
 __all__ = [
     "ENGINES",
-    "Commands",
     "Parser",
-    "add_command",
+    "add_count",
+    "add_data",
+    "add_device",
     "add_engine",
     "add_experiment",
     "add_json",
-    "at_least",
-    "print_json",
+    "add_settings",
+    "print_result",
+    "stopped",
 ]
 
 
@@ -32,31 +38,26 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-
-
-def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
-) -> argparse.ArgumentParser:
-    """A command's parser; ``run`` returns the exit status."""
-    sub = commands.add_parser(name, help=text, description=text)
-    sub.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    sub.set_defaults(run=run)
-    return sub
-
-
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="auto", metavar="E", help=", ".join(ENGINES))
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="float32", metavar="P", help=", ".join(PRECISIONS)
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser, text: str = "") -> None:
+    parser.add_argument("--data", metavar="PATH", help=f"where the data set lies{text}")
 
 
 def add_experiment(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -66,17 +67,27 @@ def add_experiment(parser: argparse.ArgumentParser, *, required: bool) -> None:
         metavar="FILE",
         help="an experiment file (JSON) of the MAML++ authors' code",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change settings; repeatable",
-    )
+    add_settings(parser, "change settings; repeatable")
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def add_settings(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=text)
+
+
+def add_count(
+    parser: argparse.ArgumentParser,
+    name: str,
+    text: str,
+    default: int | None = None,
+    *,
+    least: int = 1,
+    metavar: str = "N",
+) -> None:
+    shown = "" if default is None else f" (default: {default})"
+    parser.add_argument(name, type=_at_least(least), default=default, metavar=metavar, help=f"{text}{shown}")
+
+
+def _at_least(least: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
             value = int(text)
@@ -89,8 +100,16 @@ def at_least(least: int) -> Callable[[str], int]:
     return convert
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2))
+def print_result(arguments: argparse.Namespace, value: Any, text: Callable[[], str]) -> None:
+    """As JSON where it was asked for, else in words."""
+    print(json.dumps(_finite(value), indent=2) if arguments.json else text())
+
+
+def stopped(stop: Interrupted, out: Path, *, told: bool = True) -> int:
+    """The exit status of a run that was stopped by a signal, which is told where ``told``."""
+    if told:
+        print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
+    return 128 + stop.number
 
 
 def _finite(value: Any) -> Any:

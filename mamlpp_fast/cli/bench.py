@@ -1,27 +1,22 @@
-"""``mamlpp-fast bench``."""
+"""Times whole meta-iterations of a workload."""
 
 from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_json, at_least, print_json
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "bench", run, "Times whole meta-iterations of a workload.")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "workload", metavar="WORKLOAD", help="omniglot-20w1s, ..., miniimagenet-5w5s, each also with -final"
     )
-    add_engine(sub)
-    sub.add_argument(
-        "--iters", type=at_least(1), default=10, metavar="N", help="iterations timed (default: 10)"
-    )
-    sub.add_argument(
-        "--warmup", type=at_least(0), default=3, metavar="N", help="iterations before (default: 3)"
-    )
-    add_json(sub)
+    common.add_engine(parser)
+    common.add_count(parser, "--iters", "iterations timed", 10)
+    common.add_count(parser, "--warmup", "iterations before", 3, least=0)
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,8 +39,5 @@ def run(arguments: argparse.Namespace) -> int:
         iters=arguments.iters,
         warmup=arguments.warmup,
     )
-    if arguments.json:
-        print_json(result.to_dict())
-    else:
-        print(result.describe())
+    common.print_result(arguments, result.to_dict(), result.describe)
     return 0

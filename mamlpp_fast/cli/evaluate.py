@@ -1,33 +1,26 @@
-"""``mamlpp-fast evaluate``."""
+"""Test accuracy of a run's best checkpoint and of its ensemble."""
 
 from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import ENGINES, Commands, add_command, add_json, at_least, print_json
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
-        commands, "evaluate", run, "Test accuracy of a run's best checkpoint and of its ensemble."
-    )
-    sub.add_argument("dir", metavar="DIR", help="the run's folder")
-    sub.add_argument("--tasks", type=at_least(1), default=600, metavar="N", help="test tasks (default: 600)")
-    sub.add_argument(
-        "--ensemble", type=at_least(1), default=5, metavar="N", help="models to average (default: 5)"
-    )
-    sub.add_argument(
-        "--data", metavar="PATH", help="where the data set lies (default: where the run found it)"
-    )
-    sub.add_argument("--engine", choices=ENGINES, metavar="E", help="default: the run's")
-    sub.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    sub.add_argument("--steps", type=at_least(1), metavar="K", help="inner updates (default: the run's)")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="the run's folder")
+    common.add_count(parser, "--tasks", "test tasks", 600)
+    common.add_count(parser, "--ensemble", "models to average", 5)
+    common.add_data(parser, " (default: where the run found it)")
+    parser.add_argument("--engine", choices=common.ENGINES, metavar="E", help="default: the run's")
+    common.add_device(parser)
+    common.add_count(parser, "--steps", "inner updates (default: the run's)", metavar="K")
+    parser.add_argument(
         "--stats", choices=("batch", "running"), help="statistics of the target passes (default: the run's)"
     )
-    add_json(sub)
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,9 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         stats=arguments.stats,
     )
-    if arguments.json:
-        print_json({"scores": [asdict(s) for s in scores]})
-    else:
-        for s in scores:
-            print(f"test accuracy: {s.describe()}")
+    common.print_result(
+        arguments,
+        {"scores": [asdict(s) for s in scores]},
+        lambda: "\n".join(f"test accuracy: {s.describe()}" for s in scores),
+    )
     return 0

@@ -1,24 +1,19 @@
-"""``mamlpp-fast export``."""
+"""Writes a run's last state as a checkpoint of the MAML++ authors' code."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from mamlpp_fast.cli._arguments import Commands, add_command
-
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
-        commands, "export", run, "Writes a run's last state as a checkpoint of the MAML++ authors' code."
-    )
-    sub.add_argument("dir", metavar="DIR", help="the run's folder")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="the run's folder")
+    parser.add_argument(
         "--out", required=True, metavar="FILE", help="such as saved_models/train_model_latest of their code"
     )
-    sub.add_argument("--legacy", action="store_true", help="in the file format of PyTorch before 1.6")
+    parser.add_argument("--legacy", action="store_true", help="in the file format of PyTorch before 1.6")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``mamlpp-fast import``."""
+"""Makes a run's folder of checkpoints of the MAML++ authors' code, to evaluate or to train on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_experiment
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
@@ -14,24 +14,18 @@ __all__ = ["add", "run"]
 _DEFAULTS = {"engine": "auto", "precision": "float32", "data": None}
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
-        commands,
-        "import",
-        run,
-        "Makes a run's folder of checkpoints of the MAML++ authors' code, to evaluate or to train on.",
-    )
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "checkpoint",
         nargs="+",
         metavar="CHECKPOINT",
         help="saved_models/train_model_N of their code; the best of several are the ensemble",
     )
-    add_experiment(sub, required=True)
-    sub.add_argument("--out", required=True, metavar="DIR", help="the run's folder")
-    sub.add_argument("--data", metavar="PATH", help="where the data set lies, for the run to remember")
-    add_engine(sub)
-    sub.set_defaults(precision=None)
+    common.add_experiment(parser, required=True)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the run's folder")
+    common.add_data(parser, ", for the run to remember")
+    common.add_engine(parser)
+    parser.set_defaults(precision=None)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,25 +1,21 @@
-"""``mamlpp-fast info``."""
+"""Versions, devices, and what serves each operation."""
 
 from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_json
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "info", run, "Versions, devices, and what serves each operation.")
-    add_json(sub)
+def add(parser: argparse.ArgumentParser) -> None:
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.info import describe, info
 
     found = info()
-    if arguments.json:
-        print_json(found)
-    else:
-        print(describe(found))
+    common.print_result(arguments, found, lambda: describe(found))
     return 0

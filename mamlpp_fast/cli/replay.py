@@ -1,26 +1,22 @@
-"""``mamlpp-fast replay``."""
+"""Repeats a recorded run; exit status 1 when an error is outside the tolerance."""
 
 from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import ENGINES, Commands, add_command, add_json, print_json
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
-        commands,
-        "replay",
-        run,
-        "Repeats a recorded run; exit status 1 when an error is outside the tolerance.",
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a recorded run (.npz)")
+    parser.add_argument(
+        "--engine", choices=common.ENGINES, default="auto", metavar="E", help=", ".join(common.ENGINES)
     )
-    sub.add_argument("file", metavar="FILE", help="a recorded run (.npz)")
-    sub.add_argument("--engine", choices=ENGINES, default="auto", metavar="E", help=", ".join(ENGINES))
-    sub.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
-    add_json(sub)
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,11 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=resolve_device(arguments.device),
     )
-    if arguments.json:
-        print_json(report.to_dict())
-    else:
-        for name in ("loss", "meta_gradient", "final_parameters", "eval_logits"):
-            print(f"{name:<17} {getattr(report, name):.2e}")
-        verdict = "within tolerance" if report.ok else "outside tolerance"
-        print(f"engine {report.engine}, {report.dtype}: {verdict}")
+    common.print_result(arguments, report.to_dict(), report.describe)
     return 0 if report.ok else 1

@@ -1,31 +1,22 @@
-"""``mamlpp-fast report``."""
+"""One HTML page about a run, or comparing several."""
 
 from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, at_least
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "report", run, "One HTML page about a run, or comparing several.")
-    sub.add_argument("dirs", nargs="+", metavar="DIR", help="a run's folder")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dirs", nargs="+", metavar="DIR", help="a run's folder")
+    parser.add_argument(
         "--out", metavar="FILE", help="the page (default: DIR/report.html; for several ./report.html)"
     )
-    sub.add_argument(
-        "--tasks",
-        type=at_least(0),
-        default=100,
-        metavar="N",
-        help="test tasks to count confusions over, 0 for none (default: 100)",
-    )
-    sub.add_argument(
-        "--data", metavar="PATH", help="where the data set lies (default: where each run found it)"
-    )
-    sub.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    common.add_count(parser, "--tasks", "test tasks to count confusions over, 0 for none", 100, least=0)
+    common.add_data(parser, " (default: where each run found it)")
+    common.add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

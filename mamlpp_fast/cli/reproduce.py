@@ -1,46 +1,32 @@
-"""``mamlpp-fast reproduce``."""
+"""Trains the rows of a published table over seeds; goes on where it was stopped."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, at_least
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
-        commands,
-        "reproduce",
-        run,
-        "Trains the rows of a published table over seeds; goes on where it was stopped.",
-    )
-    sub.add_argument("table", metavar="TABLE", help="omniglot-20w, mini-imagenet or instability")
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="omniglot-20w, mini-imagenet or instability")
+    parser.add_argument(
         "--scale", type=float, default=1.0, metavar="S", help="share of the published budget (default: 1)"
     )
-    sub.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help="runs a row (default: 3)")
-    sub.add_argument(
+    common.add_count(parser, "--seeds", "runs a row", 3)
+    parser.add_argument(
         "--shots", type=int, nargs="+", choices=(1, 5), default=[1], metavar="K", help="1, 5 or both"
     )
-    sub.add_argument(
+    parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="rows such as maml maml-lslr maml++ (default: all)"
     )
-    sub.add_argument("--protocol", choices=("paper", "authors-code", "default"), default="paper")
-    sub.add_argument("--data", metavar="PATH", help="where the data set lies")
-    sub.add_argument("--out", metavar="DIR", help="the table's folder (default: runs/reproduce-TABLE)")
-    add_engine(sub)
-    sub.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change settings of every row",
-    )
+    parser.add_argument("--protocol", choices=("paper", "authors-code", "default"), default="paper")
+    common.add_data(parser)
+    parser.add_argument("--out", metavar="DIR", help="the table's folder (default: runs/reproduce-TABLE)")
+    common.add_engine(parser)
+    common.add_settings(parser, "change settings of every row")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,7 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
             device=resolve_device(arguments.device),
         )
     except Interrupted as stop:
-        print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
-        return 128 + stop.number
+        return common.stopped(stop, out)
     print(f"\n{text}\nwrote {out / 'table.md'}, {out / 'table.json'}")
     return 0

@@ -1,26 +1,25 @@
-"""``mamlpp-fast runs``."""
+"""Runs under a folder: state, progress, best figures."""
 
 from __future__ import annotations
 
 import argparse
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_json, print_json
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(commands, "runs", run, "Runs under a folder: state, progress, best figures.")
-    sub.add_argument("dirs", nargs="*", default=["runs"], metavar="DIR", help="where to look (default: runs)")
-    add_json(sub)
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dirs", nargs="*", default=["runs"], metavar="DIR", help="where to look (default: runs)"
+    )
+    common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.report.listing import describe_runs, list_runs
 
     found = list_runs(arguments.dirs)
-    if arguments.json:
-        print_json({"runs": found})
-    else:
-        print(describe_runs(found) if found else f"no runs under {', '.join(arguments.dirs)}")
+    nothing = f"no runs under {', '.join(arguments.dirs)}"
+    common.print_result(arguments, {"runs": found}, lambda: describe_runs(found) if found else nothing)
     return 0

@@ -1,4 +1,4 @@
-"""``mamlpp-fast train``."""
+"""Meta-trains, validates each epoch, tests; goes on where DIR holds a stopped run."""
 
 from __future__ import annotations
 
@@ -11,39 +11,29 @@ import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
-from mamlpp_fast.cli._arguments import Commands, add_command, add_engine, add_experiment, at_least
+from mamlpp_fast.cli import _arguments as common
 
 __all__ = ["add", "run"]
 
 
-def add(commands: Commands) -> None:
-    sub = add_command(
-        commands,
-        "train",
-        run,
-        "Meta-trains, validates each epoch, tests; goes on where DIR holds a stopped run.",
-    )
-    sub.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "preset",
         nargs="?",
         metavar="PRESET",
         help="BASE[-VARIANT][-PROTOCOL], such as omniglot-20w1s or miniimagenet-5w1s-maml-paper (default: strokes)",
     )
-    sub.add_argument("--list", action="store_true", help="print the presets and stop")
-    sub.add_argument(
-        "--data", metavar="PATH", help="where the data set lies (default: MAMLPP_FAST_DATA, then cache)"
-    )
-    sub.add_argument(
+    parser.add_argument("--list", action="store_true", help="print the presets and stop")
+    common.add_data(parser, " (default: MAMLPP_FAST_DATA, then cache)")
+    parser.add_argument(
         "--out", metavar="DIR", help="the run's folder (default: runs/PRESET or runs/EXPERIMENT)"
     )
-    add_engine(sub)
-    add_experiment(sub, required=False)
-    sub.add_argument(
+    common.add_engine(parser)
+    common.add_experiment(parser, required=False)
+    parser.add_argument(
         "--deterministic", action="store_true", help="the same result on any number of CPU threads"
     )
-    sub.add_argument(
-        "--max-iters", type=at_least(1), metavar="N", help="stop after N meta-updates in all, and test"
-    )
+    common.add_count(parser, "--max-iters", "stop after N meta-updates in all, and test")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,11 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
                 process_group=group,
             )
     except Interrupted as stop:
-        if first:
-            print(
-                f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr
-            )
-        return 128 + stop.number
+        return common.stopped(stop, out, told=first)
     except (ArithmeticError, RankError) as error:
         if first or isinstance(error, RankLostError):
             print(

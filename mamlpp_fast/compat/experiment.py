@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mamlpp_fast.config import check_kind
+from mamlpp_fast.config import TRUTH, read_value
 from mamlpp_fast.data.authors import OMNIGLOT_FRACTIONS
 from mamlpp_fast.train.config import TrainConfig
 from mamlpp_fast.train.files import read_json
@@ -169,14 +169,10 @@ class _Translation:
         """The value of a key, of its type: their default where it is absent."""
         kind, default, *_ = _USED[key]
         value = self.values.get(key, default)
-        if kind is bool and value is not None:
-            known = {"true": True, "1": True, "false": False, "0": False}
-            if str(value).lower() not in known:
-                raise ValueError(f"{key}: expected true or false, got {value!r}")
-            return known[str(value).lower()]
-        if key in self.values and kind is not bool:
-            check_kind(key, value, kind)
-        return value
+        if kind is bool:
+            value = TRUTH.get(str(value).lower(), value)
+        absent = key not in self.values or (value is None and kind is bool)
+        return value if absent else read_value(key, value, kind)
 
     def experiment(self) -> Experiment:
         dataset, changes = self._dataset()

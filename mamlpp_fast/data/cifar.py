@@ -11,7 +11,7 @@ from PIL import Image
 
 from mamlpp_fast.data.archives import read_npz, shown
 from mamlpp_fast.data.classes import SPLITS, FewShotData, ImageClasses
-from mamlpp_fast.data.errors import DataError
+from mamlpp_fast.data.errors import DataError, check_protocol, side_of
 from mamlpp_fast.data.locate import find
 from mamlpp_fast.data.pictures import decode_image
 
@@ -59,11 +59,8 @@ def _probe(root: Path) -> Path | None:
 def _load(
     name: str, key: str, path: str | os.PathLike[str] | None, protocol: str, image_size: int | None
 ) -> FewShotData:
-    if protocol not in PROTOCOLS:
-        raise DataError(f"protocol: expected one of {', '.join(PROTOCOLS)} for {name}, got '{protocol}'")
-    size = 32 if image_size is None else image_size
-    if size < 1:
-        raise DataError(f"image_size: expected at least 1, got {size}")
+    check_protocol(name, protocol, PROTOCOLS)
+    size = side_of(name, image_size, 32)
     file = find(name, path, _probe, _FILE)
     a = read_npz(file, ("webp", "offset", "name", key))
     names = [str(n) for n in a["name"]]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from mamlpp_fast.data.classes import SPLITS, FewShotData, ImageClasses
-from mamlpp_fast.data.errors import DataError
+from mamlpp_fast.data.errors import DataError, check_protocol
 from mamlpp_fast.data.locate import find, progress
 from mamlpp_fast.data.pictures import decode_image, is_grey, largest_integer, to_pixels
 
@@ -60,8 +60,7 @@ def load_folder(
         DataError: no such layout, a damaged image, one with values outside the ranges above, images of different
             sizes, fewer than three classes.
     """
-    if protocol not in PROTOCOLS:
-        raise DataError(f"protocol: expected one of {', '.join(PROTOCOLS)} for folder, got '{protocol}'")
+    check_protocol("folder", protocol, PROTOCOLS)
     if channels not in (None, 1, 3):
         raise DataError(f"channels: expected 1 or 3, got {channels}")
     if image_size is not None and image_size < 1:

@@ -26,7 +26,7 @@ from mamlpp_fast.data.classes import (
     ImageClasses,
     from_arrays,
 )
-from mamlpp_fast.data.errors import DataError
+from mamlpp_fast.data.errors import DataError, check_protocol, side_of
 from mamlpp_fast.data.locate import cache_folder, find, progress, write_atomically
 from mamlpp_fast.data.pickles import read_pickle
 from mamlpp_fast.data.pictures import decode_image, to_pixels
@@ -73,13 +73,8 @@ def load_miniimagenet(
     Raises:
         DataError: nothing found, a damaged or incomplete archive, a pickle that names more than arrays.
     """
-    if protocol not in PROTOCOLS:
-        raise DataError(
-            f"protocol: expected one of {', '.join(PROTOCOLS)} for miniimagenet, got '{protocol}'"
-        )
-    size = 84 if image_size is None else image_size
-    if size < 1:
-        raise DataError(f"image_size: expected at least 1, got {size}")
+    check_protocol("miniimagenet", protocol, PROTOCOLS)
+    size = side_of("miniimagenet", image_size, 84)
     place = find("miniimagenet", path, _probe, _EXPECTED)
     reader = _reader(place)
     assert reader is not None

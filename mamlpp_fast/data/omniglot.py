@@ -21,7 +21,7 @@ from PIL import Image
 from mamlpp_fast.data.archives import DAMAGED_ZIP, check_expansion, one_line, read_npz
 from mamlpp_fast.data.authors import authors_class_split, read_index
 from mamlpp_fast.data.classes import FewShotData, ImageClasses
-from mamlpp_fast.data.errors import DataError
+from mamlpp_fast.data.errors import DataError, check_protocol, side_of
 from mamlpp_fast.data.locate import cache_folder, find, progress, write_atomically
 from mamlpp_fast.data.pictures import decode_image
 
@@ -99,12 +99,9 @@ def load_omniglot(
     Raises:
         DataError: nothing found, a damaged archive, a failed download, an unknown protocol.
     """
-    if protocol not in PROTOCOLS:
-        raise DataError(f"protocol: expected one of {', '.join(PROTOCOLS)} for omniglot, got '{protocol}'")
+    check_protocol("omniglot", protocol, PROTOCOLS)
     p = PROTOCOLS[protocol]
-    size = 28 if image_size is None else image_size
-    if not 1 <= size <= 105:
-        raise DataError(f"image_size: expected 1 .. 105 for omniglot, got {size}")
+    size = side_of("omniglot", image_size, 28, 1, 105)
     try:
         place = find("omniglot", path, _probe, _EXPECTED)
     except DataError:

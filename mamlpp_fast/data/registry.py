@@ -8,7 +8,7 @@ from typing import Any
 
 from mamlpp_fast.data import cifar, folder, miniimagenet, omniglot, strokes
 from mamlpp_fast.data.classes import FewShotData
-from mamlpp_fast.data.errors import DataError
+from mamlpp_fast.data.errors import DataError, check_protocol
 
 __all__ = ["DATASETS", "load", "protocols"]
 
@@ -63,8 +63,7 @@ def load(
     known = protocols(name)
     if protocol == "default":
         protocol = known[0]
-    if protocol not in known:
-        raise DataError(f"protocol: expected one of {', '.join(known)} for {name}, got '{protocol}'")
+    check_protocol(name, protocol, known)
     if download:
         if name != "omniglot":
             raise DataError(

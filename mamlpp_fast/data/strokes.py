@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from mamlpp_fast.data.classes import FewShotData, ImageClasses
-from mamlpp_fast.data.errors import DataError
+from mamlpp_fast.data.errors import DataError, check_protocol, side_of
 
 __all__ = ["PROTOCOLS", "draw_strokes", "load_strokes"]
 
@@ -61,11 +61,8 @@ def load_strokes(
     """
     if path is not None:
         raise DataError(f"--data: strokes is generated and takes no path, got '{path}'")
-    if protocol not in PROTOCOLS:
-        raise DataError(f"protocol: expected one of {', '.join(PROTOCOLS)} for strokes, got '{protocol}'")
-    size = 28 if image_size is None else image_size
-    if not 8 <= size <= 128:
-        raise DataError(f"image_size: expected 8 .. 128 for strokes, got {size}")
+    check_protocol("strokes", protocol, PROTOCOLS)
+    size = side_of("strokes", image_size, 28, 8, 128)
     if not 0 <= seed < 2**32:
         raise DataError(f"seed: expected 0 .. 2**32 - 1 for strokes, got {seed}")
     images = draw_strokes(seed, size)

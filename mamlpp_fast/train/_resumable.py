@@ -1,4 +1,7 @@
-"""What a training checkpoint must hold for a run to go on from it; anything may have been written into the file."""
+"""What a run's folder and its checkpoints must hold for a run to go on from them, or a learner to take them.
+
+Anything may have been written into the files.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,18 @@ from torch import Tensor
 
 from mamlpp_fast.data.archives import shown
 from mamlpp_fast.learner import MAMLPlusPlus
-from mamlpp_fast.train.checkpoint import CheckpointError, check_fits
+from mamlpp_fast.train.checkpoint import CheckpointError
+from mamlpp_fast.train.config import TrainConfig
 
-__all__ = ["check_best", "check_content", "check_learner", "is_model_name"]
+__all__ = [
+    "changed_settings",
+    "check_best",
+    "check_content",
+    "check_fits",
+    "check_learner",
+    "check_training",
+    "is_model_name",
+]
 
 _NAME = re.compile(r"[\w-]+\.pt")
 
@@ -23,6 +35,56 @@ _NAME = re.compile(r"[\w-]+\.pt")
 def is_model_name(value: Any) -> bool:
     """Whether it names a file in ``checkpoints/`` itself: what is no longer among the best is deleted by that name."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def changed_settings(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The settings that differ, as ``steps=3 (was 5)``; empty when none do.
+
+    Args:
+        stored: a run's; those younger than it have their defaults.
+        ours: what they must be.
+    """
+    theirs = TrainConfig().deciding() | dict(stored)
+    missing = object()
+    parts = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key, missing), theirs.get(key, missing)
+        if mine != other:
+            shown = "absent" if mine is missing else mine
+            parts.append(f"{key}={shown} (was {'absent' if other is missing else other})")
+    return ", ".join(parts)
+
+
+def check_training(
+    path: Path,
+    content: Mapping[str, Any],
+    config: TrainConfig,
+    fingerprint: Mapping[str, Any],
+    learner: MAMLPlusPlus,
+) -> None:
+    """Compares a training checkpoint with the run that is to go on from it.
+
+    Raises:
+        CheckpointError: when it is of another configuration, data set, engine or model.
+    """
+    check_content(path, content)
+    if changed := changed_settings(content["config"], config.deciding()):
+        raise CheckpointError(f"{path}: expected a checkpoint of this configuration, now {changed}")
+    # An imported checkpoint names no data.
+    if content["data"] not in (None, fingerprint):
+        raise CheckpointError(
+            f"{path}: expected the data it was made with ({content['data'].get('name')!s:.50}), "
+            "got other classes or pixels"
+        )
+    # Which engine `auto` takes shows at the first batch, and is the same for the same model.
+    possible = ("fused", "autograd") if learner.engine_asked == "auto" else (learner.engine.name,)
+    if content["engine"] not in possible:
+        raise CheckpointError(
+            f"{path}: expected engine {content['engine']}, with which it was made, "
+            f"got {learner.engine.name} ({learner.engine_reason})"
+        )
+    state = content["learner"]
+    check_learner(path, state, learner)
 
 
 def check_content(path: Path, content: Mapping[str, Any]) -> None:
@@ -126,6 +188,33 @@ def check_learner(path: Path, state: Mapping[str, Any], learner: MAMLPlusPlus) -
             shape = () if key == "step" else p.shape
             if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
                 raise CheckpointError(f"{path}: optimizer: expected {key} {list(shape)} of parameter {index}")
+
+
+def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Any) -> None:
+    """Compares names and shapes before anything is loaded.
+
+    Args:
+        path: the checkpoint, for the message.
+        what: ``"model"`` or ``"rates"``, for the message.
+        own: the state dict it is to be loaded into.
+        loaded: the state dict it holds.
+
+    Raises:
+        CheckpointError: names the first parameter that differs.
+    """
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: expected {what} by name, got {type(loaded).__name__}")
+    for name in [*own, *loaded]:
+        ours = _shape(own.get(name))
+        theirs = _shape(loaded.get(name))
+        if ours != theirs:
+            raise CheckpointError(f"{path}: expected {what} {name!s:.100} {ours}, got {theirs}")
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"of shape {list(value.shape)}"
+    return "absent" if value is None else type(value).__name__
 
 
 def _same_form(theirs: Any, ours: Any) -> bool:

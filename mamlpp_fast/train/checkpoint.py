@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mamlpp_fast._modes import quiet
 from mamlpp_fast._version import __version__
@@ -22,7 +21,6 @@ from mamlpp_fast.train.files import write_whole
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
-    "check_fits",
     "checkpoint_bytes",
     "load_checkpoint",
     "load_tensors",
@@ -107,33 +105,6 @@ def _load(path: Path, device: torch.device | str, *, legacy: bool) -> Any:
         raise CheckpointError(f"{path}: {_EXPECTED}, got {found}; refused, nothing was run") from error
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(f"{path}: expected a checkpoint, {one_line(error)}") from error
-
-
-def check_fits(path: Path, what: str, own: Mapping[str, Any], loaded: Any) -> None:
-    """Compares names and shapes before anything is loaded.
-
-    Args:
-        path: the checkpoint, for the message.
-        what: ``"model"`` or ``"rates"``, for the message.
-        own: the state dict it is to be loaded into.
-        loaded: the state dict it holds.
-
-    Raises:
-        CheckpointError: names the first parameter that differs.
-    """
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: expected {what} by name, got {type(loaded).__name__}")
-    for name in [*own, *loaded]:
-        ours = _shape(own.get(name))
-        theirs = _shape(loaded.get(name))
-        if ours != theirs:
-            raise CheckpointError(f"{path}: expected {what} {name!s:.100} {ours}, got {theirs}")
-
-
-def _shape(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"of shape {list(value.shape)}"
-    return "absent" if value is None else type(value).__name__
 
 
 def _vetted(path: Path, legacy: bool) -> io.BytesIO:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-from mamlpp_fast.config import MAMLConfig, type_hints
+from mamlpp_fast.config import MAMLConfig, read_value, type_hints
 from mamlpp_fast.data import DATASETS
 
 __all__ = ["TrainConfig", "parse_settings", "suggestion"]
@@ -165,52 +164,11 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             raise ValueError(
                 f"--set: expected a setting such as steps or inner_lr, got {key!r}{suggestion(key, known)}"
             )
-        values[key] = _parse(key, value.strip(), hints[key])
+        values[key] = read_value(key, value.strip(), hints[key], text=True)
     return values
-
-
-_TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
-
-
-def _parse(key: str, text: str, hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        options = get_args(hint)
-        if type(None) in options and text.lower() in ("none", "null"):
-            return None
-        if str in options:  # str | tuple[str, ...]
-            return tuple(part.strip() for part in text.split(",")) if "," in text else text
-        hint = next(o for o in options if o is not type(None))
-    if hint is bool:
-        if text.lower() not in _TRUTH:
-            raise ValueError(f"{key}: expected true or false, got {text!r}")
-        return _TRUTH[text.lower()]
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            kind = "an integer" if hint is int else "a number"
-            raise ValueError(f"{key}: expected {kind}, got {text!r}") from None
-    if get_origin(hint) is tuple:
-        try:
-            return tuple(float(part) for part in text.split(","))
-        except ValueError:
-            raise ValueError(f"{key}: expected numbers separated by commas, got {text!r}") from None
-    return text
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?" for a near miss, else nothing."""
     close = difflib.get_close_matches(given, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """The settings that differ, as ``steps=3 (was 5)``; empty when none do."""
-    missing = object()
-    parts = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        mine, other = ours.get(key, missing), theirs.get(key, missing)
-        if mine != other:
-            shown = "absent" if mine is missing else mine
-            parts.append(f"{key}={shown} (was {'absent' if other is missing else other})")
-    return ", ".join(parts)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from mamlpp_fast.data import EpisodeSampler
 from mamlpp_fast.distributed import Ranks
 from mamlpp_fast.learner import MAMLPlusPlus
 
-__all__ = ["Predictions", "Score", "mean_and_interval", "predict", "score"]
+__all__ = ["Predictions", "Score", "mean_and_interval", "predict", "score", "score_models"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,27 @@ def score(
     losses = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten())
     accuracy, ci95 = mean_and_interval(right)
     return Score(accuracy, ci95, float(losses), len(labels), ways, shots, targets, models, stats, steps)
+
+
+def score_models(
+    models: Iterable[Callable[[], object]],
+    predictions: Callable[[], Predictions],
+    conditions: Mapping[str, Any],
+) -> tuple[Score, Score]:
+    """The score of the first model, and that of the mean logits of all.
+
+    Args:
+        models: each puts a model's parameters into the learner.
+        predictions: what the learner then predicts.
+        conditions: the other arguments of :func:`score`.
+    """
+    logits = []
+    for put in models:
+        put()
+        own, labels, _ = predictions()
+        logits.append(own.double())
+    single = score(logits[0], labels, models=1, **conditions)
+    return single, score(sum(logits[1:], logits[0]) / len(logits), labels, models=len(logits), **conditions)
 
 
 def mean_and_interval(values: Tensor) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from mamlpp_fast.distributed import RankError, Ranks
 from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
 from mamlpp_fast.machine import peak_memory_mib
+from mamlpp_fast.train._resumable import check_training
 from mamlpp_fast.train.build import (
     build_learner,
     device_name,
@@ -24,11 +26,11 @@ from mamlpp_fast.train.build import (
     versions,
 )
 from mamlpp_fast.train.config import TrainConfig
-from mamlpp_fast.train.evaluate import Predictions, Score, predict, score
+from mamlpp_fast.train.evaluate import Predictions, Score, predict, score, score_models
 from mamlpp_fast.train.files import run_lock
 from mamlpp_fast.train.learned import batch_norms, inner_rates
 from mamlpp_fast.train.progress import Curves, Progress
-from mamlpp_fast.train.record import Record, check_training
+from mamlpp_fast.train.record import Record
 from mamlpp_fast.train.run_folder import finished_summary, open_folder, put_model, ranked
 from mamlpp_fast.train.signals import Interrupted, StopSignal
 
@@ -339,7 +341,7 @@ class _Trainer:
     def _validate(self) -> tuple[Score, list[float]]:
         """The validation's score, and the accuracy after every inner step."""
         logits, labels, accuracy = self._predict("val")
-        return self._score(logits, labels, 1), accuracy.tolist()
+        return score(logits, labels, models=1, **self.config.conditions()), accuracy.tolist()
 
     def _predict(self, split: str) -> Predictions:
         c = self.config
@@ -352,9 +354,6 @@ class _Trainer:
         """Stops between evaluation batches; training itself stands at a whole iteration then."""
         if number := self.ranks.largest(self.stop.received or 0):
             self._leave(number)
-
-    def _score(self, logits: torch.Tensor, labels: torch.Tensor, models: int) -> Score:
-        return score(logits, labels, models=models, **self.config.conditions())
 
     def _finish(self) -> dict[str, Any]:
         """Tests the best checkpoint and the ensemble, and writes the summary."""
@@ -371,17 +370,16 @@ class _Trainer:
             self.record.append(self._metrics(self.epochs_done, validation, steps, models[0] is entry))
             models = models[: c.ensemble]
         iterations = learner.iteration
-        total: torch.Tensor | None = None
-        single: Score | None = None
-        for entry in models:
-            path = self.record.checkpoints / entry["file"]
+
+        def put(file: str) -> None:
+            path = self.record.checkpoints / file
             put_model(path, self.record.load(path, "model"), learner)
-            logits, labels, _ = self._predict("test")
-            total = logits.double() if total is None else total + logits.double()
-            if single is None:
-                single = self._score(logits, labels, 1)
-        assert single is not None and total is not None
-        ensemble = self._score(total / len(models), labels, len(models))
+
+        single, ensemble = score_models(
+            (partial(put, entry["file"]) for entry in models),
+            partial(self._predict, "test"),
+            self.config.conditions(),
+        )
         self.progress.close()
         summary = {
             "preset": self.preset,

@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mamlpp_fast.distributed import Ranks
-from mamlpp_fast.learner import MAMLPlusPlus
-from mamlpp_fast.train._resumable import check_content, check_learner
 from mamlpp_fast.train.checkpoint import CheckpointError, Kind, load_checkpoint, save_checkpoint
-from mamlpp_fast.train.config import TrainConfig, differences
 from mamlpp_fast.train.files import append_line, write_json
 
-__all__ = ["Record", "check_training"]
+__all__ = ["Record"]
 
 
 class Record:
@@ -95,36 +92,3 @@ class Record:
     def summarise(self, summary: Mapping[str, Any]) -> None:
         if self.ranks.first:
             write_json(self.folder / "summary.json", dict(summary))
-
-
-def check_training(
-    path: Path,
-    content: Mapping[str, Any],
-    config: TrainConfig,
-    fingerprint: Mapping[str, Any],
-    learner: MAMLPlusPlus,
-) -> None:
-    """Compares a training checkpoint with the run that is to go on from it.
-
-    Raises:
-        CheckpointError: when it is of another configuration, data set, engine or model.
-    """
-    check_content(path, content)
-    changed = differences(config.deciding(), TrainConfig().deciding() | content["config"])
-    if changed:
-        raise CheckpointError(f"{path}: expected a checkpoint of this configuration, now {changed}")
-    # An imported checkpoint names no data.
-    if content["data"] not in (None, fingerprint):
-        raise CheckpointError(
-            f"{path}: expected the data it was made with ({content['data'].get('name')!s:.50}), "
-            "got other classes or pixels"
-        )
-    # Which engine `auto` takes shows at the first batch, and is the same for the same model.
-    possible = ("fused", "autograd") if learner.engine_asked == "auto" else (learner.engine.name,)
-    if content["engine"] not in possible:
-        raise CheckpointError(
-            f"{path}: expected engine {content['engine']}, with which it was made, "
-            f"got {learner.engine.name} ({learner.engine_reason})"
-        )
-    state = content["learner"]
-    check_learner(path, state, learner)

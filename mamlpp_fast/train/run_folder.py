@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from mamlpp_fast.data import EpisodeSampler, FewShotData
 from mamlpp_fast.data.archives import shown
 from mamlpp_fast.engine import EngineName
 from mamlpp_fast.learner import MAMLPlusPlus
-from mamlpp_fast.train._resumable import check_best, is_model_name
+from mamlpp_fast.train._resumable import changed_settings, check_best, check_fits, is_model_name
 from mamlpp_fast.train.build import build_learner, load_data, make_sampler
-from mamlpp_fast.train.checkpoint import check_fits, load_checkpoint
-from mamlpp_fast.train.config import TrainConfig, differences
-from mamlpp_fast.train.evaluate import Score, predict, score
+from mamlpp_fast.train.checkpoint import load_checkpoint
+from mamlpp_fast.train.config import TrainConfig
+from mamlpp_fast.train.evaluate import Score, predict, score_models
 from mamlpp_fast.train.files import read_json, remove_leftovers, write_json
 
 __all__ = [
@@ -42,11 +43,9 @@ def open_folder(folder: Path, identity: Mapping[str, Any], record: Mapping[str, 
     remove_leftovers(checkpoints)
     path = folder / "config.json"
     if path.exists():
-        # Settings younger than the run have their defaults.
-        stored = TrainConfig().deciding() | read_json(path)
         plain = json.loads(json.dumps(identity))
-        changed = differences(plain, {k: stored[k] for k in stored if k in plain})
-        if changed:
+        stored = {k: v for k, v in read_json(path).items() if k in plain}
+        if changed := changed_settings(stored, plain):
             raise ValueError(f"--out: expected a folder without another run, {folder} differs: now {changed}")
     else:
         if (checkpoints / "latest.pt").exists():
@@ -166,6 +165,8 @@ def evaluate_run(
     Raises:
         ValueError: when the folder holds no run with a finished epoch, or a checkpoint does not fit.
     """
+    if ensemble < 1:
+        raise ValueError(f"ensemble: expected at least 1, got {ensemble}")
     folder = Path(folder)
     config, record = read_config(folder)
     if stats is not None:
@@ -176,18 +177,12 @@ def evaluate_run(
         config = dataclasses.replace(config, eval_steps=steps)
     _, learner, sampler = open_test(config, record, data_path=data_path, engine=engine, device=device)
     files = best_files(folder)[:ensemble]
-    conditions = config.conditions()
-    scores = []
-    total: torch.Tensor | None = None
-    for file in files:
-        load_model(folder / "checkpoints" / file, learner)
-        logits, labels, _ = predict(learner, sampler, config.test_tasks, config.tasks)
-        if total is None:
-            scores.append(score(logits, labels, models=1, **conditions))
-        total = logits.double() if total is None else total + logits.double()
-    if total is not None and len(files) > 1:
-        scores.append(score(total / len(files), labels, models=len(files), **conditions))
-    return scores
+    single, average = score_models(
+        (partial(load_model, folder / "checkpoints" / file, learner) for file in files),
+        partial(predict, learner, sampler, config.test_tasks, config.tasks),
+        config.conditions(),
+    )
+    return [single, average] if len(files) > 1 else [single]
 
 
 def best_files(folder: Path) -> list[str]:
