@@ -163,14 +163,15 @@ def served(
         args, kwargs: of the call.
         plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
     """
-    if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not _can(model, args[0]):
+    if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
         return None
-    if (
-        before := _resting.get(model)
-    ) is not None:  # without a look at the form, which plain PyTorch does not need
+    # Without a look at the call or the form, which plain PyTorch does not need.
+    if (before := _resting.get(model)) is not None:
         if before.resting():
             return None
         _resting.pop(model, None)
+    if not _can(model, args[0]):
+        return None
     route = _route(model, args[0], plain)
     if isinstance(route, _Refusal):
         return None
