@@ -174,14 +174,13 @@ def served(
 def _served(
     model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None = None
 ) -> Tensor | None:
-    if not _can(model, x):
-        return None
-    if (
-        before := _resting.get(model)
-    ) is not None:  # without a look at the form, which plain PyTorch does not need
+    # Without a look at the call or the form, which plain PyTorch does not need.
+    if (before := _resting.get(model)) is not None:
         if before.resting():
             return None
         _resting.pop(model, None)
+    if not _can(model, x):
+        return None
     route = _route(model, x, plain)
     if isinstance(route, _Refusal):
         return None

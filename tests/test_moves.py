@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamlpp_fast.engine.fused.held import Held
+from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.moves import Follower, Moves
 from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Slot
@@ -176,7 +176,8 @@ def test_running_statistics_follow_as_batch_norms(
             for name, b in list(norm.named_buffers()):
                 if b.ndim:
                     setattr(norm, name, torch.stack([b, b], 1)[:, 0])
-    follower, todo = _follower(model, 4, 6), [] if later else None
+    follower = _follower(model, 4, 6)
+    todo: list[Taken] | None = [] if later else None
     for batch in (x, 2 * x + 1):
         plain(batch)
         follower(Held(model, later=todo), _statistics(model, batch))
@@ -184,9 +185,7 @@ def test_running_statistics_follow_as_batch_norms(
         taken.apply()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     for (name, found), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(
-            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_statistics_of_another_form_are_left_alone() -> None:
