@@ -201,15 +201,21 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=beside) or shutil.which(name)
 
 
-def _host_levels() -> list[str]:
-    """The instruction sets this processor has (all, where that cannot be read): the ones worth compiling."""
+def _levels() -> list[str]:
+    """The instruction sets to compile beside ``portable``.
+
+    The best that this processor has; all that it has where ``MAMLPP_FAST_ISA`` asks for another; every one where the
+    processor cannot be asked.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return list(_LEVEL_FLAGS)
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    have = set(line.partition(":")[2].split())
-    return [level for level, needed in _LEVEL_FLAGS.items() if needed <= have]
+    flags = set(line.partition(":")[2].split())
+    have = [level for level, needed in _LEVEL_FLAGS.items() if needed <= flags]
+    best = have[-2:] if have[-1:] == ["amxbf16"] else have[-1:]  # the tiles' level is the one below, and they
+    return best if os.environ.get("MAMLPP_FAST_ISA", "") in ("", "portable", *best) else have
 
 
 def _recipe() -> _Recipe:
@@ -220,7 +226,7 @@ def _recipe() -> _Recipe:
             files.update(f"{path.relative_to(source)}\0".encode() + path.read_bytes() + b"\0")
     arguments = (
         f"-DTORCH_ROOT={Path(torch.__file__).resolve().parent}",
-        f"-DMAMLPP_FAST_ISAS={';'.join(_host_levels())}",
+        f"-DMAMLPP_FAST_ISAS={';'.join(_levels())}",
         f"-DMAMLPP_FAST_CXX11_ABI={'ON' if torch.compiled_with_cxx11_abi() else 'OFF'}",
     )
     machine = (platform.system(), platform.machine(), *platform.libc_ver())
@@ -294,7 +300,7 @@ def _compile(recipe: _Recipe, compiler: str, cmake: str, ninja: str, folder: Pat
     work, ready = folder / "work", folder / "ready"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ops = len(list(recipe.source.glob("csrc/cpu/*.cpp")))
-    levels = 1 + len(set(_host_levels()) - {"amxbf16"})
+    levels = 1 + len(set(_levels()) - {"amxbf16"})
     kernels = len(list(recipe.source.glob("csrc/cpu/kernels/*.cpp"))) * levels
     seconds = 5 * (1 + (12 * ops + 4 * kernels) // (5 * cores))
     print(f"mamlpp_fast: building native kernels (once, about {seconds} s) ...", file=sys.stderr, flush=True)

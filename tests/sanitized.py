@@ -40,7 +40,7 @@ def library() -> Path:
     recipe = _native._recipe()
     folder = _native._cache() / f"sanitized-{recipe.key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    levels = _native._host_levels()[-1:]
+    levels = _native._levels()[-1:]
     arguments = [a for a in recipe.arguments if not a.startswith("-DMAMLPP_FAST_ISAS")]
     with _native._exclusive(folder.with_suffix(".lock")):
         unfinished = folder / "CMakeFiles"
