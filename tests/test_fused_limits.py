@@ -60,7 +60,7 @@ def _tied() -> nn.Module:
         (Calls(lambda m, x: (m.conv(x), x)), "Calls: expected forward to return one tensor of predictions"),
         (Calls(lambda m, x: x), "Calls: expected forward to return one tensor of predictions"),
         (nn.Sequential(nn.BatchNorm2d(1, momentum=None)), "0: __float__ asks for values"),
-        (_normed_twice(), "1: 1.weight is used more than once in a pass"),
+        (_normed_twice(), "1: 1.running_mean is used more than once in a pass"),
         (Calls(lambda m, x: m.conv(x).view(-1, 8)), r"output: expected predictions \[N, ways\]"),
         (Calls(lambda m, x: m.head(m.conv(x).flatten(1)).sort(1)[0].unique()), "unique.* asks for values"),
     ],

@@ -161,7 +161,7 @@ CASES: dict[str, tuple[type[Base], Callable[[Any], Any] | None, str]] = {
     "view": (AView, None, "under another name"),
     "buffer": (AnotherBuffer, None, "running statistic"),
     "buffer's view": (AnotherBuffersView, None, "running statistic"),
-    "two norms": (TwoNorms, None, "running statistic"),
+    "two norms": (TwoNorms, None, "used more than once in a pass"),
     "weight": (Weight, None, "under another name"),
     "graph": (OfAGraph, None, "was computed with a gradient"),
     "loss closes over it": (Base, closed_over, "reads the memory of the model's norm.running_mean"),

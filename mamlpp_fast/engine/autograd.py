@@ -99,7 +99,7 @@ class AutogradEngine:
         call: _Call,
         loss_fn: LossFn,
     ) -> tuple[Tensor, Tensor]:
-        total = prediction = torch.zeros((), device=self.device)
+        total = prediction = torch.zeros((), device=task.support_y.device)
         for k, fast in enumerate(loop):
             if step_weights is None and k < self.rates.num_steps - 1:
                 continue

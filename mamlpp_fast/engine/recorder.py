@@ -194,8 +194,13 @@ class Recorder(TorchFunctionMode):
                 continue
             if name not in self._statistics:
                 self.complain(name, "is a buffer that the forward changes")
-            elif self._reads_beside(name):
+                continue
+            # Passes side by side take them in when all are done.
+            calls = self._readers(name)
+            if any(op.function not in _NORMS for op in calls):
                 self.complain(name, "is a running statistic that more than its norm reads")
+            elif len(calls) > 1:
+                self.complain(name.rpartition(".")[0], f"{name} is used more than once in a pass")
         known = self._known(result) if isinstance(result, Tensor) else None
         if not isinstance(known, Value) or known.index < len(self.inputs):
             self.complain(self.root, "expected forward to return one tensor of predictions made of its input")
@@ -203,11 +208,10 @@ class Recorder(TorchFunctionMode):
             self._check_read(result, known)
             self.result = known.index
 
-    def _reads_beside(self, statistic: str) -> bool:
-        """Whether more than one norm reads a statistic, which passes side by side take in when all are done."""
+    def _readers(self, statistic: str) -> list[Operation]:
+        """The operations that read the memory of a running statistic."""
         names = {statistic, *self._shared.beside.get(statistic, ())}
-        found = [op for op in self.operations if any(getattr(r, "name", None) in names for r in op.inputs())]
-        return len(found) > 1 or any(op.function not in _NORMS for op in found)
+        return [op for op in self.operations if any(getattr(r, "name", None) in names for r in op.inputs())]
 
     def layers(self) -> Iterator[frozenset[str]]:
         """Parameters that meet an activation in one operation, from the last operation that reaches the output back."""
