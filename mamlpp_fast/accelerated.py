@@ -217,7 +217,7 @@ def _new(cls: Any, *args: Any) -> nn.Module:
 
 def _can(model: nn.Module, x: reference.Inputs) -> bool:
     """Whether a call is of a kind that is served at all: what is cheap to tell, and may differ from call to call."""
-    given: list[Any] = [x] if type(x) is Tensor else tensors_of(x)
+    given = tensors_of(x)
     first = given[0] if given else None
     return (
         type(first) is Tensor
@@ -242,8 +242,9 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
     form = form_of(model)
     # Empty without a transform of torch.func; with one, why its kind is refused.
     transform = (transforms.refusal(model, x),) if transformed() else ()
-    inputs = any(t.requires_grad for t in tensors_of(x))
-    devices = frozenset(t.device for t in tensors_of(x))
+    given = tensors_of(x)
+    inputs = any(t.requires_grad for t in given)
+    devices = frozenset(t.device for t in given)
     key = (_kind(model), form_of_inputs(x), devices, model.training, inputs, transform, form)
     with _lock:
         if (known := _routes.get(key)) is not None:

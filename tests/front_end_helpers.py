@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
+from tests.textbook import SETTINGS as MAMLPP
 from tests.textbook import Batch, Textbook
 
-SETTINGS: dict[str, Any] = {
-    "steps": 2, "inner_lr": 0.1, "lslr": True, "rates": "tensor", "second_order": True, "msl": True, "bnwb": True,
-    "bnrs": True, "adapt": "all", "adapt_norm": False, "loss": "cross_entropy", "eval_stats": "batch", "meta_lr": 0.01,
-}  # fmt: skip
+SETTINGS = MAMLPP | {"eval_stats": "batch", "meta_lr": 0.01}
 
 
 class Net(nn.Module):

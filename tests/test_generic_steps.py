@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import kept_threads
+from textbook import SETTINGS as MAMLPP
 from textbook import Textbook
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -298,20 +299,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 # Networks all of whose operations have rules of their own by now: the textbook holds for these as well.
 RULED = {"gelu", "siren", "batchnorm1d", "conv1d", "conv5x5", "transposed", "groupnorm", "instancenorm"}
-SETTINGS: dict[str, Any] = {
-    "steps": 2,
-    "inner_lr": 0.1,
-    "lslr": True,
-    "rates": "tensor",
-    "second_order": True,
-    "msl": True,
-    "bnwb": False,
-    "bnrs": False,
-    "adapt": "all",
-    "adapt_norm": False,
-    "loss": "cross_entropy",
-    "meta_lr": 1e-3,
-}
+SETTINGS = MAMLPP | {"bnwb": False, "bnrs": False}
 
 
 def batch_of(shape: tuple[int, ...], tasks: int = TASKS, loss: str = "cross_entropy") -> Batch:

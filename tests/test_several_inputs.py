@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from textbook import Textbook
+from textbook import SETTINGS, Textbook
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -20,20 +20,6 @@ from mamlpp_fast.engine.reduction import Reduction
 
 TASKS, SUPPORT, TARGETS, WAYS = 3, 6, 4, 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-SETTINGS: dict[str, Any] = {
-    "steps": 2,
-    "inner_lr": 0.1,
-    "lslr": True,
-    "rates": "tensor",
-    "second_order": True,
-    "msl": True,
-    "bnwb": True,
-    "bnrs": True,
-    "adapt": "all",
-    "adapt_norm": False,
-    "loss": "cross_entropy",
-    "meta_lr": 1e-3,
-}
 
 
 class Recommender(nn.Module):

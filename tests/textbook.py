@@ -22,6 +22,11 @@ Of several inputs x is a list: of each task the tuple or the dict of the model's
 """
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+SETTINGS: dict[str, Any] = {
+    "steps": 2, "inner_lr": 0.1, "lslr": True, "rates": "tensor", "second_order": True, "msl": True, "bnwb": True,
+    "bnrs": True, "adapt": "all", "adapt_norm": False, "loss": "cross_entropy", "meta_lr": 1e-3,
+}  # fmt: skip
+"""MAML++ in few steps; what a test of its own wants otherwise, it changes."""
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d)
 """Norms that get a row for each inner step."""
 

@@ -46,20 +46,14 @@ class Moves:
 
     def arranged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Views, or copies where there are none, with the axes that they have in the kernels' layout."""
-        return [
-            t if how is None else t.reshape(how[0]).permute(how[1])
-            for how, t in zip(self._how, tensors, strict=False)
-        ]
+        return [_laid(t, how) for t, how in zip(tensors, self._how, strict=False)]
 
     def directed(
         self, places: Sequence[Tensor], cotangents: Sequence[Tensor | None], zero: Tensor
     ) -> list[Tensor]:
         """What is to be copied to the places of directions: ``zero``, a number, where there is no cotangent."""
-        rows = zip(places, self._how, cotangents, strict=False)
-        return [
-            zero.expand_as(held) if c is None else c if how is None else c.reshape(how[0]).permute(how[1])
-            for held, how, c in rows
-        ]
+        rows = zip(places, cotangents, self._how, strict=False)
+        return [zero.expand_as(held) if c is None else _laid(c, how) for held, c, how in rows]
 
     def load(self, places: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
         """Copies to the places, zeros where there is nothing; what is given beyond them is left out."""
@@ -76,6 +70,10 @@ class Moves:
         made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[: len(places)]]
         torch._foreach_copy_(self.arranged(made), list(places))
         return made + [torch.zeros_like(p) for p in like[len(places) :]]
+
+
+def _laid(t: Tensor, how: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Tensor:
+    return t if how is None else t.reshape(how[0]).permute(how[1])
 
 
 class _Kept(NamedTuple):
