@@ -83,8 +83,9 @@ def acceleration(model: nn.Module) -> str:
     with _lock:
         lines = [
             f"{_said(key)}: {route}"
-            for (cls, *key, _), (route, own) in _routes.items()
-            if cls is kind and own == shapes
+            for whole, route in _routes.items()
+            for cls, *key, _ in (whole,)
+            if cls is kind and _holders[whole] == shapes
         ]
         left = list(_left.get(model, ()))
     return "\n".join([*lines, *(f"other calls: plain PyTorch: {why}" for why in left)]) or "no call yet"
@@ -122,8 +123,9 @@ class _Refusal:
 
 _Route = DifferentiableNetwork | transforms.Transformed | _Refusal
 _Shapes = list[tuple[str, torch.Size]]
-_routes: OrderedDict[tuple[Any, ...], tuple[_Route, _Shapes]] = OrderedDict()
-"""With the parameters' shapes, which tell a model and its copies from others of the class."""
+_routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
+_holders: dict[tuple[Any, ...], _Shapes] = {}
+"""The parameters' shapes by the key of a route, which tell a model and its copies from others of the class."""
 _lock = threading.RLock()
 _unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKeyDictionary()
 """In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
@@ -281,7 +283,7 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
-            return known[0]
+            return known
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")
@@ -293,9 +295,9 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
             refused[key[:-1]] += 1
             if route.passing and refused[key[:-1]] < _TRIES:
                 return route
-        _routes[key] = route, _shapes(model)
+        _routes[key], _holders[key] = route, _shapes(model)
         while len(_routes) > _KEPT:
-            _routes.popitem(last=False)
+            _holders.pop(_routes.popitem(last=False)[0], None)
         return route
 
 
