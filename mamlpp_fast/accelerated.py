@@ -23,7 +23,7 @@ from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.lanes import watched
-from mamlpp_fast.inputs import form_of_inputs, tensors_of
+from mamlpp_fast.inputs import call_of, form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed
 
 __all__ = ["accelerate", "acceleration"]
@@ -41,10 +41,11 @@ def accelerate(model: _M) -> _M:
     changes is what a call ``model(x)`` executes where autograd records: the whole forward as one operation, whose
     backward pass and double backward are kernels too. So a textbook inner loop (``autograd.grad(...,
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
-    arguments than tensors [N, ...] of the parameters' type, integers or bool (in tuples, lists and dicts too), several
-    of them where the examples take a gradient, forward mode, ``torch.compile``, autocast, hooks on saved tensors
-    (checkpoints), normalising with running statistics, models whose forward is no fixed list of operations, or one of
-    linear layers and pointwise functions alone. :func:`acceleration` says what was served and what not, and why.
+    arguments than tensors [N, ...] of the parameters' type, integers or bool (in tuples, lists and dicts too), None,
+    True and False; more than one of them that takes a gradient, forward mode, ``torch.compile``, autocast, hooks on
+    saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed list of
+    operations, or one of linear layers and pointwise functions alone. :func:`acceleration` says what was served and
+    what not, and why.
 
     ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way, by the parameters: the tasks of a
     ``vmap`` run side by side on the threads. Norms that update running statistics are not, for PyTorch refuses most of
@@ -72,19 +73,32 @@ def accelerate(model: _M) -> _M:
 
 
 def acceleration(model: nn.Module) -> str:
-    """What serves the calls of a model that was given to :func:`accelerate`: a line for each form seen so far."""
+    """What serves the calls of a model that was given to :func:`accelerate`: a line for each form seen so far.
+
+    Forms are those of the model, its copies, and others of its class with parameters of the same names and shapes.
+    """
     if not vars(type(model)).get(ROUTED):
         return "not accelerated: compiled by torch.jit, or never given to mamlpp_fast.accelerate"
-    kind = _kind(model)
+    kind, shapes = _kind(model), _shapes(model)
     with _lock:
-        lines = [f"{_said(key)}: {route}" for (cls, *key, _), route in _routes.items() if cls is kind]
-    return "\n".join(lines) or "no call yet"
+        lines = [
+            f"{_said(key)}: {route}"
+            for whole, route in _routes.items()
+            for cls, *key, _ in (whole,)
+            if cls is kind and _holders[whole] == shapes
+        ]
+        left = list(_left.get(model, ()))
+    return "\n".join([*lines, *(f"other calls: plain PyTorch: {why}" for why in left)]) or "no call yet"
 
 
 def _kind(model: nn.Module) -> type:
     """The class that a model was made of."""
     cls = type(model)
     return cls.__mro__[1] if vars(cls).get(ROUTED) else vars(cls).get("_fast_original", cls)
+
+
+def _shapes(model: nn.Module) -> _Shapes:
+    return [(name, p.shape) for name, p in model.named_parameters()]
 
 
 def _said(key: list[Any]) -> str:
@@ -108,12 +122,17 @@ class _Refusal:
 
 
 _Route = DifferentiableNetwork | transforms.Transformed | _Refusal
+_Shapes = list[tuple[str, torch.Size]]
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
+_holders: dict[tuple[Any, ...], _Shapes] = {}
+"""The parameters' shapes by the key of a route, which tell a model and its copies from others of the class."""
 _lock = threading.RLock()
 _unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKeyDictionary()
 """In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
 calls say, is not looked at for ever, for that runs its forward."""
 _TRIES = 3
+_left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
+"""Why calls of a model were not looked at, in order."""
 _resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
 """Models whose last call was left to PyTorch, and the network that says for how long."""
 
@@ -167,19 +186,23 @@ def served(
     """
     if torch.compiler.is_compiling():
         return None
-    one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-    return _served(model, args[0] if one else reference.Arguments(args, dict(kwargs)), plain)
+    return _served(model, args, kwargs, plain)
 
 
 def _served(
-    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plain: Callable[[], nn.Module] | None = None,
 ) -> Tensor | None:
     # Without a look at the call or the form, which plain PyTorch does not need.
     if (before := _resting.get(model)) is not None:
         if before.resting():
             return None
         _resting.pop(model, None)
-    if not _can(model, x):
+    x = call_of(args, kwargs)
+    if (why := x if isinstance(x, str) else _unfit(x)) is not None:
+        _left.setdefault(model, {})[why] = None
         return None
     route = _route(model, x, plain)
     if isinstance(route, _Refusal):
@@ -190,10 +213,11 @@ def _served(
     return route.call(Held(model), x)
 
 
-def network_of(model: nn.Module, x: reference.Inputs) -> DifferentiableNetwork | str:
-    """What calls of a model on examples like ``x`` are served by, outside of ``torch.func``; else why they are not."""
-    if not _can(model, x):
-        return "its examples, or a mode of the calling thread, are none that the kernels take"
+def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetwork | str:
+    """What calls of a model on inputs like these are served by, outside of ``torch.func``; else why they are not."""
+    x = call_of(*_arguments(inputs))
+    if (why := x if isinstance(x, str) else _unfit(x)) is not None:
+        return why
     route = _route(model, x, None)
     if isinstance(route, DifferentiableNetwork):
         return "its passes are differentiated a third time" if route.resting() else route
@@ -204,8 +228,15 @@ def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inpu
     """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
         own = tensors_of(x)[0].device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
-        made = _served(model, x) if own else None
+        made = _served(model, *_arguments(x)) if own else None
         return reference.called(model, x) if made is None else made
+
+
+def _arguments(x: reference.Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of the call that :func:`mamlpp_fast.reference.called` makes."""
+    if isinstance(x, dict):
+        return (), x
+    return (x if isinstance(x, tuple) else (x,)), {}
 
 
 def _new(cls: Any, *args: Any) -> nn.Module:
@@ -215,27 +246,30 @@ def _new(cls: Any, *args: Any) -> nn.Module:
     return model
 
 
-def _can(model: nn.Module, x: reference.Inputs) -> bool:
-    """Whether a call is of a kind that is served at all: what is cheap to tell, and may differ from call to call."""
+def _unfit(x: reference.Inputs) -> str | None:
+    """Why a call is of no kind that is served: what is cheap to tell, and may differ from call to call."""
     given = tensors_of(x)
-    first = given[0] if given else None
-    return (
-        type(first) is Tensor
-        and first.ndim > (1 if len(given) == 1 else 0)
-        and len(first) > 0
-        and all(
-            type(t) is Tensor and t.shape[:1] == first.shape[:1] and t.layout is torch.strided for t in given
-        )
-        and torch.is_grad_enabled()
-        and not torch.is_inference_mode_enabled()
-        and not torch.is_autocast_enabled(first.device.type)
-        and not torch._C._get_tracing_state()
-        and (torch.autograd.forward_ad._current_level < 0 or transformed())
-        # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        and not paused()
-        and not watched()
-    )
+    first = given[0]
+    if any(type(t) is not Tensor or t.layout is not torch.strided for t in given):
+        return "an argument is no plain tensor"
+    if first.ndim < (2 if len(given) == 1 else 1) or len(first) == 0:
+        return f"its examples have the shape {list(first.shape)}"
+    if any(t.shape[:1] != first.shape[:1] for t in given):
+        return "arguments are of another number of examples"
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return "no gradient is recorded"
+    if torch.is_autocast_enabled(first.device.type):
+        return "under torch.autocast"
+    if torch._C._get_tracing_state():
+        return "under torch.jit"
+    if torch.autograd.forward_ad._current_level >= 0 and not transformed():
+        return "under forward mode"
+    # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "under hooks on saved tensors"
+    if paused() or watched():
+        return "something watches the calling thread: a mode, or the profiler"
+    return None
 
 
 def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None) -> _Route:
@@ -261,9 +295,9 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
             refused[key[:-1]] += 1
             if route.passing and refused[key[:-1]] < _TRIES:
                 return route
-        _routes[key] = route
+        _routes[key], _holders[key] = route, _shapes(model)
         while len(_routes) > _KEPT:
-            _routes.popitem(last=False)
+            _holders.pop(_routes.popitem(last=False)[0], None)
         return route
 
 
@@ -295,8 +329,8 @@ def _made(model: nn.Module, x: reference.Inputs) -> _Route:
     for t in given:
         if t.dtype != tensors[0].dtype and t.is_floating_point():
             return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {t.dtype}")
-    if len(given) > 1 and any(t.requires_grad for t in given):
-        return _Refusal("expected one tensor where the examples take a gradient, got several")
+    if sum(t.requires_grad for t in given) > 1:
+        return _Refusal("expected at most one argument that takes a gradient, got several")
     if any(
         getattr(m, "plain", False) for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)
     ):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mamlpp_fast.reference import Inputs
+from mamlpp_fast.reference import Arguments, Inputs
 
 __all__ = [
+    "Call",
     "as_given",
+    "call_of",
     "examples_of",
     "form_of_inputs",
     "joined",
@@ -84,3 +88,52 @@ def joined(tensors: Sequence[Tensor], structure: pytree.TreeSpec | None) -> Inpu
 def form_of_inputs(inputs: Inputs, lead: int = 0) -> tuple[Hashable, ...]:
     """What tells inputs of one form from others: how they are held; shapes, without so many axes, and types."""
     return structure_of(inputs), *((t.shape[lead:], t.dtype) for t in tensors_of(inputs))
+
+
+@dataclass(frozen=True)
+class Call(Arguments):
+    """A call's arguments as inputs.
+
+    Attributes:
+        tensors: among the arguments, in order, but for the one that takes a gradient, which is the first.
+        form: how the arguments are held, those that are no tensors, and the place of the first tensor.
+    """
+
+    tensors: list[Tensor]
+    form: tuple[pytree.TreeSpec, tuple[tuple[type, Any] | None, ...], int]
+
+
+_FLAGS = (NoneType, bool)
+"""Types of few values, each of which may be a form of its own."""
+
+
+def call_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | Call | str:
+    """A call ``model(*args, **kwargs)`` as inputs; why not, where it has arguments that are none."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return args[0]
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    plain = tuple(None if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+    for kind in (p[0] for p in plain if p is not None):
+        if kind not in _FLAGS:
+            return f"an argument is of the type {kind.__name__}"
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        return "no argument is a tensor"
+    if len({id(t) for t in tensors}) < len(tensors):
+        return "two arguments are one tensor, which a forward may ask about"
+    lead = next((i for i, t in enumerate(tensors) if t.requires_grad), 0)
+    tensors.insert(0, tensors.pop(lead))
+    return Call(args, dict(kwargs), tensors, (spec, plain, lead))
+
+
+def _called(tensors: Any, form: Any) -> Call:
+    spec, plain, lead = form
+    own = list(tensors)
+    rest = own[1:]
+    rest.insert(lead, own[0])
+    given = iter(rest)
+    args, kwargs = pytree.tree_unflatten([next(given) if p is None else p[1] for p in plain], spec)
+    return Call(args, kwargs, own, form)
+
+
+pytree.register_pytree_node(Call, lambda call: (call.tensors, call.form), _called)

@@ -221,7 +221,10 @@ class MAMLPlusPlus:
 
     @undisturbed()
     def meta_gradient(self, batch: EpisodeBatch, *, total_tasks: int | None = None) -> StepMetrics:
-        """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`."""
+        """Sets the meta-gradients of a batch without updating; see :meth:`meta_step`.
+
+        Where it raises they are zero, or None where there have been none yet.
+        """
         total = batch.num_tasks if total_tasks is None else total_tasks
         batch = own_share(batch, self.ranks, total_tasks)
         self._follow(True, batch)
@@ -247,7 +250,13 @@ class MAMLPlusPlus:
             self._serving.lend_gradients(self._trainable)
             return run(engine, batch, weights, second_order)
 
-        return self._serving.serve(batch, ("train", weights is None, second_order), call)
+        try:
+            return self._serving.serve(batch, ("train", weights is None, second_order), call)
+        except BaseException:
+            for p in self._trainable:  # of some tasks, or of the batch before
+                if p.grad is not None:
+                    p.grad.zero_()
+            raise
 
     def _gradient(
         self,

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from mamlpp_fast.copying import tied_function
 from mamlpp_fast.engine import lanes
+from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.ops._library import transformed
 
@@ -43,8 +44,9 @@ def map_tasks(
     out as task by task, up to rounding, where steps do not read them.
 
     One after the other on the calling thread run: tasks where ``threads`` is 1, or torch has one thread; models on a
-    GPU; calls under a profiler, a torch-function or dispatch mode, autocast, inference mode, forward mode, a transform
-    of ``torch.func`` or hooks on saved tensors.
+    GPU; steps and models that name a ``threading.local``, whose values are the calling thread's; calls under a
+    profiler, a torch-function or dispatch mode, autocast, inference mode, forward mode, a transform of ``torch.func``
+    or hooks on saved tensors.
 
     Args:
         step: called with the model, or a copy that shares its parameters, and a task.
@@ -67,7 +69,7 @@ def map_tasks(
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
     width = min(len(tasks), torch.get_num_threads() if threads is None else threads)
-    if width < 2 or _alone(model):
+    if width < 2 or _alone(model) or fingerprint(model, step).of_a_thread:
         return [_finished(*_one(step, model, task)) for task in tasks]
     _check(model)
     return _Team(step, tasks, model, width).run()

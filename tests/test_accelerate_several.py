@@ -14,6 +14,7 @@ from test_several_inputs import CASES, CLOSE, Pictures, Recommender, learner_of,
 from torch import Tensor, func, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast as mf
 
@@ -118,14 +119,17 @@ def test_a_graph_keeps_what_it_was_given() -> None:
     ("change", "why"),
     [
         (
-            lambda x: {**x, "image": x["image"].requires_grad_()},
-            "expected one tensor where the examples take",
+            lambda x: {**x, "image": x["image"].requires_grad_(), "beside": x["beside"].requires_grad_()},
+            "expected at most one argument that takes a gradient, got several",
         ),
         (
             lambda x: {**x, "beside": x["beside"].float()},
             "examples of the parameters' torch.float64, got torch.float32",
         ),
-        (lambda x: {**x, "attributes": x["attributes"][:1]}, "no call yet"),
+        (
+            lambda x: {**x, "attributes": x["attributes"][:1]},
+            "other calls: plain PyTorch: arguments are of another number of examples",
+        ),
     ],
 )
 def test_other_calls_run_as_ever(change: Callable[[Any], Any], why: str) -> None:
@@ -148,17 +152,87 @@ def test_other_calls_run_as_ever(change: Callable[[Any], Any], why: str) -> None
     assert why in mf.acceleration(fast)
 
 
-def test_plain_arguments_run_as_ever() -> None:
-    class Chosen(Pictures):
-        def forward(self, image: Tensor, beside: Tensor, attributes: Tensor, doubled: bool) -> Tensor:
-            return super().forward(image, beside, attributes=attributes * 2 if doubled else attributes)
+def derivatives(model: nn.Module, y: Tensor, given: Any) -> list[Tensor]:
+    """A call's output, its gradients by parameters and inputs, and derivatives of these."""
+    by = [*model.parameters(), *(t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad)]
+    first = torch.autograd.grad((y.square() * y.detach().cos()).sum(), by, create_graph=True)
+    along = torch.stack([(g * g.detach().cos()).sum() for g in first]).sum()
+    second = torch.autograd.grad(along, by, allow_unused=True)
+    return [y, *first, *(torch.zeros_like(t) if g is None else g for g, t in zip(second, by, strict=True))]
 
+
+@pytest.mark.parametrize("name", ["image", "beside", "attributes"])
+def test_one_argument_takes_a_gradient(name: str) -> None:
+    """Whichever; calls without a gradient, or with one of another argument, are other forms."""
+    plain, fast = pair("pictures")
+    for by in (None, name):
+        results = []
+        for model in (plain, fast):
+            x = {k: t.clone().requires_grad_(k == by) for k, t in made("pictures")[0].support_x.items()}
+            results.append(derivatives(model, model(**x), x))
+        assert_close(results[1], results[0], **CLOSE)
+    said = mf.acceleration(fast).splitlines()
+    assert len(said) == 2 and all("one operation" in line for line in said), said
+    assert "examples with a gradient" in said[1]
+
+
+def test_one_tensor_by_name_takes_a_gradient() -> None:
     torch.manual_seed(0)
-    fast = mf.accelerate(Chosen().double())
-    x = made("pictures")[0].support_x.values()
-    image, attributes, beside = x
-    one, two = (fast(image, beside, attributes, doubled) for doubled in (False, True))
-    assert not torch.equal(one, two) and mf.acceleration(fast) == "no call yet"
+    plain = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+    fast = mf.accelerate(copy.deepcopy(plain))
+    x = torch.randn(4, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    found, expected = (derivatives(model, model(input=x), x) for model in (fast, plain))
+    assert_close(found, expected, **CLOSE)
+    assert "one operation" in mf.acceleration(fast)
+
+
+class Chosen(Pictures):
+    """What else it is told decides; nothing is asked of tensors."""
+
+    def forward(self, image: Tensor, told: Any, attributes: Tensor, *, scale: Any = 1) -> Tensor:  # type: ignore[override]
+        if told.get("doubled"):
+            attributes = attributes * 2
+        if told["beside"] is None:
+            return self.head(F.pad(attributes, (0, 48))) * scale
+        if told["beside"] is image:
+            return super().forward(
+                image, image[:, :, :2, :2].expand(-1, 2, -1, -1).exp(), attributes=attributes
+            )
+        return super().forward(image, told["beside"], attributes=attributes) * scale
+
+
+def test_flags_are_told_apart_and_other_arguments_run_as_ever() -> None:
+    torch.manual_seed(0)
+    plain = Chosen().double()
+    fast = mf.accelerate(copy.deepcopy(plain))
+    image, attributes, beside = made("pictures")[0].support_x.values()
+    forms: list[tuple[dict[str, Any], Any]] = [
+        ({"doubled": True, "beside": beside}, True),
+        ({"doubled": False, "beside": beside}, True),
+        ({"doubled": None, "beside": beside}, True),
+        ({"doubled": True, "beside": beside}, False),
+        ({"beside": beside}, 2.5),
+        ({"beside": image}, None),
+    ]
+    for told, scale in forms:
+        found, expected = (derivatives(m, m(image, told, attributes, scale=scale), ()) for m in (fast, plain))
+        assert_close(found, expected, **CLOSE)
+    *served, number, twice = mf.acceleration(fast).splitlines()
+    assert len(served) == 4 and all("one operation" in line for line in served), served
+    assert number == "other calls: plain PyTorch: an argument is of the type float"
+    assert twice == "other calls: plain PyTorch: two arguments are one tensor, which a forward may ask about"
+
+
+def test_a_model_is_told_of_its_own_calls() -> None:
+    """Not of those of others of its class; of its copies'."""
+    one, other = (mf.accelerate(nn.Sequential(nn.Conv1d(2, size, 3), nn.Flatten())) for size in (3, 4))
+    copied = copy.deepcopy(one)
+    one(torch.randn(4, 2, 5))
+    with torch.no_grad():
+        other(torch.randn(4, 2, 5))
+    (said,) = mf.acceleration(one).splitlines()
+    assert said.startswith("[4, 2, 5] float32, training: one operation") and said == mf.acceleration(copied)
+    assert mf.acceleration(other) == "other calls: plain PyTorch: no gradient is recorded"
 
 
 def test_the_tasks_of_the_autograd_engine_go_side_by_side() -> None:

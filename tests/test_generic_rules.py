@@ -123,6 +123,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Form], list[Form]]] = {
     "weights": (lambda v, g: v * (g / v.square().sum(1, keepdim=True).sqrt()), [], [(6, 4), (6, 1)]),
     "attention": (COMPOSITES[F.scaled_dot_product_attention], [(N, 2, 3, 4)] * 3, []),
     "gru": (_scan, [(N, 3, 2), (1, N, 4)], [(12, 2), (12, 4), (12,), (12,)]),
+    "lstm-cell": (
+        lambda x, h, c, *params: torch.cat(COMPOSITES[torch.lstm_cell](x, (h, c), *params), 1),
+        [(N, 3), (N, 2), (N, 2)],
+        [(8, 3), (8, 2), (8,), (8,)],
+    ),
+    "gru-cell": (COMPOSITES[torch.gru_cell], [(N, 3), (N, 2)], [(6, 3), (6, 2), (6,), (6,)]),
+    "padded": (
+        lambda w: COMPOSITES[F.embedding](torch.arange(2 * N).view(N, 2) % 5, w, padding_idx=-2),
+        [],
+        [(5, 3)],
+    ),
+    "viewed": (lambda x: COMPOSITES[Tensor.view](x.transpose(1, 2), N, -1) * 2, [(N, 3, 5)], []),
     "slice": (lambda x: x[:, 1:, ::2].flatten(1), [(N, 3, 5)], []),
     "permuted": (lambda x: x.transpose(1, 2).reshape(N, -1) * 2, [(N, 3, 5)], []),
     "cat": (lambda x, y: torch.cat([x, y, x], 1), [(N, 2), (N, 3)], []),

@@ -194,6 +194,19 @@ def test_a_non_finite_loss_names_epoch_iteration_and_task() -> None:
     assert (error.value.epoch, error.value.iteration, error.value.task) == (2, 4, 1)
 
 
+@pytest.mark.parametrize("engine", ["reference", "autograd", "fused"])
+def test_an_error_leaves_no_gradients(engine: Any) -> None:
+    """Neither those of the tasks before it, nor of the batch before."""
+    learner, batch = small_learner(CONFIGS["maml++"], engine=engine), random_batch()
+    learner.meta_gradient(batch)
+    assert any(bool(g.any()) for g in gradients(learner.model, learner.rates).values())
+    wrong = batch.support_y.clone()
+    wrong[-1, 0] = 99
+    with pytest.raises(ValueError, match="expected labels from 0"):
+        learner.meta_gradient(dataclasses.replace(batch, support_y=wrong))
+    assert not any(bool(g.any()) for g in gradients(learner.model, learner.rates).values())
+
+
 def test_class_structured_batches_are_flattened() -> None:
     flat = random_batch(tasks=2, ways=3, shots=2, targets=1)
     structured = mf.EpisodeBatch(

@@ -407,3 +407,18 @@ def test_what_passes_from_task_to_task_is_refused(unkept: Any, message: str, acc
         mf.map_tasks(unkept, tasks, model)
     assert all(p.grad is None for p in model.parameters())
     assert int(model[1].num_batches_tracked) == 0
+
+
+_settings = threading.local()
+
+
+def test_what_a_thread_has_its_own_of_is_the_callers() -> None:
+    """A step that names it has its tasks one after the other: other threads have other values."""
+
+    def scaled(model: nn.Module, task: Task) -> Tensor:
+        return step(model, task) * getattr(_settings, "scale", 1.0)
+
+    _settings.scale = 3.0
+    model, plain = own(mlp), own(mlp)
+    found, expected = mf.map_tasks(scaled, data(), model), loop(scaled, data(), plain)
+    torch.testing.assert_close((found, left(model)), (expected, left(plain)), **CLOSE)

@@ -55,6 +55,9 @@ class StepNorm(nn.Module):
         self.step, self.batch_statistics = 0, True
         for name in ("weight", "bias"):
             value = getattr(old, name)
+            if value is None:
+                self.register_parameter(name, None)
+                continue
             rows = value.detach().expand(steps, -1) if bnwb else value.detach()
             setattr(self, name, nn.Parameter(rows.clone(), requires_grad=value.requires_grad))
         for name in ("running_mean", "running_var"):
@@ -66,7 +69,9 @@ class StepNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         row = min(self.step, self.rows - 1)
-        weight, bias = (self.weight[row], self.bias[row]) if self.bnwb else (self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if self.bnwb and weight is not None:
+            weight, bias = weight[row], bias[row]
         mean, var = self.running_mean, self.running_var
         if self.bnrs:
             mean, var = mean[row], var[row]

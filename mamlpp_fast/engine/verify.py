@@ -166,7 +166,7 @@ def check_call(
     def derivatives(x: reference.Inputs, y: Tensor, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         by = {name: held[name] for name in (*net.names, *net.inert) if name not in net.constants}
         if net.inputs:
-            by["the examples"] = x
+            by["the examples"] = tensors_of(x)[0]
         whole = wanted == net.everything
         names = [n for n in by if whole or n in wanted or (n == "the examples" and EXAMPLES in wanted)]
         loss = (y * waves(y)).sum() + 0.5 * y.square().sum()
@@ -189,7 +189,8 @@ def check_call(
         for ours in (False, True):
             held = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
             held |= {name: t.requires_grad_() for name, t in held.items() if name in (*net.names, *net.inert)}
-            given = mapped(lambda t: t.clone().requires_grad_(net.inputs), x)
+            given = mapped(torch.clone, x)
+            tensors_of(given)[0].requires_grad_(net.inputs)
             with _reference(model, held), reference.right_second_order(model):
                 y = reference.called(model, given) if not ours else None
             if ours:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +15,8 @@ Inputs = Any
 """What a model is given: a tensor; a tuple, for ``model(*inputs)``; a dict, for ``model(**inputs)``; or arguments."""
 
 
-class Arguments(NamedTuple):
+@dataclass(frozen=True)
+class Arguments:
     """What a model is given in any other way."""
 
     args: tuple[Any, ...]

@@ -122,6 +122,24 @@ def _unrolled(
     return torch.stack(outputs[::-1] if backwards else outputs), state
 
 
+def _once(cell: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """``torch.gru_cell`` and its like, one time step, from a cell."""
+
+    def run(
+        input: Tensor,
+        hx: Any,
+        w_x: Tensor,
+        w_h: Tensor,
+        b_x: Tensor | None = None,
+        b_h: Tensor | None = None,
+    ) -> Any:
+        state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        made = cell(F.linear(input, w_x, b_x), F.linear(state[0], w_h, b_h), *state)
+        return made if len(made) > 1 else made[0]
+
+    return run
+
+
 def _gru_cell(x: Tensor, h: Tensor, state: Tensor) -> tuple[Tensor]:
     size = state.shape[-1]
     gates = torch.sigmoid(x[..., : 2 * size] + h[..., : 2 * size])
@@ -226,6 +244,23 @@ def _assigned(input: Tensor, key: Any, value: Any) -> Tensor:
     return input.reshape(-1).index_put((places.reshape(-1),), value).view(input.shape)
 
 
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **more: Any
+) -> Tensor:
+    """``F.embedding``, whose row of the padding has no gradient: so that no tangent comes of that row either."""
+    made = F.embedding(input, weight, None, *rest, **more)
+    if padding_idx is None:
+        return made
+    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), made.detach(), made)
+
+
+def _viewed(input: Tensor, *shape: Any, **more: Any) -> Tensor:
+    """``Tensor.view``: of a tensor whose copy into order (``contiguous``) may have been left out."""
+    if more or isinstance(shape[0], torch.dtype):
+        return input.view(*shape, **more)
+    return input.reshape(*shape)
+
+
 def _filled(input: Tensor, value: Any) -> Tensor:
     return (
         value.to(input.dtype).expand(input.shape)
@@ -245,8 +280,15 @@ COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     torch.lstm: _recurrent(_lstm_cell, 2),
     torch.rnn_tanh: _recurrent(_tanh_cell, 1),
     torch.rnn_relu: _recurrent(_relu_cell, 1),
+    torch.gru_cell: _once(_gru_cell),
+    torch.lstm_cell: _once(_lstm_cell),
+    torch.rnn_tanh_cell: _once(_tanh_cell),
+    torch.rnn_relu_cell: _once(_relu_cell),
     F.scaled_dot_product_attention: _attention,
     F.one_hot: _one_hot,
+    F.embedding: _embedding,
+    Tensor.view: _viewed,
+    Tensor.view_as: Tensor.reshape_as,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
     Tensor.__setitem__: _assigned,
     Tensor.copy_: lambda input, src, non_blocking=False: _filled(input, src),

@@ -151,7 +151,7 @@ class DifferentiableNetwork:
         model: that it was lowered from; kept.
         images: examples a call.
         constants: of the parameters that the model reads without a gradient.
-        inputs: whether it is differentiable in the examples too, which are one tensor then.
+        inputs: whether it is differentiable in the examples too, the first tensor of them.
         structure: of what the model is given.
         few: examples to check sections on that are written later; None: they need no check.
 

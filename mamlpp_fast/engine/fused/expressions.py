@@ -56,14 +56,14 @@ class Expressions:
         """
         places = places or {}
         into: dict[Term, Ref] = {}
-        for i, place in places.items():
-            self._send(terms[i], place, into)
+        # Of equal terms one is sent; the buffer of all gradients is one, and tells no places apart.
+        sent = {i for i, place in places.items() if self._send(terms[i], place, into)}
         for node in self._missing(terms):
             self._made[node] = self._results(node, into)
         found = []
         for i, term in enumerate(terms):
             ref = self._ref(term)
-            if i in places and not (self._sent(term, into) and ref.buffer is places[i].buffer):
+            if i in places and not (i in sent and self._arrived(term, into)):
                 self._em.call(aten.copy_.default, places[i], ref)
                 ref = places[i]
             found.append(ref)
@@ -90,22 +90,27 @@ class Expressions:
 
     # Places
 
-    def _send(self, term: Term, place: Ref, into: dict[Term, Ref]) -> None:
-        """Has the node behind views of its result, of all its elements, leave it where the views are to lie."""
+    def _send(self, term: Term, place: Ref, into: dict[Term, Ref]) -> bool:
+        """Has the node behind views of its result, of all its elements, leave it where the views are to lie.
+
+        False where it cannot, or leaves it in another place.
+        """
         while isinstance(term.source, Node) and term.source.is_view:
             back = _back(term.source)
             source = next(iter(term.source.terms), None)
             if back is None or source is None:
-                return
+                return False
             try:
                 place = place.view(back)
             except RuntimeError:
-                return
+                return False
             term = source
-        if isinstance(term.source, Node) and term.source not in self._made and term not in into:
-            into[term] = place
+        if not isinstance(term.source, Node) or term.source in self._made or term in into:
+            return False
+        into[term] = place
+        return True
 
-    def _sent(self, term: Term, into: Mapping[Term, Ref]) -> bool:
+    def _arrived(self, term: Term, into: Mapping[Term, Ref]) -> bool:
         """Whether the node behind a term's views had a place, which is so its own."""
         while term not in into and isinstance(term.source, Node) and term.source.is_view:
             source = next(iter(term.source.terms), None)

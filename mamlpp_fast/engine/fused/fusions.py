@@ -80,7 +80,7 @@ def fuse_first_layer(network: Network) -> Network:
         norm = network.reader(conv.output)
         fits = conv.inputs[0] < len(network.inputs) and conv.stride == 1 and conv.weight.shape[2] <= _COLOURS
         fits = fits and type(conv) is Conv and conv.weight.shape[:2] in ((1, 1), (3, 3))
-        if not (fits and isinstance(norm, NormActPool) and norm.pool and norm.slope >= 0 and norm.affine):
+        if not (fits and isinstance(norm, NormActPool) and norm.pool and norm.slope >= 0):
             continue
         if norm.group:  # its statistics are not a task's
             continue

@@ -169,7 +169,7 @@ def _norm(
         raise call.refusal("batch norm: expected weight and bias, or neither")
     names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
     adapting = [low.vector(n) for n in names if n is not None] if low.adapted.intersection(names) else []
-    affine = Rows(call.name, names[0], names[1], rows, rows > 1, shape[2])
+    shared = Rows(call.name, names[0], names[1], rows, rows > 1, shape[2])
     statistics = None
     if running_mean is not None:
         for buffer in (running_mean, running_var):
@@ -191,12 +191,12 @@ def _norm(
         )
     if by_batch:
         low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
-        own = Scaling(*adapting) if adapting else affine
-        x = low.step(NormActPool, call, (x,), shape, own, eps, 1.0, False, False, call.name)
+        affine = Scaling(*adapting) if adapting else None if weight is None else shared
+        x = low.step(NormActPool, call, (x,), shape, affine, eps, 1.0, False, False, call.name)
     else:
         assert statistics is not None
         low.frozen[call.name] = statistics
-        x = low.step(FrozenNorm, call, (x,), shape, affine, not adapting, eps)
+        x = low.step(FrozenNorm, call, (x,), shape, shared, not adapting, eps)
         if adapting:
             x = low.step(ScaleShift, call, (x,), shape, *adapting)
     if len(call.shape) == 1:  # features, not images of one pixel

@@ -26,7 +26,7 @@ class FirstLayer(Affine):
 
     weight: Slot
     padding: int
-    affine: Rows | Scaling
+    affine: Rows | Scaling | None
     eps: float
     slope: float
     norm: str
