@@ -23,7 +23,7 @@ from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.lanes import watched
-from mamlpp_fast.inputs import call_of, form_of_inputs, tensors_of
+from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed
 
 __all__ = ["accelerate", "acceleration"]
@@ -200,9 +200,9 @@ def _served(
         if before.resting():
             return None
         _resting.pop(model, None)
-    x = call_of(args, kwargs)
-    if (why := x if isinstance(x, str) else _unfit(x)) is not None:
-        _left.setdefault(model, {})[why] = None
+    x = _inputs(args, kwargs)
+    if isinstance(x, str):
+        _left.setdefault(model, {})[x] = None
         return None
     route = _route(model, x, plain)
     if isinstance(route, _Refusal):
@@ -215,9 +215,9 @@ def _served(
 
 def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetwork | str:
     """What calls of a model on inputs like these are served by, outside of ``torch.func``; else why they are not."""
-    x = call_of(*_arguments(inputs))
-    if (why := x if isinstance(x, str) else _unfit(x)) is not None:
-        return why
+    x = _inputs(*_arguments(inputs))
+    if isinstance(x, str):
+        return x
     route = _route(model, x, None)
     if isinstance(route, DifferentiableNetwork):
         return "its passes are differentiated a third time" if route.resting() else route
@@ -246,14 +246,22 @@ def _new(cls: Any, *args: Any) -> nn.Module:
     return model
 
 
-def _unfit(x: reference.Inputs) -> str | None:
-    """Why a call is of no kind that is served: what is cheap to tell, and may differ from call to call."""
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | Call | str:
+    """A call as inputs; why it is of no kind that is served, where it is none."""
+    x = call_of(args, kwargs)
+    return x if isinstance(x, str) else _unfit(x) or x
+
+
+def _unfit(x: Tensor | Call) -> str | None:
+    """What stands against a call that is cheap to tell and may differ from call to call; one of a few sentences."""
     given = tensors_of(x)
     first = given[0]
     if any(type(t) is not Tensor or t.layout is not torch.strided for t in given):
         return "an argument is no plain tensor"
-    if first.ndim < (2 if len(given) == 1 else 1) or len(first) == 0:
-        return f"its examples have the shape {list(first.shape)}"
+    if first.ndim < (2 if len(given) == 1 else 1):
+        return f"its examples have {first.ndim} axes"
+    if len(first) == 0:
+        return "it has no examples"
     if any(t.shape[:1] != first.shape[:1] for t in given):
         return "arguments are of another number of examples"
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():

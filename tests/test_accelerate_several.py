@@ -223,6 +223,18 @@ def test_flags_are_told_apart_and_other_arguments_run_as_ever() -> None:
     assert twice == "other calls: plain PyTorch: two arguments are one tensor, which a forward may ask about"
 
 
+def test_reasons_stay_few() -> None:
+    """Whatever the sizes of the calls that are left: a reason is kept as long as its model."""
+    fast = mf.accelerate(nn.Sequential(nn.Linear(1, 2)))
+    for size in range(1, 6):
+        fast(torch.randn(size, size + 1, 1)[:0])
+        torch.testing.assert_close(fast(torch.ones(1)), fast[0].weight.T[0] + fast[0].bias)
+    assert mf.acceleration(fast).splitlines() == [
+        "other calls: plain PyTorch: it has no examples",
+        "other calls: plain PyTorch: its examples have 1 axes",
+    ]
+
+
 def test_a_model_is_told_of_its_own_calls() -> None:
     """Not of those of others of its class; of its copies'."""
     one, other = (mf.accelerate(nn.Sequential(nn.Conv1d(2, size, 3), nn.Flatten())) for size in (3, 4))
