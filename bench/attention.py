@@ -1,6 +1,6 @@
 """Memory of attention in second order: the fused engine beside a textbook loop on PyTorch's math kernel.
 
-    python -m bench.attention [--lengths 512 1024] [--heads 8] [--width 64] [--json FILE]
+    python -m bench.attention [--lengths 512 1024] [--json FILE]
 
 One task of two support and two target sequences, one inner step, float32. Each side runs in a process of its own: its
 peak is the largest resident set of two meta-gradients, less what there was before the first; ours includes the writing
@@ -30,33 +30,34 @@ from bench.networks import RATE, textbook
 from mamlpp_fast.engine.fused.engine import FusedEngine
 
 _SMALL = 8
+_HEADS, _WIDTH = 8, 64
 
 
 class SelfAttention(nn.Module):
     """Attention of sequences [N, L, heads * width] over themselves, averaged to five classes."""
 
-    def __init__(self, heads: int, width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heads, size = heads, heads * width
+        size = _HEADS * _WIDTH
         self.queries, self.keys, self.values = (nn.Linear(size, size) for _ in range(3))
         self.last = nn.Linear(size, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            layer(x).unflatten(-1, (_HEADS, -1)).transpose(1, 2)
             for layer in (self.queries, self.keys, self.values)
         )
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.last(y.mean(1))
 
 
-def peak(side: str, length: int, heads: int, width: int) -> dict[str, Any]:
+def peak(side: str, length: int) -> dict[str, Any]:
     """Of one side, in this process: MiB, and milliseconds of the second meta-gradient."""
     if length > _SMALL:  # what is loaded at a first meta-gradient is no part of it
-        peak(side, _SMALL, heads, width)
+        peak(side, _SMALL)
     torch.manual_seed(0)
-    model = SelfAttention(heads, width)
-    x, y = torch.randn(2, 1, 2, length, heads * width), torch.randint(5, (2, 1, 2))
+    model = SelfAttention()
+    x, y = torch.randn(2, 1, 2, length, _HEADS * _WIDTH), torch.randint(5, (2, 1, 2))
     batch = x[0], y[0], x[1], y[1]
     before = _resident()
     step: Callable[[], Any]
@@ -94,12 +95,10 @@ def _peak() -> int:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], metavar="L")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--side", choices=["textbook", "ours"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side is not None:
-        print(json.dumps(peak(arguments.side, arguments.lengths[0], arguments.heads, arguments.width)))
+        print(json.dumps(peak(arguments.side, arguments.lengths[0])))
         return
     rows = []
     print(
@@ -108,8 +107,7 @@ def main() -> None:
     for length in arguments.lengths:
         row: dict[str, Any] = {"length": length}
         for side in ("textbook", "ours"):
-            given = ["--heads", str(arguments.heads), "--width", str(arguments.width), "--side", side]
-            command = [sys.executable, "-m", "bench.attention", "--lengths", str(length), *given]
+            command = [sys.executable, "-m", "bench.attention", "--lengths", str(length), "--side", side]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             row[side] = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
@@ -120,7 +118,7 @@ def main() -> None:
             f"{loop['ms']:>8.0f} {ours['ms']:>8.0f}",
             flush=True,
         )
-    keep(arguments.json, rows, heads=arguments.heads, width=arguments.width)
+    keep(arguments.json, rows, heads=_HEADS, width=_WIDTH)
 
 
 if __name__ == "__main__":

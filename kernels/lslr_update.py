@@ -250,13 +250,6 @@ def update_out(
         out.copy_(target)
 
 
-def update(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int) -> Tensor:
-    """``theta - rate * grad``, new."""
-    out = theta.new_empty(theta.shape)
-    update_out(theta, grad, rates, offsets, step, out)
-    return out
-
-
 def backward_out(
     gout: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int, ggrad: Tensor, grates: Tensor,
 ) -> None:  # fmt: skip
@@ -268,19 +261,10 @@ def backward_out(
         ggrad.copy_(target)
 
 
-def backward(
-    gout: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int
-) -> tuple[Tensor, Tensor]:
-    """`backward_out` into new tensors; entries of other steps are zero."""
-    ggrad, grates = gout.new_empty(gout.shape), rates.new_zeros(rates.shape)
-    backward_out(gout, grad, rates, offsets, step, ggrad, grates)
-    return ggrad, grates
-
-
 def double_backward(
     a: Tensor, b: Tensor, gout: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `backward` with respect to gout, grad and rates for cotangents a and b of its results."""
+    """Gradients of `backward_out` with respect to gout, grad and rates for cotangents a and b of its results."""
     call = _Call([a, gout, grad], [b, rates], offsets, step)
     cgout, cgrad, crates = call.empty(), call.empty(), rates.new_zeros(rates.shape)
     operands = [call.data[0], call.rows[0], *call.data[1:], call.rows[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +12,19 @@ from torch.autograd import grad
 from torch.testing import assert_close
 
 
-def witness(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    step: int | None = None,
-    eps: float = 1e-5,
-    negative_slope: float | None = None,
-) -> Tensor:
+def witness(x: Tensor, weight: Tensor, bias: Tensor, *, step: int | None = None, **options: Any) -> Tensor:
     """The operation in PyTorch's own batch norm, one task at a time."""
+    if x.dim() == 5 and step is None and weight.dim() == 2:
+        return torch.stack([witness(*own, **options) for own in zip(x, weight, bias, strict=True)])
     if x.dim() == 5:
-        own = step is None and weight.dim() == 2
-        rows = [(weight[t], bias[t]) if own else (weight, bias) for t in range(x.shape[0])]
-        return torch.stack(
-            [
-                witness(x[t], *rows[t], step=step, eps=eps, negative_slope=negative_slope)
-                for t in range(x.shape[0])
-            ]
-        )
-    if step is not None:
-        weight, bias = weight[step], bias[step]
+        return torch.stack([witness(own, weight, bias, step=step, **options) for own in x])
+    rows = (weight, bias) if step is None else (weight[step], bias[step])
+    return _plain(x, *rows, **options)
+
+
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, negative_slope: float | None = None
+) -> Tensor:
     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     return y if negative_slope is None else F.leaky_relu(y, negative_slope)
 

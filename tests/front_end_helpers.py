@@ -36,6 +36,19 @@ class Net(nn.Module):
         return y
 
 
+class Calls(nn.Module):
+    """Modules by name, put together by ``how``."""
+
+    def __init__(self, how: Callable[..., Tensor], **parts: Any) -> None:
+        super().__init__()
+        self.how = how
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, x)
+
+
 def batch(seed: int, size: int = 8) -> Batch:
     g = torch.Generator().manual_seed(seed)
     x, q = (torch.randn(2, n, 1, size, size, generator=g, dtype=torch.float64) for n in (3, 6))

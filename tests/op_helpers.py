@@ -7,12 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.testing import backends, use_backend
 
 MOVING = {"gamma": ("gamma",), "beta": ("beta",), "both": ("gamma", "beta")}
+
+
+def pointwise_functions(a: float) -> dict[str, Callable[[Tensor], Tensor]]:
+    """PyTorch's own of ``mamlpp_fast.ops.pointwise.FUNCTIONS``, with the number that some of them take."""
+    return {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "elu": lambda x: F.elu(x, a),
+        "sine": lambda x: torch.sin(a * x),
+        "cosine": lambda x: torch.cos(a * x),
+    }
 
 
 def backend_fixture(operation: str, *, poisoned: bool = False) -> Any:

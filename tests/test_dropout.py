@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import gradients, kept_threads
-from test_generic_rules import N, autograd
+from test_generic_rules import N, autograd, rules
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -20,9 +21,8 @@ from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused import masks
 from mamlpp_fast.engine.fused.masks import Mask, PassMasks
-from mamlpp_fast.engine.fused.program import Emitter, Workspace
+from mamlpp_fast.engine.fused.program import Emitter
 from mamlpp_fast.engine.fused.steps import Dropout, Generic
-from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, aten
 from mamlpp_fast.engine.fused.steps.generic import Recorded
 from mamlpp_fast.engine.record import record
 from mamlpp_fast.engine.recorder import Operation, Value
@@ -71,17 +71,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
-
-
-class Apply(nn.Module):
-    """A function of what a module gives."""
-
-    def __init__(self, inner: nn.Module, after: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.inner, self.after = inner, after
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.inner(x))
 
 
 class Attention(nn.Module):
@@ -133,12 +122,12 @@ def _sequence() -> nn.Module:
 def _recurrent(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
     inner = kind(4, 3, 2, batch_first=True, dropout=0.4, **options)
     width = 6 if options.get("bidirectional") else 3
-    return nn.Sequential(Apply(inner, lambda out: out[0][:, -1]), nn.Linear(width, WAYS))
+    return nn.Sequential(Calls(lambda m, x: m.inner(x)[0][:, -1], inner=inner), nn.Linear(width, WAYS))
 
 
 def _transformer() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.3, batch_first=True)
-    return nn.Sequential(layer, Apply(nn.Identity(), lambda h: h.mean(1)), nn.Linear(4, WAYS))
+    return nn.Sequential(layer, Calls(lambda m, x: x.mean(1)), nn.Linear(4, WAYS))
 
 
 def _mlp(*between: nn.Module) -> nn.Module:
@@ -283,41 +272,15 @@ def test_the_masks_drop_as_many_as_they_should(p: float) -> None:
 
 def _pass_rules(step: Any, x: Tensor, moving: Tensor, gy: Tensor, gy_dot: Tensor) -> tuple[Any, list[Tensor]]:
     """The four rules of a step of one input in a pass with masks; and these masks, drawn."""
-    em, tasks = Emitter(torch.device("cpu"), torch.float64), len(x)
-    of_pass = PassMasks(tasks)
-    ps = Pass(
-        tasks,
-        N,
-        0,
-        {},
-        {},
-        {0: em.own("x", x)},
-        tangents={0: em.own("direction", moving)},
-        masks=of_pass,
-    )
-    first, second = Gradients(frozenset({0}), frozenset()), Gradients(frozenset({0}), frozenset())
-    step.forward(em, ps)
-    g, g_dot = em.own("gy", gy), em.own("gy_dot", gy_dot)
-    step.backward(em, ps, g, first)
-    step.tangent(em, ps)
-    step.backward_tangent(em, ps, g, g_dot, second)
-    left = {
-        "y": ps.values[1],
-        "y_dot": ps.tangents[1],
-        "g 0": first.terms[0][0],
-        "g_dot 0": second.terms[0][0],
-    }
-    kept = {n: em.own(n, torch.full(r.shape, torch.nan, dtype=torch.float64)) for n, r in left.items()}
-    for name, ref in left.items():
-        em.call(aten.copy_.default, kept[name], ref)
-    program, workspace = em.finish(), Workspace(torch.device("cpu"))
-    program.bind(workspace)
-    workspace.memory.fill_(255)  # NaN
-    drawn = masks.Masks([of_pass], tasks, 1)
-    drawn.draw(torch.Generator().manual_seed(9))
-    drawn.load(0, 0)
-    program.run()
-    return {n: r.tensor() for n, r in kept.items()}, [d.clone() for d in drawn._drawn]
+    of_pass, drawn = PassMasks(len(x)), []
+
+    def draw() -> None:
+        made = masks.Masks([of_pass], len(x), 1)
+        made.draw(torch.Generator().manual_seed(9))
+        made.load(0, 0)
+        drawn.extend(d.clone() for d in made._drawn)
+
+    return rules(step, len(x), {0: x}, {0: moving}, gy, gy_dot, of_pass, draw), drawn
 
 
 def _draw(*shape: int, chance: float = 0.7) -> Draw:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mamlpp_fast.engine.fused.composites import COMPOSITES
+from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.program import Emitter, Ref, Workspace
 from mamlpp_fast.engine.fused.steps import Generic, Slot
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, aten
@@ -39,8 +40,15 @@ def rules(
     moving: Mapping[Any, Tensor],
     gy: Tensor,
     gy_dot: Tensor,
+    masks: PassMasks | None = None,
+    ready: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
-    """What the rules leave: values and tangents by name, gradients and theirs by input or parameter."""
+    """What the rules leave: values and tangents by name, gradients and theirs by input or parameter.
+
+    Args:
+        masks: of the pass.
+        ready: called when these have memory, before the rules run.
+    """
     em = Emitter(torch.device("cpu"), torch.float64)
     given = {n: em.own(f"{n}", v) for n, v in values.items()}
     along = {n: em.own(f"direction of {n}", v) for n, v in moving.items()}
@@ -54,6 +62,7 @@ def rules(
         {n: r for n, r in given.items() if isinstance(n, int)},
         directions={n: r for n, r in along.items() if isinstance(n, str)},
         tangents={n: r for n, r in along.items() if isinstance(n, int)},
+        masks=masks,
     )
     wanted = frozenset(n for n in given if isinstance(n, int)), frozenset(names)
     first, second = Gradients(*wanted), Gradients(*wanted)
@@ -74,6 +83,7 @@ def rules(
     workspace = Workspace(torch.device("cpu"))
     program.bind(workspace)
     workspace.memory.fill_(255)  # NaN
+    ready()
     program.run()
     return {name: ref.tensor() for name, ref in kept.items()}
 

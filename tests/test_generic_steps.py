@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import kept_threads
 from textbook import SETTINGS as MAMLPP
 from textbook import Textbook
@@ -23,19 +24,6 @@ from mamlpp_fast.engine.fused.tracing import Traced
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 TASKS, SUPPORT, TARGETS, WAYS = 3, 6, 4, 3
-
-
-class Calls(nn.Module):
-    """Modules by name, put together by ``how``."""
-
-    def __init__(self, how: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.how = how
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.how(self, x)
 
 
 class Attention(nn.Module):

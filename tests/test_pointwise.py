@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads
-from op_helpers import backend_fixture
+from op_helpers import backend_fixture, pointwise_functions
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
@@ -20,16 +18,7 @@ from mamlpp_fast.testing import backends
 
 ops = torch.ops.mamlpp_fast
 A = 1.7
-THEIRS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "elu": lambda x: F.elu(x, A),
-    "sine": lambda x: torch.sin(A * x),
-    "cosine": lambda x: torch.cos(A * x),
-}
+THEIRS = pointwise_functions(A)
 NATIVE = "native" in backends("pointwise")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from op_helpers import pointwise_functions
 from test_generic_rules import N, autograd, rules
 from torch import Tensor
 from torch.testing import assert_close
@@ -67,17 +68,7 @@ def _norm(shape: Form, group: int, slope: float, pool: bool) -> Step:
 
 
 def _smooth(name: str) -> tuple[Step, Callable[..., Tensor]]:
-    theirs = {
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "silu": F.silu,
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-        "elu": lambda x: F.elu(x, 1.3),
-        "sine": lambda x: torch.sin(1.3 * x),
-        "cosine": lambda x: torch.cos(1.3 * x),
-    }
-    return Smooth("f", (0,), 1, (3, 2, 4), FUNCTIONS.index(name), 1.3), theirs[name]
+    return Smooth("f", (0,), 1, (3, 2, 4), FUNCTIONS.index(name), 1.3), pointwise_functions(1.3)[name]
 
 
 Case = tuple[Step, Callable[..., Tensor], Form, list[Form]]

@@ -115,16 +115,15 @@ class Scratch {
     data_ = scratch<T>(p.tasks * (p.images * sums + rows) * channels_);
     rows_data_ = data_ + p.tasks * p.images * sums * channels_;
   }
-  T* sum(int64_t task, int64_t image, int64_t i) const {
-    return data_ + ((task * images_ + image) * sums_ + i) * channels_;
-  }
+  /// Sum number i of an image, numbered through all tasks.
+  T* sum(int64_t image, int64_t i) const { return data_ + (image * sums_ + i) * channels_; }
   T* row(int64_t task, int64_t i) const { return rows_data_ + (task * rows_ + i) * channels_; }
 
   /// Sum number i over a task's images.
   std::vector<double> total(int64_t task, int64_t i) const {
     std::vector<double> total(static_cast<size_t>(channels_), 0.0);
-    for (int64_t image = 0; image < images_; ++image) {
-      const T* part = sum(task, image, i);
+    for (int64_t image = task * images_; image < (task + 1) * images_; ++image) {
+      const T* part = sum(image, i);
       for (int64_t c = 0; c < channels_; ++c) total[c] += static_cast<double>(part[c]);
     }
     return total;
@@ -135,20 +134,22 @@ class Scratch {
   T *data_, *rows_data_;
 };
 
-/// reduce(task, image) for all images, then combine(task), then apply(task, image): whole tasks in parallel where they
-/// fill the threads, so that a task's second pass finds its tensors in the cache; else images.
+/// reduce(task, image) for all images, numbered through all tasks, then combine(task), then apply(task, image): whole
+/// tasks in parallel where they fill the threads, so that a task's second pass finds its tensors in the cache; else
+/// images.
 template <typename Reduce, typename Combine, typename Apply>
 void run(const Problem& p, const Reduce& reduce, const Combine& combine, const Apply& apply) {
   const int64_t threads = at::get_num_threads();
   if (p.tasks % threads == 0 || p.tasks >= 4 * threads) {
     return each(p.tasks, [&](int64_t task) {
-      for (int64_t image = 0; image < p.images; ++image) reduce(task, image);
+      const int64_t first = task * p.images;
+      for (int64_t image = first; image < first + p.images; ++image) reduce(task, image);
       combine(task);
-      for (int64_t image = 0; image < p.images; ++image) apply(task, image);
+      for (int64_t image = first; image < first + p.images; ++image) apply(task, image);
     });
   }
   const auto each_image = [&](const auto& work) {
-    each(p.tasks * p.images, [&](int64_t i) { work(i / p.images, i % p.images); });
+    each(p.tasks * p.images, [&](int64_t image) { work(image / p.images, image); });
   };
   each_image(reduce);
   for (int64_t task = 0; task < p.tasks; ++task) combine(task);
@@ -171,20 +172,21 @@ void forward(const Problem& p, const Tensor& z_, const Tensor& gamma_, const Ten
   const Scratch<T> scratch(p, 3, 1);
   run(
       p,
-      [&](int64_t t, int64_t i) {
-        moments(p.shape, from + (t * p.images + i) * p.dense(), scratch.sum(t, i, 0), scratch.sum(t, i, 1),
-                scratch.sum(t, i, 2));
+      [&](int64_t, int64_t at) {
+        moments(p.shape, from + at * p.dense(), scratch.sum(at, 0), scratch.sum(at, 1), scratch.sum(at, 2));
       },
       [&](int64_t t) {
         const auto image_mean = [&](int64_t i, int64_t c) {
-          return static_cast<double>(scratch.sum(t, i, 0)[c]) + static_cast<double>(scratch.sum(t, i, 1)[c]) / pixels;
+          return static_cast<double>(scratch.sum(t * p.images + i, 0)[c]) +
+                 static_cast<double>(scratch.sum(t * p.images + i, 1)[c]) / pixels;
         };
         std::vector<double> centre(static_cast<size_t>(channels), 0.0), squares = scratch.total(t, 2);
         for (int64_t i = 0; i < p.images; ++i)
           for (int64_t c = 0; c < channels; ++c) centre[c] += image_mean(i, c) / static_cast<double>(p.images);
         for (int64_t i = 0; i < p.images; ++i)
           for (int64_t c = 0; c < channels; ++c) {
-            const double rest = static_cast<double>(scratch.sum(t, i, 1)[c]), away = image_mean(i, c) - centre[c];
+            const double rest = static_cast<double>(scratch.sum(t * p.images + i, 1)[c]),
+                         away = image_mean(i, c) - centre[c];
             squares[c] += pixels * away * away - rest * rest / pixels;
           }
         if (p.group > 1) {
@@ -205,9 +207,8 @@ void forward(const Problem& p, const Tensor& z_, const Tensor& gamma_, const Ten
           scratch.row(t, 0)[c] = static_cast<T>(inverse) * gamma.row(t)[c];
         }
       },
-      [&](int64_t t, int64_t i) {
+      [&](int64_t t, int64_t at) {
         const NormRows<T> rows{means + t * channels, scratch.row(t, 0), beta.row(t), static_cast<T>(slope)};
-        const int64_t at = t * p.images + i;
         write(p.shape, rows, from + at * p.dense(), to + at * p.pooled(),
               index == nullptr ? nullptr : index + at * p.pooled());
       });
@@ -254,10 +255,9 @@ void backward(const Problem& p, const Tensor& gy_, const Saved<T>& saved, Tensor
   for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
   run(
       p,
-      [&](int64_t t, int64_t i) {
-        const int64_t at = t * p.images + i;
+      [&](int64_t t, int64_t at) {
         sums(p.shape, saved.rows(scratch, t), gy.data() + at * p.pooled(), saved.image(at), saved.index(at),
-             scratch.sum(t, i, 0), scratch.sum(t, i, 1));
+             scratch.sum(at, 0), scratch.sum(at, 1));
       },
       [&](int64_t t) {
         std::vector<double> h = scratch.total(t, 0), hz = scratch.total(t, 1);
@@ -276,8 +276,7 @@ void backward(const Problem& p, const Tensor& gy_, const Saved<T>& saved, Tensor
           scratch.row(t, 2)[c] = static_cast<T>(-h[c] / p.elements());
         }
       },
-      [&](int64_t t, int64_t i) {
-        const int64_t at = t * p.images + i;
+      [&](int64_t t, int64_t at) {
         write(p.shape, saved.rows(scratch, t), gy.data() + at * p.pooled(), saved.image(at), saved.index(at),
               scratch.row(t, 1), scratch.row(t, 2), gz.data() + at * p.dense());
       });
@@ -297,10 +296,9 @@ void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, const Op
   for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
   run(
       p,
-      [&](int64_t t, int64_t i) {
-        const int64_t at = t * p.images + i;
-        sums(p.shape, saved.rows(scratch, t), u.data() + at * p.dense(), saved.image(at), scratch.sum(t, i, 0),
-             scratch.sum(t, i, 1));
+      [&](int64_t t, int64_t at) {
+        sums(p.shape, saved.rows(scratch, t), u.data() + at * p.dense(), saved.image(at), scratch.sum(at, 0),
+             scratch.sum(at, 1));
       },
       [&](int64_t t) {
         std::vector<double> us = scratch.total(t, 0), uz = scratch.total(t, 1);
@@ -318,8 +316,7 @@ void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, const Op
           t_out.data()[t * channels + c] = static_cast<T>(mean_ux);
         }
       },
-      [&](int64_t t, int64_t i) {
-        const int64_t at = t * p.images + i;
+      [&](int64_t t, int64_t at) {
         write(p.shape, saved.rows(scratch, t), u.data() + at * p.dense(), saved.image(at), saved.index(at),
               scratch.row(t, 1), scratch.row(t, 2), uy.data() + at * p.pooled());
       });
@@ -342,10 +339,9 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_
   for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
   run(
       p,
-      [&](int64_t t, int64_t i) {
-        const int64_t at = t * p.images + i;
+      [&](int64_t t, int64_t at) {
         sums(p.shape, saved.rows(scratch, t), gy_dot.data() + at * p.pooled(), gy.data() + at * p.pooled(),
-             u.data() + at * p.dense(), saved.image(at), saved.index(at), scratch.sum(t, i, 0));
+             u.data() + at * p.dense(), saved.image(at), saved.index(at), scratch.sum(at, 0));
       },
       [&](int64_t task) {
         std::vector<double> total[5];
@@ -380,8 +376,7 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_
           scratch.row(task, 4)[c] = static_cast<T>(rstd * (q * r + t * p_) - p_dot);
         }
       },
-      [&](int64_t t, int64_t i) {
-        const int64_t at = t * p.images + i;
+      [&](int64_t t, int64_t at) {
         write(p.shape, saved.rows(scratch, t), gy_dot.data() + at * p.pooled(), gy.data() + at * p.pooled(),
               u.data() + at * p.dense(), saved.image(at), saved.index(at), scratch.row(t, 1),
               gz_dot.data() + at * p.dense());

@@ -23,6 +23,8 @@ namespace mf {
 namespace {
 
 using at::Tensor;
+using conv::Operands;
+using conv::Shape;
 using OptTensor = std::optional<Tensor>;
 
 template <class T>
@@ -81,10 +83,6 @@ class Scratch {
 thread_local Scratch kernel_scratch, tap_products, tap_weights, turned_weights;
 thread_local Scratch widened[4];
 
-struct Shape {
-  int64_t tasks, images, height, width, ci, kh, kw, co, out_height, out_width, stride, pad_y, pad_x;
-};
-
 /// Checks one convolution x [T,N,H,W,Ci] * w [T,kh,kw,Ci,Co] = y [T,N,Ho,Wo,Co], whichever of the three is the result.
 Shape check(const Tensor& x, const Tensor& w, const Tensor& y, int64_t stride, int64_t padding) {
   TORCH_CHECK_VALUE(x.dim() == 5 && w.dim() == 5 && y.dim() == 5,
@@ -140,12 +138,6 @@ const void* operand(const Tensor& t, int slot) {
   });
   return to;
 }
-
-struct Operands {
-  const void* a[2];
-  const void* b[2];
-  int pairs;
-};
 
 /// Pointers to the operands, `as_is` or widened.
 Operands operands(const Tensor& a, const Tensor& b, const OptTensor& a2, const OptTensor& b2, bool as_is) {
@@ -256,16 +248,7 @@ const Geometry& geometry_of(const Shape& s, bool to_input) {
 
 conv::Gather gather_problem(const Shape& s, const Operands& o, bool to_input, const Geometry& geometry, int64_t parts,
                             void* out) {
-  conv::Gather p{};
-  for (int i = 0; i < o.pairs; ++i) {
-    p.a[i] = o.a[i];
-    p.w[i] = o.b[i];
-  }
-  p.pairs = o.pairs;
-  p.out = out;
-  p.tasks = s.tasks;
-  p.images = s.images;
-  p.parts = parts;
+  conv::Gather p{o, s, out, parts};
   p.channels_in = to_input ? s.co : s.ci;
   p.channels_out = to_input ? s.ci : s.co;
   p.src_image = to_input ? s.out_height * s.out_width * s.co : s.height * s.width * s.ci;
@@ -274,15 +257,6 @@ conv::Gather gather_problem(const Shape& s, const Operands& o, bool to_input, co
   p.transposed = to_input;
   p.classes = geometry.classes.data();
   p.num_classes = static_cast<int>(geometry.classes.size());
-  p.height = s.height;
-  p.width = s.width;
-  p.out_height = s.out_height;
-  p.out_width = s.out_width;
-  p.kh = s.kh;
-  p.kw = s.kw;
-  p.stride = s.stride;
-  p.pad_y = s.pad_y;
-  p.pad_x = s.pad_x;
   return p;
 }
 
@@ -297,26 +271,7 @@ void gather(const Shape& s, const Operands& o, bool to_input, void* out) {
 
 template <class T>
 void outer(const Shape& s, const Operands& o, void* out) {
-  conv::Outer p{};
-  for (int i = 0; i < o.pairs; ++i) {
-    p.x[i] = o.a[i];
-    p.g[i] = o.b[i];
-  }
-  p.pairs = o.pairs;
-  p.out = out;
-  p.tasks = s.tasks;
-  p.images = s.images;
-  p.height = s.height;
-  p.width = s.width;
-  p.ci = s.ci;
-  p.out_height = s.out_height;
-  p.out_width = s.out_width;
-  p.co = s.co;
-  p.kh = s.kh;
-  p.kw = s.kw;
-  p.stride = s.stride;
-  p.pad_y = s.pad_y;
-  p.pad_x = s.pad_x;
+  conv::Outer p{o, s, out};
   const conv::Kernels<T>& k = kernels_for<T>(p);
   p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
   run_units<T>(p.tasks * p.parts, k.outer_scratch(p),
@@ -325,11 +280,17 @@ void outer(const Shape& s, const Operands& o, void* out) {
 
 int64_t registers(int64_t lanes) { return (lanes + 15) / 16; }
 
-/// Whether the forward pays as a product with all taps at once and a sum: conv::FewOutputs.
+/// Whether the forward pays as a product with all taps at once and a sum: conv_sum_taps.
 bool better_by_taps(const Shape& s) {
   const int64_t taps = s.kh * s.kw;
   const int64_t direct = taps * s.ci * registers(s.co), by_taps = s.ci * registers(taps * s.co) + 2 * taps;
   return s.stride == 1 && s.ci > 4 && 2 * direct > 3 * by_taps;
+}
+
+/// With stride 1, the convolution that leads from the output back to the input.
+Shape turned(const Shape& s) {
+  return {s.tasks, s.images, s.out_height,       s.out_width,       s.co, s.kh, s.kw, s.ci, s.height,
+          s.width, 1,        s.kh - 1 - s.pad_y, s.kw - 1 - s.pad_x};
 }
 
 /// Forward, an image a unit.
@@ -345,7 +306,6 @@ void gather_by_taps(const Shape& s, const Operands& o, T* out) {
                     arranged + n * weights + (c * taps + tap) * s.co);
   const Shape one{1, 1, s.height, s.width, s.ci, 1, 1, taps * s.co, s.height, s.width, 1, 0, 0};
   const Geometry& geometry = geometry_of(one, false);
-  const conv::FewOutputs few{s.height, s.width, s.out_height, s.out_width, s.kh, s.kw, s.pad_y, s.pad_x, s.co};
   at::parallel_for(0, s.tasks * s.images, 1, [&](int64_t begin, int64_t end) {
     T* const products = tap_products.get<T>(pixels * taps * s.co + conv::kBeyond);
     std::fill_n(products + pixels * taps * s.co, conv::kBeyond, T(0));
@@ -358,7 +318,7 @@ void gather_by_taps(const Shape& s, const Operands& o, T* out) {
       const conv::Gather p = gather_problem(one, image, false, geometry, 1, products);
       const conv::Kernels<T>& k = kernels<T>();
       k.gather(p, 0, 1, kernel_scratch.get<T>(k.gather_scratch(p)));
-      sum(few, products, out + unit * s.out_height * s.out_width * s.co);
+      sum(s, products, out + unit * s.out_height * s.out_width * s.co);
     }
   });
 }
@@ -372,12 +332,10 @@ bool better_swapped(const Shape& s) {
 /// To-weight as the convolution of g with x: its result has the taps backwards and the channels exchanged.
 template <class T>
 void outer_swapped(const Shape& s, const Operands& o, T* out) {
-  const Shape turned{s.tasks, s.images, s.out_height,       s.out_width,       s.co, s.kh, s.kw, s.ci, s.height,
-                     s.width, 1,        s.kh - 1 - s.pad_y, s.kw - 1 - s.pad_x};
   const Operands operands{{o.b[0], o.b[1]}, {o.a[0], o.a[1]}, o.pairs};
   const int64_t taps = s.kh * s.kw;
   T* const found = turned_weights.get<T>(s.tasks * taps * s.ci * s.co);
-  outer<T>(turned, operands, found);
+  outer<T>(turned(s), operands, found);
   for (int64_t task = 0; task < s.tasks; ++task)
     for (int64_t tap = 0; tap < taps; ++tap) {
       const T* from = found + (task * taps + taps - 1 - tap) * s.co * s.ci;
@@ -423,27 +381,10 @@ int64_t winograd_tile(const Shape& s, Product product) {
 }
 
 void winograd_run(const Shape& s, const Operands& o, Product product, int64_t tile, void* out) {
-  const bool to_input = product == Product::to_input;
-  conv::Winograd p{};
-  for (int i = 0; i < o.pairs; ++i) {
-    p.a[i] = o.a[i];
-    p.w[i] = o.b[i];
-  }
-  p.pairs = o.pairs;
-  p.out = out;
-  p.tasks = s.tasks;
-  p.images = s.images;
-  p.height = to_input ? s.out_height : s.height;
-  p.width = to_input ? s.out_width : s.width;
-  p.out_height = to_input ? s.height : s.out_height;
-  p.out_width = to_input ? s.width : s.out_width;
-  p.channels_in = to_input ? s.co : s.ci;
-  p.channels_out = to_input ? s.ci : s.co;
-  p.padding = to_input ? 2 - s.pad_y : s.pad_y;
-  p.transposed = to_input;
+  const bool to_input = product == Product::to_input, weight = product == Product::to_weight;
+  const int64_t parts = parts_for(s.tasks, weight ? s.co / 16 : s.images);
+  const conv::Winograd p{o, to_input ? turned(s) : s, out, parts, to_input};
   const conv::WinogradForm& k = tile == 3 ? winograd().f3 : winograd().f4;
-  const bool weight = product == Product::to_weight;
-  p.parts = parts_for(s.tasks, weight ? s.co / 16 : s.images);
   run_units<float>(
       p.tasks * p.parts, weight ? k.weight_scratch(p) : k.scratch(p),
       [&](int64_t begin, int64_t end, float* scratch) { (weight ? k.weight_run : k.run)(p, begin, end, scratch); });

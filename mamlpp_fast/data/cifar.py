@@ -87,16 +87,9 @@ def _load(
             split,
             str(file),
         )
-    normalised = protocol == "normalised"
-    return FewShotData(
-        name,
-        protocol,
-        splits["train"],
-        splits["val"],
-        splits["test"],
-        mean=CIFAR_MEAN if normalised else (),
-        std=CIFAR_STD if normalised else (),
-    )
+    train, val, test = (splits[s] for s in SPLITS)
+    mean, std = (CIFAR_MEAN, CIFAR_STD) if protocol == "normalised" else ((), ())
+    return FewShotData(name, protocol, train, val, test, mean=mean, std=std)
 
 
 def _decode(data: bytes, source: str, size: int) -> torch.Tensor:

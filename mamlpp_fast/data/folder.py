@@ -84,18 +84,11 @@ def load_folder(
     if channels is None:
         channels = 1 if all(decode_image(p, str(p), "image", is_grey) for p in every) else 3
     largest = functools.cache(lambda: _largest(every))
-    splits = {
-        s: classes_from_files(files[s], s, image_size, channels, f"{root}", upright=True, largest=largest)
+    train, val, test = (
+        classes_from_files(files[s], s, image_size, channels, f"{root}", upright=True, largest=largest)
         for s in SPLITS
-    }
-    return FewShotData(
-        "folder",
-        protocol,
-        splits["train"],
-        splits["val"],
-        splits["test"],
-        rotate_train_classes=protocol == "rotated",
     )
+    return FewShotData("folder", protocol, train, val, test, rotate_train_classes=protocol == "rotated")
 
 
 def classes_from_files(

@@ -78,18 +78,9 @@ def load_miniimagenet(
     place = find("miniimagenet", path, _probe, _EXPECTED)
     reader = _reader(place)
     assert reader is not None
-    splits = {split: reader(place, split, size) for split in SPLITS}
-    normalised = protocol == "ravi-larochelle"
-    return FewShotData(
-        "miniimagenet",
-        protocol,
-        splits["train"],
-        splits["val"],
-        splits["test"],
-        mean=IMAGENET_MEAN if normalised else (),
-        std=IMAGENET_STD if normalised else (),
-        is_imagenet=True,
-    )
+    train, val, test = (reader(place, split, size) for split in SPLITS)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if protocol == "ravi-larochelle" else ((), ())
+    return FewShotData("miniimagenet", protocol, train, val, test, mean=mean, std=std, is_imagenet=True)
 
 
 def _probe(root: Path) -> Path | None:

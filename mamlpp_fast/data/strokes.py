@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mamlpp_fast.data.classes import FewShotData, ImageClasses
+from mamlpp_fast.data.classes import SPLITS, FewShotData, ImageClasses
 from mamlpp_fast.data.errors import DataError, check_protocol, side_of
 
 __all__ = ["PROTOCOLS", "draw_strokes", "load_strokes"]
@@ -80,14 +80,8 @@ def load_strokes(
     for split, alphabets in ALPHABETS.items():
         splits[split] = everything.select(range(first, first + alphabets * CHARACTERS), split)
         first += alphabets * CHARACTERS
-    return FewShotData(
-        "strokes",
-        protocol,
-        splits["train"],
-        splits["val"],
-        splits["test"],
-        rotate_train_classes=protocol == "rotated",
-    )
+    train, val, test = (splits[s] for s in SPLITS)
+    return FewShotData("strokes", protocol, train, val, test, rotate_train_classes=protocol == "rotated")
 
 
 def draw_strokes(seed: int = DEFAULT_SEED, size: int = 28) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import itertools
 import os
 import pickle
 import threading
@@ -70,14 +71,12 @@ class Fingerprint:
 
     __slots__ = ("_hash", "_held", "_key", "_opaque", "of_a_thread")
 
-    def __init__(
-        self, key: list[Any], held: list[object], opaque: list[object], of_a_thread: bool = False
-    ) -> None:
-        self.of_a_thread = of_a_thread
-        self._key = tuple(key)
+    def __init__(self, reader: _Reader) -> None:
+        self.of_a_thread = reader.of_a_thread
+        self._key = tuple(reader.key)
         self._hash: int | None = None
-        self._held = held
-        self._opaque = opaque
+        self._held = reader.held
+        self._opaque = reader.opaque
 
     def states(self) -> list[bytes]:
         """The insides, where they can be pickled, of objects known by identity: costly, to be read around one pass."""
@@ -200,13 +199,8 @@ class _Reader:
             self.child(value)
         elif isinstance(value, _CONTAINERS) and depth < _DEPTH and len(value) <= _ENTRIES:
             key += (kind, len(value))
-            if isinstance(value, dict):
-                for name, item in value.items():
-                    self.value(name, depth + 1)
-                    self.value(item, depth + 1)
-            else:
-                for item in value:
-                    self.value(item, depth + 1)
+            for item in itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value:
+                self.value(item, depth + 1)
         elif depth + 1 < _DEPTH and _is_record(value):
             key.append(id(value))
             self.held.append(value)
@@ -412,13 +406,9 @@ def _settings(value: object) -> dict[str, Any] | None:
 
 def _values(tensor: Tensor) -> bytes | None:
     """The values of a small tensor on a CPU: a write through ``.data`` or NumPy leaves its version as it was."""
-    if (
-        type(tensor) is not Tensor
-        or tensor.device.type != "cpu"
-        or tensor.layout is not torch.strided
-        or tensor.is_complex()
-        or tensor.numel() > _ENTRIES
-    ):
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_complex():
+        return None
+    if tensor.device.type != "cpu" or tensor.numel() > _ENTRIES:
         return None
     return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -475,7 +465,7 @@ def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = Fals
     queue, training = reader.queue, model.training
     for module in queue:  # grows meanwhile
         reader.module(module, training)
-    return Fingerprint(reader.key, reader.held, reader.opaque, reader.of_a_thread)
+    return Fingerprint(reader)
 
 
 class Watch:

@@ -11,6 +11,7 @@ the elements a rate serves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -102,10 +103,15 @@ def _updated(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None,
     return theta - _row(rates, offsets, step, theta.shape[-1]) * grad
 
 
-def _update(theta: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int) -> Tensor:
-    out = theta.new_empty(theta.shape)
-    _update_out(theta, grad, rates, offsets, step, out)
-    return out
+def _new_update(update_out: Callable[..., None]) -> Callable[..., Tensor]:
+    """What leaves the update in new memory, from what writes it."""
+
+    def update(theta: Tensor, *rest: Any) -> Tensor:
+        out = theta.new_empty(theta.shape)
+        update_out(theta, *rest, out)
+        return out
+
+    return update
 
 
 def _backward_out(
@@ -116,12 +122,15 @@ def _backward_out(
     _reduce_into(-gout * grad, offsets, step, grates)
 
 
-def _backward(
-    gout: Tensor, grad: Tensor, rates: Tensor, offsets: Tensor | None, step: int
-) -> tuple[Tensor, Tensor]:
-    ggrad, grates = gout.new_empty(gout.shape), rates.new_zeros(rates.shape)
-    _backward_out(gout, grad, rates, offsets, step, ggrad, grates)
-    return ggrad, grates
+def _new_backward(backward_out: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Likewise the gradients; entries of other steps are zero."""
+
+    def backward(gout: Tensor, grad: Tensor, rates: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        ggrad, grates = gout.new_empty(gout.shape), rates.new_zeros(rates.shape)
+        backward_out(gout, grad, rates, *rest, ggrad, grates)
+        return ggrad, grates
+
+    return backward
 
 
 def _double_backward(
@@ -153,9 +162,9 @@ def _double_backward_fake(
 
 _lslr_update = define(
     f"lslr_update(Tensor theta, Tensor grad, {_RATES}) -> Tensor",
-    fallback=_update,
+    fallback=_new_update(_update_out),
     fake=_update_fake,
-    triton=launcher("lslr_update", "update"),
+    triton=_new_update(launcher("lslr_update", "update_out")),
 )
 define(
     f"lslr_update_out(Tensor theta, Tensor grad, {_RATES}, Tensor(a!) out) -> ()",
@@ -165,9 +174,9 @@ define(
 )
 _lslr_update_backward = define(
     f"lslr_update_backward(Tensor gout, Tensor grad, {_RATES}) -> (Tensor, Tensor)",
-    fallback=_backward,
+    fallback=_new_backward(_backward_out),
     fake=_backward_fake,
-    triton=launcher("lslr_update", "backward"),
+    triton=_new_backward(launcher("lslr_update", "backward_out")),
 )
 define(
     f"lslr_update_backward_out(Tensor gout, Tensor grad, {_RATES}, Tensor(a!) ggrad, Tensor(b!) grates) -> ()",

@@ -123,7 +123,7 @@ void gather(const Gather& p, int64_t begin, int64_t end, Pair* scratch) {
     const int64_t first = part * p.images / p.parts, last = (part + 1) * p.images / p.parts;
     if (task != ready) {
       for (int pair = 0; pair < p.pairs; ++pair)
-        pack_weights(p, static_cast<const Pair*>(p.w[pair]) + task * packed_elements(p), packed[pair]);
+        pack_weights(p, static_cast<const Pair*>(p.b[pair]) + task * packed_elements(p), packed[pair]);
       publish();
       ready = task;
     }
@@ -273,8 +273,8 @@ void outer(const Outer& p, int64_t begin, int64_t end, Pair* scratch) {
     for (int pair = 0; pair < p.pairs; ++pair)
       for (int64_t n = 0; n < p.images; n += at.group) {
         const int64_t images = n + at.group < p.images ? at.group : p.images - n, image = task * p.images + n;
-        const uint16_t* x = static_cast<const uint16_t*>(p.x[pair]) + image * p.height * p.width * p.ci;
-        const uint16_t* g = static_cast<const uint16_t*>(p.g[pair]) + image * p.out_height * p.out_width * p.co;
+        const uint16_t* x = static_cast<const uint16_t*>(p.a[pair]) + image * p.height * p.width * p.ci;
+        const uint16_t* g = static_cast<const uint16_t*>(p.b[pair]) + image * p.out_height * p.out_width * p.co;
         pack_source(p, at, images, x, zeros, source);
         pack_grad(p, at, images, o, o_end, g, zeros, reinterpret_cast<Pair*>(grad));
         publish();

@@ -207,7 +207,7 @@ void gather(const Gather& p, int64_t begin, int64_t end, T* scratch) {
     if (task != ready) {
       const int64_t size = p.taps * p.channels_in * p.channels_out;
       for (int pair = 0; pair < p.pairs; ++pair)
-        pack_weights<T>(p, static_cast<const T*>(p.w[pair]) + task * size, packed[pair]);
+        pack_weights<T>(p, static_cast<const T*>(p.b[pair]) + task * size, packed[pair]);
       ready = task;
     }
     if (few_channels(p)) {
@@ -284,8 +284,8 @@ void outer_few(const Outer& p, int64_t task, int64_t panel_begin, int64_t panel_
   for (int pair = 0; pair < p.pairs; ++pair) {
     for (int64_t n = 0; n < p.images; n += kValues<T>) {
       const int64_t x_image = p.height * p.width * p.ci, g_image = pixels * p.co;
-      const Stored<T>* x = static_cast<const Stored<T>*>(p.x[pair]) + (task * p.images + n) * x_image;
-      const Stored<T>* g = static_cast<const Stored<T>*>(p.g[pair]) + (task * p.images + n) * g_image;
+      const Stored<T>* x = static_cast<const Stored<T>*>(p.a[pair]) + (task * p.images + n) * x_image;
+      const Stored<T>* g = static_cast<const Stored<T>*>(p.b[pair]) + (task * p.images + n) * g_image;
       const int64_t x_next = n + 1 < p.images ? x_image : 0, g_next = n + 1 < p.images ? g_image : 0;
       for (int64_t y = 0; y < p.height; ++y)
         copy_padded(padded + ((y + p.pad_y) * pw + p.pad_x) * p.ci, x + y * p.width * p.ci, x_next, p.width * p.ci,
@@ -363,7 +363,7 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
     const int64_t g_image = p.out_height * p.out_width * p.co;
     const int64_t x_next = image + 1 < p.images ? x_image : 0, g_next = image + 1 < p.images ? g_image : 0;
     const Stored<T>* x =
-        static_cast<const Stored<T>*>(p.x[pair]) + (task * p.images + image) * x_image + source_begin * p.width * p.ci;
+        static_cast<const Stored<T>*>(p.a[pair]) + (task * p.images + image) * x_image + source_begin * p.width * p.ci;
     for (int64_t q = 0; q < source_pixels; ++q) {
       T* to = source + (q * images + n) * kMaxRows;
       int64_t c = 0;
@@ -371,7 +371,7 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
       if (c < p.ci) copy_padded(to, x + q * p.ci + c, x_next, p.ci - c, p.ci - c);
     }
     const Stored<T>* g =
-        static_cast<const Stored<T>*>(p.g[pair]) + (task * p.images + image) * g_image + row_begin * p.out_width * p.co;
+        static_cast<const Stored<T>*>(p.b[pair]) + (task * p.images + image) * g_image + row_begin * p.out_width * p.co;
     T* panel_to = grad;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t width = panels.width(panel);

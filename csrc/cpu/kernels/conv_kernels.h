@@ -24,53 +24,46 @@ struct PixelClass {
   int64_t delta[kMaxTaps];  ///< element offset of each valid tap's source pixel from `src`
 };
 
-/// out[dst] = sum over pairs, taps, source channels of a[src + delta] * weight: forward and to-input.
-struct Gather {
-  const void* a[2];  ///< [tasks, images, source pixels, channels_in]
-  const void* w[2];  ///< [tasks, taps, Ci, Co]
-  void* out;         ///< [tasks, images, destination pixels, channels_out]
-  int pairs;
-  int64_t tasks, images, parts;  ///< a unit of work is one of `parts` image ranges of a task
-  int64_t channels_in, channels_out;
-  int64_t src_image, dst_image;  ///< elements of one image
-  int taps;
-  bool transposed;  ///< to-input: channels_out of `w` are reduced and taps run backwards
-  const PixelClass* classes;
-  int num_classes;
-  int64_t height, width, out_height, out_width, kh, kw, stride, pad_y, pad_x;  ///< of the forward convolution
+/// A convolution of [tasks, images, height, width, ci] with [tasks, kh, kw, ci, co].
+struct Shape {
+  int64_t tasks, images, height, width, ci, kh, kw, co, out_height, out_width, stride, pad_y, pad_x;
 };
 
-/// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight.
-struct Outer {
-  const void* x[2];  ///< [tasks, images, height, width, ci], for Pair bfloat16 values
-  const void* g[2];  ///< [tasks, images, out_height, out_width, co]
-  void* out;         ///< [tasks, kh, kw, ci, co]
-  int pairs;
-  int64_t tasks, images, parts;  ///< a unit of work is one of `parts` ranges of output channels of a task
-  int64_t height, width, ci, out_height, out_width, co;
-  int64_t kh, kw, stride, pad_y, pad_x;
-};
-
-/// Stride-1 3x3 convolution in the Winograd domain. `height`, `width` are of the source, `padding` of this product
-/// (2 - p for the gradient to the input). For to-weight, `a` is x, `w` is g and `out` the weight gradient.
-struct Winograd {
+/// One or two pairs, whose products are added up.
+struct Operands {
   const void* a[2];
-  const void* w[2];
-  void* out;
+  const void* b[2];
   int pairs;
-  int64_t tasks, images, parts;
-  int64_t height, width, out_height, out_width;
-  int64_t channels_in, channels_out;
-  int64_t padding;
-  bool transposed;
 };
 
-/// Stride 1 and so few output channels that they leave most of a register empty: every pixel's products with the
-/// weights of all taps first, [height, width, kh, kw, channels], as of a 1x1 kernel; then their sums, shifted by tap.
-struct FewOutputs {
-  int64_t height, width, out_height, out_width, kh, kw, pad_y, pad_x, channels;
+/// out[dst] = sum over pairs, taps, source channels of a[src + delta] * weight: forward and to-input. The shape is of
+/// the forward convolution; a is [tasks, images, source pixels, channels_in], b the weights.
+struct Gather : Operands, Shape {
+  void* out = nullptr;  ///< [tasks, images, destination pixels, channels_out]
+  int64_t parts = 0;    ///< a unit of work is one of `parts` image ranges of a task
+  int64_t channels_in = 0, channels_out = 0;
+  int64_t src_image = 0, dst_image = 0;  ///< elements of one image
+  int taps = 0;
+  bool transposed = false;  ///< to-input: channels_out of the weights are reduced and taps run backwards
+  const PixelClass* classes = nullptr;
+  int num_classes = 0;
 };
-constexpr int64_t kBeyond = 16;  ///< elements behind the products that are read, and have no effect
+
+/// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight. a is x, of Pair bfloat16 values, and b is g.
+struct Outer : Operands, Shape {
+  void* out = nullptr;
+  int64_t parts = 0;  ///< a unit of work is one of `parts` ranges of output channels of a task
+};
+
+/// Stride-1 3x3 convolution in the Winograd domain. The shape is of this product: for the gradient to the input, of the
+/// convolution of g, with padding 2 - p. For to-weight, b is g and `out` the weight gradient.
+struct Winograd : Operands, Shape {
+  void* out = nullptr;
+  int64_t parts = 0;
+  bool transposed = false;  ///< to-input: the weights lie as those of the forward convolution
+};
+
+constexpr int64_t kBeyond = 16;  ///< elements behind the products of conv_sum_taps that are read, and have no effect
 
 /// Kernels of one instruction set and element type; results of Pair are float. `run` works on units [begin, end) with
 /// `scratch` elements of private memory aligned to 64 bytes; results never depend on how units are spread over threads.
@@ -99,6 +92,9 @@ struct WinogradKernels {
 }  // namespace mf::conv
 
 // conv_kernels<Pair> is all null, bf16_peak 0, at levels without bfloat16 products.
+// conv_sum_taps is for stride 1 and so few output channels that they leave most of a register empty: first come every
+// pixel's products with the weights of all taps, [height, width, kh, kw, co], as of a 1x1 kernel; it sums them, shifted
+// by tap.
 MF_KERNEL(template <class T> mf::conv::Kernels<T> conv_kernels(); mf::conv::WinogradKernels winograd_kernels();
-          template <class T> void conv_sum_taps(const mf::conv::FewOutputs& s, const T* products, T* out);
+          template <class T> void conv_sum_taps(const mf::conv::Shape& s, const T* products, T* out);
           double bf16_peak(int64_t iterations);)

@@ -94,26 +94,33 @@ MF_INLINE void each_window(const FirstLayer& s, const T* image, const Body& body
   }
 }
 
+// body(z[4][R], register number, Whole or Part, place of the result) for the products of all windows.
+template <typename T, int R, typename Body>
+MF_INLINE void each_product(const FirstLayer& s, const T* image, const T* w, const T* shift, int64_t left,
+                            const Body& body) {
+  const Places places(s);
+  each_window(s, image, [&](const T* at, int64_t to) {
+    Vec<T> z[4][R];
+    products<T, R>(s, places, at, w, shift, z);
+    each<T, R>(left, [&](int r, auto tile) { body(z, r, tile, to + r * Vec<T>::size); });
+  });
+}
+
 template <typename T, int R>
 void forward(const FirstLayer& s, const T* image, const T* w, const T* shift, T slope, T* y, uint8_t* index,
              int64_t left) {
   using V = Vec<T>;
-  const Places places(s);
   const V leak = V::broadcast(slope);
-  each_window(s, image, [&](const T* at, int64_t to) {
-    V z[4][R];
-    products<T, R>(s, places, at, w, shift, z);
-    each<T, R>(left, [&](int r, auto tile) {
-      V best = z[0][r];
-      Lanes<T> position{};
-      for (int k = 1; k < 4; ++k) {
-        const Lanes<T> above = z[k][r].v > best.v;
-        best = choose<T>(above, z[k][r], best);
-        position = above ? Lanes<T>{} + k : position;
-      }
-      tile.store(where_positive(best, best, best * leak), y + to + r * V::size);
-      tile.store_index(position, index + to + r * V::size);
-    });
+  each_product<T, R>(s, image, w, shift, left, [&](const auto& z, int r, auto tile, int64_t i) {
+    V best = z[0][r];
+    Lanes<T> position{};
+    for (int k = 1; k < 4; ++k) {
+      const Lanes<T> above = z[k][r].v > best.v;
+      best = choose<T>(above, z[k][r], best);
+      position = above ? Lanes<T>{} + k : position;
+    }
+    tile.store(where_positive(best, best, best * leak), y + i);
+    tile.store_index(position, index + i);
   });
 }
 
@@ -121,20 +128,14 @@ template <typename T, int R>
 void tangent(const FirstLayer& s, const T* image, const T* w, const T* shift, const T* y, const uint8_t* index, T slope,
              T* uy, int64_t left) {
   using V = Vec<T>;
-  const Places places(s);
   const V leak = V::broadcast(slope);
-  each_window(s, image, [&](const T* at, int64_t to) {
-    V z[4][R];
-    products<T, R>(s, places, at, w, shift, z);
-    each<T, R>(left, [&](int r, auto tile) {
-      const int64_t i = to + r * V::size;
-      const Lanes<T> position = tile.load_index(index + i);
-      V picked = z[0][r];
-      for (int k = 1; k < 4; ++k) {
-        picked = choose<T>(position == Lanes<T>{} + k, z[k][r], picked);
-      }
-      tile.store(where_positive(tile.load(y + i), picked, picked * leak), uy + i);
-    });
+  each_product<T, R>(s, image, w, shift, left, [&](const auto& z, int r, auto tile, int64_t i) {
+    const Lanes<T> position = tile.load_index(index + i);
+    V picked = z[0][r];
+    for (int k = 1; k < 4; ++k) {
+      picked = choose<T>(position == Lanes<T>{} + k, z[k][r], picked);
+    }
+    tile.store(where_positive(tile.load(y + i), picked, picked * leak), uy + i);
   });
 }
 

@@ -231,7 +231,7 @@ inline int64_t plane(int64_t tiles, int64_t channels) {
 template <int M>
 int64_t chunk_tiles(const Problem& p) {
   constexpr int64_t kCacheBytes = 416 << 10, kLeast = 4 * kMaxRows, kMost = 16 * kMaxRows;
-  const int64_t tile_bytes = (p.pairs * p.channels_in + p.channels_out) * Sizes<M>::points * int64_t{sizeof(float)};
+  const int64_t tile_bytes = (p.pairs * p.ci + p.co) * Sizes<M>::points * int64_t{sizeof(float)};
   const int64_t fits = kCacheBytes / tile_bytes / kMaxRows * kMaxRows;
   return fits < kLeast ? kLeast : fits > kMost ? kMost : fits;
 }
@@ -240,7 +240,7 @@ int64_t chunk_tiles(const Problem& p) {
 template <int M>
 void transform_weights(const Problem& p, const float* w, float* to, int64_t to_stride, float* turned) {
   using S = Sizes<M>;
-  const int64_t ci = p.channels_in, co = p.channels_out, stride = ci * co;
+  const int64_t ci = p.ci, co = p.co, stride = ci * co;
   if (p.transposed) {
     for (int tap = 0; tap < 9; ++tap) transpose(w + (8 - tap) * stride, ci, co, ci, turned + tap * stride, co);
     w = turned;
@@ -296,7 +296,7 @@ template <int M>
 void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* products, int64_t stride, float* images,
                    int64_t first, int64_t count) {
   using S = Sizes<M>;
-  const int64_t co = p.channels_out;
+  const int64_t co = p.co;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t image = (first + t) / sizes.per_image, tile = (first + t) % sizes.per_image;
     const int64_t y0 = tile / sizes.columns * M, x0 = tile % sizes.columns * M;
@@ -317,11 +317,10 @@ void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* product
 
 template <int M>
 int64_t scratch(const Problem& p) {
-  const int64_t weights = p.channels_in * p.channels_out, zeros = round_line<float>(p.channels_in);
+  const int64_t weights = p.ci * p.co, zeros = round_line<float>(p.ci);
   return zeros +
          Sizes<M>::points *
-             (p.pairs * (plane(p.channels_in, p.channels_out) + plane(chunk_tiles<M>(p), p.channels_in)) +
-              plane(chunk_tiles<M>(p), p.channels_out)) +
+             (p.pairs * (plane(p.ci, p.co) + plane(chunk_tiles<M>(p), p.ci)) + plane(chunk_tiles<M>(p), p.co)) +
          (p.transposed ? 9 * weights : 0);
 }
 
@@ -329,7 +328,7 @@ template <int M>
 void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
   const Sizes<M> sizes(p);
-  const int64_t ci = p.channels_in, co = p.channels_out, weights = ci * co;
+  const int64_t ci = p.ci, co = p.co, weights = ci * co;
   const int64_t tiles = chunk_tiles<M>(p);
   const int64_t data_stride = plane(tiles, ci), product_stride = plane(tiles, co), filter_stride = plane(ci, co);
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
@@ -345,7 +344,7 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     if (task != ready) {
       for (int pair = 0; pair < p.pairs; ++pair)
-        transform_weights<M>(p, static_cast<const float*>(p.w[pair]) + task * 9 * weights,
+        transform_weights<M>(p, static_cast<const float*>(p.b[pair]) + task * 9 * weights,
                              filters + pair * points * filter_stride, filter_stride, turned);
       ready = task;
     }
@@ -356,7 +355,7 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
       const int64_t at = first + chunk * tiles, count = last - at < tiles ? last - at : tiles;
       for (int pair = 0; pair < p.pairs; ++pair)
         transform_patches<side, side, Transform<M>::data>(
-            static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
+            static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.pad_y,
             sizes.columns, sizes.per_image, at, count, 0, ci, zeros, data + pair * points * data_stride, data_stride,
             ci, tiles);
       for (int k = 0; k < points; ++k)
@@ -379,16 +378,15 @@ constexpr int64_t kWeightTiles = 2 * kChain;
 /// Weight gradient: G^T [ sum over tiles (B^T x B) * (A g A^T) ] G, channels of g in ranges of 16.
 template <int M>
 int64_t weight_scratch(const Problem& p) {
-  const int64_t zeros = round_line<float>(p.channels_in > p.channels_out ? p.channels_in : p.channels_out);
-  return zeros + Sizes<M>::points * (plane(kWeightTiles, p.channels_in) + plane(kWeightTiles, p.channels_out) +
-                                     plane(p.channels_in, p.channels_out));
+  const int64_t zeros = round_line<float>(p.ci > p.co ? p.ci : p.co);
+  return zeros + Sizes<M>::points * (plane(kWeightTiles, p.ci) + plane(kWeightTiles, p.co) + plane(p.ci, p.co));
 }
 
 template <int M>
 void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
   const Sizes<M> sizes(p);
-  const int64_t ci = p.channels_in, co = p.channels_out;
+  const int64_t ci = p.ci, co = p.co;
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   const int64_t zero_count = round_line<float>(ci > co ? ci : co);
   memset(memory, 0, zero_count * sizeof(float));
@@ -406,10 +404,10 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t at = chunk * tiles, count = total - at < tiles ? total - at : tiles;
         transform_patches<side, side, Transform<M>::data>(
-            static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.padding,
+            static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.pad_y,
             sizes.columns, sizes.per_image, at, count, 0, ci, memory, data, data_stride, ci, tiles);
         transform_patches<M, side, Transform<M>::gradient>(
-            static_cast<const float*>(p.w[pair]) + task * p.images * out_image, p.out_height, p.out_width, co, M, 0,
+            static_cast<const float*>(p.b[pair]) + task * p.images * out_image, p.out_height, p.out_width, co, M, 0,
             sizes.columns, sizes.per_image, at, count, o, own, memory, grads, grad_stride, kPanel<float>, tiles);
         for (int k = 0; k < points; ++k)
           for (int64_t panel = 0; panel < panels.count; ++panel) {

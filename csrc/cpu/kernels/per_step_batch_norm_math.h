@@ -48,6 +48,21 @@ struct Normal {
   }
 };
 
+// An order's results of `lanes` from the values at `i`; inputs and outputs are as the order has them.
+template <typename O, typename S, typename Lanes>
+MF_INLINE void apply_at(const Call<S>& p, const typename O::Constants& k, Lanes lanes, int64_t i) {
+  using V = Vec<Compute<S>>;
+  const S* inputs[3] = {p.x, p.gy, p.u};
+  V in[O::kInputs], out[O::kOutputs];
+  for (int j = 0; j < O::kInputs; ++j) {
+    in[j] = lanes.load(inputs[j] + i);
+  }
+  O::apply(k, in, out);
+  for (int j = 0; j < O::kOutputs; ++j) {
+    lanes.store(out[j], p.out[j] + i);
+  }
+}
+
 // The first three constants of every order.
 template <typename T>
 MF_INLINE void set_normal(const Problem<T>& p, int64_t t, int64_t c, T* constants, int64_t stride) {

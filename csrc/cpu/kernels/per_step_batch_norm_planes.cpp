@@ -141,22 +141,12 @@ MF_INLINE void write(const Call<S>& p, int64_t t, int64_t c, const Compute<S>* c
   using V = Vec<T>;
   const typename O::Constants k([&](int i) { return V::broadcast(constants[i]); }, p.slope);
   const Walk<T> walk(p.pixels);
-  const S* inputs[3] = {p.x, p.gy, p.u};
   for (int64_t n = 0; n < p.images; ++n) {
     const int64_t base = plane(p, t, n, c);
     for (int j = 0; j < O::kOutputs; ++j) {
       prefetch<true>(p, p.out[j] + base, n, p.pixels);
     }
-    walk([&](auto lanes, int64_t i, auto, auto) __attribute__((always_inline)) {
-      V in[O::kInputs], out[O::kOutputs];
-      for (int j = 0; j < O::kInputs; ++j) {
-        in[j] = lanes.load(inputs[j] + base + i);
-      }
-      O::apply(k, in, out);
-      for (int j = 0; j < O::kOutputs; ++j) {
-        lanes.store(out[j], p.out[j] + base + i);
-      }
-    });
+    walk([&](auto lanes, int64_t i, auto, auto) __attribute__((always_inline)) { apply_at<O>(p, k, lanes, base + i); });
   }
 }
 

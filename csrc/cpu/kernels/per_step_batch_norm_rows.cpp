@@ -229,8 +229,6 @@ void combine(const Call<S>& p) {
 template <typename O, typename S>
 void apply(const Call<S>& p, int64_t first, int64_t last) {
   using T = Compute<S>;
-  using V = Vec<T>;
-  const S* inputs[3] = {p.x, p.gy, p.u};
   for (int64_t item = first; item < last; ++item) {
     const Piece part = piece(p, item);
     const T* constants = p.constants + part.task * bn::kMaxConstants * p.channels;
@@ -241,14 +239,7 @@ void apply(const Call<S>& p, int64_t first, int64_t last) {
         const auto load = [&](int i)
                               __attribute__((always_inline)) { return lanes.load(constants + i * p.channels + c); };
         const typename O::Constants k(load, p.slope);
-        V in[O::kInputs], out[O::kOutputs];
-        for (int j = 0; j < O::kInputs; ++j) {
-          in[j] = lanes.load(inputs[j] + base + c);
-        }
-        O::apply(k, in, out);
-        for (int j = 0; j < O::kOutputs; ++j) {
-          lanes.store(out[j], p.out[j] + base + c);
-        }
+        apply_at<O>(p, k, lanes, base + c);
       });
     }
   }

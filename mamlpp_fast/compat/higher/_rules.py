@@ -11,18 +11,6 @@ from torch import Tensor
 
 from mamlpp_fast.compat.higher._base import ElementwiseOptimizer
 
-__all__ = [
-    "DifferentiableASGD",
-    "DifferentiableAdadelta",
-    "DifferentiableAdagrad",
-    "DifferentiableAdam",
-    "DifferentiableAdamW",
-    "DifferentiableAdamax",
-    "DifferentiableRMSprop",
-    "DifferentiableRprop",
-    "DifferentiableSGD",
-]
-
 Scalar = float | Tensor
 
 

@@ -60,19 +60,18 @@ class Held:
         if (found := self._fast.get(name)) is not None:
             return found
         module, leaf = self._module(name)
-        own = module._parameters[leaf]
-        assert own is not None
-        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_affine:
-            return own[self._row(module)]
-        return own
+        return self._own(module, module._parameters[leaf], "per_step_affine")
 
     def buffer(self, name: str) -> Tensor:
         module, leaf = self._module(name)
-        found = module._buffers[leaf]
-        assert found is not None
-        if isinstance(module, reference.PerStepBatchNorm2d) and module.per_step_stats:
-            return found[self._row(module)]
-        return found
+        return self._own(module, module._buffers[leaf], "per_step_stats")
+
+    def _own(self, module: nn.Module, held: Tensor | None, by_step: str) -> Tensor:
+        """A module's tensor, or its row where the module says that it has one for every step."""
+        assert held is not None
+        if isinstance(module, reference.PerStepBatchNorm2d) and getattr(module, by_step):
+            return held[self._row(module)]
+        return held
 
     def _module(self, name: str) -> tuple[nn.Module, str]:
         module, (path, leaf) = self._model, _path(name)

@@ -33,6 +33,8 @@ from mamlpp_fast.engine.recorder import TAKE_SIZES, Buffer, Constant, Operation,
 __all__ = ["lower", "lower_loss", "rules", "taken"]
 
 _Rule = Callable[..., None]
+_Kind = Callable[..., Step]
+_Ints = tuple[int, ...]
 _RULES: dict[Any, _Rule] = {}
 _TAKES: dict[_Rule, str] = {}
 _ALONE: set[Any] = set()
@@ -261,15 +263,13 @@ class Lowering:
 
     def value(self, call: Call, argument: Any) -> int:
         """The value that an argument is, in the kernels' layout."""
-        if not isinstance(argument, Value):
-            raise call.refusal(f"{call.op.name}: expected an activation, got {said(argument)}")
-        if argument.index not in self._values:
-            shape = self.recording.shapes.get(argument.index)
+        index = call.index(argument)
+        if index not in self._values:
+            shape = self.recording.shapes.get(index)
             if shape is None or len(shape) != 1:
                 raise call.refusal(f"{call.op.name}: expected features of examples, got {shape}")
-            native = self._natives[argument.index]
-            self._values[argument.index] = self.settled(call, native)
-        return self._values[argument.index]
+            self._values[index] = self.settled(call, self._natives[index])
+        return self._values[index]
 
     def settled(self, call: Call, native: int) -> int:
         """Features that lie side by side in memory."""
@@ -286,9 +286,7 @@ class Lowering:
         Args:
             axes: that it may have in the model beside the examples: features are one pixel, rows have a width of 1.
         """
-        if not isinstance(argument, Value):
-            raise call.refusal(f"{call.op.name}: expected an activation, got {said(argument)}")
-        index = argument.index
+        index = call.index(argument)
         shape = self.recording.shapes[index]
         if len(shape) not in axes:
             raise call.refusal(f"{call.op.name}: expected images, got features of shape {shape}")
@@ -335,13 +333,7 @@ class Lowering:
         return Slot(name, shape, shape, (0,))
 
     def step(
-        self,
-        kind: Callable[..., Step],
-        call: Call,
-        inputs: tuple[int, ...],
-        shape: tuple[int, ...],
-        *arguments: Any,
-        grid: tuple[int, ...] | None = None,
+        self, kind: _Kind, call: Call, inputs: _Ints, shape: _Ints, *arguments: Any, grid: _Ints | None = None
     ) -> int:
         """Adds a step; the operation's value is what the last one leaves."""
         if any(size < 1 for size in shape):
@@ -350,26 +342,13 @@ class Lowering:
         self.alias(call, output)
         return output
 
-    def native_step(
-        self,
-        kind: Callable[..., Step],
-        call: Call,
-        inputs: tuple[int, ...],
-        shape: tuple[int, ...],
-        *arguments: Any,
-    ) -> None:
+    def native_step(self, kind: _Kind, call: Call, inputs: _Ints, shape: _Ints, *arguments: Any) -> None:
         """Adds a step on values in the model's own layout, which leaves such a one."""
         assert call.op.output is not None
         self._natives[call.op.output] = self._add(kind, call, inputs, shape, *arguments)
 
     def _add(
-        self,
-        kind: Callable[..., Step],
-        call: Call,
-        inputs: tuple[int, ...],
-        shape: tuple[int, ...],
-        *arguments: Any,
-        grid: tuple[int, ...] | None = None,
+        self, kind: _Kind, call: Call, inputs: _Ints, shape: _Ints, *arguments: Any, grid: _Ints | None = None
     ) -> int:
         output, self._count = self._count, self._count + 1
         name = self.unique(f"{call.where} layout") if kind is Relayout else call.name
@@ -386,12 +365,11 @@ class Lowering:
 
     def same(self, call: Call, argument: Any) -> None:
         """Makes an activation what the operation leaves, in the layouts that there are."""
-        if not isinstance(argument, Value):
-            raise call.refusal(f"{call.op.name}: expected an activation, got {said(argument)}")
+        index = call.index(argument)
         assert call.op.output is not None
         for table in (self._values, self._natives):
-            if argument.index in table:
-                table[call.op.output] = table[argument.index]
+            if index in table:
+                table[call.op.output] = table[index]
 
     def unique(self, name: str) -> str:
         """``name``, or with a number behind it where a step has it already."""
@@ -426,6 +404,12 @@ class Call:
         """Of the output, as recorded, without examples."""
         assert self.op.output is not None
         return self.low.recording.shapes[self.op.output]
+
+    def index(self, argument: Any) -> int:
+        """The recorded value that an argument is."""
+        if not isinstance(argument, Value):
+            raise self.refusal(f"{self.op.name}: expected an activation, got {said(argument)}")
+        return argument.index
 
     def refusal(self, why: str) -> Unsupported:
         return Unsupported(self.op.where or self.low.root, why)

@@ -266,10 +266,11 @@ class Program:
         instructions = [i for i in self.instructions if i.phase.name == name]
         operands = [i.operands(lane) for i in instructions]
         calls = [_bound(i, *own) for i, own in zip(instructions, operands, strict=True)]
-        device = next(b.tensors[0].device for b in self.buffers if b.tensors)
-        return Section(
-            calls, _listed(instructions, operands) if _without_python(instructions, device) else None
-        )
+        native = _without_python(instructions, self._device())
+        return Section(calls, _listed(instructions, operands) if native else None)
+
+    def _device(self) -> torch.device:
+        return next(b.tensors[0].device for b in self.buffers if b.tensors)
 
     def run(self, lane: int = 0, threads: int = 1, halt: Halt = NEVER) -> None:
         """Makes the calls on a lane's memory.
@@ -310,8 +311,7 @@ class Program:
         """
         import time
 
-        device = next(b.tensors[0].device for b in self.buffers if b.tensors)
-        calls = self._calls[0]
+        device, calls = self._device(), self._calls[0]
         best: list[float] = [math.inf] * len(calls)
         for _ in range(repeats):
             for i, call in enumerate(calls):
@@ -347,10 +347,7 @@ class Emitter:
     """Writes a program down."""
 
     def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        operand_dtype: torch.dtype | None = None,
+        self, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | None = None
     ) -> None:
         self.device = device
         self.dtype = dtype

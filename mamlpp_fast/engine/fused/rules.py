@@ -109,11 +109,11 @@ def _per_step_norm(
     by_batch = training or not low.running
     if by_batch and not training:
         tensors |= {"running_mean": None, "running_var": None}
-    _norm(
+    _batch_norm(
         low,
         call,
         input,
-        by_batch=by_batch,
+        training=by_batch,
         rows=num_steps if per_step_affine else 1,
         statistics_rows=num_steps if per_step_stats else 1,
         **tensors,
@@ -134,33 +134,7 @@ def _batch_norm(
     training: bool = False,
     momentum: Any = 0.1,
     eps: float = 1e-5,
-) -> None:
-    _norm(
-        low,
-        call,
-        input,
-        by_batch=training,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        momentum=momentum,
-        eps=eps,
-    )
-
-
-def _norm(
-    low: Lowering,
-    call: Call,
-    input: Any,
     *,
-    by_batch: bool,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    momentum: Any,
-    eps: float,
     rows: int = 1,
     statistics_rows: int = 1,
 ) -> None:
@@ -176,7 +150,7 @@ def _norm(
             if not isinstance(buffer, Buffer):
                 raise call.refusal(f"batch norm: expected buffers as running statistics, got {said(buffer)}")
         known = (n.statistics for n in low.norms.values() if n.statistics is not None)
-        if by_batch and any(running_mean.name == s.mean or running_var.name == s.var for s in known):
+        if training and any(running_mean.name == s.mean or running_var.name == s.var for s in known):
             raise call.refusal(f"shares {running_mean.name} with another call")
         if momentum is None:
             raise call.refusal("expected a momentum, got a cumulative average (momentum=None)")
@@ -189,7 +163,7 @@ def _norm(
             momentum,
             eps,
         )
-    if by_batch:
+    if training:
         low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
         affine = Scaling(*adapting) if adapting else None if weight is None else shared
         x = low.step(NormActPool, call, (x,), shape, affine, eps, 1.0, False, False, call.name)
@@ -271,9 +245,7 @@ def _instance_norm(
 
 def _recorded(low: Lowering, call: Call, input: Any) -> tuple[int, ...]:
     """The shape of an activation in the model, without the examples."""
-    if not isinstance(input, Value):
-        raise call.refusal(f"{call.op.name}: expected an activation, got {said(input)}")
-    return low.recording.shapes[input.index]
+    return low.recording.shapes[call.index(input)]
 
 
 # Pointwise -----------------------------------------------------------------------------------------------------------

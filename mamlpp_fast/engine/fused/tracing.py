@@ -299,6 +299,8 @@ def _functional(func: OpOverload) -> OpOverload:
 
 
 _Given = Mapping[str, Tensor]
+_Tensors = tuple[Tensor, ...]
+_Several = Callable[[_Given], _Tensors]
 Function = Callable[[_Given], Tensor]
 Gradients = dict[str, Term]
 
@@ -338,18 +340,16 @@ class Traced:
     def value(self) -> Term:
         """The result."""
 
-        def plain(given: _Given) -> tuple[Tensor, ...]:
+        def plain(given: _Given) -> _Tensors:
             return (self.function(given),)
 
-        def watched(given: _Given) -> tuple[Tensor, ...]:  # as the backward rules, which so find its nodes
-            return (self._pull(given)[0],)
-
-        return self._once("value", watched if self.smooth else plain, self.leaves)[0]
+        # As the backward rules, which so find its nodes.
+        return self._once("value", self._watched if self.smooth else plain, self.leaves)[0]
 
     def gradients(self, gy: Leaf, name: str) -> Gradients:
         """The gradients of the smooth leaves for that of the result, a leaf ``name``; without those that are zero."""
 
-        def pulled(given: _Given) -> tuple[Tensor, ...]:
+        def pulled(given: _Given) -> _Tensors:
             return self._pull(given)[1](given[name])
 
         found = self._once(("gradients", name, gy), pulled, {**self.leaves, name: gy})
@@ -361,11 +361,7 @@ class Traced:
         Args:
             directions: leaves by the name of the leaf that they are the direction of; they are called ``"t NAME"``.
         """
-
-        def value(given: _Given) -> tuple[Tensor, ...]:
-            return (self._pull(given)[0],)
-
-        return self._along("tangent", value, list(directions), directions, {})[0]
+        return self._along("tangent", self._watched, list(directions), directions, {})[0]
 
     def second(self, directions: Mapping[str, Leaf], gy: Leaf, gy_dot: Leaf) -> Gradients:
         """The derivatives of the gradients along directions, likewise.
@@ -376,14 +372,17 @@ class Traced:
             gy_dot: its derivative, a leaf ``"t gy"``.
         """
 
-        def gradients(given: _Given) -> tuple[Tensor, ...]:
+        def gradients(given: _Given) -> _Tensors:
             return self._pull(given)[1](given["gy"])
 
         beside = {"gy": gy, "t gy": gy_dot}
         found = self._along("second", gradients, [*directions, "gy"], directions, beside)
         return self._nonzero(found)
 
-    def _pull(self, given: _Given) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    def _watched(self, given: _Given) -> _Tensors:
+        return (self._pull(given)[0],)
+
+    def _pull(self, given: _Given) -> tuple[Tensor, Callable[[Tensor], _Tensors]]:
         def function(*xs: Tensor) -> Tensor:
             return self.function({**given, **dict(zip(self.smooth, xs, strict=True))})
 
@@ -392,7 +391,7 @@ class Traced:
     def _along(
         self,
         what: str,
-        function: Callable[[_Given], tuple[Tensor, ...]],
+        function: _Several,
         moving: Sequence[str],
         directions: Mapping[str, Leaf],
         beside: Mapping[str, Leaf],
@@ -400,27 +399,20 @@ class Traced:
         """The derivative of ``function`` along the leaves ``"t NAME"`` of the names in ``moving``."""
         leaves = {**self.leaves, **beside, **{f"t {n}": d for n, d in directions.items()}}
 
-        def moved(
-            given: _Given,
-        ) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        def moved(given: _Given) -> tuple[Callable[..., _Tensors], _Tensors, _Tensors]:
             primals, tangents = (tuple(given[before + n] for n in moving) for before in ("", "t "))
-            return (
-                lambda *xs: function({**given, **dict(zip(moving, xs, strict=True))}),
-                primals,
-                tangents,
-            )
+            return lambda *xs: function({**given, **dict(zip(moving, xs, strict=True))}), primals, tangents
 
-        def forward(given: _Given) -> tuple[Tensor, ...]:
-            fn, primals, tangents = moved(given)
-            derivatives: tuple[Tensor, ...] = jvp(fn, primals, tangents)[1]
+        def forward(given: _Given) -> _Tensors:
+            derivatives: _Tensors = jvp(*moved(given))[1]
             return derivatives
 
-        def twice(given: _Given) -> tuple[Tensor, ...]:
+        def twice(given: _Given) -> _Tensors:
             # Jᵀw is linear in w, so that its transpose is J, whatever w is.
             fn, primals, tangents = moved(given)
             results, pull = _vjp(fn, *primals)
             _, push = _vjp(pull, tuple(torch.zeros_like(r) for r in results))
-            derivatives: tuple[Tensor, ...] = push(tangents)[0]
+            derivatives: _Tensors = push(tangents)[0]
             return derivatives
 
         key = what, tuple(leaves.items())
@@ -435,16 +427,14 @@ class Traced:
     def _nonzero(self, found: Sequence[Term]) -> Gradients:
         return {name: term for name, term in zip(self.smooth, found, strict=True) if not term.zero}
 
-    def _once(
-        self, key: Any, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]
-    ) -> list[Term]:
+    def _once(self, key: Any, fn: _Several, leaves: Mapping[str, Leaf]) -> list[Term]:
         if key not in self._found:
             self._found[key] = self._trace(fn, leaves)
             if sum(math.prod(leaf.form.shape) for leaf in leaves.values()) >= _LARGE:
                 release_memory()
         return self._found[key]
 
-    def _trace(self, fn: Callable[[_Given], tuple[Tensor, ...]], leaves: Mapping[str, Leaf]) -> list[Term]:
+    def _trace(self, fn: _Several, leaves: Mapping[str, Leaf]) -> list[Term]:
         """The results of ``fn`` as terms; task by task where ``vmap`` cannot."""
         first: Exception | None = None
         for mapped in (True, False) if self.tasks > 1 else (False,):
@@ -457,25 +447,20 @@ class Traced:
         assert first is not None
         raise Untraceable(str(first).splitlines()[0] if str(first) else type(first).__name__) from first
 
-    def _traced(
-        self,
-        fn: Callable[[_Given], tuple[Tensor, ...]],
-        leaves: Mapping[str, Leaf],
-        mapped: bool,
-    ) -> list[Term]:
+    def _traced(self, fn: _Several, leaves: Mapping[str, Leaf], mapped: bool) -> list[Term]:
         names = list(leaves)
 
-        def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def one(*tensors: Tensor) -> _Tensors:
             return fn(dict(zip(names, tensors, strict=True)))
 
-        def each(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def each(*tensors: Tensor) -> _Tensors:
             tasks = [
                 one(*(t if leaves[n].shared else t[i] for n, t in zip(names, tensors, strict=True)))
                 for i in range(self.tasks)
             ]
             return tuple(torch.stack(parts) for parts in zip(*tasks, strict=True))
 
-        run: Callable[..., tuple[Tensor, ...]] = one
+        run: Callable[..., _Tensors] = one
         if self.tasks > 1:
             axes = tuple(None if leaf.shared else 0 for leaf in leaves.values())
             run = vmap(one, in_dims=axes, randomness="different") if mapped else each

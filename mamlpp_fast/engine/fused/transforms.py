@@ -274,6 +274,11 @@ class _Operation(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(levels.NO_TANGENTS)
 
+    @classmethod
+    def mapped(cls, size: int, axes: Sequence[int | None], use: _Use, *given: Tensor) -> Any:
+        above, tensors = use.mapped(size, axes, given)
+        return use.results(size, levels.call(cls, above, *tensors))
+
 
 class _Forward(_Operation):
     """The output [T, N, ...] on x, buffers and parameters."""
@@ -292,11 +297,6 @@ class _Forward(_Operation):
             return None, *(None for _ in ctx.saved_tensors)
         made = levels.call(_Backward, replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)
         return None, *ctx.use.gradients(made)
-
-    @staticmethod
-    def mapped(size: int, axes: Sequence[int | None], use: _Use, *given: Tensor) -> Any:
-        above, tensors = use.mapped(size, axes, given)
-        return use.results(size, levels.call(_Forward, above, *tensors))
 
 
 class _Backward(_Operation):
@@ -319,11 +319,6 @@ class _Backward(_Operation):
         use = replace(ctx.use, along=tuple(c is not None for c in cotangents))
         moved, *second = levels.call(_Double, use, *given, *ctx.saved_tensors)
         return None, moved, *use.gradients(second)
-
-    @staticmethod
-    def mapped(size: int, axes: Sequence[int | None], use: _Use, *given: Tensor) -> Any:
-        above, tensors = use.mapped(size, axes, given)
-        return use.results(size, levels.call(_Backward, above, *tensors))
 
 
 class _Double(_Operation):
@@ -369,11 +364,6 @@ class _Double(_Operation):
         given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True))
         found: Any = pull(given)
         return None, *found[: count + 1], *(None,) * begin, *found[count + 1 :]
-
-    @staticmethod
-    def mapped(size: int, axes: Sequence[int | None], use: _Use, *given: Tensor) -> Any:
-        above, tensors = use.mapped(size, axes, given)
-        return use.results(size, levels.call(_Double, above, *tensors))
 
 
 def _written_double(

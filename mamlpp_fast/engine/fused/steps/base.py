@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast.engine.base import Unsupported
-from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 
-__all__ = ["LOSS", "Affine", "Goal", "Pass", "Rows", "Scaling", "Slot", "Step", "aten"]
+__all__ = ["LOSS", "Affine", "Goal", "OneBackward", "Pass", "Rows", "Scaling", "Slot", "Step", "aten"]
 
 aten = torch.ops.aten
 LOSS = "loss"
@@ -119,18 +118,12 @@ class Pass:
     buffers: Mapping[str, Ref] = field(default_factory=dict)
     masks: PassMasks | None = None
 
-    def mask(
-        self,
-        em: Emitter,
-        key: Hashable,
-        draw: Draw,
-        one: float = 1.0,
-        arrange: Callable[[Tensor], Tensor] | None = None,
-    ) -> Ref:
-        """What a step's dropout draws in this pass; see :meth:`PassMasks.of`."""
+    @property
+    def drawn(self) -> PassMasks:
+        """What dropout draws in this pass."""
         if self.masks is None:
             raise Unsupported("dropout", "draws random numbers")
-        return self.masks.of(em, key, draw, one, arrange)
+        return self.masks
 
 
 @dataclass
@@ -227,6 +220,20 @@ class Step:
 
     def new_output(self, em: Emitter, ps: Pass, prefix: str = "") -> Ref:
         return em.new(f"{prefix}{self.name}", (ps.tasks, ps.images, *self.shape))
+
+
+class OneBackward(Step):
+    """A step whose backward rule is one: its derivative has the same terms, and some more."""
+
+    def gradients(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
+        """Gradients for ``g``; for ``g`` the tangent of a gradient ``g0``, the tangent of the gradients."""
+        raise NotImplementedError
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        self.gradients(em, ps, gy, None, out)
+
+    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
+        self.gradients(em, ps, gy_dot, gy, out)
 
 
 class Affine(Step):

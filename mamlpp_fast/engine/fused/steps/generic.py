@@ -177,7 +177,7 @@ class Generic(Step):
             found[name] = em.once(name, lambda copy=copy: em.own("a constant", copy()))  # type: ignore[misc]
         # Of the operation, not of the step: all its results are of one draw.
         for i, draw in enumerate(self.recorded.draws(ps.images)):
-            found[draw_leaf(i)] = self._task(ps, ps.mask(em, (self.recorded, i), draw))
+            found[draw_leaf(i)] = self._task(ps, ps.drawn.of(em, (self.recorded, i), draw))
         return found
 
     def _task(self, ps: Pass, ref: Ref) -> Ref:

@@ -64,7 +64,7 @@ class Head(Linear):
         )
         ps.saved[LOSS, "tangent"] = out
 
-    def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
+    def gradients(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
         source = self.inputs[0]
         x, w = ps.values[source], ps.weights[self.weight.name]
         gx = None

@@ -11,7 +11,7 @@ import torch
 import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
+from mamlpp_fast.engine.fused.steps.base import Gradients, OneBackward, Pass, Slot, Step, aten
 
 __all__ = ["Add", "Bias", "Conv", "Detach", "Flatten", "Linear", "Plain", "TransposedConv"]
 
@@ -20,7 +20,7 @@ _FEW_CHANNELS = 4
 
 
 @dataclass
-class Conv(Step):
+class Conv(OneBackward):
     """Convolution without bias; an axis along which the kernel is one pixel is not padded."""
 
     weight: Slot
@@ -68,14 +68,7 @@ class Conv(Step):
         self._product(em, ps, self.forward_op, pairs, out)
         ps.tangents[self.output] = out
 
-    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        self._backward(em, ps, gy, None, out)
-
-    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        self._backward(em, ps, gy_dot, gy, out)
-
-    def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
-        """Gradients for ``g``; for ``g`` the tangent of a gradient ``g0``, the tangent of the gradients."""
+    def gradients(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
         source, name = self.inputs[0], self.weight.name
         x, w = ps.values[source], ps.weights[name]
         u, v = (None, None) if g0 is None else (ps.tangents.get(source), ps.directions.get(name))
@@ -183,7 +176,7 @@ class Bias(Step):
 
 
 @dataclass
-class Linear(Step):
+class Linear(OneBackward):
     """Fully connected layer; its weights are stored [in, out]."""
 
     weight: Slot
@@ -225,13 +218,7 @@ class Linear(Step):
         self._product(em, ps, terms, start, out)
         ps.tangents[self.output] = out
 
-    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        self._backward(em, ps, gy, None, out)
-
-    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        self._backward(em, ps, gy_dot, gy, out)
-
-    def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
+    def gradients(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
         source, name = self.inputs[0], self.weight.name
         x, w = ps.values[source], ps.weights[name]
         u, v = ps.tangents.get(source), ps.directions.get(name)

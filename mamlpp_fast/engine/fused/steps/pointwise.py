@@ -12,7 +12,7 @@ import mamlpp_fast.ops.pointwise  # noqa: F401 - registers the operations
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.fused.program import Emitter, Ref
-from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
+from mamlpp_fast.engine.fused.steps.base import Gradients, OneBackward, Pass, Slot, Step, aten
 from mamlpp_fast.engine.fused.steps.linear import Plain
 
 __all__ = ["Activation", "Dropout", "ScaleShift", "Smooth", "Times"]
@@ -20,8 +20,29 @@ __all__ = ["Activation", "Dropout", "ScaleShift", "Smooth", "Times"]
 ops = torch.ops.mamlpp_fast
 
 
+class Sloped(Step):
+    """A function of each element: tangents and gradients are the same product with its slopes."""
+
+    def slopes_times(self, em: Emitter, x: Ref, g: Ref, out: Ref) -> None:
+        """Leaves in ``out`` the slopes at ``x`` times ``g``."""
+        raise NotImplementedError
+
+    def _product(self, em: Emitter, ps: Pass, g: Ref, name: str) -> Ref:
+        out = em.like(name, g)
+        self.slopes_times(em, ps.values[self.inputs[0]], g, out)
+        return out
+
+    def tangent(self, em: Emitter, ps: Pass) -> None:
+        u = ps.tangents[self.inputs[0]]
+        ps.tangents[self.output] = self._product(em, ps, u, f"tangent of {self.name}")
+
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            out.add(self.inputs[0], self._product(em, ps, gy, f"gradient of input of {self.name}"))
+
+
 @dataclass
-class Activation(Step):
+class Activation(Sloped):
     """Leaky ReLU; slope 0 is a ReLU."""
 
     slope: float
@@ -31,26 +52,15 @@ class Activation(Step):
         em.call(aten.leaky_relu.out, ps.values[self.inputs[0]], self.slope, out=out)
         ps.values[self.output] = out
 
-    def _slopes_times(self, em: Emitter, ps: Pass, g: Ref, name: str) -> Ref:
-        out = em.like(name, g)
-        x = ps.values[self.inputs[0]]
+    def slopes_times(self, em: Emitter, x: Ref, g: Ref, out: Ref) -> None:
         em.call(aten.leaky_relu_backward.grad_input, g, x, self.slope, False, grad_input=out)
-        return out
-
-    def tangent(self, em: Emitter, ps: Pass) -> None:
-        u = ps.tangents[self.inputs[0]]
-        ps.tangents[self.output] = self._slopes_times(em, ps, u, f"tangent of {self.name}")
-
-    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        if self.inputs[0] in out.wanted_values:
-            out.add(self.inputs[0], self._slopes_times(em, ps, gy, f"gradient of input of {self.name}"))
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
         self.backward(em, ps, gy_dot, out)
 
 
 @dataclass
-class Smooth(Step):
+class Smooth(Sloped):
     """A function of :mod:`mamlpp_fast.ops.pointwise`, by its number and the number that it takes."""
 
     function: int
@@ -61,19 +71,8 @@ class Smooth(Step):
         em.call(ops.pointwise.default, ps.values[self.inputs[0]], self.function, self.a, out)
         ps.values[self.output] = out
 
-    def _slopes_times(self, em: Emitter, ps: Pass, g: Ref, name: str) -> Ref:
-        out = em.like(name, g)
-        x = ps.values[self.inputs[0]]
+    def slopes_times(self, em: Emitter, x: Ref, g: Ref, out: Ref) -> None:
         em.call(ops.pointwise_slope.default, x, g, self.function, self.a, out)
-        return out
-
-    def tangent(self, em: Emitter, ps: Pass) -> None:
-        u = ps.tangents[self.inputs[0]]
-        ps.tangents[self.output] = self._slopes_times(em, ps, u, f"tangent of {self.name}")
-
-    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        if self.inputs[0] in out.wanted_values:
-            out.add(self.inputs[0], self._slopes_times(em, ps, gy, f"gradient of input of {self.name}"))
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
         source = self.inputs[0]
@@ -125,7 +124,7 @@ class Dropout(Plain):
         if ps.images not in self.draws:
             raise Unsupported(self.name, f"dropout: not recorded with {ps.images} examples")
         arrange = None if self.grid is None else self._arranged
-        mask = ps.mask(em, (self.name, self.output), self.draws[ps.images], self.one, arrange)
+        mask = ps.drawn.of(em, (self.name, self.output), self.draws[ps.images], self.one, arrange)
         return mask.reshape(ps.tasks, ps.images, *(self.shape if self.whole else (1, 1, self.shape[-1])))
 
     def _arranged(self, mask: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class Dropout(Plain):
 
 
 @dataclass
-class ScaleShift(Step):
+class ScaleShift(OneBackward):
     """``x * scale + shift`` with parameters per channel [C] or per element [H, W, C], each task's own.
 
     The affine part of a layer norm, and, where its weights adapt, of a norm by running statistics.
@@ -204,13 +203,7 @@ class ScaleShift(Step):
         em.call(aten.mul.out, a, b, out=out)
         return out
 
-    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        self._backward(em, ps, gy, None, out)
-
-    def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        self._backward(em, ps, gy_dot, gy, out)
-
-    def _backward(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
+    def gradients(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
         source, scale, shift = self.inputs[0], self.scale, self.shift
         if shift is not None and shift.name in out.wanted_params:
             self._reduce(em, shift, g, out)
