@@ -319,7 +319,8 @@ void outer(const Shape& s, const Operands& o, void* out) {
   p.pad_x = s.pad_x;
   const conv::Kernels<T>& k = kernels_for<T>(p);
   p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
-  run_units<T>(p.tasks * p.parts, k.outer_scratch(p),
+  p.row_parts = k.rows == 0 ? 1 : parts_for(s.tasks * p.parts, (s.ci + k.rows - 1) / k.rows);
+  run_units<T>(p.tasks * p.parts * p.row_parts, k.outer_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.outer(p, begin, end, scratch); });
 }
 

@@ -30,7 +30,7 @@ struct Gather {
   const void* w[2];  ///< [tasks, taps, Ci, Co]
   void* out;         ///< [tasks, images, destination pixels, channels_out]
   int pairs;
-  int64_t tasks, images, parts;  ///< a unit of work is one of `parts` image ranges of a task
+  int64_t tasks, images, parts;  ///< a unit of work is one of `parts` ranges of a task's images, or of their pixels
   int64_t channels_in, channels_out;
   int64_t src_image, dst_image;  ///< elements of one image
   int taps;
@@ -46,7 +46,8 @@ struct Outer {
   const void* g[2];  ///< [tasks, images, out_height, out_width, co]
   void* out;         ///< [tasks, kh, kw, ci, co]
   int pairs;
-  int64_t tasks, images, parts;  ///< a unit of work is one of `parts` ranges of output channels of a task
+  int64_t tasks, images;
+  int64_t parts, row_parts;  ///< a unit of work is a range of output channels of a task and one of input channels
   int64_t height, width, ci, out_height, out_width, co;
   int64_t kh, kw, stride, pad_y, pad_x;
 };
@@ -81,6 +82,7 @@ struct Kernels {
   int64_t (*outer_scratch)(const Outer&);
   void (*outer)(const Outer&, int64_t begin, int64_t end, T* scratch);
   int64_t panel;  ///< output channels a unit of `outer` works on at a time
+  int64_t rows;   ///< and input channels; 0 where it takes no range of them
 };
 
 /// Kernels of one tile size; for float alone.
