@@ -171,7 +171,7 @@ bool readable_in_pairs(const Tensor& a, const Tensor& b, const OptTensor& a2, co
 
 /// Ranges a task is cut into so that the threads get equal shares; results do not depend on it.
 int64_t parts_for(int64_t tasks, int64_t at_most) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   return std::max<int64_t>(1, std::min(at_most, threads / std::gcd(tasks, threads)));
 }
 
