@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
-from mamlpp_fast.engine.fingerprint import ROUTED, form_of
+from mamlpp_fast.engine.fingerprint import form_of
 from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
+from mamlpp_fast.engine.glances import ROUTED
 from mamlpp_fast.engine.lanes import watched
 from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed

@@ -37,6 +37,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "stride-2-even": (2, 3, 8, 8, 16, 40, 3, 2, 1),
     "stride-2-first": (1, 3, 8, 7, 1, 20, 3, 2, 1),
     "stride-2-no-padding": (1, 2, 8, 9, 7, 6, 3, 2, 0),
+    "stride-2-full-panel": (1, 5, 8, 7, 64, 64, 3, 2, 1),
+    "stride-2-panel-of-two": (2, 3, 7, 6, 40, 32, 3, 2, 1),
     "pointwise": (2, 3, 6, 5, 24, 17, 1, 1, 0),
     "pointwise-stride-2": (2, 2, 7, 8, 6, 16, 1, 2, 0),
     "many-channels": (1, 1, 5, 4, 320, 160, 3, 1, 1),
@@ -228,7 +230,9 @@ def test_gpu_kernels_sum_bfloat16_operands_in_float32(out: torch.dtype) -> None:
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [*FEW, "tiles-groups", "tiles-four-images"])
+@pytest.mark.parametrize(
+    "name", [*FEW, "tiles-groups", "tiles-four-images", "stride-2-full-panel", "stride-2-panel-of-two"]
+)
 def test_any_number_of_threads_gives_the_same_bits(name: str, dtype: torch.dtype, tasks: int) -> None:
     case = Case((tasks, *BFLOAT16_SHAPES[name][1:]), dtype)
     before = torch.get_num_threads()

@@ -2,7 +2,6 @@
 // every device: the same chain of operations, without the interpreter, which at 14x14 pixels takes as long as the
 // arithmetic.
 
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -10,6 +9,8 @@
 
 #include <optional>
 #include <tuple>
+
+#include "recorded.h"
 
 namespace mf {
 namespace {
@@ -53,21 +54,8 @@ Three call_double_backward(const OptTensor& u, const OptTensor& a, const OptTens
 
 bool requires_grad(const Tensor& t) { return t.requires_grad(); }
 bool requires_grad(const OptTensor& t) { return t.has_value() && t->requires_grad(); }
-bool has_tangent(const Tensor& t) { return t._fw_grad(0).defined(); }  // PyTorch has no level but this one
+using mf::has_tangent;  // else the next one hides it, and calls itself
 bool has_tangent(const OptTensor& t) { return t.has_value() && has_tangent(*t); }
-
-bool under_torch_func() {
-  const auto& transforms = at::functorch::functorchTLSAccessor();
-  if (transforms == nullptr) {
-    return false;
-  }
-  try {
-    transforms->checkSupportsCppAutogradFunction();
-    return false;
-  } catch (const c10::Error&) {
-    return true;
-  }
-}
 
 // Whether autograd records the call. What has no rule is refused in the words of mamlpp_fast/ops/_library.py: forward
 // mode would give a derivative of zero.

@@ -163,7 +163,7 @@ bool readable_in_pairs(const Tensor& a, const Tensor& b, const OptTensor& a2, co
 
 /// Ranges a task is cut into so that the threads get equal shares; results do not depend on it.
 int64_t parts_for(int64_t tasks, int64_t at_most) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   return std::max<int64_t>(1, std::min(at_most, threads / std::gcd(tasks, threads)));
 }
 
@@ -274,7 +274,8 @@ void outer(const Shape& s, const Operands& o, void* out) {
   conv::Outer p{o, s, out};
   const conv::Kernels<T>& k = kernels_for<T>(p);
   p.parts = parts_for(s.tasks, (s.co + k.panel - 1) / k.panel);
-  run_units<T>(p.tasks * p.parts, k.outer_scratch(p),
+  p.row_parts = k.rows == 0 ? 1 : parts_for(s.tasks * p.parts, (s.ci + k.rows - 1) / k.rows);
+  run_units<T>(p.tasks * p.parts * p.row_parts, k.outer_scratch(p),
                [&](int64_t begin, int64_t end, T* scratch) { k.outer(p, begin, end, scratch); });
 }
 

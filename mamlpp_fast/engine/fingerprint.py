@@ -22,6 +22,7 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from mamlpp_fast.engine.fragments import PLAIN, number_of, others
+from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, forward_of
 from mamlpp_fast.engine.named import (
     LIBRARIES,
     MADE_BY,
@@ -38,9 +39,6 @@ from mamlpp_fast.reference import PerStepBatchNorm2d
 
 __all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
 
-ROUTED = "_mamlpp_fast_routed"
-"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
-
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
@@ -49,15 +47,9 @@ _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.
 _DEPTH = 6
 _ENTRIES = 1000
 
-# PyTorch's own bookkeeping in a module; what matters of it is read otherwise.
-PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_flat_weights_names"}
-# Likewise that of compat.higher's functional modules, whose weights are others in every step.
-PLUMBING |= {"_fast_root_ref", "_fast_indices", "_fast_params", "_fast_places", "_fast_recurrent"}
 # What engines set in every pass.
 _CONTROLS = frozenset({"step", "eval_stats", "plain"})
 _PLUMBING_OF_NORMS = PLUMBING | _CONTROLS
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 class Fingerprint:
@@ -117,7 +109,7 @@ class _Reader:
             held.append(module)
         cls = type(module)
         state = module.__dict__
-        forward = _forward_of(cls)
+        forward = forward_of(cls)
         key += (id(cls), id(forward), module.training != training)
         functions: list[types.FunctionType] = []
         if not cls.__module__.startswith(LIBRARIES):
@@ -126,7 +118,7 @@ class _Reader:
             self.names(forward)
             functions = self.methods(cls, forward)
         opaque = len(self.opaque)
-        for name in _HOOKS:
+        for name in HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
         for name, p in state["_parameters"].items():
@@ -379,15 +371,6 @@ def _pickled(value: object) -> bytes:
         return b""
 
 
-def _forward_of(cls: type) -> Any:
-    """The user's ``forward`` of a class."""
-    for base in cls.__mro__:
-        own = vars(base)
-        if "forward" in own and not own.get(ROUTED):
-            return own["forward"]
-    return None
-
-
 def _is_record(value: object) -> bool:
     return isinstance(value, _RECORDS) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
@@ -426,7 +409,19 @@ def form_of(model: nn.Module) -> Fingerprint:
     Modules, parameters and buffers count by their order, with which of them are one and the same; the other attributes
     as ever. Hooks on gradients, ``requires_grad`` and strides of parameters do not count.
     """
-    return _fingerprint(model, (), form=True)
+    cls = type(model)
+    last = _glances.get(cls)
+    if last is not None and last.fits(model):
+        made: Fingerprint = last.form
+        return made
+    form = _fingerprint(model, (), form=True)
+    if (glance := Glance.of(form, model)) is not None:
+        _glances[cls] = glance
+    return form
+
+
+_glances: dict[type, Glance] = {}
+"""Of a model of each class, the one that was looked at last."""
 
 
 def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
@@ -455,7 +450,7 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
 
 def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = False) -> Fingerprint:
     reader = _Reader(form)
-    for name in _GLOBAL_HOOKS:
+    for name in GLOBAL_HOOKS:
         hooks = getattr(torch_module, name)
         if hooks:
             reader.identities(name, hooks.values() if isinstance(hooks, dict) else (hooks,))

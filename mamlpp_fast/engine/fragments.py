@@ -1,7 +1,4 @@
-"""Plain attributes of a module as one number: hardly any ever change, and writing them out takes longer than the rest.
-
-A call of a small network takes a millisecond, and asks what the model is made of every time.
-"""
+"""Plain attributes of a module as one number: hardly any ever change, and writing them out takes longer than a call."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import itertools
 
 import torch
 
-__all__ = ["PLAIN", "number_of", "others"]
+__all__ = ["PLAIN", "content", "number_of", "others"]
 
 PLAIN = frozenset(
     {int, bool, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
@@ -34,25 +31,25 @@ def number_of(names: tuple[str, ...], values: tuple[object, ...]) -> int | None:
     place = names, tuple(map(id, values))
     if (found := _known.get(place)) is not None:
         return found[0]
-    content = tuple(map(_content, values))
-    if None in content:
+    held = tuple(map(content, values))
+    if None in held:
         return None
-    number = _numbers.get((names, content))
+    number = _numbers.get((names, held))
     if number is None:
         if len(_numbers) >= _MOST:
             return None
-        number = _numbers.setdefault((names, content), next(_count))
+        number = _numbers.setdefault((names, held), next(_count))
     if len(_known) >= _MOST:
         _known.clear()
     _known[place] = number, values
     return number
 
 
-def _content(value: object) -> tuple[object, ...] | None:
+def content(value: object) -> tuple[object, ...] | None:
     """A value with its type, to compare and to hash; None for one that is not plain, or changeable."""
     kind = type(value)
     if isinstance(value, tuple) and kind is tuple:
-        parts = tuple(map(_content, value))
+        parts = tuple(map(content, value))
         return None if None in parts else (kind, parts)
     return (kind, value) if kind in PLAIN and kind is not slice else None
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mamlpp_fast.engine.fingerprint import PLUMBING
+from mamlpp_fast.engine.glances import PLUMBING
 
 __all__ = ["NOTHING", "Shared", "held", "in_memory_of", "shared", "with_a_graph"]
 

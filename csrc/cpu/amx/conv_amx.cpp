@@ -300,7 +300,7 @@ bool conv_serves(const mf::conv::Outer& p) {
 }
 
 mf::conv::Kernels<mf::conv::Pair> conv_tiles() {
-  return {conv::gather_scratch, conv::gather, conv::outer_scratch, conv::outer, conv::kTileRows};
+  return {conv::gather_scratch, conv::gather, conv::outer_scratch, conv::outer, conv::kTileRows, 0};
 }
 
 double bf16_peak(int64_t iterations) {

@@ -48,20 +48,31 @@ void pack_weights(const Gather& p, const T* w, T* to) {
   }
 }
 
+/// Whether the weights of a task are read as they lie, [tap][channel][panel width] already.
 template <class T>
-void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t last, int64_t task, int64_t panel,
-                  const T* const* packed) {
+bool read_unpacked(const Gather& p) {
+  const Panels<T> panels(p.channels_out);
+  return kValues<T> == 1 && !p.transposed && panels.count == 1 && panels.lanes(0) == panels.width(0);
+}
+
+/// A part of the pixels of a class, those of a task's images behind each other.
+template <class T>
+void gather_class(const Gather& p, const PixelClass& cls, int64_t part, int64_t task, int64_t panel,
+                  const T* const* weights_of) {
   const Panels<T> panels(p.channels_out);
   const int64_t ci = p.channels_in, step = channel_block<T>(p.taps, ci);
   const int64_t width = panels.width(panel), lanes = panels.lanes(panel), o = panels.begin(panel);
-  const int64_t total = (last - first) * cls.count, blocks = divide_up(total, kMaxRows);
-  Acc<T>* out = static_cast<Acc<T>*>(p.out) + (task * p.images + first) * p.dst_image + o;
+  const int64_t first = p.images * cls.count * part / p.parts, last = p.images * cls.count * (part + 1) / p.parts;
+  const int64_t total = last - first, blocks = divide_up(total, kMaxRows);
+  const bool unpacked = read_unpacked<T>(p);
+  Acc<T>* out = static_cast<Acc<T>*>(p.out) + task * p.images * p.dst_image + o;
   for (int64_t c = 0; c < ci; c += step) {
     const int64_t n = c + step < ci ? step : ci - c;
     Segment segments[mf::conv::kMaxTaps];
     int count = 0;
     for (int t = 0; t < cls.taps; ++t) {
-      const Segment next{cls.delta[t] + c, (c * p.taps + cls.tap[t] * n) * width, n};
+      const int64_t row = unpacked ? cls.tap[t] * ci + c : c * p.taps + cls.tap[t] * n;
+      const Segment next{cls.delta[t] + c, row * width, n};
       if (count > 0 && segments[count - 1].a + segments[count - 1].len == next.a &&
           segments[count - 1].b + segments[count - 1].len * width == next.b) {
         segments[count - 1].len += n;
@@ -69,7 +80,7 @@ void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t
         segments[count++] = next;
       }
     }
-    int64_t pixel = 0, image = 0, done = 0;
+    int64_t pixel = first % cls.count, image = first / cls.count, done = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const int rows = static_cast<int>(total * (b + 1) / blocks - done);
       done += rows;
@@ -85,9 +96,9 @@ void gather_class(const Gather& p, const PixelClass& cls, int64_t first, int64_t
       }
       const Multiply<T> kernel = pick<T, 1>(rows, panels.vectors(panel));
       for (int pair = 0; pair < p.pairs; ++pair) {
-        const T* a = static_cast<const T*>(p.a[pair]) + (task * p.images + first) * p.src_image;
+        const T* a = static_cast<const T*>(p.a[pair]) + task * p.images * p.src_image;
         for (int i = 0; i < rows; ++i) block.rows[i] = a + src[i];
-        const T* weights = packed[pair] + o * p.taps * ci;
+        const T* weights = weights_of[pair] + o * p.taps * ci;
         const bool accumulate = pair > 0 || c > 0;
         if (lanes == width) {
           kernel(block, segments, count, 1, weights, width, accumulate);
@@ -197,25 +208,32 @@ int64_t gather_scratch(const Gather& p) {
 
 template <class T>
 void gather(const Gather& p, int64_t begin, int64_t end, T* scratch) {
-  T* packed[2] = {scratch, scratch + packed_elements<T>(p)};
+  T* const packed[2] = {scratch, scratch + packed_elements<T>(p)};
+  const T* weights[2] = {packed[0], packed[1]};
   T* padded = scratch + p.pairs * packed_elements<T>(p);
   if (few_channels(p)) memset(padded, 0, padded_elements<T>(p) * sizeof(T));
   int64_t ready = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
-    const int64_t first = part * p.images / p.parts, last = (part + 1) * p.images / p.parts;
     if (task != ready) {
       const int64_t size = p.taps * p.channels_in * p.channels_out;
-      for (int pair = 0; pair < p.pairs; ++pair)
-        pack_weights<T>(p, static_cast<const T*>(p.b[pair]) + task * size, packed[pair]);
+      for (int pair = 0; pair < p.pairs; ++pair) {
+        const T* own = static_cast<const T*>(p.b[pair]) + task * size;
+        if (read_unpacked<T>(p)) {
+          weights[pair] = own;
+        } else {
+          pack_weights<T>(p, own, packed[pair]);
+        }
+      }
       ready = task;
     }
     if (few_channels(p)) {
-      for (int64_t n = first; n < last; ++n) gather_few<T>(p, task * p.images + n, packed, padded);
+      const int64_t first = part * p.images / p.parts, last = (part + 1) * p.images / p.parts;
+      for (int64_t n = first; n < last; ++n) gather_few<T>(p, task * p.images + n, weights, padded);
       continue;
     }
     for (int64_t panel = 0; panel < divide_up(p.channels_out, kPanel<T>); ++panel)
-      for (int c = 0; c < p.num_classes; ++c) gather_class<T>(p, p.classes[c], first, last, task, panel, packed);
+      for (int c = 0; c < p.num_classes; ++c) gather_class<T>(p, p.classes[c], part, task, panel, weights);
   }
 }
 
@@ -342,10 +360,13 @@ int64_t tap_segments(const Outer& p, int64_t tap, int64_t images, int64_t row_be
 
 template <class T>
 void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t images, int64_t row_begin,
-                 int64_t row_end, int64_t panel_begin, int64_t panel_end, bool accumulate, T* scratch) {
+                 int64_t row_end, int64_t panel_begin, int64_t panel_end, int64_t row_part, bool accumulate,
+                 T* scratch) {
   const Panels<T> panels(p.co);
   const Chunk chunk = chunk_of<T>(p);
   const int64_t row_blocks = divide_up(p.ci, kMaxRows), taps = p.kh * p.kw;
+  const int64_t block_begin = row_part * row_blocks / p.row_parts;
+  const int64_t block_end = (row_part + 1) * row_blocks / p.row_parts;
   int64_t source_begin = row_begin * p.stride - p.pad_y;
   int64_t source_end = (row_end - 1) * p.stride - p.pad_y + p.kh;
   if (source_begin < 0) source_begin = 0;
@@ -365,10 +386,11 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
     const Stored<T>* x =
         static_cast<const Stored<T>*>(p.a[pair]) + (task * p.images + image) * x_image + source_begin * p.width * p.ci;
     for (int64_t q = 0; q < source_pixels; ++q) {
-      T* to = source + (q * images + n) * kMaxRows;
-      int64_t c = 0;
-      for (; c + kMaxRows <= p.ci; c += kMaxRows, to += source_size) copy_rows(to, x + q * p.ci + c, x_next);
-      if (c < p.ci) copy_padded(to, x + q * p.ci + c, x_next, p.ci - c, p.ci - c);
+      T* to = source + block_begin * source_size + (q * images + n) * kMaxRows;
+      int64_t c = block_begin * kMaxRows;
+      const int64_t end = block_end * kMaxRows;
+      for (; c < end && c + kMaxRows <= p.ci; c += kMaxRows, to += source_size) copy_rows(to, x + q * p.ci + c, x_next);
+      if (c < end) copy_padded(to, x + q * p.ci + c, x_next, p.ci - c, p.ci - c);
     }
     const Stored<T>* g =
         static_cast<const Stored<T>*>(p.b[pair]) + (task * p.images + image) * g_image + row_begin * p.out_width * p.co;
@@ -392,7 +414,7 @@ void outer_chunk(const Outer& p, int64_t task, int pair, int64_t first, int64_t 
     ready = width;
     for (int64_t tap = 0; tap < taps; ++tap) {
       Acc<T>* out = static_cast<Acc<T>*>(p.out) + (task * taps + tap) * p.ci * p.co + panels.begin(panel);
-      for (int64_t b = 0; b < row_blocks; ++b) {
+      for (int64_t b = block_begin; b < block_end; ++b) {
         const int rows = static_cast<int>(p.ci - b * kMaxRows < kMaxRows ? p.ci - b * kMaxRows : kMaxRows);
         Block<T> block;
         for (int i = 0; i < rows; ++i) {
@@ -413,7 +435,8 @@ void outer(const Outer& p, int64_t begin, int64_t end, T* scratch) {
   const int64_t panels = divide_up(p.co, kPanel<T>), elements = divide_up(p.images, kValues<T>);
   const Chunk chunk = chunk_of<T>(p);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t task = unit / p.parts, part = unit % p.parts;
+    const int64_t row_part = unit % p.row_parts, part = unit / p.row_parts % p.parts;
+    const int64_t task = unit / (p.row_parts * p.parts);
     const int64_t panel_begin = part * panels / p.parts, panel_end = (part + 1) * panels / p.parts;
     if (few_channels(p)) {
       outer_few<T>(p, task, panel_begin, panel_end, scratch);
@@ -425,7 +448,7 @@ void outer(const Outer& p, int64_t begin, int64_t end, T* scratch) {
         for (int64_t y = 0; y < p.out_height; y += chunk.rows) {
           const int64_t images = n + chunk.images < elements ? chunk.images : elements - n;
           const int64_t rows = y + chunk.rows < p.out_height ? y + chunk.rows : p.out_height;
-          outer_chunk<T>(p, task, pair, n, images, y, rows, panel_begin, panel_end, accumulate, scratch);
+          outer_chunk<T>(p, task, pair, n, images, y, rows, panel_begin, panel_end, row_part, accumulate, scratch);
           accumulate = true;
         }
   }
@@ -439,7 +462,8 @@ namespace mf::MF_ISA {
 
 template <class T>
 mf::conv::Kernels<T> conv_kernels() {
-  return {conv::gather_scratch<T>, conv::gather<T>, conv::outer_scratch<T>, conv::outer<T>, conv::kPanel<T>};
+  return {conv::gather_scratch<T>, conv::gather<T>, conv::outer_scratch<T>,
+          conv::outer<T>,          conv::kPanel<T>, conv::kMaxRows};
 }
 template mf::conv::Kernels<float> conv_kernels<float>();
 template mf::conv::Kernels<double> conv_kernels<double>();

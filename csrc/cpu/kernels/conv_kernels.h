@@ -40,7 +40,7 @@ struct Operands {
 /// the forward convolution; a is [tasks, images, source pixels, channels_in], b the weights.
 struct Gather : Operands, Shape {
   void* out = nullptr;  ///< [tasks, images, destination pixels, channels_out]
-  int64_t parts = 0;    ///< a unit of work is one of `parts` image ranges of a task
+  int64_t parts = 0;    ///< a unit of work is one of `parts` ranges of a task's images, or of their pixels
   int64_t channels_in = 0, channels_out = 0;
   int64_t src_image = 0, dst_image = 0;  ///< elements of one image
   int taps = 0;
@@ -52,7 +52,8 @@ struct Gather : Operands, Shape {
 /// out[tap, ci, co] = sum over pairs, images, pixels of x * g: to-weight. a is x, of Pair bfloat16 values, and b is g.
 struct Outer : Operands, Shape {
   void* out = nullptr;
-  int64_t parts = 0;  ///< a unit of work is one of `parts` ranges of output channels of a task
+  int64_t parts = 0,
+          row_parts = 1;  ///< a unit of work is a range of output channels of a task and one of input channels
 };
 
 /// Stride-1 3x3 convolution in the Winograd domain. The shape is of this product: for the gradient to the input, of the
@@ -74,6 +75,7 @@ struct Kernels {
   int64_t (*outer_scratch)(const Outer&);
   void (*outer)(const Outer&, int64_t begin, int64_t end, T* scratch);
   int64_t panel;  ///< output channels a unit of `outer` works on at a time
+  int64_t rows;   ///< and input channels; 0 where it takes no range of them
 };
 
 /// Kernels of one tile size; for float alone.

@@ -179,9 +179,11 @@ class ElementwiseOptimizer(DifferentiableOptimizer):
     def formula(self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
         """The updated p [P]; ``state`` is changed in place."""
 
-    def short(self, group: dict[str, Any]) -> bool:
-        """Whether the formula is a single operation on parameter and gradient: less than joining them takes."""
-        return False
+    def at_once(
+        self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """The updated parameters, where the formula is so short that joining them would take longer; else None."""
+        return None
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         for index, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
@@ -200,9 +202,10 @@ class ElementwiseOptimizer(DifferentiableOptimizer):
             for name, value in state.items():
                 if name not in self.buffers and isinstance(value, Tensor) and not value.requires_grad:
                     state[name] = value.item()
-        if self.short(group):
-            for i, g in grads.items():
-                params[i] = self.formula(group, params[i], g, states[i])
+        new = self.at_once(group, [params[i] for i in grads], list(grads.values()))
+        if new is not None:
+            for i, p in zip(grads, new, strict=True):
+                params[i] = p
             return
         broadcast = any(isinstance(v, Tensor) and v.numel() > 1 for v in flatten(group_settings(group)))
         for bucket in buckets(params, grads, states, self.buffers):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamlpp_fast.compat.higher._base import ElementwiseOptimizer
+from mamlpp_fast.ops.stepped import stepped
 
 Scalar = float | Tensor
 
@@ -66,9 +68,13 @@ class DifferentiableSGD(ElementwiseOptimizer):
 
     buffers = ("momentum_buffer",)
 
-    def short(self, group: dict[str, Any]) -> bool:
+    def at_once(
+        self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> list[Tensor] | None:
         settings = group["lr"], group["momentum"], group["weight_decay"]
-        return not any(isinstance(s, Tensor) for s in settings) and not any(map(_set, settings[1:]))
+        if any(isinstance(s, Tensor) for s in settings) or any(map(_set, settings[1:])):
+            return None
+        return stepped(params, grads, settings[0])
 
     def formula(self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
         g = _decayed(group, p, g)

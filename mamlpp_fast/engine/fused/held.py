@@ -30,8 +30,8 @@ class Taken(NamedTuple):
 
 
 @functools.lru_cache(maxsize=10_000)
-def _path(name: str) -> tuple[list[str], str]:
-    *path, leaf = name.split(".")
+def _path(name: str) -> tuple[str, str]:
+    path, _, leaf = name.rpartition(".")
     return path, leaf
 
 
@@ -51,7 +51,7 @@ class Held:
         step: int | None = None,
         later: list[Taken] | None = None,
     ) -> None:
-        self._model = model
+        self._modules = {"": model}
         self._fast = {} if fast is None else fast
         self._step = step
         self.later = later
@@ -74,9 +74,14 @@ class Held:
         return held
 
     def _module(self, name: str) -> tuple[nn.Module, str]:
-        module, (path, leaf) = self._model, _path(name)
-        for part in path:
+        path, leaf = _path(name)
+        found = self._modules.get(path)
+        if found is not None:
+            return found, leaf
+        module = self._modules[""]
+        for part in path.split("."):
             module = module._modules[part]  # type: ignore[assignment]
+        self._modules[path] = module
         return module, leaf
 
     def _row(self, norm: reference.PerStepBatchNorm2d) -> int:

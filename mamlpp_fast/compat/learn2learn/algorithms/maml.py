@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn._gradients import inner_gradients
 from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner, given
 from mamlpp_fast.compat.learn2learn.utils import (
-    Replaced,
     clone_module,
     parameters_of,
     replace_tensors,
     update_module,
     warn_of_lengths,
 )
+from mamlpp_fast.ops.stepped import stepped
 
 __all__ = ["MAML", "maml_update"]
 
@@ -41,13 +40,12 @@ def _updated(
     model: nn.Module, parameters: Sequence[Tensor], lr: float | Tensor, grads: Sequence[Tensor | None]
 ) -> nn.Module:
     warn_of_lengths("maml_update", parameters, grads, "gradients")
-    replaced: Replaced = {}
-    for p, grad in zip(parameters, grads, strict=False):
-        if grad is not None:
-            fixed = isinstance(lr, int | float)
-            new = torch.add(p, grad, alpha=-lr) if fixed else p - lr * grad  # type: ignore[arg-type]
-            replaced[id(p)] = p, new
-    replace_tensors(model, replaced)
+    moved = [(p, grad) for p, grad in zip(parameters, grads, strict=False) if grad is not None]
+    if isinstance(lr, int | float):
+        new = stepped([p for p, _ in moved], [grad for _, grad in moved], lr)
+    else:
+        new = [p - lr * grad for p, grad in moved]
+    replace_tensors(model, {id(p): (p, n) for (p, _), n in zip(moved, new, strict=True)})
     return model
 
 

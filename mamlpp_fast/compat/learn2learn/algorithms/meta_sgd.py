@@ -17,6 +17,7 @@ from mamlpp_fast.compat.learn2learn.utils import (
     modules_of,
     parameters_of,
 )
+from mamlpp_fast.ops.stepped import stepped
 
 __all__ = ["MetaSGD", "meta_sgd_update"]
 
@@ -37,9 +38,10 @@ def meta_sgd_update(
     """
     replaced: Replaced = {}
     if grads is not None and lrs is not None:
-        for p, lr, grad in zip(parameters_of(model), lrs, grads, strict=False):
-            if grad is not None:
-                replaced[id(p)] = p, torch.addcmul(p, lr, grad, value=-1)
+        rows = zip(parameters_of(model), grads, lrs, strict=False)
+        moved = [(p, grad, lr) for p, grad, lr in rows if grad is not None]
+        new = stepped([p for p, _, _ in moved], [grad for _, grad, _ in moved], [lr for _, _, lr in moved])
+        replaced = {id(p): (p, n) for (p, *_), n in zip(moved, new, strict=True)}
     else:
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):

@@ -1,0 +1,134 @@
+// An inner step p - rate * g of all parameters of a model as one node of autograd: PyTorch's own operations and their
+// derivatives, to any order, but a graph of one node a step where each parameter would have one or more.
+// Used by mamlpp_fast/ops/stepped.py.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/neg.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "recorded.h"
+
+namespace mf {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+variable_list plain(TensorList parameters, TensorList gradients, double rate) {
+  variable_list made;
+  made.reserve(parameters.size());
+  for (size_t i = 0; i < parameters.size(); ++i) made.push_back(at::add(parameters[i], gradients[i], -rate));
+  return made;
+}
+
+variable_list plain_by_rates(TensorList parameters, TensorList gradients, TensorList rates) {
+  variable_list made;
+  made.reserve(parameters.size());
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    made.push_back(at::addcmul(parameters[i], rates[i], gradients[i], -1));
+  }
+  return made;
+}
+
+class Stepped : public Function<Stepped> {
+ public:
+  static variable_list forward(AutogradContext* ctx, TensorList parameters, TensorList gradients, double rate) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["rate"] = rate;
+    return plain(parameters, gradients, rate);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const size_t count = grads.size();
+    const double rate = ctx->saved_data["rate"].toDouble();
+    variable_list result(2 * count + 1);
+    for (size_t i = 0; i < count; ++i) {
+      if (!grads[i].defined()) continue;
+      result[i] = grads[i];
+      if (ctx->needs_input_grad(count + i)) result[count + i] = at::mul(grads[i], -rate);
+    }
+    return result;
+  }
+};
+
+class SteppedByRates : public Function<SteppedByRates> {
+ public:
+  static variable_list forward(AutogradContext* ctx, TensorList parameters, TensorList gradients, TensorList rates) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);
+    variable_list saved(gradients.begin(), gradients.end());
+    saved.insert(saved.end(), rates.begin(), rates.end());
+    ctx->save_for_backward(std::move(saved));
+    return plain_by_rates(parameters, gradients, rates);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const size_t count = grads.size();
+    const variable_list saved = ctx->get_saved_variables();
+    variable_list result(3 * count);
+    for (size_t i = 0; i < count; ++i) {
+      if (!grads[i].defined()) continue;
+      result[i] = grads[i];
+      const bool moves = ctx->needs_input_grad(count + i), learned = ctx->needs_input_grad(2 * count + i);
+      if (!moves && !learned) continue;
+      const Tensor down = at::neg(grads[i]);
+      if (moves) result[count + i] = at::mul(down, saved[count + i]);
+      if (learned) result[2 * count + i] = at::mul(down, saved[i]);
+    }
+    return result;
+  }
+};
+
+/// Whether autograd records these, and a node of ours may be it: values of one shape and type, and nothing else.
+template <typename... Lists>
+bool recorded(const Lists&... lists) {
+  if (!at::GradMode::is_enabled() || under_torch_func()) return false;
+  const TensorList all[] = {lists...};
+  bool wanted = false;
+  for (size_t i = 0; i < all[0].size(); ++i) {
+    for (const TensorList& list : all) {
+      const Tensor& t = list[i];
+      if (has_tangent(t) || t.unsafeGetTensorImpl()->is_python_dispatch() || t.layout() != at::kStrided ||
+          t.sizes() != all[0][i].sizes() || t.scalar_type() != all[0][i].scalar_type()) {
+        return false;
+      }
+      wanted |= t.requires_grad();
+    }
+  }
+  return wanted;
+}
+
+variable_list stepped(TensorList parameters, TensorList gradients, double rate) {
+  TORCH_CHECK_VALUE(parameters.size() == gradients.size(), "gradients: expected ", parameters.size(), ", got ",
+                    gradients.size());
+  if (!recorded(parameters, gradients)) return plain(parameters, gradients, rate);
+  return Stepped::apply(parameters, gradients, rate);
+}
+
+variable_list stepped_by_rates(TensorList parameters, TensorList gradients, TensorList rates) {
+  TORCH_CHECK_VALUE(parameters.size() == gradients.size() && parameters.size() == rates.size(),
+                    "gradients, rates: expected ", parameters.size(), ", got ", gradients.size(), " and ",
+                    rates.size());
+  if (!recorded(parameters, gradients, rates)) return plain_by_rates(parameters, gradients, rates);
+  return SteppedByRates::apply(parameters, gradients, rates);
+}
+
+}  // namespace
+
+// Made of PyTorch's operations where no node of ours is: so each way of calling it, by whatever tensors, has a rule.
+TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
+  m.def("stepped(Tensor[] parameters, Tensor[] gradients, float rate) -> Tensor[]", &stepped);
+  m.def("stepped_by_rates(Tensor[] parameters, Tensor[] gradients, Tensor[] rates) -> Tensor[]", &stepped_by_rates);
+}
+
+}  // namespace mf

@@ -1,0 +1,160 @@
+"""An inner step as one node: values and derivatives of every order are those of PyTorch's own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mamlpp_fast import _native
+from mamlpp_fast.ops.stepped import stepped
+
+SHAPES = ((3, 2, 2), (5,), (), (0,), (1, 4))
+RATE = 0.3
+Rates = float | Sequence[Tensor]
+
+
+def tensors(seed: int, *, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def plain(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rates: Rates) -> list[Tensor]:
+    each = [rates] * len(parameters) if isinstance(rates, float) else rates
+    return [p - r * g for p, g, r in zip(parameters, gradients, each, strict=True)]
+
+
+def given(kind: str) -> tuple[list[Tensor], list[Tensor], Rates]:
+    return tensors(0), tensors(1), RATE if kind == "number" else tensors(2)
+
+
+def leaves(p: list[Tensor], g: list[Tensor], rates: Rates) -> list[Tensor]:
+    return [*p, *g, *([] if isinstance(rates, float) else rates)]
+
+
+def chain(step: Callable[..., list[Tensor]], p: list[Tensor], g: list[Tensor], rates: Rates) -> Tensor:
+    """Two steps, the second along what the first found: no linear function of anything."""
+    for _ in range(2):
+        moved = step(p, g, rates)
+        p, g = moved, [(a * b).sin() for a, b in zip(moved, g, strict=True)]
+    return torch.stack([(t**3).sum() for t in p]).sum()
+
+
+KINDS = pytest.mark.parametrize("kind", ["number", "tensors"])
+
+
+@KINDS
+def test_three_derivatives_are_those_of_plain_operations(kind: str) -> None:
+    found = []
+    for step in (stepped, plain):
+        p, g, rates = given(kind)
+        by = leaves(p, g, rates)
+        value = chain(step, p, g, rates)
+        first = torch.autograd.grad(value, by, create_graph=True)
+        second = torch.autograd.grad(sum((t**2).sum() for t in first), by, create_graph=True)
+        third = torch.autograd.grad(sum((t**2).sum() for t in second), by)
+        found.append([value, *first, *second, *third])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    assert sum(float(t.abs().sum()) for t in found[0][-len(by) :]) > 1  # the third are not all zero
+
+
+@KINDS
+def test_finite_differences(kind: str) -> None:
+    p, g, rates = given(kind)
+
+    def step(*flat: Tensor) -> tuple[Tensor, ...]:
+        n = len(p)
+        return tuple(stepped(flat[:n], flat[n : 2 * n], RATE if kind == "number" else flat[2 * n :]))
+
+    assert torch.autograd.gradcheck(step, leaves(p, g, rates))
+    assert torch.autograd.gradgradcheck(step, leaves(p, g, rates))
+
+
+@pytest.mark.skipif(not _native.status().loaded, reason="native library not loaded")
+@KINDS
+def test_it_is_one_node(kind: str) -> None:
+    p, g, rates = given(kind)
+    made = stepped(p, g, rates)
+    assert len({t.grad_fn for t in made}) == 1 and all(t.requires_grad and not t.is_leaf for t in made)
+    assert not any(t.requires_grad for t in stepped(*[[t.detach() for t in ts] for ts in (p, g)], RATE))
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in stepped(p, g, rates))
+
+
+@KINDS
+def test_gradients_that_take_no_part_have_none(kind: str) -> None:
+    p, g, rates = given(kind)
+    g = [t.detach() for t in g]
+    made = stepped(p, g, rates)
+    one, other, *_ = torch.autograd.grad(made[0].sum(), [p[0], p[1]], allow_unused=True)
+    assert torch.equal(one, torch.ones_like(one)) and other is None
+
+
+@KINDS
+def test_many_gradients_in_one_and_hooks(kind: str) -> None:
+    p, g, rates = given(kind)
+    by = [t for t in leaves(p, g, rates) if t.shape == (5,)]
+    seen: list[Tensor] = []
+    p[1].register_hook(seen.append)
+    along = torch.eye(5, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad(step(p, g, rates)[1], by, along, is_grads_batched=True)
+        for step in (stepped, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@KINDS
+def test_under_transforms(kind: str) -> None:
+    p, g, rates = given(kind)
+    n = len(p)
+
+    def loss(step: Any, flat: list[Tensor]) -> Tensor:
+        return chain(step, flat[:n], flat[n : 2 * n], RATE if kind == "number" else flat[2 * n :])
+
+    flat = [t.detach() for t in leaves(p, g, rates)]
+    many = [torch.stack([t, t + 0.5]) for t in flat]
+    for transform in (
+        lambda step: torch.func.grad(lambda f: loss(step, f))(flat),
+        lambda step: torch.func.vmap(torch.func.grad(lambda f: loss(step, f)))(many),
+        lambda step: torch.func.jvp(lambda f: loss(step, f), (flat,), (flat,)),
+    ):
+        torch.testing.assert_close(transform(stepped), transform(plain), rtol=1e-12, atol=1e-12)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, t) for t in flat]
+        tangents = [forward_ad.unpack_dual(loss(step, duals)).tangent for step in (stepped, plain)]
+    torch.testing.assert_close(*tangents, rtol=1e-12, atol=1e-12)
+
+
+def test_what_broadcasts_or_has_another_type() -> None:
+    p, g = tensors(0, shapes=[(3, 2), (4,)]), tensors(1, shapes=[(2,), (1,)])
+    g[1] = g[1].detach().float().requires_grad_()
+    for rates in (RATE, tensors(2, shapes=[(), (4,)])):
+        by = leaves(p, g, rates)
+        found, expected = (
+            torch.autograd.grad(sum((t**2).sum() for t in step(p, g, rates)), by) for step in (stepped, plain)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_values_that_are_changed_before_they_are_read_are_refused() -> None:
+    p, g, rates = given("tensors")
+    held = [t.clone() for t in g]
+    made = stepped(p, held, rates)
+    held[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        made[0].sum().backward()
+
+
+def test_as_many_of_each() -> None:
+    p, g, rates = given("tensors")
+    assert stepped([], [], RATE) == []
+    for wrong in ((p[1:], g, RATE), (p, g[1:], rates), (p, g, rates[1:])):  # type: ignore[index]
+        with pytest.raises(ValueError):
+            stepped(*wrong)
