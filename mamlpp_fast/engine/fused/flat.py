@@ -57,6 +57,13 @@ class Layout:
             for name, (begin, shape) in self.places().items()
         }
 
+    def views_of_each(self, flat: Ref) -> dict[str, Ref]:
+        """The tensors [R, T, *shape] in buffers [R, ...] at least as long."""
+        return {
+            name: flat[:, begin : begin + shape.numel()].view(lambda t, shape=shape: t.unflatten(1, shape))
+            for name, (begin, shape) in self.places().items()
+        }
+
     def places(self) -> dict[str, tuple[int, torch.Size]]:
         """Where each parameter's tensor begins, and its shape."""
         return {name: (self.begins[name], shape) for name, shape in self.shapes.items()}
