@@ -72,6 +72,29 @@ def test_passes_are_paired_where_they_are_alike_and_there_is_memory(monkeypatch:
     assert needs[2, False] < needs[2, True]
 
 
+def test_what_is_rounded_in_a_pair_is_not_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The support's part of it serves the Hessian-vector products."""
+    monkeypatch.setattr(base, "launches_cost", lambda device: True)
+    monkeypatch.setattr(FusedEngine, "_convolves", lambda self, network: False)
+    found, copies = [], []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr("mamlpp_fast.engine.fused.sweep.can_pair", lambda *_: False)
+        torch.manual_seed(0)
+        model = mf.Conv4(1, 3, image_size=12, filters=8, stages=2, num_steps=3)
+        learner: Any = mf.MAMLPlusPlus(
+            model, mf.MAMLConfig(steps=3), engine="fused", precision="bfloat16", verify=False
+        )
+        learner.meta_gradient(random_batch(tasks=4, dtype=torch.float32))
+        assert shared_calls(learner) == (0 if apart else 12)
+        found.append(gradients(learner.model, learner.rates))
+        copies.append(sum(i.name == "copy_" for i in learner.engine._current.program.instructions))
+    for name, value in found[1].items():
+        assert_close(found[0][name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
+    # Activations and gradient of the convolution, once where there were two; weights are rounded once for both anyway.
+    assert copies[0] == copies[1] - 2 * 2
+
+
 FORMS: dict[str, dict[str, Any]] = {
     "everything": {},
     "last loss, first order": {"msl": False, "second_order": False},
