@@ -67,6 +67,7 @@ def test_passes_are_paired_where_they_are_alike_and_there_is_memory(monkeypatch:
         learner.meta_gradient(random_batch(tasks=4, targets=targets))
         prepared = learner.engine._current
         found[targets, room] = shared_calls(learner)
+        assert ("one pass with the next support pass" in learner.explain()) == (found[targets, room] > 0)
         needs[targets, room] = prepared.workspace_bytes + prepared.owned_bytes
     assert found == {(2, True): 12, (1, True): 0, (2, False): 0}
     assert needs[2, False] < needs[2, True]

@@ -151,6 +151,8 @@ class FusedEngine:
             f, program = prepared.form, prepared.program
             lanes = f", {prepared.lanes} at once on lanes" if prepared.threads else ""
             option = "recomputed in the reverse sweep" if f.recompute else "kept"
+            if any(i.name.endswith("_shared") for i in program.instructions):
+                option += ", with those of target passes, each one pass with the next support pass"
             if self._inner_dtype(prepared.network) != self.dtype:
                 lines.append(
                     f"computed in float64 and rounded at the end: no layer has more than {_NARROW} channels"

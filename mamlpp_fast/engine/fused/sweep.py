@@ -327,7 +327,8 @@ class _MetaGradient(_Writer):
             if k == f.steps - 1 or (f.multi_step and not self.paired):
                 self.em.phase = Phase("target", k)
                 targets[k] = self._target_pass(k, theta)
-        adjoint, product = targets.pop(f.steps - 1), None
+        adjoint = targets.pop(f.steps - 1)
+        product: Ref | None = None
         for k in reversed(range(f.steps)):
             self.em.phase, self.em.label = Phase("reverse", k), "adjoint"
             if k < f.steps - 1:
@@ -368,7 +369,7 @@ class _MetaGradient(_Writer):
         clear_missing(self.em, out)
         return flat
 
-    def _pair(self, k: int, theta: Mapping[str, Ref]) -> tuple[Ref, Pass, Ref]:
+    def _pair(self, k: int, theta: Mapping[str, Ref]) -> tuple[Ref, Pass, Ref | None]:
         """Target pass k − 1 and support pass k in one: w_{k−1} ∇T_{k−1}(θ_k), and the latter with its gradient."""
         em, m, tasks = self.em, self.memory, self.form.tasks
         loss = self._loss_row(k - 1, roles=2)
