@@ -3,7 +3,9 @@
 T tasks; C channels of the result; K values of a patch, padded to KP with at least one to spare, whose place holds 1, so
 that a product with patches brings the plain sum along; W, CI: row length and channels of a padded image, of PIXELS
 pixels; KW: width of the kernel; M patches or windows of a task, in S pieces of `piece`. MOVES says that γ or β has a
-tangent. What happens once a channel is float64 throughout.
+tangent. per_row neighbouring tasks share a row of γ and β; TW tasks have weights of their own, task t those of t % TW,
+and a gradient of weights lies `gap` elements further for every TW tasks. What happens once a channel is float64
+throughout.
 """
 
 import triton
@@ -11,6 +13,7 @@ import triton.language as tl
 
 from ._launch import ROWS, last_piece
 
+UNALIGNED = [*ROWS, "moments_ptr"]
 _SIZES = [
     "C",
     "K",
@@ -27,7 +30,9 @@ _SIZES = [
     "OW",
     "N",
     "padding",
-    "row_stride",
+    "per_row",
+    "TW",
+    "gap",
 ]
 
 
@@ -111,7 +116,7 @@ def patch_products(padded_ptr, part_ptr, K, M, H, W, CI, KW, OH, OW, T, S, piece
     tl.store(part_ptr + rows, total)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def moments(part_ptr, centre_ptr, moments_ptr, K, CI, T, S, KP: tl.constexpr, BC: tl.constexpr):
     """Mean of the patches, of the centred ones and their covariance, [K + 2, K] a task."""
     t = tl.program_id(0)
@@ -170,48 +175,19 @@ def _covariance_times(moments_ptr, a, t, K, KP: tl.constexpr):
 
 
 @triton.jit
-def _fold(folded_ptr, shift_ptr, matrix, level, moments_ptr, t, c, C, K, KP: tl.constexpr):
-    """Stores weights and the shift that makes up for the mean patch."""
+def _fold(folded_ptr, shift_ptr, matrix, level, moments_ptr, t, s, c, C, K, T, KP: tl.constexpr):
+    """Where a program finds its weights from here on, and the shift that makes up for the mean patch: its own.
+
+    Every piece makes them: that takes less time than a launch before.
+    """
+    place = s * T + t
     rounded = matrix.to(folded_ptr.dtype.element_ty)
-    _set_matrix(folded_ptr, rounded, t, c, C, K, KP)
+    _set_matrix(folded_ptr, rounded, place, c, C, K, KP)
     mean = _mean(moments_ptr, t, 1, K, KP)
     away = tl.sum(mean[:, None] * rounded.to(tl.float64), axis=0)
-    tl.store(shift_ptr + t * C + c, level - away, mask=c < C)
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
-def forward_fold(moments_ptr, w_ptr, gamma_ptr, beta_ptr, folded_ptr, shift_ptr, mean_ptr, rstd_ptr, eps: tl.float64,
-                 C, K, row_stride, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    w = _matrix(w_ptr, t, c, C, K, KP)
-    variance = tl.sum(w * _covariance_times(moments_ptr, w, t, K, KP), axis=0)
-    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
-    mean = tl.sum(_mean(moments_ptr, t, 0, K, KP)[:, None] * w, axis=0)
-    tl.store(mean_ptr + t * C + c, mean, mask=c < C)
-    tl.store(rstd_ptr + t * C + c, rstd, mask=c < C)
-    scale = _row(gamma_ptr + t * row_stride, c, C) * rstd
-    beta = _row(beta_ptr + t * row_stride, c, C)
-    _fold(folded_ptr, shift_ptr, w * scale[None, :], beta, moments_ptr, t, c, C, K, KP)
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
-def tangent_fold(v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, beta_dot_ptr, rstd_ptr, folded_ptr, shift_ptr,
-                 t_ptr, C, K, row_stride, MOVES: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    w = _matrix(w_ptr, t, c, C, K, KP)
-    v = _matrix(v_ptr, t, c, C, K, KP)
-    rstd = _row(rstd_ptr + t * C, c, C)
-    along = rstd * tl.sum(v * _covariance_times(moments_ptr, w, t, K, KP), axis=0)
-    tl.store(t_ptr + t * C + c, along, mask=c < C)
-    scale = _row(gamma_ptr + t * row_stride, c, C) * rstd
-    matrix = (v - (along * rstd)[None, :] * w) * scale[None, :]
-    level = tl.zeros_like(scale)
-    if MOVES:
-        matrix += (_row(gamma_dot_ptr + t * C, c, C) * rstd)[None, :] * w
-        level += _row(beta_dot_ptr + t * C, c, C)
-    _fold(folded_ptr, shift_ptr, matrix, level, moments_ptr, t, c, C, K, KP)
+    tl.store(shift_ptr + place * C + c, level - away, mask=c < C)
+    tl.debug_barrier()  # threads read what others of the program have stored
+    return folded_ptr + place.to(tl.int64) * K * C, tl.load(shift_ptr + place * C + c, mask=c < C, other=0.0)
 
 
 @triton.jit
@@ -232,49 +208,79 @@ def _product(padded_ptr, folded_ptr, shift, at, valid, c, C, K, W, CI, KW, ACC: 
     return z
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def forward_windows(padded_ptr, folded_ptr, shift_ptr, y_ptr, index_ptr, slope: tl.float64, C, K, M, H, W, CI, KW, OH,
-                    OW, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(2).to(tl.int64)
-    padded_ptr += t * (M // (OH * OW)) * H * W * CI
-    folded_ptr += t * K * C
-    shift = tl.load(shift_ptr + t * C + c, mask=c < C, other=0.0)
-    at = _window(m, H, W, CI, OH, OW)[:, None]
-    valid = (m < M)[:, None]
-    best = _product(padded_ptr, folded_ptr, shift, at, valid, c, C, K, W, CI, KW, ACC, BM, BC)
-    position = tl.zeros([BM, BC], tl.int32)
-    for k in tl.static_range(1, 4):
-        pixel = at + (k // 2 * W + k % 2) * CI
-        z = _product(padded_ptr, folded_ptr, shift, pixel, valid, c, C, K, W, CI, KW, ACC, BM, BC)
-        better = (z > best) | (z != z)  # a NaN is passed on
-        best = tl.where(better, z, best)
-        position = tl.where(better, k, position)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def forward(padded_ptr, moments_ptr, w_ptr, gamma_ptr, beta_ptr, folded_ptr, shift_ptr, y_ptr, index_ptr, mean_ptr,
+            rstd_ptr, eps: tl.float64, slope: tl.float64, C, K, M, H, W, CI, KW, OH, OW, T, piece, TW, per_row,
+            KP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    w = _matrix(w_ptr, t % TW, c, C, K, KP)
+    variance = tl.sum(w * _covariance_times(moments_ptr, w, t, K, KP), axis=0)
+    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    if s == 0:
+        mean = tl.sum(_mean(moments_ptr, t, 0, K, KP)[:, None] * w, axis=0)
+        tl.store(mean_ptr + t * C + c, mean, mask=c < C)
+        tl.store(rstd_ptr + t * C + c, rstd, mask=c < C)
+    scale = _row(gamma_ptr + t // per_row * C, c, C) * rstd
+    beta = _row(beta_ptr + t // per_row * C, c, C)
+    folded_ptr, shift = _fold(
+        folded_ptr, shift_ptr, w * scale[None, :], beta, moments_ptr, t, s, c, C, K, T, KP
+    )
+    padded_ptr += t.to(tl.int64) * (M // (OH * OW)) * H * W * CI
     leak = tl.full([1, 1], slope, ACC)
-    out = (t * M + m[:, None]) * C + c[None, :]
-    written = valid & (c < C)[None, :]
-    tl.store(y_ptr + out, tl.where(best > 0.0, best, best * leak), mask=written)
-    tl.store(index_ptr + out, position.to(tl.uint8), mask=written)
+    stop = tl.minimum(M, (s + 1) * piece)
+    for first in range(s * piece, stop, BM):
+        m = first + tl.arange(0, BM)
+        at = _window(m, H, W, CI, OH, OW)[:, None]
+        valid = (m < stop)[:, None]
+        best = _product(padded_ptr, folded_ptr, shift, at, valid, c, C, K, W, CI, KW, ACC, BM, BC)
+        position = tl.zeros([BM, BC], tl.int32)
+        for k in tl.static_range(1, 4):
+            pixel = at + (k // 2 * W + k % 2) * CI
+            z = _product(padded_ptr, folded_ptr, shift, pixel, valid, c, C, K, W, CI, KW, ACC, BM, BC)
+            better = (z > best) | (z != z)  # a NaN is passed on
+            best = tl.where(better, z, best)
+            position = tl.where(better, k, position)
+        out = (t.to(tl.int64) * M + m[:, None]) * C + c[None, :]
+        written = valid & (c < C)[None, :]
+        tl.store(y_ptr + out, tl.where(best > 0.0, best, best * leak), mask=written)
+        tl.store(index_ptr + out, position.to(tl.uint8), mask=written)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def tangent_windows(padded_ptr, folded_ptr, shift_ptr, y_ptr, index_ptr, uy_ptr, slope: tl.float64, C, K, M, H, W, CI,
-                    KW, OH, OW, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(2).to(tl.int64)
-    padded_ptr += t * (M // (OH * OW)) * H * W * CI
-    folded_ptr += t * K * C
-    shift = tl.load(shift_ptr + t * C + c, mask=c < C, other=0.0)
-    valid = (m < M)[:, None] & (c < C)[None, :]
-    out = (t * M + m[:, None]) * C + c[None, :]
-    position = tl.load(index_ptr + out, mask=valid, other=0).to(tl.int32)
-    at = _window(m, H, W, CI, OH, OW)[:, None] + (position // 2 * W + position % 2) * CI
-    u = _product(padded_ptr, folded_ptr, shift, at, valid, c, C, K, W, CI, KW, ACC, BM, BC)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def tangent(padded_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, beta_dot_ptr, rstd_ptr, folded_ptr,
+            shift_ptr, y_ptr, index_ptr, uy_ptr, t_ptr, slope: tl.float64, C, K, M, H, W, CI, KW, OH, OW, T, piece,
+            per_row, MOVES: tl.constexpr, KP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+            BC: tl.constexpr):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    t = tl.program_id(1)
+    s = tl.program_id(2)
+    w = _matrix(w_ptr, t, c, C, K, KP)
+    v = _matrix(v_ptr, t, c, C, K, KP)
+    rstd = _row(rstd_ptr + t * C, c, C)
+    along = rstd * tl.sum(v * _covariance_times(moments_ptr, w, t, K, KP), axis=0)
+    if s == 0:
+        tl.store(t_ptr + t * C + c, along, mask=c < C)
+    scale = _row(gamma_ptr + t // per_row * C, c, C) * rstd
+    matrix = (v - (along * rstd)[None, :] * w) * scale[None, :]
+    level = tl.zeros_like(scale)
+    if MOVES:
+        matrix += (_row(gamma_dot_ptr + t * C, c, C) * rstd)[None, :] * w
+        level += _row(beta_dot_ptr + t * C, c, C)
+    folded_ptr, shift = _fold(folded_ptr, shift_ptr, matrix, level, moments_ptr, t, s, c, C, K, T, KP)
+    padded_ptr += t.to(tl.int64) * (M // (OH * OW)) * H * W * CI
     leak = tl.full([1, 1], slope, ACC)
-    open = tl.load(y_ptr + out, mask=valid, other=0.0) > 0.0
-    tl.store(uy_ptr + out, tl.where(open, u, u * leak), mask=valid)
+    stop = tl.minimum(M, (s + 1) * piece)
+    for first in range(s * piece, stop, BM):
+        m = first + tl.arange(0, BM)
+        valid = (m < stop)[:, None] & (c < C)[None, :]
+        out = (t.to(tl.int64) * M + m[:, None]) * C + c[None, :]
+        position = tl.load(index_ptr + out, mask=valid, other=0).to(tl.int32)
+        at = _window(m, H, W, CI, OH, OW)[:, None] + (position // 2 * W + position % 2) * CI
+        u = _product(padded_ptr, folded_ptr, shift, at, valid, c, C, K, W, CI, KW, ACC, BM, BC)
+        open = tl.load(y_ptr + out, mask=valid, other=0.0) > 0.0
+        tl.store(uy_ptr + out, tl.where(open, u, u * leak), mask=valid)
 
 
 @triton.jit
@@ -332,38 +338,39 @@ def _centred(part_ptr, moments_ptr, t, c, C, K, T, S, KP: tl.constexpr, BC: tl.c
 
 @triton.jit
 def _backward(part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, C, K, T, S,
-              row_stride, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+              TW, gap, per_row, KP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     t = tl.program_id(1)
     b, plain = _centred(part_ptr, moments_ptr, t, c, C, K, T, S, KP, BC)
     _set_matrix(sums_ptr, b, t, c, C, K, KP)
-    w = _matrix(w_ptr, t, c, C, K, KP)
+    w = _matrix(w_ptr, t % TW, c, C, K, KP)
     rstd = _row(rstd_ptr + t * C, c, C)
     wb = tl.sum(w * b, axis=0)
-    scale = _row(gamma_ptr + t * row_stride, c, C) * rstd
+    scale = _row(gamma_ptr + t // per_row * C, c, C) * rstd
     along = (rstd * rstd * wb)[None, :] * _covariance_times(moments_ptr, w, t, K, KP)
+    gw_ptr += (t // TW).to(tl.int64) * gap
     _set_matrix(gw_ptr, scale[None, :] * (b - along), t, c, C, K, KP)
     tl.store(ggamma_ptr + t * C + c, rstd * wb, mask=c < C)
     tl.store(gbeta_ptr + t * C + c, plain, mask=c < C)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def backward(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr,
              gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64, C, K, M, H, W, CI, KW, OH, OW, T, S, piece,
-             row_stride, KP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+             TW, gap, per_row, KP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     if _chosen_sums(
         padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, slope, C, K, M, H, W, CI, KW, OH, OW, T, S, piece,
         KP, ACC, BM, BC,
     ):  # fmt: skip
         _backward(
             part_ptr, moments_ptr, w_ptr, gamma_ptr, rstd_ptr, gw_ptr, sums_ptr, ggamma_ptr, gbeta_ptr, C, K, T, S,
-            row_stride, KP, BC,
+            TW, gap, per_row, KP, BC,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_tangent(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr, gw_ptr,
-                      ggamma_ptr, gbeta_ptr, C, K, M, T, S, row_stride, MOVES: tl.constexpr, KP: tl.constexpr,
+                      ggamma_ptr, gbeta_ptr, C, K, M, T, S, per_row, MOVES: tl.constexpr, KP: tl.constexpr,
                       BC: tl.constexpr):  # fmt: skip
     """M: patches of a task, all that the statistics are taken over."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -377,7 +384,7 @@ def _backward_tangent(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_
     m = M.to(tl.float64)
     q = rstd * tl.sum(w * b, axis=0) / m
     q_dot = rstd * tl.sum(w * b_dot + v * b, axis=0) / m - rstd * along * q
-    scale = _row(gamma_ptr + t * row_stride, c, C) * rstd
+    scale = _row(gamma_ptr + t // per_row * C, c, C) * rstd
     # One product: the covariance is linear.
     if MOVES:
         scale_dot = _row(gamma_dot_ptr + t * C, c, C) * rstd
@@ -395,10 +402,10 @@ def _backward_tangent(part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_
     tl.store(gbeta_ptr + t * C + c, plain, mask=c < C)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def backward_tangent(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr,
                      gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr, gw_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64, C, K,
-                     M, H, W, CI, KW, OH, OW, T, S, piece, stretch, row_stride, MOVES: tl.constexpr, KP: tl.constexpr,
+                     M, H, W, CI, KW, OH, OW, T, S, piece, stretch, per_row, MOVES: tl.constexpr, KP: tl.constexpr,
                      ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """stretch: patches of a task, of which M windows are made of four each, and some at the edge of none."""
     if _chosen_sums(
@@ -407,5 +414,5 @@ def backward_tangent(padded_ptr, gy_ptr, y_ptr, index_ptr, part_ptr, counter_ptr
     ):  # fmt: skip
         _backward_tangent(
             part_ptr, v_ptr, moments_ptr, w_ptr, gamma_ptr, gamma_dot_ptr, rstd_ptr, sums_ptr, t_ptr, gw_ptr,
-            ggamma_ptr, gbeta_ptr, C, K, stretch, T, S, row_stride, MOVES, KP, BC,
+            ggamma_ptr, gbeta_ptr, C, K, stretch, T, S, per_row, MOVES, KP, BC,
         )  # fmt: skip

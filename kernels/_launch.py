@@ -84,6 +84,30 @@ def each_task(row: Tensor, tasks: int) -> Tensor:
     return row if row.dim() == 1 else row.repeat_interleave(tasks // row.shape[0], 0)
 
 
+def rows_of_tasks(gamma: Tensor, beta: Tensor, tasks: int) -> tuple[Tensor, Tensor, int]:
+    """γ and β, [C] or [R, C] each, as contiguous rows of one shape, and for how many neighbouring tasks each row is."""
+    counts = {len(row) for row in (gamma, beta) if row.dim() == 2}
+    if len(counts) > 1:
+        gamma, beta = each_task(gamma, tasks), each_task(beta, tasks)
+    gamma, beta = torch.broadcast_tensors(gamma, beta)
+    return gamma.contiguous(), beta.contiguous(), tasks if gamma.dim() == 1 else tasks // len(gamma)
+
+
+def first_role(weights: Tensor, axes: int) -> tuple[Tensor, int]:
+    """Gradients of weights [T, ...] of so many axes, the first of those of all roles that share them [R, T, ...].
+
+    Returns:
+        Them, and how many elements lie between the end of one role's and the beginning of the next role's.
+    """
+    if weights.dim() == axes:
+        return weights, 0
+    if weights.stride(0) * weights.element_size() % 16:
+        raise ValueError(
+            f"gradients of shared weights: expected each role's to start on 16 bytes, got strides {weights.stride()}"
+        )
+    return weights[0], weights.stride(0) - weights[0].numel()
+
+
 def directions(rows: Sequence[Tensor | None], like: Tensor) -> tuple[bool, list[Tensor]]:
     """Tangents of γ and β, [C], [R, C] or None, as kernels take them.
 

@@ -3,8 +3,8 @@
 WHOLE: a program of the latter has all rows of its channels, and reduces them itself.
 
 C channels; T tasks; M dense rows (image, pixel) of a task, Mo rows of the result; S pieces of `piece` dense rows and of
-`stretch` rows of the result. CA says that C is a multiple of 16, MOVES that γ or β has a tangent; BM, BC are the rows
-and channels of a tile.
+`stretch` rows of the result. CA says that C is a multiple of 16, per_row neighbouring tasks share a row of γ and
+β; MOVES says that one of these has a tangent; BM, BC are the rows and channels of a tile.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 from ._batch_norm_passes import combine, gate, keep, moments, origin, row, tile, total
 from ._launch import ROWS
 
-_SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "row_stride"]
+_SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "per_row"]
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _activate(z, mean, rstd, gamma, beta, slope, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_ptr, rstd_ptr, eps: tl.float64,
-                   slope: tl.float64, C, H, W, M, Mo, T, S, piece, stretch, row_stride, CA: tl.constexpr,
+                   slope: tl.float64, C, H, W, M, Mo, T, S, piece, stretch, per_row, CA: tl.constexpr,
                    POOL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                    BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -109,8 +109,8 @@ def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_p
     if s == 0:
         tl.store(mean_ptr + t * C + c, mean, mask=c < C)
         tl.store(rstd_ptr + t * C + c, rstd, mask=c < C)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
+    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
     y_ptr += t.to(tl.int64) * Mo * C
     stop = tl.minimum(Mo, (s + 1) * stretch)
@@ -155,15 +155,15 @@ def _backward_reduce(gy_ptr, z_ptr, index_ptr, mean, rstd, gamma, beta, leak, st
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, slope: tl.float64, C,
-                   H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
+                   H, W, M, Mo, T, S, stretch, per_row, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
                    BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     t = tl.program_id(0)
     s = tl.program_id(2)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
+    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
     dense = t.to(tl.int64) * M * C
@@ -176,7 +176,7 @@ def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, gz_ptr, ggamma_ptr,
-                    gbeta_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr,
+                    gbeta_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, piece, per_row, CA: tl.constexpr,
                     POOL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                     BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -184,8 +184,8 @@ def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta
     s = tl.program_id(2)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
+    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
     dense = t.to(tl.int64) * M * C
@@ -245,7 +245,7 @@ def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, gamma_dot_ptr, beta_dot_ptr,
-                   part_ptr, uy_ptr, r_ptr, t_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride,
+                   part_ptr, uy_ptr, r_ptr, t_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, per_row,
                    CA: tl.constexpr, POOL: tl.constexpr, MOVES: tl.constexpr, WHOLE: tl.constexpr,
                    ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -267,8 +267,8 @@ def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_p
     if MOVES:
         gamma_dot = row(gamma_dot_ptr + t * C, c, C, ACC)
         beta_dot = row(beta_dot_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
+    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
     stop = tl.minimum(Mo, (s + 1) * stretch)
@@ -318,7 +318,7 @@ def _backward_tangent_reduce(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean, 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
-                           part_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, row_stride, CA: tl.constexpr,
+                           part_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, per_row, CA: tl.constexpr,
                            POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                            BC: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -326,8 +326,8 @@ def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr,
     s = tl.program_id(2)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
+    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)
     pooled = t.to(tl.int64) * Mo * C
     dense = t.to(tl.int64) * M * C
@@ -346,7 +346,7 @@ def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr,
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr,
                             gamma_dot_ptr, r_ptr, t_ptr, part_ptr, gz_ptr, ggamma_ptr, gbeta_ptr, slope: tl.float64,
-                            C, H, W, M, Mo, T, S, piece, row_stride, CA: tl.constexpr, POOL: tl.constexpr,
+                            C, H, W, M, Mo, T, S, piece, per_row, CA: tl.constexpr, POOL: tl.constexpr,
                             MOVES: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                             BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -355,8 +355,8 @@ def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr
     count = M.to(ACC)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
+    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
     along = row(r_ptr + t * C, c, C, ACC)
     across = row(t_ptr + t * C, c, C, ACC)
     leak = tl.full([1, 1], slope, ACC)

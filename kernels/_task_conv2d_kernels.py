@@ -5,8 +5,12 @@ import triton.language as tl
 
 from ._launch import last_piece
 
-_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW", "taps"]
-"""Not specialised: the sizes of images. Channels, kernel, step and padding are constants of the compiled program."""
+_SIZES = ["pairs", "M", "OH", "OW", "IH", "IW", "taps", "TW"]
+"""Not specialised: the sizes of images. Channels, kernel, step and padding are constants of the compiled program.
+
+TW tasks have weights of their own: task t has those of t % TW. A gradient of weights lies `gap` elements further for
+every TW tasks.
+"""
 
 
 @triton.jit
@@ -54,7 +58,7 @@ def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, row, column, task,
+def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, TW, row, column, task,
                   CA: tl.constexpr, CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
                   PAD_Y: tl.constexpr, PAD_X: tl.constexpr, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr,
                   PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -71,7 +75,7 @@ def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, I
     i = (m % (OH * OW) // OW)[:, None]
     j = (m % OW)[:, None]
     task_a = t * (M // (OH * OW)) * IH * IW * CA
-    task_w = t * TAPS * CA * CB
+    task_w = (task % TW).to(tl.int64) * TAPS * CA * CB
     rounds: tl.constexpr = (CA + BK * UNROLL - 1) // (BK * UNROLL)
     constant: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
     tiles = constant
@@ -124,13 +128,13 @@ def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, I
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, CA: tl.constexpr, CB: tl.constexpr,
-             KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-             TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
+def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, TW, CA: tl.constexpr,
+             CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
+             PAD_X: tl.constexpr, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+             ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNROLL: tl.constexpr,
              ROLLED: tl.constexpr):  # fmt: skip
     _product_tile(
-        a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, tl.program_id(0), tl.program_id(1),
+        a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, TW, tl.program_id(0), tl.program_id(1),
         tl.program_id(2), CA, CB, KW, TAPS, STRIDE, PAD_Y, PAD_X, TRANSPOSED, DENSE, PRECISION, ACC, BM, BN, BK, UNROLL,
         ROLLED,
     )  # fmt: skip
@@ -140,8 +144,8 @@ def _product(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, ta
 def _weight_tile(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, block, column, task_and_piece,
                  OH: tl.constexpr, OW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, CA: tl.constexpr,
                  CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
-                 PAD_X: tl.constexpr, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                 PAD_X: tl.constexpr, T, S, piece, TW, gap, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+                 ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """A tile of the sum of g [T, images, OH, OW, CB] against x [T, images, IH, IW, CA]; out [T, TAPS, CA, CB].
 
     Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
@@ -208,6 +212,7 @@ def _weight_tile(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, p
         result = tl.trans(result)
     at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
     written = real[:, None] & (cb < CB)[None, :]
+    out_ptr += (t // TW).to(tl.int64) * gap
     if S == 1:
         tl.store(out_ptr + at, result, mask=written)
     else:
@@ -223,22 +228,22 @@ def _weight_tile(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, p
             tl.store(out_ptr + at, total, mask=written)
 
 
-@triton.jit(do_not_specialize=["pairs", "M", "T", "S", "piece"])
+@triton.jit(do_not_specialize=["pairs", "M", "T", "S", "piece", "TW", "gap"])
 def _weight_product(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, OH: tl.constexpr,
                     OW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
                     KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD_Y: tl.constexpr,
-                    PAD_X: tl.constexpr, T, S, piece, DENSE: tl.constexpr, PRECISION: tl.constexpr,
+                    PAD_X: tl.constexpr, T, S, piece, TW, gap, DENSE: tl.constexpr, PRECISION: tl.constexpr,
                     ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     _weight_tile(
         x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, pairs, M, tl.program_id(0), tl.program_id(1),
-        tl.program_id(2), OH, OW, IH, IW, CA, CB, KW, TAPS, STRIDE, PAD_Y, PAD_X, T, S, piece, DENSE, PRECISION, ACC,
-        BM, BN, BK,
+        tl.program_id(2), OH, OW, IH, IW, CA, CB, KW, TAPS, STRIDE, PAD_Y, PAD_X, T, S, piece, TW, gap, DENSE,
+        PRECISION, ACC, BM, BN, BK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pairs", "images", "taps", "T", "S", "piece"])
+@triton.jit(do_not_specialize=["pairs", "images", "taps", "T", "S", "piece", "TW", "gap"])
 def _gradient_products(x_ptr, w_ptr, g_ptr, x2_ptr, w2_ptr, g2_ptr, part_ptr, counter_ptr, gx_ptr, gw_ptr, pairs,
-                       images, taps, T, S, piece, OH: tl.constexpr, OW: tl.constexpr, IH: tl.constexpr,
+                       images, taps, T, S, piece, TW, gap, OH: tl.constexpr, OW: tl.constexpr, IH: tl.constexpr,
                        IW: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr,
                        STRIDE: tl.constexpr,
                        PAD_Y: tl.constexpr, PAD_X: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -253,7 +258,7 @@ def _gradient_products(x_ptr, w_ptr, g_ptr, x2_ptr, w2_ptr, g2_ptr, part_ptr, co
         _weight_tile(
             x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, gw_ptr, pairs, images * (OH * OW), program % blocks,
             program // blocks % columns, program // (blocks * columns), OH, OW, IH, IW, CA, CB, KW, TAPS, STRIDE, PAD_Y,
-            PAD_X, T, S, piece, True, PRECISION, ACC, WEIGHT_BM, BN, WEIGHT_BK,
+            PAD_X, T, S, piece, TW, gap, True, PRECISION, ACC, WEIGHT_BM, BN, WEIGHT_BK,
         )  # fmt: skip
     else:
         tile = program - tiles
@@ -261,7 +266,7 @@ def _gradient_products(x_ptr, w_ptr, g_ptr, x2_ptr, w2_ptr, g2_ptr, part_ptr, co
         along = tl.cdiv(rows, BM)
         across: tl.constexpr = (CA + BN - 1) // BN
         _product_tile(
-            g_ptr, w_ptr, g2_ptr, w2_ptr, gx_ptr, pairs, rows, IH, IW, OH, OW, taps, tile % along,
+            g_ptr, w_ptr, g2_ptr, w2_ptr, gx_ptr, pairs, rows, IH, IW, OH, OW, taps, TW, tile % along,
             tile // along % across, tile // (along * across), CB, CA, KW, TAPS, STRIDE, PAD_Y, PAD_X, True, True,
             PRECISION, ACC, BM, BN, BK, UNROLL, ROLLED,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """The first layer in one, without its feature map, on a GPU.
 
-Arguments and formulas are those of ``mamlpp_fast.ops.conv_norm_act_pool``. Forward and tangent fold scale and mean
-into the weights, then pass over the windows, two launches each; both backward orders sum over the windows in pieces,
-the last of which finishes channel by channel.
+Arguments and formulas are those of ``mamlpp_fast.ops.conv_norm_act_pool``. The windows are cut in pieces. Those of
+forward and tangent fold scale and mean into the weights, then pass over their windows; both backward orders sum over
+theirs, and the last finishes channel by channel.
 """
 
 import itertools
@@ -14,7 +14,17 @@ import triton
 from torch import Tensor
 
 from . import _conv_norm_act_pool_kernels as kernels
-from ._launch import ROWS, TYPE_NAMES, Configuration, accumulator, counters, directions, launch_options, split
+from ._launch import (
+    TYPE_NAMES,
+    Configuration,
+    accumulator,
+    counters,
+    directions,
+    first_role,
+    launch_options,
+    rows_of_tasks,
+    split,
+)
 
 _TYPES = (torch.float64, torch.float32)
 _PATCHES = (16, 32)
@@ -43,14 +53,12 @@ def _constants(kernel: Any, dtype: torch.dtype, values: int) -> dict[str, Any]:
 
 
 _PREPARE = (kernels.pixel_sums, kernels.pad, kernels.moments)
+_FORWARD = (kernels.forward, kernels.tangent)
 _BACKWARD = (kernels.backward, kernels.backward_tangent)
 _KERNELS = (
     *_PREPARE,
     kernels.patch_products,
-    kernels.forward_fold,
-    kernels.tangent_fold,
-    kernels.forward_windows,
-    kernels.tangent_windows,
+    *_FORWARD,
     *_BACKWARD,
 )
 
@@ -58,9 +66,6 @@ _KERNELS = (
 def _options(kernel: Any) -> tuple[int, int]:
     """Warps and pipeline depth: what keeps the sums over windows in registers."""
     return (8, 2) if kernel in _BACKWARD else (4, 3)
-
-
-_FLOAT32 = (kernels.forward_windows, kernels.tangent_windows)
 
 
 def _padded_values(values: int) -> int:
@@ -102,7 +107,7 @@ class _Call:
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **scalars: Any) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
-            if not tensor.is_contiguous() or (name not in ROWS and tensor.data_ptr() % 16):
+            if not tensor.is_contiguous() or (name not in kernels.UNALIGNED and tensor.data_ptr() % 16):
                 raise ValueError(
                     f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
                     f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
@@ -111,11 +116,11 @@ class _Call:
         names = kernel.arg_names[len(tensors) :]
         kernel[grid](*tensors, **{n: given[n] for n in names}, **launch_options(*_options(kernel)))
 
-    def affine(self, *rows: Tensor) -> tuple[int, list[Tensor]]:
-        """Stride from task to task, and γ (and β) contiguous."""
-        first = rows[0]
-        wide = [row.expand(first.shape).to(self.dtype).contiguous() for row in rows]
-        return (self.channels if first.dim() == 2 else 0), wide
+    def affine(self, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Both contiguous; from then on it is known for how many tasks a row of them is."""
+        gamma, beta, per_row = rows_of_tasks(gamma.to(self.dtype), beta.to(self.dtype), self.tasks)
+        self.arguments["per_row"] = per_row
+        return gamma, beta
 
 
 def moments(images: Tensor, kh: int, kw: int, padding: int, padded: Tensor, moments: Tensor) -> None:
@@ -140,9 +145,19 @@ def moments(images: Tensor, kh: int, kw: int, padding: int, padded: Tensor, mome
     call(kernels.moments, (tasks,), products, centre, moments, S=pieces)
 
 
-def _over_windows(call: _Call, kernel: Any, *tensors: Tensor, slope: float) -> None:
-    grid = (triton.cdiv(call.windows, _constants(kernel, call.dtype, call.size)["BM"]), call.blocks(kernel))
-    call(kernel, (*grid, call.tasks), *tensors, M=call.windows, slope=slope)
+def _over_windows(
+    call: _Call, kernel: Any, folded: Sequence[Tensor], windows: Sequence[Tensor], **scalars: Any
+) -> None:
+    """Folds the weights and passes over the windows, in pieces that do so each for itself."""
+    blocks = call.blocks(kernel)
+    block = _constants(kernel, call.dtype, call.size)["BM"]
+    piece, pieces = split(call.windows, blocks * call.tasks, block, limit=_PIECES)
+    scratch = (
+        call.empty(pieces, call.tasks, call.values, call.channels),
+        call.empty(pieces, call.tasks, call.channels),
+    )
+    grid = (blocks, call.tasks, pieces)
+    call(kernel, grid, *folded, *scratch, *windows, M=call.windows, piece=piece, **scalars)
 
 
 def forward(
@@ -151,12 +166,9 @@ def forward(
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool``."""
     call = _Call(padded, w.shape[1:3], w.shape[4])
-    gamma, beta = torch.broadcast_tensors(gamma, beta)
-    stride, rows = call.affine(gamma, beta)
-    folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
-    grid = (call.blocks(kernels.forward_fold), call.tasks)
-    call(kernels.forward_fold, grid, moments, w, *rows, folded, shift, mean, rstd, eps=eps, row_stride=stride)
-    _over_windows(call, kernels.forward_windows, padded, folded, shift, y, index, slope=slope)
+    rows = call.affine(gamma, beta)
+    folded = (padded, moments, w, *rows)
+    _over_windows(call, kernels.forward, folded, (y, index, mean, rstd), eps=eps, slope=slope, TW=len(w))
 
 
 def tangent(
@@ -165,15 +177,10 @@ def tangent(
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_tangent``."""
     call = _Call(padded, w.shape[1:3], w.shape[4])
-    stride, rows = call.affine(gamma)
-    folded, shift = call.empty(*w.shape), call.empty(call.tasks, call.channels)
-    grid = (call.blocks(kernels.tangent_fold), call.tasks)
+    gamma, _ = call.affine(gamma, gamma)
     moves, dots = directions((gamma_dot, beta_dot), rstd)
-    call(
-        kernels.tangent_fold, grid, v, moments, w, *rows, *dots, rstd, folded, shift, t,
-        row_stride=stride, MOVES=moves,
-    )  # fmt: skip
-    _over_windows(call, kernels.tangent_windows, padded, folded, shift, y, index, uy, slope=slope)
+    folded = (padded, v, moments, w, gamma, *dots, rstd)
+    _over_windows(call, kernels.tangent, folded, (y, index, uy, t), slope=slope, MOVES=moves)
 
 
 def _finished_sums(
@@ -199,10 +206,11 @@ def backward(
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_backward``."""
     call = _Call(padded, w.shape[1:3], w.shape[4])
-    stride, rows = call.affine(gamma)
-    operands = (moments, w, *rows, rstd, gw, sums, ggamma, gbeta)
+    gamma, _ = call.affine(gamma, gamma)
+    gw, gap = first_role(gw, 5)
+    operands = (moments, w, gamma, rstd, gw, sums, ggamma, gbeta)
     windows = (padded, gy, y, index)
-    _finished_sums(call, kernels.backward, windows, operands, gw, slope=slope, row_stride=stride)
+    _finished_sums(call, kernels.backward, windows, operands, gw, slope=slope, TW=len(w), gap=gap)
 
 
 def backward_tangent(
@@ -212,11 +220,11 @@ def backward_tangent(
 ) -> None:  # fmt: skip
     """``conv_norm_act_pool_backward_tangent``."""
     call = _Call(padded, w.shape[1:3], w.shape[4])
-    stride, rows = call.affine(gamma)
+    gamma, _ = call.affine(gamma, gamma)
     moves, dots = directions((gamma_dot,), rstd)
-    operands = (v, moments, w, *rows, *dots, rstd, sums, t, gw_dot, ggamma_dot, gbeta_dot)
+    operands = (v, moments, w, gamma, *dots, rstd, sums, t, gw_dot, ggamma_dot, gbeta_dot)
     _finished_sums(
-        call, kernels.backward_tangent, (padded, gy_dot, y, index), operands, gw_dot, slope=slope, row_stride=stride,
+        call, kernels.backward_tangent, (padded, gy_dot, y, index), operands, gw_dot, slope=slope,
         stretch=call.images * call.out[0] * call.out[1], MOVES=moves,
     )  # fmt: skip
 
@@ -251,8 +259,8 @@ def launch_configurations() -> Iterator[Configuration]:
                         types[name] = "*fp64"
                     else:
                         types[name] = f"*{kind}" if name.endswith("_ptr") else "i32"
-                pointers = tuple(n for n in types if n.endswith("_ptr") and n not in ROWS)
+                pointers = tuple(n for n in types if n.endswith("_ptr") and n not in kernels.UNALIGNED)
                 # Products of what happens once a channel are float64 ones.
-                wide = "" if kernel in _FLOAT32 or kind == "fp64" else "fp64 of "
+                wide = "" if kind == "fp64" else "fp64 of "
                 text = f"{kernel.__name__}{' moving' * moves} {values} values {wide}{kind}"
                 yield Configuration(text, kernel, types, constants, *_options(kernel), aligned=pointers)

@@ -3,10 +3,11 @@
 Arguments and formulas are those of ``mamlpp_fast.ops.linear_cross_entropy``. A program of the forward and the tangent
 takes blocks of BN images of one task through all features; where the task's loss is wanted, one program takes all
 blocks. A program of the backward orders takes BF features of one task through all images. What is absent has a count of
-zero: its loop makes no trip, its loads and stores are masked.
+zero: its loop makes no trip, its loads and stores are masked. TW tasks have weights of their own: task t has those of
+t % TW and the scale t // TW, and a gradient lies `gap` elements further for every TW tasks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor
 
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
 
-from ._launch import TYPE_NAMES, Configuration, launch_options
+from ._launch import TYPE_NAMES, Configuration, first_role, launch_options
 
 _TYPES = (torch.float64, torch.float32)
 _CLASSES = (16, MOST_CLASSES)
 """Sizes that the classes C are padded to."""
 
-_SIZES = ["N", "F", "C", "has_f_dot", "has_weight_dot", "has_bias", "has_loss", "has_features", "has_weights"]
+_SIZES = ["N", "F", "C", "has_f_dot", "has_weight_dot", "has_bias", "has_loss", "has_features", "has_weights", "TW",
+          "weight_gap", "bias_gap"]  # fmt: skip
+_LOGITS = [f"{n}_ptr" for n in ("target", "z", "p", "gz", "gz0")]
+"""Arguments like the logits: a role's part starts on 16 bytes for some numbers of classes only."""
 
 
 @triton.jit
@@ -46,13 +50,14 @@ def _add_products(f_ptr, w_ptr, total, n, o, N, F, C, count, BF: tl.constexpr, D
     return total
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def _forward(f_ptr, w_ptr, bias_ptr, target_ptr, scale_ptr, z_ptr, p_ptr, gz_ptr, loss_ptr, N, F, C, has_bias,
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_LOGITS)
+def _forward(f_ptr, w_ptr, bias_ptr, target_ptr, scale_ptr, z_ptr, p_ptr, gz_ptr, loss_ptr, N, F, C, TW, has_bias,
              has_loss, BN: tl.constexpr, BF: tl.constexpr, BO: tl.constexpr, DOUBLE: tl.constexpr):  # fmt: skip
     task = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BO)
-    scale = tl.load(scale_ptr)
-    bias = tl.load(bias_ptr + task * C + o, mask=(o < C) & (has_bias != 0), other=0.0)
+    own = task % TW
+    scale = tl.load(scale_ptr + task // TW)
+    bias = tl.load(bias_ptr + own * C + o, mask=(o < C) & (has_bias != 0), other=0.0)
     kind = f_ptr.dtype.element_ty
     chosen = tl.zeros([BN], kind)
     for first in range(tl.program_id(1) * BN, N, tl.num_programs(1) * BN):
@@ -60,7 +65,7 @@ def _forward(f_ptr, w_ptr, bias_ptr, target_ptr, scale_ptr, z_ptr, p_ptr, gz_ptr
         at = task * N * C + n[:, None] * C + o[None, :]
         real = (n < N)[:, None] & (o < C)[None, :]
         z = tl.zeros([BN, BO], kind) + bias[None, :]
-        z = _add_products(f_ptr + task * N * F, w_ptr + task * F * C, z, n, o, N, F, C, F, BF, DOUBLE)
+        z = _add_products(f_ptr + task * N * F, w_ptr + own * F * C, z, n, o, N, F, C, F, BF, DOUBLE)
         top = tl.max(tl.where((o < C)[None, :], z, float("-inf")), axis=1)
         shifted = z - top[:, None]
         power = tl.where((o < C)[None, :], tl.exp(shifted), 0.0)
@@ -75,7 +80,7 @@ def _forward(f_ptr, w_ptr, bias_ptr, target_ptr, scale_ptr, z_ptr, p_ptr, gz_ptr
     tl.store(loss_ptr + task, -scale * tl.sum(chosen, axis=0), mask=has_loss != 0)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_LOGITS)
 def _tangent(u_ptr, v_ptr, bias_ptr, f_ptr, w_ptr, p_ptr, scale_ptr, gz_ptr, N, F, C, has_f_dot, has_weight_dot,
              has_bias, BN: tl.constexpr, BF: tl.constexpr, BO: tl.constexpr, DOUBLE: tl.constexpr):  # fmt: skip
     task = tl.program_id(0).to(tl.int64)
@@ -93,17 +98,17 @@ def _tangent(u_ptr, v_ptr, bias_ptr, f_ptr, w_ptr, p_ptr, scale_ptr, gz_ptr, N, 
     tl.store(gz_ptr + at, tl.load(scale_ptr) * p * (z - mean[:, None]), mask=real)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def _gradients(gz_ptr, gz0_ptr, u_ptr, v_ptr, f_ptr, w_ptr, gf_ptr, gw_ptr, gb_ptr, N, F, C, has_f_dot, has_weight_dot,
-               has_features, has_weights, has_bias, BN: tl.constexpr, BF: tl.constexpr, BO: tl.constexpr,
-               DOUBLE: tl.constexpr, SECOND: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_LOGITS)
+def _gradients(gz_ptr, gz0_ptr, u_ptr, v_ptr, f_ptr, w_ptr, gf_ptr, gw_ptr, gb_ptr, N, F, C, TW, weight_gap, bias_gap,
+               has_f_dot, has_weight_dot, has_features, has_weights, has_bias, BN: tl.constexpr, BF: tl.constexpr,
+               BO: tl.constexpr, DOUBLE: tl.constexpr, SECOND: tl.constexpr):  # fmt: skip
     """Both backward orders; SECOND: with the products of gz0 and the tangents u of f and v of w."""
     task = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BF + tl.arange(0, BF)
     o = tl.arange(0, BO)
     kind = f_ptr.dtype.element_ty
     across = (o < C)[:, None] & (i < F)[None, :]
-    w_at = task * F * C + i[None, :] * C + o[:, None]
+    w_at = task % TW * F * C + i[None, :] * C + o[:, None]
     wt = tl.load(w_ptr + w_at, mask=across & (has_features != 0), other=0.0)
     if SECOND:
         vt = tl.load(v_ptr + w_at, mask=across & (has_features * has_weight_dot != 0), other=0.0)
@@ -127,9 +132,13 @@ def _gradients(gz_ptr, gz0_ptr, u_ptr, v_ptr, f_ptr, w_ptr, gf_ptr, gw_ptr, gb_p
             gf = _dot(gz0, vt, gf, DOUBLE)
         place = task * N * F + n[:, None] * F + i[None, :]
         tl.store(gf_ptr + place, gf, mask=(n < N)[:, None] & (i < F)[None, :] & (has_features != 0))
-    place = task * F * C + i[:, None] * C + o[None, :]
+    place = task * F * C + task // TW * weight_gap + i[:, None] * C + o[None, :]
     tl.store(gw_ptr + place, gw, mask=(i < F)[:, None] & (o < C)[None, :] & (has_weights != 0))
-    tl.store(gb_ptr + task * C + o, gb, mask=(o < C) & (has_bias != 0) & (tl.program_id(1) == 0))
+    tl.store(
+        gb_ptr + task * C + task // TW * bias_gap + o,
+        gb,
+        mask=(o < C) & (has_bias != 0) & (tl.program_id(1) == 0),
+    )
 
 
 def _constants(kernel: Any, dtype: torch.dtype, classes: int, second: bool = False) -> dict[str, Any]:
@@ -167,7 +176,13 @@ class _Call:
         return triton.cdiv(count, _constants(kernel, self.f.dtype, self.size)[of])
 
     def __call__(
-        self, kernel: Any, programs: int, *tensors: Tensor | None, second: bool = False, **has: Tensor | None
+        self,
+        kernel: Any,
+        programs: int,
+        *tensors: Tensor | None,
+        second: bool = False,
+        sizes: Mapping[str, int] | None = None,
+        **has: Tensor | None,
     ) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
             if tensor is None:
@@ -176,7 +191,7 @@ class _Call:
                 raise TypeError(
                     f"{name.removesuffix('_ptr')}: expected {self.f.dtype} like f, got {tensor.dtype}"
                 )
-            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            if not tensor.is_contiguous() or (name not in _LOGITS and tensor.data_ptr() % 16):
                 raise ValueError(
                     f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
                     f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
@@ -187,6 +202,7 @@ class _Call:
             self.images,
             self.features,
             self.classes,
+            **(sizes or {}),
             **counts,
             **_constants(kernel, self.f.dtype, self.size, second),
             **launch_options(_warps(kernel, self.size)),
@@ -201,7 +217,7 @@ def forward(
     call = _Call(f, weight)
     programs = 1 if loss is not None else call.blocks(_forward, "BN", call.images)
     tensors = (f, weight, bias, target, scale, logits, probabilities, gz, loss)
-    call(_forward, programs, *tensors, bias=bias, loss=loss)
+    call(_forward, programs, *tensors, bias=bias, loss=loss, sizes={"TW": len(weight)})
 
 
 def tangent(
@@ -236,9 +252,14 @@ def _both(
 ) -> None:  # fmt: skip
     call = _Call(f, weight)
     programs = call.blocks(_gradients, "BF", call.features)
+    sizes = {"TW": len(weight), "weight_gap": 0, "bias_gap": 0}
+    if gweight is not None:
+        gweight, sizes["weight_gap"] = first_role(gweight, 3)
+    if gbias is not None:
+        gbias, sizes["bias_gap"] = first_role(gbias, 2)
     tensors = (gz, gz0, f_dot, weight_dot, f, weight, gf, gweight, gbias)
     has = {"f_dot": f_dot, "weight_dot": weight_dot, "features": gf, "weights": gweight, "bias": gbias}
-    call(_gradients, programs, *tensors, second=gz0 is not None, **has)
+    call(_gradients, programs, *tensors, second=gz0 is not None, sizes=sizes, **has)
 
 
 def launch_configurations() -> Iterator[Configuration]:
@@ -258,7 +279,7 @@ def launch_configurations() -> Iterator[Configuration]:
                     for name in kernel.arg_names
                     if name not in constants
                 }
-                pointers = tuple(name for name in types if name.endswith("_ptr"))
+                pointers = tuple(name for name in types if name.endswith("_ptr") and name not in _LOGITS)
                 order = " tangent" if second else ""
                 text = f"{kernel.__name__[1:]}{order} {classes} classes {kind}"
                 yield Configuration(text, kernel, types, constants, _warps(kernel, classes), aligned=pointers)

@@ -2,8 +2,8 @@
 
 Arguments and formulas are those of ``mamlpp_fast.ops.lslr_update``. A program serves one piece of at most BLOCK
 elements of one segment for one task, and finds it in the offsets itself, so the host need not read them; programs
-beyond the last piece do nothing. Sums over a segment are left piece by piece and added up in a fixed order by a second
-kernel: no atomics. With one rate an element (EACH) a piece is any BLOCK elements, and sums over tasks are a loop in its
+beyond the last piece do nothing. Sums over a segment are left piece by piece and added up in a fixed order by the last
+piece of a segment. With one rate an element (EACH) a piece is any BLOCK elements, and sums over tasks are a loop in its
 program.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, launch_options
+from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, counters, last_piece, launch_options
 
 _BLOCK = 1024
 _WARPS = 4
@@ -74,9 +74,35 @@ def _update(theta_ptr, grad_ptr, rates_ptr, offsets_ptr, out_ptr, P, L, K, step,
     tl.store(out_ptr + at, theta - rate * grad, mask=valid)
 
 
+@triton.jit
+def _leave(part_ptr, counter_ptr, offsets_ptr, grates_ptr, value, segment, L, K, step, S, T, ACC: tl.constexpr,
+           BLOCK: tl.constexpr, BL: tl.constexpr):  # fmt: skip
+    """Leaves a piece's part of the gradient of its rate; the last of a segment adds up all, task after task."""
+    tl.store(part_ptr + tl.program_id(1) * S + tl.program_id(0), value)
+    _, _, counts = _pieces(offsets_ptr, L, BLOCK, BL)
+    index = tl.arange(0, BL)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(grates_ptr + index * K + step, tl.zeros([BL], ACC), mask=(index < L) & (counts == 0))
+    if segment < L:
+        first = tl.sum(tl.where(index < segment, counts, 0), 0)
+        count = tl.sum(tl.where(index == segment, counts, 0), 0)
+        if last_piece(counter_ptr + segment, count * T):
+            total = tl.zeros([BL], ACC)
+            for task in range(T):
+                for start in range(0, count, BL):
+                    piece = start + index
+                    total += tl.load(
+                        part_ptr + task * S + first + piece,
+                        mask=piece < count,
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+            tl.store(grates_ptr + segment * K + step, tl.sum(total, 0))
+
+
 @triton.jit(do_not_specialize=_SIZES)
-def _backward(gout_ptr, grad_ptr, rates_ptr, offsets_ptr, ggrad_ptr, part_ptr, P, L, K, step, S, ACC: tl.constexpr,
-              BLOCK: tl.constexpr, BL: tl.constexpr):  # fmt: skip
+def _backward(gout_ptr, grad_ptr, rates_ptr, offsets_ptr, ggrad_ptr, part_ptr, counter_ptr, grates_ptr, P, L, K, step,
+              S, T, ACC: tl.constexpr, BLOCK: tl.constexpr, BL: tl.constexpr):  # fmt: skip
     piece = tl.program_id(0)
     task = tl.program_id(1)
     segment, begin, stop = _find(offsets_ptr, piece, P, L, BLOCK, BL, False)
@@ -87,7 +113,8 @@ def _backward(gout_ptr, grad_ptr, rates_ptr, offsets_ptr, ggrad_ptr, part_ptr, P
     gout = tl.load(gout_ptr + at, mask=valid, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + at, mask=valid, other=0.0).to(ACC)
     tl.store(ggrad_ptr + at, -rate * gout, mask=valid)
-    tl.store(part_ptr + task * S + piece, -tl.sum(gout * grad, 0))
+    total = -tl.sum(gout * grad, 0)
+    _leave(part_ptr, counter_ptr, offsets_ptr, grates_ptr, total, segment, L, K, step, S, T, ACC, BLOCK, BL)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -108,8 +135,9 @@ def _backward_each(gout_ptr, grad_ptr, rates_ptr, ggrad_ptr, grates_ptr, P, step
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _double_backward(a_ptr, b_ptr, gout_ptr, grad_ptr, rates_ptr, offsets_ptr, cgout_ptr, cgrad_ptr, part_ptr, P, L,
-                     K, step, S, ACC: tl.constexpr, BLOCK: tl.constexpr, BL: tl.constexpr):  # fmt: skip
+def _double_backward(a_ptr, b_ptr, gout_ptr, grad_ptr, rates_ptr, offsets_ptr, cgout_ptr, cgrad_ptr, part_ptr,
+                     counter_ptr, grates_ptr, P, L, K, step, S, T, ACC: tl.constexpr, BLOCK: tl.constexpr,
+                     BL: tl.constexpr):  # fmt: skip
     piece = tl.program_id(0)
     task = tl.program_id(1)
     segment, begin, stop = _find(offsets_ptr, piece, P, L, BLOCK, BL, False)
@@ -123,7 +151,8 @@ def _double_backward(a_ptr, b_ptr, gout_ptr, grad_ptr, rates_ptr, offsets_ptr, c
     grad = tl.load(grad_ptr + at, mask=valid, other=0.0).to(ACC)
     tl.store(cgout_ptr + at, -rate * a - b * grad, mask=valid)
     tl.store(cgrad_ptr + at, -b * gout, mask=valid)
-    tl.store(part_ptr + task * S + piece, -tl.sum(a * gout, 0))
+    total = -tl.sum(a * gout, 0)
+    _leave(part_ptr, counter_ptr, offsets_ptr, grates_ptr, total, segment, L, K, step, S, T, ACC, BLOCK, BL)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -145,23 +174,6 @@ def _double_backward_each(a_ptr, b_ptr, gout_ptr, grad_ptr, rates_ptr, cgout_ptr
         tl.store(cgrad_ptr + at, -b * gout, mask=valid)
         at += P
     tl.store(crates_ptr + row, total, mask=valid)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _collect(part_ptr, offsets_ptr, grates_ptr, L, K, step, S, T, ACC: tl.constexpr, BLOCK: tl.constexpr,
-             BL: tl.constexpr):  # fmt: skip
-    """Sums of one segment's pieces over all tasks, which the program takes in turn."""
-    segment = tl.program_id(0)
-    _, _, counts = _pieces(offsets_ptr, L, BLOCK, BL)
-    index = tl.arange(0, BL)
-    first = tl.sum(tl.where(index < segment, counts, 0), 0)
-    count = tl.sum(tl.where(index == segment, counts, 0), 0)
-    total = tl.zeros([BL], ACC)
-    for task in range(T):
-        for start in range(0, count, BL):
-            piece = start + index
-            total += tl.load(part_ptr + task * S + first + piece, mask=piece < count, other=0.0)
-    tl.store(grates_ptr + segment * K + step, tl.sum(total, 0))
 
 
 class _Call:
@@ -224,13 +236,12 @@ class _Call:
             )
         else:
             part = torch.empty(self.tasks, self.pieces, dtype=self.dtype, device=operands[0].device)
-            cut = (self.segments, self.steps, self.step, self.pieces)
+            counts = counters(target, self.segments)
+            cut = (self.segments, self.steps, self.step, self.pieces, self.tasks)
             kernel[self.grid](
-                *operands, self.offsets, *outputs, part, self.size, *cut, **self.constants(), BL=self.table
-            )
-            _collect[(self.segments,)](
-                part, self.offsets, target, *cut, self.tasks, **self.constants(), BL=self.table
-            )
+                *operands, self.offsets, *outputs, part, counts, target, self.size, *cut, **self.constants(),
+                BL=self.table,
+            )  # fmt: skip
         if target is not grates:
             grates.copy_(target)
 
@@ -279,8 +290,6 @@ def launch_configurations() -> Iterator[Configuration]:
         for kernel in (_update, _backward, _double_backward):
             each = {"EACH": False} if kernel is _update else {}
             yield _configuration(f"{table} segments", kernel, dtype, {**common, "BL": table, **each})
-        if accumulator(dtype)[0] == dtype:
-            yield _configuration(f"{table} segments", _collect, dtype, {**common, "BL": table})
     for dtype in TYPE_NAMES:
         common = {"ACC": accumulator(dtype)[1], "BLOCK": _BLOCK}
         yield _configuration("each", _update, dtype, {**common, "BL": _SEGMENTS[0], "EACH": True})
@@ -296,6 +305,8 @@ def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[
             # Not read with one rate an element: the rates stand in.
             each = constants.get("EACH", False)
             types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}" if each else "*i64"
+        elif name == "counter_ptr":
+            types[name] = "*i32"
         elif name in wide:
             types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
         elif name.endswith("_ptr"):

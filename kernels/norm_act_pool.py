@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, directions, each_task, launch_options, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, directions, launch_options, rows_of_tasks, split
 
 _PIECES = 32
 _WHOLE = 1024
@@ -58,11 +58,10 @@ class _Launch:
         self.sizes |= {f"{n}_ptr": tasks * channels for n in ("mean", "rstd", "ggamma", "gbeta", "r", "t")}
         if pool:
             self.sizes["index_ptr"] = tasks * out * channels
-        gamma, beta = torch.broadcast_tensors(*(each_task(_wide(row, mean), tasks) for row in (gamma, beta)))
-        self.gamma, self.beta = gamma.contiguous(), beta.contiguous()
+        self.gamma, self.beta, per_row = rows_of_tasks(_wide(gamma, mean), _wide(beta, mean), tasks)
         self.arguments: dict[str, Any] = {
             "C": channels, "H": height, "W": width, "M": rows, "Mo": out, "T": tasks, "S": pieces, "piece": piece,
-            "stretch": triton.cdiv(out, pieces), "row_stride": channels if gamma.dim() == 2 else 0, "slope": slope,
+            "stretch": triton.cdiv(out, pieces), "per_row": per_row, "slope": slope,
         }  # fmt: skip
 
     def reduced(self, kernel: Any, quantities: int, mean: Tensor, *tensors: Tensor) -> Tensor:

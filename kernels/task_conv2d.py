@@ -4,6 +4,8 @@ Arguments are those of ``mamlpp_fast.ops.task_conv2d``. One program makes a tile
 registers while it walks the reduction (taps and channels; for the weights, the pixels of all images), then the
 second operand pair's: one accumulator for both. Nothing is unfolded in memory.
 
+Weights may be those of fewer tasks (``task_conv2d_shared``): task t has those of t modulo their number.
+
 Operands are float64, float32 or bfloat16; sums are float32 (float64 of float64). float32 operands are rounded to TF32
 where ``torch.backends.cuda.matmul.fp32_precision`` is ``"tf32"``; elsewhere they are multiplied as they are: on tensor
 cores that have room for it by three products of TF32, otherwise, or where ``MAMLPP_FAST_PRODUCTS`` is
@@ -20,7 +22,7 @@ import triton
 from torch import Tensor
 
 from . import _task_conv2d_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, counters, launch_options, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, counters, first_role, launch_options, split
 
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -154,7 +156,7 @@ def forward(
     tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, out, padding)
     tensors, pairs = _operands(x, w, x2, w2, out)
     sizes = (pairs, images * oh * ow, oh, ow, height, width, ci, co, kw, taps, stride, *pads)
-    _launch_product(tensors, out, sizes, tasks, transposed=False)
+    _launch_product(tensors, out, sizes, tasks, len(w), transposed=False)
 
 
 def to_input(
@@ -164,11 +166,11 @@ def to_input(
     tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(out, w, g, padding)
     tensors, pairs = _operands(g, w, g2, w2, out)
     sizes = (pairs, images * height * width, height, width, oh, ow, co, ci, kw, taps, stride, *pads)
-    _launch_product(tensors, out, sizes, tasks, transposed=True)
+    _launch_product(tensors, out, sizes, tasks, len(w), transposed=True)
 
 
 def _launch_product(
-    tensors: list[Tensor], out: Tensor, sizes: tuple[int, ...], tasks: int, *, transposed: bool
+    tensors: list[Tensor], out: Tensor, sizes: tuple[int, ...], tasks: int, weights: int, *, transposed: bool
 ) -> None:
     dtype, arch = tensors[0].dtype, _arch()
     rows, channels = sizes[1], sizes[7]
@@ -176,7 +178,7 @@ def _launch_product(
     tile = _tile(dtype, dense, _precision(dtype, dense, arch), weight=False, arch=arch)
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
     kernels._product[grid](
-        *tensors, out, *sizes[:6], sizes[9], *sizes[6:], TRANSPOSED=transposed, **tile.constants,
+        *tensors, out, *sizes[:6], sizes[9], weights, *sizes[6:], TRANSPOSED=transposed, **tile.constants,
         **_unrolling(tile, sizes[6], arch), **tile.options,
     )  # fmt: skip
 
@@ -198,6 +200,7 @@ def to_weight(
     x: Tensor, g: Tensor, x2: Tensor | None, g2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d_to_weight``; the pixels of a task are cut into at most 32 pieces where programs are few."""
+    out, gap = first_role(out, 5)
     tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, out, g, padding)
     tensors, pairs = _operands(x, g, x2, g2, out)
     dtype, rows, dense, arch = tensors[0].dtype, images * oh * ow, _dense(ci, co), _arch()
@@ -207,11 +210,11 @@ def to_weight(
     columns = triton.cdiv(co, tile.constants["BN"])
     piece, pieces = split(rows, blocks * columns * tasks, tile.constants["BK"], target=264)
     # With one piece neither is used.
-    parts = out.new_empty(pieces, out.numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
+    parts = out.new_empty(pieces, tasks * out[0].numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
     counts = counters(out, blocks * columns * tasks)
     sizes = (pairs, rows, oh, ow, height, width, ci, co, kw, taps, stride, *pads, tasks, pieces, piece)
     kernels._weight_product[blocks, columns, tasks * pieces](
-        *tensors, parts, counts, out, *sizes, **tile.constants, **tile.options
+        *tensors, parts, counts, out, *sizes, len(out), gap, **tile.constants, **tile.options
     )
 
 
@@ -222,7 +225,8 @@ def gradients(
     """``task_conv2d_gradients``: on tensor cores one launch, whose programs make tiles of either; otherwise two."""
     tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, g, padding)
     (g, w, *others), pairs = _operands(g, w, g2, w2, gx)
-    (x, _, x2, g2), _ = _operands(x, g, x2, g2, gw)
+    first, gap = first_role(gw, 5)
+    (x, _, x2, g2), _ = _operands(x, g, x2, g2, first)
     dtype, arch, dense = g.dtype, _arch(), _dense(ci, co)
     precision = _precision(dtype, dense, arch)
     if not dense or x.dtype != dtype or not _matrix(dtype, precision):
@@ -235,12 +239,12 @@ def gradients(
     columns, rows = shared["BN"], images * oh * ow
     blocks = taps * triton.cdiv(ci, other.constants["BM"]) * triton.cdiv(co, columns)
     piece, pieces = split(rows, blocks * tasks, other.constants["BK"], target=264)
-    parts = gw.new_empty(pieces, gw.numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
+    parts = gw.new_empty(pieces, tasks * w[0].numel() if pieces > 1 else 0, dtype=accumulator(dtype)[0])
     counts = counters(gw, blocks * tasks)
     tiles = triton.cdiv(images * height * width, shared["BM"]) * triton.cdiv(ci, columns)
     kernels._gradient_products[((blocks * pieces + tiles) * tasks,)](
-        x, w, g, x2, others[1], g2, parts, counts, gx, gw, pairs, images, taps, tasks, pieces, piece, oh, ow, height,
-        width, ci, co, kw, taps, stride, *pads, **_both(tile, other, co, arch), **tile.options,
+        x, w, g, x2, others[1], g2, parts, counts, gx, first, pairs, images, taps, tasks, pieces, piece, len(w),
+        gap, oh, ow, height, width, ci, co, kw, taps, stride, *pads, **_both(tile, other, co, arch), **tile.options,
     )  # fmt: skip
 
 

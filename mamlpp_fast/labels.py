@@ -149,7 +149,10 @@ def accuracy(prediction: Tensor, target: Tensor, loss_fn: LossFn, lead: int = 1)
         last = len(shape) - 1
         for axis in (1,) if by_class else (last, 1):
             if 0 < axis <= last and shape[:axis] + shape[axis + 1 :] == target.shape[1:]:
-                counts = (target != ignored_label(loss_fn)).flatten(1)
-                right = (prediction.argmax(lead + axis) == target).flatten(lead) & counts
-                return right.sum(-1).to(torch.float32) / counts.sum(-1)
+                ignored = ignored_label(loss_fn)
+                counts = (target != ignored).flatten(1)
+                right = (prediction.argmax(lead + axis) == target).flatten(lead)
+                if ignored >= 0:  # else none of them is predicted
+                    right &= counts
+                return right.sum(-1, dtype=torch.float32) / counts.sum(-1)
     return torch.full(prediction.shape[:lead], torch.nan, device=prediction.device)

@@ -48,6 +48,54 @@ def results(
     return found
 
 
+def shared_calls(learner: mf.MAMLPlusPlus) -> int:
+    """Calls for two roles at once in the program that was run last."""
+    prepared: Any = learner.engine
+    return sum("_shared" in i.name for i in prepared._current.program.instructions)
+
+
+def test_passes_are_paired_where_they_are_alike_and_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a target pass comes by itself: with other images than the support, and where its activations do not fit."""
+    monkeypatch.setattr(base, "launches_cost", lambda device: True)
+    monkeypatch.setattr(FusedEngine, "_convolves", lambda self, network: False)
+    found, needs = {}, {}
+    for targets, room in ((2, True), (1, True), (2, False)):
+        learner: Any = small_learner(mf.MAMLConfig(steps=3), engine="fused", verify=False)
+        if not room:
+            most = needs[2, True] - 1
+            monkeypatch.setattr("mamlpp_fast.engine.fused.engine.free_bytes", lambda device, most=most: most)
+        learner.meta_gradient(random_batch(tasks=4, targets=targets))
+        prepared = learner.engine._current
+        found[targets, room] = shared_calls(learner)
+        assert ("one pass with the next support pass" in learner.explain()) == (found[targets, room] > 0)
+        needs[targets, room] = prepared.workspace_bytes + prepared.owned_bytes
+    assert found == {(2, True): 12, (1, True): 0, (2, False): 0}
+    assert needs[2, False] < needs[2, True]
+
+
+def test_what_is_rounded_in_a_pair_is_not_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The support's part of it serves the Hessian-vector products."""
+    monkeypatch.setattr(base, "launches_cost", lambda device: True)
+    monkeypatch.setattr(FusedEngine, "_convolves", lambda self, network: False)
+    found, copies = [], []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr("mamlpp_fast.engine.fused.sweep.can_pair", lambda *_: False)
+        torch.manual_seed(0)
+        model = mf.Conv4(1, 3, image_size=12, filters=8, stages=2, num_steps=3)
+        learner: Any = mf.MAMLPlusPlus(
+            model, mf.MAMLConfig(steps=3), engine="fused", precision="bfloat16", verify=False
+        )
+        learner.meta_gradient(random_batch(tasks=4, dtype=torch.float32))
+        assert shared_calls(learner) == (0 if apart else 12)
+        found.append(gradients(learner.model, learner.rates))
+        copies.append(sum(i.name == "copy_" for i in learner.engine._current.program.instructions))
+    for name, value in found[1].items():
+        assert_close(found[0][name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
+    # Activations and gradient of the convolution, once where there were two; weights are rounded once for both anyway.
+    assert copies[0] == copies[1] - 2 * 2
+
+
 FORMS: dict[str, dict[str, Any]] = {
     "everything": {},
     "last loss, first order": {"msl": False, "second_order": False},
@@ -63,13 +111,16 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_a_gpus_way_is_a_cpus(monkeypatch: pytest.MonkeyPatch, form: str, group: int | None) -> None:
     """In sums over tasks and losses, which one call takes in float64, up to their rounding."""
     config = mf.MAMLConfig(steps=3, **FORMS[form])
-    batches = [random_batch(tasks=3, seed=i) for i in range(2)]
+    batches = [random_batch(tasks=4, seed=i) for i in range(2)]
     expected = results(small_learner(config, engine="fused"), batches)
     monkeypatch.setattr(base, "launches_cost", lambda device: True)
     monkeypatch.setattr(FusedEngine, "_convolves", lambda self, network: False)
     learner = small_learner(config, engine="fused")
     learner.engine.group = group  # type: ignore[attr-defined]
     found = results(learner, batches)
+    # Of one task 6 x 3 x 3 x 4 positions of a pool do not end on 16 bytes.
+    apart = group == 1 or form in ("last loss, first order", "weights of norms adapt")
+    assert shared_calls(learner) == (0 if apart else 2 * 6)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = float(value.abs().max()) if value.is_floating_point() else 1.0
@@ -109,13 +160,13 @@ def test_what_has_no_gradient_is_zero_in_every_iteration(monkeypatch: pytest.Mon
 
 
 def test_what_is_moved_and_summed_is_a_handful_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the operations of the passes: parameters in, to tasks; results; sums over tasks; gradients out."""
+    """Beside the operations of the passes: all that is given in, to tasks; results; sums over tasks; gradients out."""
     monkeypatch.setattr(base, "launches_cost", lambda device: True)
     monkeypatch.setattr(FusedEngine, "_convolves", lambda self, network: False)
     config, batches = mf.MAMLConfig(steps=3), [random_batch(tasks=3, seed=i) for i in range(2)]
     calls = Calls()
     results(small_learner(config, engine="fused"), batches, calls)
-    assert calls.found["strided_sums"] == 6
+    assert calls.found["strided_sums"] == 5 + (config.steps - 1)  # and the adjoint of all steps but the last
     assert calls.found["running_blend"] == 2
     small = ("copy_", "mul_", "sum", "mul", "mm", "addmm_")
     assert sum(calls.found[name] for name in small) <= 6, calls.found

@@ -166,13 +166,12 @@ def test_evaluation_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rates_that_come_out_wrong_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from mamlpp_fast.engine.fused.transfer import Transfer
 
-    store = Transfer.store_gradients
+    gradients = Transfer.gradients
 
-    def wrong(self: Transfer, places: Any) -> None:
-        store(self, places)
-        places.rates.mul_(1.001)
+    def wrong(self: Transfer, places: Any) -> list[tuple[Tensor, Tensor]]:
+        return [(p, t * 1.001 if p is places.rates else t) for p, t in gradients(self, places)]
 
-    monkeypatch.setattr(Transfer, "store_gradients", wrong)
+    monkeypatch.setattr(Transfer, "gradients", wrong)
     ours = learner()
     ours.meta_step(random_batch())
     assert ours.engine_reason.startswith(

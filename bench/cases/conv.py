@@ -27,7 +27,10 @@ SHAPES = {
     "miniimagenet 21x21": (2, 5, 21, 48, 48),
     "miniimagenet 10x10": (2, 5, 10, 48, 48),
 }
-ORDERS = ("forward", "to input", "to weight")
+ORDERS = ("forward", "to input", "to weight", "gradients")
+RESULTS = {"gradients": ("to input", "to weight")}
+"""Of an order that has several: both gradients in one call, for a GPU, where it is one launch."""
+AXES = {"to weight": (2, 3, 1, 0)}
 
 
 def _torch_job(order: str, x: Tensor, w: Tensor, g: Tensor) -> Job:
@@ -35,19 +38,21 @@ def _torch_job(order: str, x: Tensor, w: Tensor, g: Tensor) -> Job:
     grads = g.permute(0, 1, 4, 2, 3).contiguous()
     filters = w.permute(0, 4, 3, 1, 2).contiguous()
 
-    def backward(which: int) -> list[Tensor]:
-        mask = [i == which for i in range(3)]
-        return [
+    def backward(*which: int) -> list[Tensor]:
+        mask = [i in which for i in range(3)]
+        found = [
             torch.ops.aten.convolution_backward(
                 gt, xt, wt, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-            )[which]
+            )
             for gt, xt, wt in zip(grads, images, filters, strict=True)
         ]
+        return [task[i] for i in which for task in found]
 
     jobs: dict[str, Callable[[], Sequence[Tensor]]] = {
         "forward": lambda: [F.conv2d(xt, wt, padding=1) for xt, wt in zip(images, filters, strict=True)],
         "to input": lambda: backward(0),
         "to weight": lambda: backward(1),
+        "gradients": lambda: backward(0, 1),
     }
     return jobs[order]
 
@@ -58,21 +63,23 @@ def make(order: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subjects:
     w = torch.randn(tasks, 3, 3, ci, co).to(dtype)
     g = torch.randn(tasks, images, side, side, co).to(dtype)
     outputs = {"forward": g, "to input": x, "to weight": w}
-    out = torch.empty_like(outputs[order], dtype=torch.float32)
-    axes = (2, 3, 1, 0) if order == "to weight" else (0, 2, 3, 1)
+    results = RESULTS.get(order, (order,))
+    outs = [torch.empty_like(outputs[result], dtype=torch.float32) for result in results]
+    axes = [AXES.get(result, (0, 2, 3, 1)) for result in results for _ in range(tasks)]
 
-    op, *pair = {
-        "forward": (torch.ops.mamlpp_fast.task_conv2d, x, w),
-        "to input": (torch.ops.mamlpp_fast.task_conv2d_to_input, g, w),
-        "to weight": (torch.ops.mamlpp_fast.task_conv2d_to_weight, x, g),
+    op, *operands = {
+        "forward": (torch.ops.mamlpp_fast.task_conv2d, x, w, None, None),
+        "to input": (torch.ops.mamlpp_fast.task_conv2d_to_input, g, w, None, None),
+        "to weight": (torch.ops.mamlpp_fast.task_conv2d_to_weight, x, g, None, None),
+        "gradients": (torch.ops.mamlpp_fast.task_conv2d_gradients, x, w, g, None, None, None),
     }[order]
 
     def ours() -> Sequence[Tensor]:
-        op(*pair, None, None, 1, 1, out)
-        return out.unbind()
+        op(*operands, 1, 1, *outs)
+        return [t for out in outs for t in out]
 
     def arranged(job: Job) -> Job:
-        return lambda: [t.permute(axes) for t in job()]
+        return lambda: [t.permute(order) for t, order in zip(job(), axes, strict=True)]
 
     return Subjects(
         ours,
@@ -85,17 +92,20 @@ def case(order: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> C
     tasks, images, side, ci, co = shape
     pixels = tasks * images * side * side
     sizes = {"forward": pixels * co, "to input": pixels * ci, "to weight": tasks * 9 * ci * co}
-    operands = sum(sizes.values()) - sizes[order]
+    results = RESULTS.get(order, (order,))
+    terms = {"forward": 9 * ci, "to input": 9 * co, "to weight": pixels // tasks}
+    written = sum(sizes[result] for result in results)
+    read = sum(sizes.values()) - (written if len(results) == 1 else 0)
     return Case(
-        "task_conv2d",
+        "task_conv2d" if len(results) == 1 else f"task_conv2d_{order}",
         order,
         f"{name}, {ci} to {co}, {tasks} tasks x {images}",
         "channels-last",
         str(dtype).removeprefix("torch."),
         partial(make, order, shape, dtype),
-        operands * dtype.itemsize + sizes[order] * 4,
-        2 * pixels * 9 * ci * co,
-        {"forward": 9 * ci, "to input": 9 * co, "to weight": pixels // tasks}[order],
+        read * dtype.itemsize + written * 4,
+        2 * pixels * 9 * ci * co * len(results),
+        max(terms[result] for result in results),
     )
 
 
@@ -103,5 +113,7 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for name, shape in SHAPES.items():
             for order in ORDERS:
-                if shape[3] > 3 or order != "to input":
+                if shape[3] <= 3 and order in ("to input", "gradients"):
+                    continue
+                if order not in RESULTS or torch.get_default_device().type != "cpu":
                     yield case(order, name, shape, dtype)

@@ -8,9 +8,9 @@ chooses.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "OPERATIONS",
     "Operation",
+    "Shared",
     "define",
     "differentiate",
     "launcher",
@@ -50,6 +51,22 @@ class Operation:
     triton: Callable[..., Any] | None
 
 
+class Shared(NamedTuple):
+    """Beside an operation, ``name_shared``: several roles' calls of it on the same weights, in one call.
+
+    Of R roles and T weights the tensors have R·T tasks, those of the first role first. A GPU's kernels take all roles
+    in one launch.
+
+    Attributes:
+        weights: arguments [T, ...] that all roles read.
+        apart: arguments [R, ...] of which each role has its own, and how many axes that has: gradients of weights, with
+            any stride from role to role, and rows; what lacks the axis in front is every role's.
+    """
+
+    weights: frozenset[str]
+    apart: Mapping[str, int]
+
+
 OPERATIONS: dict[str, Operation] = {}
 """Every operation by name, filled by :func:`define`."""
 
@@ -61,6 +78,7 @@ def define(
     fake: Callable[..., Any] = lambda *_: None,
     triton: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
+    shared: Shared | None = None,
 ) -> OpOverload[..., Any]:
     """Registers an operation and returns its overload (faster to call than the packet).
 
@@ -73,10 +91,12 @@ def define(
         triton: serves CUDA tensors. It imports its kernels when first called, never at import; :func:`launcher`.
         check: raises unless the arguments, given by their names in the schema, belong together. It is called before the
             closed form and before Triton's kernels; the native ones check for themselves.
+        shared: what a call of several roles has in common; none where there is no such call.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     overload: OpOverload[..., Any] = getattr(torch.ops.mamlpp_fast, name).default
+    launch = triton
     if check is not None:
         names = [argument.name for argument in overload._schema.arguments]
         fallback = _checked(check, names, fallback)
@@ -88,7 +108,43 @@ def define(
     if overload._schema.is_mutable:
         _raise_versions(name, overload)
     OPERATIONS[name] = Operation(name, overload, fallback, triton)
+    if shared is not None:
+        _share(OPERATIONS[name], shared, launch, check)
     return overload
+
+
+def _share(base: Operation, shared: Shared, triton: Any, check: Any) -> None:
+    """Defines ``name_shared`` beside operation `name`: see :class:`Shared`."""
+    arguments = [argument.name for argument in base.overload._schema.arguments]
+    of_weights = next(name for name in arguments if name in shared.weights)
+    of_tasks = next(name for name in arguments if name not in shared.weights and name not in shared.apart)
+
+    def part(name: str, value: Any, role: int, count: int) -> Any:
+        if not isinstance(value, Tensor) or name in shared.weights:
+            return value
+        if name in shared.apart:
+            return value[role] if value.dim() > shared.apart[name] else value
+        return value[role * count : (role + 1) * count]
+
+    def each_role(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        count, tasks = len(given[of_weights]), len(given[of_tasks])
+        if tasks % count:
+            raise ValueError(f"{of_tasks}: expected {count} tasks for each role, got {tasks} in all")
+        for role in range(tasks // count):
+            yield {name: part(name, value, role, count) for name, value in given.items()}
+
+    def fallback(*args: Any) -> None:
+        for role in each_role(dict(zip(arguments, args, strict=False))):
+            base.overload(*role.values())
+
+    def check_each(**given: Any) -> None:
+        for role in each_role(given):
+            check(**role)
+
+    schema = (
+        str(base.overload._schema).removeprefix(f"{NAMESPACE}::").replace(base.name, f"{base.name}_shared", 1)
+    )
+    define(schema, fallback=fallback, triton=triton, check=check_each)
 
 
 def launcher(module: str, function: str) -> Callable[..., Any]:

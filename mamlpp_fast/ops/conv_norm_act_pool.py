@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define, launcher
+from mamlpp_fast.ops._library import Shared, define, launcher
 
 _SAVED = (
     "Tensor y, Tensor index, Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor rstd, float slope"
@@ -203,6 +203,7 @@ def _backward_tangent(
     gbeta_dot.copy_(total[:, 0])
 
 
+_SHARED = Shared(frozenset({"w"}), {"gamma": 1, "beta": 1, "gw": 5})
 define(
     "patch_moments(Tensor images, int kh, int kw, int padding, Tensor(a!) padded, Tensor(b!) moments) -> ()",
     fallback=_moments,
@@ -214,6 +215,7 @@ define(
     fallback=_forward,
     triton=launcher("conv_norm_act_pool", "forward"),
     check=_check,
+    shared=_SHARED,
 )
 define(
     f"conv_norm_act_pool_backward(Tensor gy, {_SAVED}, "
@@ -221,6 +223,7 @@ define(
     fallback=_backward,
     triton=launcher("conv_norm_act_pool", "backward"),
     check=_check,
+    shared=_SHARED,
 )
 define(
     f"conv_norm_act_pool_tangent(Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t, "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define, launcher
+from mamlpp_fast.ops._library import Shared, define, launcher
 
 MOST_CLASSES = 64
 """Classes that the GPU kernels have room for; the others have no limit."""
@@ -96,12 +96,14 @@ def _backward_tangent(
         torch.sum(gz_dot, 1, out=gbias_dot)
 
 
+_SHARED = Shared(frozenset({"weight", "bias"}), {"scale": 0, "gweight": 3, "gbias": 2})
 define(
     "linear_cross_entropy(Tensor f, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
     "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) gz, Tensor(d!)? loss) -> ()",
     fallback=_forward,
     triton=launcher("linear_cross_entropy", "forward"),
     check=_check,
+    shared=_SHARED,
 )
 define(
     "linear_cross_entropy_backward(Tensor gz, Tensor f, Tensor weight, "
@@ -109,6 +111,7 @@ define(
     fallback=_backward,
     triton=launcher("linear_cross_entropy", "backward"),
     check=_check,
+    shared=_SHARED,
 )
 define(
     "linear_cross_entropy_tangent(Tensor? f_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor f, Tensor weight, "

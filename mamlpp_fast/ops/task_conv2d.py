@@ -1,7 +1,8 @@
 """Convolutions of a batch of tasks, each task with weights of its own.
 
 ``task_conv2d`` is ``F.conv2d`` of each task, ``_to_input`` and ``_to_weight`` are its gradients for a gradient g of the
-result, the latter summed over a task's images; ``_gradients`` is both, for a GPU's fewer launches. Every op may take a
+result, the latter summed over a task's images; ``_gradients`` is both, for a GPU's fewer launches;
+``_shared`` is either for tasks of several roles on the same weights. Every op may take a
 second operand pair whose product is added in the same accumulator (the pairs of derivation
 ``docs/derivations/task_conv2d.md``), writes into ``out`` and returns nothing.
 All tensors are contiguous:
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
-from mamlpp_fast.ops._library import define, launcher
+from mamlpp_fast.ops._library import Shared, define, launcher
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
@@ -149,10 +150,11 @@ def _check_gradients(*, gx: Tensor, gw: Tensor, stride: int, padding: int, **nam
             raise ValueError(f"{name}: expected the shape {tuple(like.shape)}, got {tuple(result.shape)}")
 
 
-for _name, _first, _second, _roles, _closed in (
-    ("task_conv2d", "x", "w", ("x", "w", "out"), _forward),
-    ("task_conv2d_to_input", "g", "w", ("out", "w", "g"), _to_input),
-    ("task_conv2d_to_weight", "x", "g", ("x", "out", "g"), _to_weight),
+_SHARED = Shared(frozenset({"w", "w2"}), {"gw": 5})
+for _name, _first, _second, _roles, _closed, _shared in (
+    ("task_conv2d", "x", "w", ("x", "w", "out"), _forward, _SHARED),
+    ("task_conv2d_to_input", "g", "w", ("out", "w", "g"), _to_input, None),
+    ("task_conv2d_to_weight", "x", "g", ("x", "out", "g"), _to_weight, None),
 ):
     define(
         f"{_name}(Tensor {_first}, Tensor {_second}, Tensor? {_first}2, Tensor? {_second}2, "
@@ -160,6 +162,7 @@ for _name, _first, _second, _roles, _closed in (
         fallback=_closed,
         triton=launcher("task_conv2d", _closed.__name__[1:]),
         check=partial(_check, *_roles),
+        shared=_shared,
     )
 define(
     "task_conv2d_gradients(Tensor x, Tensor w, Tensor g, Tensor? x2, Tensor? w2, Tensor? g2, int stride, int padding, "
@@ -167,4 +170,5 @@ define(
     fallback=_gradients,
     triton=launcher("task_conv2d", "gradients"),
     check=_check_gradients,
+    shared=_SHARED,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast._modes import float32_products
+from mamlpp_fast.engine import base
 from mamlpp_fast.engine.base import Precision, Unsupported, handed_over
+from mamlpp_fast.engine.fused.form import Form, Written
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.losses import RecordedLoss, recorded_loss
 from mamlpp_fast.engine.fused.lowering import lower
@@ -21,7 +23,7 @@ from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.prepared import Prepared
 from mamlpp_fast.engine.fused.program import Emitter, Workspace
 from mamlpp_fast.engine.fused.steps import Conv, CrossEntropy, FirstLayer, Generic, Loss, loss_of
-from mamlpp_fast.engine.fused.sweep import Form, Written, write_evaluation, write_meta_gradient
+from mamlpp_fast.engine.fused.sweep import write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
 from mamlpp_fast.engine.graph import capturing, graphed
 from mamlpp_fast.engine.record import Recording, record
@@ -38,6 +40,7 @@ from mamlpp_fast.reference import EvalStats, LossFn, MetaResult
 __all__ = ["FusedEngine", "MemoryOption", "Prepared"]
 
 MemoryOption = Literal["auto", "keep", "recompute"]
+_Option = Literal["paired", "keep", "recompute"]
 _Key = tuple[object, ...]
 
 # Channels of a float64 vector register: below, float32 leaves lanes empty and saves nothing.
@@ -58,7 +61,8 @@ class FusedEngine:
         precision: ``"bfloat16"`` rounds the operands of convolutions and accumulates in float32. ``"float32"`` is
             computed in float64, and rounded at the end, where no convolution has more than 8 channels: that costs
             little there.
-        memory: ``"keep"`` the activations of all support passes, or ``"recompute"`` them in the reverse sweep.
+        memory: ``"keep"`` the activations of all support passes, on a GPU those of target passes too where they share
+            calls with support passes, if there is room; or ``"recompute"`` them in the reverse sweep.
         group: tasks that advance together; fewer need less memory and more launches. None: chosen for the device.
         deterministic: the same bits on any number of CPU threads, also without convolutions (with them anyway): what
             torch computes runs on one of them.
@@ -147,6 +151,8 @@ class FusedEngine:
             f, program = prepared.form, prepared.program
             lanes = f", {prepared.lanes} at once on lanes" if prepared.threads else ""
             option = "recomputed in the reverse sweep" if f.recompute else "kept"
+            if any(i.name.endswith("_shared") for i in program.instructions):
+                option += ", with those of target passes, each one pass with the next support pass"
             if self._inner_dtype(prepared.network) != self.dtype:
                 lines.append(
                     f"computed in float64 and rounded at the end: no layer has more than {_NARROW} channels"
@@ -179,8 +185,9 @@ class FusedEngine:
                     next(iter(network.frozen)), "normalises with running statistics in training"
                 )
 
-            def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
-                options = {"multi_step": multi_step, "second_order": second_order, "recompute": recompute}
+            def write(given: EpisodeBatch, tasks: int, option: _Option, exact: bool = False) -> Prepared:
+                options = {"multi_step": multi_step, "second_order": second_order}
+                options |= {name: option == name for name in ("recompute", "paired")}
                 form = self._form(given, tasks, self.rates.num_steps, **options)
                 own = self._lower(given, plain, training=True)  # a check has fewer examples
                 loss = self._loss(given, own) if plain is None else plain
@@ -188,12 +195,19 @@ class FusedEngine:
                     written = write_meta_gradient(self._emitter(own, exact), own, loss, form)
                 return self._ready(written, own, own, loss, form, exact)
 
+            options: list[_Option] = ["keep", "recompute"]
+            if self.memory != "auto":
+                options = [self.memory]
+            if not second_order:
+                options = ["keep"]
+            if options[0] == "keep" and base.launches_cost(self.device):
+                options.insert(0, "paired")
             if self.verify:
                 about = self.model, self.rates, self.loss_fn
                 self._unchecked[key] = lambda task: check_meta_gradient(
-                    self._alone(write(task, 1, False, True)), *about, task
+                    self._alone(write(task, 1, options[0], True)), *about, task
                 )
-            self._prepared[key] = self._fit(batch, network, write, second_order)
+            self._prepared[key] = self._fit(batch, network, write, options)
         return self._checked(key, batch)
 
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
@@ -203,7 +217,7 @@ class FusedEngine:
         if key not in self._prepared:
             network = self._lower(batch, plain, training=False)
 
-            def write(given: EpisodeBatch, tasks: int, recompute: bool, exact: bool = False) -> Prepared:
+            def write(given: EpisodeBatch, tasks: int, option: _Option, exact: bool = False) -> Prepared:
                 form = self._form(given, tasks, steps, second_order=False)
                 own = self._lower(given, plain, training=False)
                 running = stats == "running"
@@ -216,9 +230,9 @@ class FusedEngine:
             if self.verify:
                 about = self.model, self.rates, self.loss_fn
                 self._unchecked[key] = lambda task: check_evaluation(
-                    self._alone(write(task, 1, False, True)), *about, task, steps, stats
+                    self._alone(write(task, 1, "keep", True)), *about, task, steps, stats
                 )
-            self._prepared[key] = self._fit(batch, network, write, False)
+            self._prepared[key] = self._fit(batch, network, write, ["keep"])
         return self._checked(key, batch)
 
     def _checked(self, key: _Key, batch: EpisodeBatch) -> Prepared:
@@ -393,28 +407,23 @@ class FusedEngine:
         self,
         batch: EpisodeBatch,
         network: Network,
-        write: Callable[[EpisodeBatch, int, bool], Prepared],
-        second_order: bool,
+        write: Callable[[EpisodeBatch, int, _Option], Prepared],
+        options: Sequence[_Option],
     ) -> Prepared:
-        """Chooses group size, memory option and number of lanes: the fastest that fits in memory."""
+        """Chooses group size, one of the options and number of lanes: the fastest that fits in memory."""
         most = self.group or (1 if self._convolves(network) else batch.num_tasks)
         sizes = [d for d in range(most, 0, -1) if batch.num_tasks % d == 0]
         if self.group is not None or self.deterministic:
             sizes = sizes[:1]
-        options = {
-            "keep": [False],
-            "recompute": [second_order],
-            "auto": [False, True] if second_order else [False],
-        }
         prepared = None
         for tasks in sizes:
-            first, *others = options[self.memory]
+            first, *others = options
             written = {first: write(batch, tasks, first)}
             for lanes in range(max(1, min(written[first].threads, written[first].groups)), 0, -1):
-                for recompute in (first, *others):
-                    if recompute not in written:
-                        written[recompute] = write(batch, tasks, recompute)
-                    prepared = written[recompute]
+                for option in (first, *others):
+                    if option not in written:
+                        written[option] = write(batch, tasks, option)
+                    prepared = written[option]
                     prepared.lanes = lanes
                     if prepared.workspace_bytes + prepared.owned_bytes <= free_bytes(self.device):
                         return prepared
@@ -435,9 +444,7 @@ class FusedEngine:
         prepared = self._current
         assert prepared is not None
         with torch.no_grad():
-            if step_weights is not None:
-                prepared.memory.weights.tensor().copy_(step_weights)
-            prepared.run(batch, self._tensors, self._gradients)
+            prepared.run(batch, self._tensors, self._gradients, step_weights=step_weights)
         return prepared.losses, prepared.logits
 
 

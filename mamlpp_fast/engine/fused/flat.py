@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -57,6 +58,13 @@ class Layout:
             for name, (begin, shape) in self.places().items()
         }
 
+    def views_of_each(self, flat: Ref) -> dict[str, Ref]:
+        """The tensors [R, T, *shape] in buffers [R, ...] at least as long."""
+        return {
+            name: flat[:, begin : begin + shape.numel()].view(functools.partial(_unflattened, shape))
+            for name, (begin, shape) in self.places().items()
+        }
+
     def places(self) -> dict[str, tuple[int, torch.Size]]:
         """Where each parameter's tensor begins, and its shape."""
         return {name: (self.begins[name], shape) for name, shape in self.shapes.items()}
@@ -71,3 +79,8 @@ class Layout:
         for name in segments:
             ends.append(next(present) if name in self.begins else ends[-1])
         return torch.tensor(ends)
+
+
+def _unflattened(shape: torch.Size, flat: torch.Tensor) -> torch.Tensor:
+    parts: torch.Tensor = flat.unflatten(1, shape)
+    return parts

@@ -6,13 +6,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from mamlpp_fast.engine.fused.program import Buffer
 
-__all__ = ["place"]
+__all__ = ["Workspace", "place"]
 
 _ALIGNMENT = 64
+
+
+class Workspace:
+    """The memory that programs of one engine take turns in; grows to the largest of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self.generation = 0
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes > self.memory.numel():
+            self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            self.generation += 1
 
 
 def place(buffers: Sequence[Buffer]) -> int:

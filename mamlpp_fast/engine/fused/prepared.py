@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamlpp_fast.engine import lanes
+from mamlpp_fast.engine import base, lanes
+from mamlpp_fast.engine.fused.form import Form, Memory
 from mamlpp_fast.engine.fused.masks import Masks
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.program import Program, Workspace
-from mamlpp_fast.engine.fused.sweep import Form, Memory
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
 from mamlpp_fast.engine.lanes import NEVER, Halt, Share
 from mamlpp_fast.engine.running import RunningStats
@@ -72,18 +72,23 @@ class Prepared:
         statistics: Mapping[str, Tensor] | None = None,
         gradients: Gradients | None = None,
         generator: torch.Generator | None = None,
+        step_weights: Tensor | None = None,
     ) -> None:
         """The programs on a whole batch, group after group, or group beside group on lanes.
 
         Args:
             batch: of the form.
             statistics: tensors of the model; running statistics among them are updated.
-            gradients: filled with the meta-gradients.
+            gradients: filled with the meta-gradients. Where calls cost, the batch then comes with the parameters: what
+                is trained on is captured, so always at the same place.
             generator: that dropout draws from; by default the process's.
+            step_weights: multi-step weights [K]; those of the run before where None.
         """
 
+        one_call = gradients is not None and self.groups == 1 and base.launches_cost(self.transfer.device)
+
         def start() -> None:
-            self.transfer.load_parameters()
+            self.transfer.load_parameters(step_weights, batch if one_call else None)
 
         def end() -> None:
             self.finish.run()
@@ -92,7 +97,7 @@ class Prepared:
         self.masks.draw(generator)
         self._alone(start)
         for share in self._shares():
-            self._groups(batch, share)
+            self._groups(batch, share, examples=not one_call)
         self._alone(end)
 
     def _alone(self, work: Callable[[], None]) -> None:
@@ -106,7 +111,7 @@ class Prepared:
             return [(range(self.groups), 1, max(1, self.threads))]
         return lanes.shares(self.groups, self.lanes, self.threads)
 
-    def _groups(self, batch: EpisodeBatch, share: Share) -> None:
+    def _groups(self, batch: EpisodeBatch, share: Share, examples: bool) -> None:
         groups, count, threads = share
         left = deque(groups)
 
@@ -116,16 +121,21 @@ class Prepared:
                     group = left.popleft()
                 except IndexError:
                     return
-                self._group(batch, group, lane, threads, halt)
+                self._group(batch, group, lane, threads, halt, examples)
 
         if self.threads == 0:
             work(0, NEVER)
         else:
             lanes.run(work, count, threads)
 
-    def _group(self, batch: EpisodeBatch, group: int, lane: int, threads: int, halt: Halt) -> None:
+    def _group(
+        self, batch: EpisodeBatch, group: int, lane: int, threads: int, halt: Halt, examples: bool
+    ) -> None:
         start = group * self.form.tasks
-        self.transfer.load_batch(batch.tasks(start, start + self.form.tasks), lane)
+        own = batch.tasks(start, start + self.form.tasks)
+        if examples:
+            self.transfer.load_examples(own, lane)
+        self.transfer.load_labels(own, lane)
         self.masks.load(group, lane)
         self.program.run(lane, threads, halt)
         if self.groups > 1:  # one group writes to the table itself
@@ -137,10 +147,10 @@ class Prepared:
         results = [(self.logits.view(logits.shape), logits)]
         if "losses" in left:
             results.append((self.losses.view(left["losses"].shape), left["losses"]))
+        if gradients is not None:
+            results += self.transfer.gradients(gradients)
         self.transfer.move(results)
         if statistics is not None:
             for name, running in self.running.items():
                 mean, rstd = (left[name, what].movedim(0, 2) for what in ("mean", "rstd"))
                 running.update(statistics, mean, rstd)
-        if gradients is not None:
-            self.transfer.store_gradients(gradients)

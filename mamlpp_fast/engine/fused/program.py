@@ -22,11 +22,12 @@ from torch._ops import OpOverload
 import mamlpp_fast.ops.strided_sums  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast.engine import base
-from mamlpp_fast.engine.fused.placing import place
+from mamlpp_fast.engine.fused.placing import Workspace, place
 from mamlpp_fast.engine.lanes import NEVER, Halt, watched
 
 __all__ = ["Buffer", "Copied", "Emitter", "Instruction", "Phase", "Program", "Ref", "Section", "Workspace"]
 
+_STRIDED_SUMS = torch.ops.mamlpp_fast.strided_sums.default
 _Made = TypeVar("_Made")
 _Arguments = tuple[Any, ...]
 _Named = dict[str, Any]
@@ -93,8 +94,12 @@ class Ref:
 
     def settled(self, alignment: int) -> bool:
         """Whether it lies contiguous, and begins at a multiple of so many bytes in its buffer."""
-        begin = int(self._meta.storage_offset()) * self._meta.element_size()
-        return self._meta.is_contiguous() and begin % alignment == 0
+        return self._meta.is_contiguous() and self.begin * self._meta.element_size() % alignment == 0
+
+    @property
+    def begin(self) -> int:
+        """Elements of the buffer in front of the first."""
+        return int(self._meta.storage_offset())
 
     def view(self, fn: Callable[[Tensor], Tensor]) -> Ref:
         """The view that ``fn`` makes of this one; ``fn`` must not copy."""
@@ -185,21 +190,6 @@ class Instruction:
     def nbytes(self) -> int:
         """Bytes of all operands, each counted once."""
         return sum(r.nbytes for r in self.refs())
-
-
-class Workspace:
-    """The memory that programs of one engine take turns in; grows to the largest of them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
-        self.generation = 0
-
-    def reserve(self, nbytes: int) -> None:
-        if nbytes > self.memory.numel():
-            self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            self.generation += 1
 
 
 class Section:
@@ -412,6 +402,13 @@ class Emitter:
             self._operands[id(ref)] = (ref, rounded)
         return self._operands[id(ref)][1]
 
+    def part(self, ref: Ref, begin: int, end: int) -> Ref:
+        """``ref[begin:end]``; what is known of ``ref`` in the precision of products is known of it too."""
+        own = ref[begin:end]
+        if id(ref) in self._operands:
+            self._operands[id(own)] = (own, self._operands[id(ref)][1][begin:end])
+        return own
+
     def move(self, pairs: Sequence[tuple[Ref, Ref]]) -> None:
         """Copies the second of each pair to the first, of a shape that it broadcasts to."""
         if not base.launches_cost(self.device):
@@ -420,10 +417,19 @@ class Emitter:
         elif pairs:
             self.strided_sums([(out, ref.expand(*out.shape), 1.0) for out, ref in pairs])
 
+    def strided_sum_of_owned(self, out: Ref, terms: Ref, scale: float) -> None:
+        """One of :meth:`strided_sums` that needs none of what is computed: in the first such call, so at no cost."""
+        first = next((i for i in self._instructions if i.fn is _STRIDED_SUMS), None)
+        if first is None:
+            self.strided_sums([(out, terms, scale)])
+            return
+        for values, value in zip(first.args, (out, terms, scale), strict=True):
+            values.append(value)
+
     def strided_sums(self, sums: Sequence[tuple[Ref, Ref, float]]) -> None:
         """Results, terms and scales in one call of ``mamlpp_fast.ops.strided_sums``."""
         outs, terms, scales = map(list, zip(*sums, strict=True))
-        self.call(torch.ops.mamlpp_fast.strided_sums.default, outs, terms, scales)
+        self.call(_STRIDED_SUMS, outs, terms, scales)
 
     def sum(self, name: str, terms: Sequence[Ref]) -> Ref:
         """The sum of one or more buffers of one shape; a single one is returned as it is."""

@@ -5,8 +5,7 @@ Notation of ``docs/engine.md``: fast weights θ_k, support gradients g_k, rates 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -14,101 +13,16 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operations
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.finish import Finish, Key, Row
 from mamlpp_fast.engine.fused.flat import Layout
+from mamlpp_fast.engine.fused.form import Form, Memory, Written
 from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.network import Network
+from mamlpp_fast.engine.fused.pairs import can_pair, part
 from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
-from mamlpp_fast.engine.fused.program import Emitter, Phase, Program, Ref
+from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref
 from mamlpp_fast.engine.fused.steps import Goal, Gradients, Loss, Pass, Rows, Slot
 from mamlpp_fast.engine.fused.steps.base import aten
 
-__all__ = ["Form", "Memory", "write_evaluation", "write_meta_gradient"]
-
-
-@dataclass(frozen=True)
-class Form:
-    """What decides the shape of a program.
-
-    Attributes:
-        tasks: tasks of one group; all of them advance together.
-        total_tasks: tasks of the meta-batch, which the mean is over.
-        support, targets: images a task.
-        labels, label_dtype: of a task's support and target set, [N, ...] each.
-        steps: inner updates.
-        rate_steps: rates (and batch-norm rows) there are; later steps use the last.
-        adapted: parameters that the inner loop adapts.
-        trainable: parameters that want a meta-gradient.
-        rate_names: the parameters of the rows of the rates [L, K]; None when every element has its own rate.
-        multi_step: a weighted target loss after every update, or the last one's alone.
-        second_order: with Hessian-vector products.
-        recompute: run the support pass again in the reverse sweep instead of keeping its activations.
-    """
-
-    tasks: int
-    total_tasks: int
-    support: int
-    targets: int
-    labels: tuple[tuple[int, ...], tuple[int, ...]]
-    label_dtype: torch.dtype
-    steps: int
-    rate_steps: int
-    adapted: frozenset[str]
-    trainable: frozenset[str]
-    rate_names: tuple[str, ...] | None
-    multi_step: bool = True
-    second_order: bool = True
-    recompute: bool = False
-
-
-@dataclass
-class Memory:
-    """The tensors through which a program meets the world; all keep their place.
-
-    T are the tasks of a group, G the groups. What a run writes to, each lane has its own of.
-
-    Attributes:
-        support_x, target_x: inputs of the network, images [T, N, H, W, C]; support_t, target_t: what the loss stores
-            for labels.
-        meta: parameters in the kernels' layout; rows: batch-norm weight and bias [R, C]; buffers: of the model.
-        rates: [L, K], or [K, size] like the fast weights of all tasks when every element has its own.
-        weights: multi-step weights [K].
-        running: running mean and variance [K, C] that frozen norms read.
-        masks: of dropout, by inner step and side (0 support, 1 target), in the order of the passes.
-        row: what a group leaves, flat; table: the rows of all groups [G, size]; all: what lies in them, [G, *shape]:
-            ``"logits"``, predictions [T, m, O], or of every step [K, T, m, O]; in training ``"losses"`` [T],
-            ``"adjoint"``, ``"rates"``, and of each batch norm ``"mean"`` and ``"rstd"`` [K, 2, T, C] that it saw in the
-            support (0) and target (1) passes, ``"weight"`` and ``"bias"`` likewise.
-        meta_grads, row_grads, rate_grads: means over all tasks.
-    """
-
-    support_x: tuple[Ref, ...]
-    target_x: tuple[Ref, ...]
-    support_t: Ref
-    target_t: Ref
-    weights: Ref
-    rates: Ref
-    row: Ref
-    table: Ref
-    all: dict[Key, Ref]
-    meta: dict[str, Ref] = field(default_factory=dict)
-    rows: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
-    buffers: dict[str, Ref] = field(default_factory=dict)
-    running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
-    masks: dict[tuple[int, int], PassMasks] = field(default_factory=dict)
-    meta_grads: dict[str, Ref] = field(default_factory=dict)
-    row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
-    rate_grads: Ref | None = None
-
-
-@dataclass(frozen=True)
-class Written:
-    """The programs of a group and of the sums over groups, their memory, and how parameters lie in it."""
-
-    program: Program
-    finish: Program
-    memory: Memory
-    slots: dict[str, Slot]
-    rows: dict[str, Rows]
-    layout: Layout
+__all__ = ["write_evaluation", "write_meta_gradient"]
 
 
 ops = torch.ops.mamlpp_fast
@@ -133,6 +47,8 @@ class _Writer:
         self.inner_layout = Layout(self.slots, inner, form.tasks, em.dtype)
         others = sorted((self.slots.keys() & self.meta) - self.inner)
         self.meta_layout = Layout(self.slots, [*self.inner_layout.names, *others], form.tasks, em.dtype)
+        same = net.depends(self.meta) == self.inner_values
+        self.paired = same and can_pair(net, form, em.dtype.itemsize)
         self.finish = Emitter(em.device, em.dtype)
         self._results: list[tuple[Ref, Ref, float]] = []
         self.memory = self._memory()
@@ -167,11 +83,27 @@ class _Writer:
         if groups > 1:
             every = torch.zeros(groups, row.size, dtype=self.em.dtype, device=self.em.device)
             table = self.finish.own("results of all groups", every)
+        xs, ts = {}, {}
+        if self.paired:
+            self.both = both = (
+                self._examples("all", f.support, 2 * f.tasks),
+                self._labels("all labels", outputs, f.labels[0], 2 * f.tasks),
+            )
+            for role, side in enumerate(("target", "support")):
+                tasks = slice(role * f.tasks, (role + 1) * f.tasks)
+                xs[side], ts[side] = tuple(x[tasks] for x in both[0]), both[1][tasks]
+        else:
+            for side, count, labels in (
+                ("support", f.support, f.labels[0]),
+                ("target", f.targets, f.labels[1]),
+            ):
+                xs[side] = self._examples(side, count, f.tasks)
+                ts[side] = self._labels(f"{side} labels", outputs, labels, f.tasks)
         memory = Memory(
-            support_x=self._examples("support", f.support),
-            target_x=self._examples("target", f.targets),
-            support_t=self._labels("support labels", outputs, f.labels[0]),
-            target_t=self._labels("target labels", outputs, f.labels[1]),
+            support_x=xs["support"],
+            target_x=xs["target"],
+            support_t=ts["support"],
+            target_t=ts["target"],
             weights=self._zeros("step weights", f.steps),
             rates=self._zeros("rates", *self._rates_shape()),
             row=flat,
@@ -190,16 +122,16 @@ class _Writer:
             memory.rows[name] = self._zeros(f"{name} weights", *shape), self._zeros(f"{name} biases", *shape)
         return memory
 
-    def _labels(self, name: str, outputs: tuple[int, ...], labels: tuple[int, ...]) -> Ref:
+    def _labels(self, name: str, outputs: tuple[int, ...], labels: tuple[int, ...], tasks: int) -> Ref:
         shape, dtype = self.loss.stored(outputs, labels, self.form.label_dtype, self.em.dtype)
-        stored = torch.zeros(self.form.tasks, *shape, dtype=dtype, device=self.em.device)
+        stored = torch.zeros(tasks, *shape, dtype=dtype, device=self.em.device)
         return self.em.own(name, stored, each=True)
 
-    def _examples(self, side: str, count: int) -> tuple[Ref, ...]:
+    def _examples(self, side: str, count: int, tasks: int) -> tuple[Ref, ...]:
         found = []
         for i, kind in enumerate(self.net.inputs):
             dtype = self.em.dtype if kind.is_floating_point else kind
-            shape = self.form.tasks, count, *self.net.shapes[i]
+            shape = tasks, count, *self.net.shapes[i]
             x = torch.zeros(shape, dtype=dtype, device=self.em.device)
             found.append(self.em.own(f"{side} images", x, each=True))
         return tuple(found)
@@ -289,18 +221,10 @@ class _Writer:
         clear_missing(self.em, out)
         return ps, flat
 
-    def gradients(
-        self,
-        layout: Layout,
-        name: str,
-        values: frozenset[int],
-        rows: Mapping[str, tuple[Ref, Ref]] | None = None,
-    ) -> tuple[Ref, Gradients]:
+    def gradients(self, layout: Layout, name: str, values: frozenset[int]) -> tuple[Ref, Gradients]:
         """A flat buffer for the gradients of the parameters of ``layout``, and what a backward pass fills it by."""
         flat = layout.new(self.em, name)
-        return flat, Gradients(
-            values, frozenset(layout.names), row_memory=rows or {}, memory=layout.views(flat)
-        )
+        return flat, Gradients(values, frozenset(layout.names), memory=layout.views(flat))
 
     def update(
         self, step: int, flat: Ref, theta: Mapping[str, Ref], grads: Ref
@@ -318,6 +242,7 @@ class _MetaGradient(_Writer):
         super().__init__(em, net, net, loss, form)
         self.meta_values = net.depends(self.meta)
         self._losses: Ref | None = None
+        self._terms: dict[int, Ref] = {}
         for name in net.norms:
             self.left[name, "rstd"].tensor().fill_(1)  # also of passes that are not made
 
@@ -346,10 +271,44 @@ class _MetaGradient(_Writer):
     def _stats(self, step: int, side: int) -> dict[str, tuple[Ref, Ref]]:
         return self._of_pass(self.net.norms, ("mean", "rstd"), step, side)
 
-    def _meta_gradients(self, name: str, step: int, event: int) -> tuple[Ref, Gradients]:
+    def _meta_gradients(self, flat: Ref, step: int, event: int) -> Gradients:
         rows = self._of_pass(self.rows, ("weight", "bias"), step, event)
-        flat, out = self.gradients(self.meta_layout, name, self.meta_values, rows)
-        return flat, replace(out, wanted_params=self.meta)
+        return Gradients(self.meta_values, self.meta, row_memory=rows, memory=self.meta_layout.views(flat))
+
+    def _place(self, name: str, k: int, term: int) -> Ref:
+        """Where a term of λ in front of step k goes: where calls cost, a row of one table for all of them and g_{k+1}.
+
+        Args:
+            name: of the buffer.
+            k: the step, -1 for the one behind all.
+            term: 0 for G_k, 1 for the Hessian-vector product of step k + 1, 2 for the λ before that, 3 for g_{k+1}.
+        """
+        em, layout = self.em, self.meta_layout
+        if not base.launches_cost(em.device):
+            return layout.new(em, name)
+        if k not in self._terms:
+            step = 64 // em.dtype.itemsize
+            size = -(-layout.size // step) * step
+            self._terms[k] = em.new(f"terms of the adjoint of step {k}", (4, size))
+            if layout.has_gaps:
+                em.call(aten.zero_.default, self._terms[k])
+        return self._terms[k][term, : layout.size]
+
+    def _adjoint(self, k: int, terms: Sequence[Ref | None]) -> Ref:
+        """λ in front of step k from its terms, those of :meth:`_place`."""
+        rows = [i for i, term in enumerate(terms) if term is not None]
+        found = [term for term in terms if term is not None]
+        if len(found) == 1:
+            return found[0]
+        if not base.launches_cost(self.em.device):
+            return self.em.sum("adjoint", found[::-1])
+        total = self._place("adjoint", k - 1, 2)
+        self.em.strided_sums([(total, self._of_table(k, rows), 1.0)])
+        return total
+
+    def _of_table(self, k: int, rows: Sequence[int]) -> Ref:
+        """Evenly spaced rows."""
+        return self._terms[k][rows[0] : rows[-1] + 1 : rows[1] - rows[0], : self.meta_layout.size]
 
     def write(self) -> None:
         f = self.form
@@ -357,21 +316,28 @@ class _MetaGradient(_Writer):
         thetas, support, targets = [theta], [], {}
         for k in range(f.steps):
             self.em.phase = Phase("support", k)
-            ps, grads = self.support_pass(k, theta, self._stats(k, 0))
+            if self.paired and k > 0:
+                targets[k - 1], ps, grads = self._pair(k, theta)
+            else:
+                ps, grads = self.support_pass(k, theta, self._stats(k, 0))
             assert grads is not None
             support.append((ps, grads))
             flat, theta = self.update(k, flat, theta, grads)
             thetas.append(theta)
-            if f.multi_step or k == f.steps - 1:
+            if k == f.steps - 1 or (f.multi_step and not self.paired):
                 self.em.phase = Phase("target", k)
                 targets[k] = self._target_pass(k, theta)
-        adjoint: Ref | None = None
+        adjoint = targets.pop(f.steps - 1)
+        product: Ref | None = None
         for k in reversed(range(f.steps)):
-            terms = [r for r in (adjoint, targets.get(k)) if r is not None]
             self.em.phase, self.em.label = Phase("reverse", k), "adjoint"
-            adjoint = self._reverse(k, thetas[k], support[k], self.em.sum("adjoint", terms))
-        assert adjoint is not None
-        self.leave(self.left["adjoint"], adjoint)
+            if k < f.steps - 1:
+                adjoint = self._adjoint(k, (targets.get(k), product, adjoint))
+            product = self._reverse(k, thetas[k], support[k], adjoint)
+        if product is None or not base.launches_cost(self.em.device):
+            self.leave(self.left["adjoint"], self._adjoint(-1, (None, product, adjoint)))
+        else:
+            self._results.append((self.left["adjoint"], self._of_table(-1, (1, 2)), 1.0))
         if self._losses is not None:
             self._results.append((self.left["losses"], self._losses[:, : f.tasks], 1.0))
         self.leave_all()
@@ -396,39 +362,80 @@ class _MetaGradient(_Writer):
             em.call(aten.copy_.default if first else aten.add_.Tensor, self.left["losses"], value.loss)
         if k == self.form.steps - 1:
             self.leave(self.left["logits"], ps.values[self.net.output])
-        flat, out = self._meta_gradients("target gradient", k, 0)
+        last = k == self.form.steps - 1  # whose gradient is λ as it is
+        flat = self._place("target gradient", k - 1, 2) if last else self._place("target gradient", k, 0)
+        out = self._meta_gradients(flat, k, 0)
         write_backward(self.em, self.net, ps, value.grad, out)
         clear_missing(self.em, out)
         return flat
 
-    def _loss_row(self, k: int) -> Ref | None:
+    def _pair(self, k: int, theta: Mapping[str, Ref]) -> tuple[Ref, Pass, Ref | None]:
+        """Target pass k − 1 and support pass k in one: w_{k−1} ∇T_{k−1}(θ_k), and the latter with its gradient."""
+        em, m, tasks = self.em, self.memory, self.form.tasks
+        loss = self._loss_row(k - 1, roles=2)
+        goal = Goal(self.both[1], m.weights, k - 1, want_loss=True, loss=loss, pair=True)
+        rows, scratch, stats = {}, {}, {}
+        for name, r in self.rows.items():
+            first, last = min(k - 1, r.rows - 1), min(k, r.rows - 1)
+            which = first if first == last else slice(first, last + 1)
+            rows[name] = m.rows[name][0][which], m.rows[name][1][which]
+            shape = 2 * tasks, r.channels
+            scratch[name] = (
+                em.new(f"{name} weight's gradient", shape),
+                em.new(f"{name} bias's gradient", shape),
+            )
+        for name in self.net.norms:
+            # [K, 2, T, C]: a target pass's lie in front of the next support pass's.
+            lines = slice((2 * k - 1) * tasks, (2 * k + 1) * tasks)
+            mean, rstd = (self.left[name, what] for what in ("mean", "rstd"))
+            stats[name] = mean.reshape(-1, mean.shape[-1])[lines], rstd.reshape(-1, rstd.shape[-1])[lines]
+        inputs = dict(enumerate(self.both[0]))
+        both = Pass(2 * tasks, self.form.support, k, theta, rows, inputs, stats, goal=goal, roles=2)
+        write_forward(em, self.net, both)
+        flat = self._place("target gradient", k - 1, 0)
+        places = self.meta_layout.views_of_each(self._terms[k - 1][::3])
+        out = Gradients(self.meta_values, self.meta, row_memory=scratch, memory=places)
+        write_backward(em, self.net, both, self.loss.of_pass(em, both, self.net.output).grad, out, keep=True)
+        clear_missing(em, out)
+        for name, found in scratch.items():
+            for what, each in zip(("weight", "bias"), found, strict=True):
+                self.leave(self.left[name, what][k - 1, 0], each[:tasks])
+        own = self.start(self.net, m.support_x, k, 0, theta, self._stats(k, 0), Goal(m.support_t))
+        part(em, both, own, 1)
+        return flat, own, self._terms[k - 1][3, : self.inner_layout.size]
+
+    def _loss_row(self, k: int, roles: int = 1) -> Ref | None:
         """Where a target pass leaves its losses [T], in a table that is summed at the end; None: added one by one."""
         if not base.launches_cost(self.em.device):
             return None
         if self._losses is None:
             rows, step = self.form.steps if self.form.multi_step else 1, 16
             # Kernels take pointers to multiples of 16 bytes.
-            self._losses = self.em.new("losses of all steps", (rows, -(-self.form.tasks // step) * step))
-        return self._losses[k if self.form.multi_step else 0, : self.form.tasks]
+            most = self.form.tasks * (2 if self.paired else 1)
+            self._losses = self.em.new("losses of all steps", (rows, -(-most // step) * step))
+        return self._losses[k if self.form.multi_step else 0, : roles * self.form.tasks]
 
-    def _reverse(self, k: int, theta: Mapping[str, Ref], support: tuple[Pass, Ref], adjoint: Ref) -> Ref:
-        """One step of the reverse sweep: λ after the update to λ before it."""
+    def _reverse(
+        self, k: int, theta: Mapping[str, Ref], support: tuple[Pass, Ref], adjoint: Ref
+    ) -> Ref | None:
+        """One step of the reverse sweep: the Hessian-vector product that λ becomes less, None in first order."""
         em = self.em
         ps, grads = support
         direction = self._direction(k, grads, adjoint)
         if not self.form.second_order:
-            return adjoint
+            return None
         if self.form.recompute:
             ps, _ = self.support_pass(k, theta, {}, again=True)
         ps.directions = self.inner_layout.views(direction)
         write_tangent(em, self.net, ps, self.inner_values)
         em.label = "loss"
         grad_dot = self.loss.tangent_of_pass(em, ps, self.net.output)
-        product, out = self._meta_gradients("Hessian-vector product", k, 1)
+        product = self._place("Hessian-vector product", k - 1, 1)
+        out = self._meta_gradients(product, k, 1)
         write_backward(self.em, self.net, ps, grad_dot, out, tangent=True)
         em.label = "adjoint"
         clear_missing(self.em, out)
-        return em.sum("adjoint", [adjoint, product])
+        return product
 
     def _direction(self, k: int, grads: Ref, adjoint: Ref) -> Ref:
         """−v = −α_k ∘ λ, the derivative of the update by its gradient; leaves ∂L/∂α_k = −⟨g_k, λ⟩."""

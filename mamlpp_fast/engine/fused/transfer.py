@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.flat import Layout
+from mamlpp_fast.engine.fused.form import Memory
 from mamlpp_fast.engine.fused.network import Statistics
 from mamlpp_fast.engine.fused.steps import Loss, Rows, Slot
-from mamlpp_fast.engine.fused.sweep import Memory
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.inputs import tensors_of
 from mamlpp_fast.lslr import LSLR
@@ -96,20 +96,54 @@ class Transfer:
         table = memory.table.tensor()
         self.device = table.device
         # Of weight and bias of a norm without.
-        self._defaults = tuple(table.new_tensor(value) for value in (1.0, 0.0))
+        self._numbers: dict[float, Tensor] = {}
+        self._defaults = self._number(1.0), self._number(0.0)
 
-    def load_batch(self, batch: EpisodeBatch, lane: int = 0) -> None:
-        """Images [T, N, C, H, W] become [T, N, H, W, C]; labels what the loss stores. Into a lane's memory."""
+    def _number(self, value: float) -> Tensor:
+        """As a tensor that stays, as captured graphs read it."""
+        if value not in self._numbers:
+            self._numbers[value] = self.memory.table.tensor().new_tensor(value)
+        return self._numbers[value]
+
+    def load_examples(self, batch: EpisodeBatch, lane: int = 0) -> None:
+        """Copies them into a lane's memory, where labels are then :meth:`load_labels`'s."""
+        for place, x in self._examples(batch, lane):
+            place.copy_(x)
+        for place, value in self._blanks(lane):
+            place.fill_(value)
+
+    def load_labels(self, batch: EpisodeBatch, lane: int = 0) -> None:
+        """They become what the loss stores, in a lane's memory."""
+        for place, y in zip(self._stored(lane), (batch.support_y, batch.target_y), strict=True):
+            self.loss.load(place, y)
+
+    def _stored(self, lane: int) -> tuple[Tensor, Tensor]:
+        return self.memory.support_t.tensor(lane), self.memory.target_t.tensor(lane)
+
+    def _blanks(self, lane: int) -> Iterator[tuple[Tensor, float]]:
+        for place in self._stored(lane):
+            if (value := self.loss.blank(place)) is not None:
+                yield place, value
+
+    def _examples(self, batch: EpisodeBatch, lane: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places and examples; images [T, N, C, H, W] become [T, N, H, W, C]."""
         m = self.memory
         for refs, inputs in ((m.support_x, batch.support_x), (m.target_x, batch.target_x)):
             for ref, x in zip(refs, tensors_of(inputs), strict=True):
-                ref.tensor(lane).copy_(x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x)
-        self.loss.load(m.support_t.tensor(lane), batch.support_y)
-        self.loss.load(m.target_t.tensor(lane), batch.target_y)
+                yield ref.tensor(lane), x.permute(0, 1, 3, 4, 2) if x.ndim == 5 else x
 
-    def load_parameters(self) -> None:
+    def load_parameters(self, step_weights: Tensor | None = None, batch: EpisodeBatch | None = None) -> None:
+        """Parameters, rates, buffers, multi-step weights; a batch's examples where they go with these in one call."""
         with torch.no_grad():
-            self.move(self._loaded())
+            pairs = list(self._loaded())
+            if step_weights is not None:
+                pairs.append((self.memory.weights.tensor(), step_weights.to(self.device)))
+            if batch is not None:
+                pairs += self._examples(batch, 0)
+                pairs += (
+                    (place, self._number(value).expand(place.shape)) for place, value in self._blanks(0)
+                )
+            self.move(pairs)
 
     def move(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copies the second of each pair to the first; or sums it, over the axes that it has more."""
@@ -151,14 +185,14 @@ class Transfer:
                 for k, row in enumerate(ref.tensor()):
                     yield row, table[min(k, statistics.rows - 1)]
 
-    def store_gradients(self, gradients: Gradients) -> None:
-        """The means over all tasks to where the gradients lie; what has none is zero."""
+    def gradients(self, gradients: Gradients) -> list[tuple[Tensor, Tensor]]:
+        """Where the gradients lie, and the means over all tasks that go there; what has none is zero."""
         written: set[int] = set()
-        moved = list(self._stored(gradients, written))
+        moved = list(self._gradients(gradients, written))
         rest = [g for g in gradients.all() if id(g) not in written]
-        self.move([*moved, *((g, self._defaults[1].expand(g.shape)) for g in rest)])
+        return moved + [(g, self._defaults[1].expand(g.shape)) for g in rest]
 
-    def _stored(self, gradients: Gradients, written: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _gradients(self, gradients: Gradients, written: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Places and what goes there; ``written``: gradients that are filled with it, by identity."""
         m = self.memory
         for name, ref in m.meta_grads.items():

@@ -73,6 +73,7 @@ class Goal:
         target: [T, N, O], as the loss stores it.
         weights: of the losses of all steps [K]; None for 1.
         step: whose weight is meant.
+        pair: of two roles, of which the second has no weight.
         want_loss: whether its value is wanted beside the gradient.
         loss: where that goes, [T]; new memory where None.
     """
@@ -82,6 +83,7 @@ class Goal:
     step: int = 0
     want_loss: bool = False
     loss: Ref | None = None
+    pair: bool = False
 
 
 @dataclass
@@ -101,6 +103,8 @@ class Pass:
         goal: of the loss; None for predictions alone.
         buffers: of the model, by name; all tasks share them.
         masks: of dropout; None where nobody draws them.
+        roles: several where so many groups of tasks have the same weights, which are then of ``tasks / roles``; rows
+            and gradients of weights are [roles, ...].
     """
 
     tasks: int
@@ -117,6 +121,11 @@ class Pass:
     goal: Goal | None = None
     buffers: Mapping[str, Ref] = field(default_factory=dict)
     masks: PassMasks | None = None
+    roles: int = 1
+
+    def op(self, name: str) -> Any:
+        """Our operation of this name, in the form for so many roles."""
+        return getattr(torch.ops.mamlpp_fast, f"{name}_shared" if self.roles > 1 else name).default
 
     @property
     def drawn(self) -> PassMasks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,6 +44,16 @@ class FirstLayer(Affine):
         return 2 * ps.tasks * ps.images * 4 * math.prod(self.shape) * math.prod(self.weight.shape[:3])
 
     def _prepared(self, em: Emitter, images: Ref) -> tuple[Ref, Ref]:
+        """Of all images of the buffer, if it has those of several roles; these images' part."""
+        each = math.prod(images.shape[1:])
+        tasks = math.prod(images.buffer.shape) // each
+        whole = images if tasks == images.shape[0] else Ref(images.buffer).reshape(tasks, *images.shape[1:])
+        prepared = em.once((self.name, images.buffer), lambda: self._prepare(em, whole))
+        begin = images.begin // each
+        end = begin + images.shape[0]
+        return prepared if whole is images else (prepared[0][begin:end], prepared[1][begin:end])
+
+    def _prepare(self, em: Emitter, images: Ref) -> tuple[Ref, Ref]:
         tasks, count, height, width, channels = images.shape
         kh, kw = self.weight.shape[:2]
         rim, values = 2 * self.padding, kh * kw * channels
@@ -53,7 +64,7 @@ class FirstLayer(Affine):
 
     def forward(self, em: Emitter, ps: Pass) -> None:
         images = ps.values[self.inputs[0]]
-        prepared = em.once((self.name, images.buffer), lambda: self._prepared(em, images))
+        prepared = self._prepared(em, images)
         out, shape = self.new_output(em, ps), (ps.tasks, self.shape[-1])
         if self.norm in ps.stats:
             mean, rstd = ps.stats[self.norm]
@@ -62,12 +73,18 @@ class FirstLayer(Affine):
         index = em.new(f"{self.name} positions", out.shape, torch.uint8)
         w, (gamma, beta) = ps.weights[self.weight.name], self.weight_and_bias(em, ps, shape[1])
         em.call(
-            ops.conv_norm_act_pool.default,
+            ps.op("conv_norm_act_pool"),
             *(*prepared, w, gamma, beta, self.eps, self.slope, out, index, mean, rstd),
             flops=self._flops(ps),
         )
         ps.values[self.output] = out
-        ps.saved[self.name] = (out, index, *prepared, w, gamma, rstd, self.slope)
+        ps.saved[self.name] = (out, index, *prepared, rstd)
+
+    def _saved(self, em: Emitter, ps: Pass) -> tuple[Any, ...]:
+        """What the forward left for the other rules, with what they read beside."""
+        out, index, padded, moments, rstd = ps.saved[self.name]
+        gamma, _ = self.weight_and_bias(em, ps, self.shape[-1])
+        return out, index, padded, moments, ps.weights[self.weight.name], gamma, rstd, self.slope
 
     def tangent(self, em: Emitter, ps: Pass) -> None:
         out, t = self.new_output(em, ps, "tangent of "), em.new(f"{self.name} t", (ps.tasks, self.shape[-1]))
@@ -77,7 +94,7 @@ class FirstLayer(Affine):
             em.call(aten.zero_.default, v)
         em.call(
             ops.conv_norm_act_pool_tangent.default,
-            *(v, *ps.saved[self.name], out, t, *moved),
+            *(v, *self._saved(em, ps), out, t, *moved),
             flops=self._flops(ps),
         )
         ps.tangents[self.output] = out
@@ -93,8 +110,8 @@ class FirstLayer(Affine):
         sums = em.new(f"{self.name} sums", (ps.tasks, math.prod(self.weight.shape[:3]), self.shape[-1]))
         gw, ggamma, gbeta = self._outputs(em, ps, out)
         em.call(
-            ops.conv_norm_act_pool_backward.default,
-            *(gy, *ps.saved[self.name], gw, sums, ggamma, gbeta),
+            ps.op("conv_norm_act_pool_backward"),
+            *(gy, *self._saved(em, ps), gw, sums, ggamma, gbeta),
             flops=self._flops(ps),
         )
         ps.saved[self.name, "sums"] = sums
@@ -106,7 +123,7 @@ class FirstLayer(Affine):
         v, t, moved = ps.saved[self.name, "tangent"]
         em.call(
             ops.conv_norm_act_pool_backward_tangent.default,
-            *(gy_dot, v, *ps.saved[self.name], ps.saved[self.name, "sums"], t),
+            *(gy_dot, v, *self._saved(em, ps), ps.saved[self.name, "sums"], t),
             *(*self._outputs(em, ps, out), *moved),
             flops=self._flops(ps),
         )

@@ -36,7 +36,7 @@ class Head(Linear):
         bias = None if self.bias is None else ps.weights[self.bias.name]
         x, w = ps.values[self.inputs[0]], ps.weights[self.weight.name]
         em.call(
-            ops.linear_cross_entropy.default,
+            ps.op("linear_cross_entropy"),
             *(x, w, bias, ps.goal.target, scale, logits, p, gz, loss),
             flops=self._flops(ps),
         )
@@ -84,7 +84,7 @@ class Head(Linear):
         if gx is None and not found:
             return
         if g0 is None:
-            op = ops.linear_cross_entropy_backward.default
+            op = ps.op("linear_cross_entropy_backward")
             em.call(op, g, x, w, *results, flops=self._flops(ps) * products)
             return
         u, v = ps.tangents.get(source), ps.directions.get(self.weight.name)

@@ -51,8 +51,7 @@ class Conv(OneBackward):
         # A first layer waits for memory: rounding its large gradient costs more than a CPU's faster products save.
         keep = em.device.type == "cpu" and self.weight.shape[2] <= _FEW_CHANNELS
         operands = [r if r is None or keep else em.operand(r) for r in (*first, *second)]
-        fn = getattr(ops, op).default
-        em.call(fn, *operands, self.stride, self.padding, out, flops=self._flops(ps, len(pairs)))
+        em.call(ps.op(op), *operands, self.stride, self.padding, out, flops=self._flops(ps, len(pairs)))
 
     def forward(self, em: Emitter, ps: Pass) -> None:
         out = self.new_output(em, ps)
@@ -80,7 +79,7 @@ class Conv(OneBackward):
             ]
             flops = 2 * self._flops(ps, 1 if u is None else 2)
             em.call(
-                getattr(ops, self.gradients_op).default,
+                ps.op(self.gradients_op),
                 *operands,
                 self.stride,
                 self.padding,

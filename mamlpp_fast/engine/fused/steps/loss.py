@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamlpp_fast.engine import base
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import LOSS, Goal, Pass, Step, aten
@@ -57,8 +58,12 @@ class Loss:
         """
         return (labels[0], *outputs), dtype
 
+    def blank(self, stored: Tensor) -> float | None:
+        """What ``stored`` is filled with before :meth:`load`; None where that leaves nothing of it."""
+        return None
+
     def load(self, stored: Tensor, labels: Tensor) -> None:
-        """Writes labels or targets [T, N, ...] into ``stored`` [T, N, O]."""
+        """Writes labels or targets [T, N, ...] into ``stored`` [T, N, O], which is :meth:`blank`."""
         raise NotImplementedError
 
     def check(self, name: str, labels: Tensor) -> None:
@@ -90,18 +95,24 @@ class Loss:
 
 
 def scaled(em: Emitter, mean: float, goal: Goal) -> Ref:
-    """``mean`` times the weight of a pass's step, as a device scalar; those of all steps are taken at once."""
+    """``mean`` times the weight of a pass's step, as a device scalar, [2] of a pair; all steps' are taken at once."""
     scale, weights = em.constant(mean), goal.weights
     if weights is None:
         return scale
 
     def all_steps() -> Ref:
         shape = weights.shape[0], _SCALE_ROW
-        out = em.new("loss scales", shape)
-        em.call(aten.mul.out, weights.reshape(-1, 1).expand(*shape), scale, out=out)
+        if not base.launches_cost(em.device):
+            out = em.new("loss scales", shape)
+            em.call(aten.mul.out, weights.reshape(-1, 1).expand(*shape), scale, out=out)
+            return out
+        # The second of a row is that of a role without weight.
+        out = em.own("loss scales", torch.full(shape, mean, dtype=em.dtype, device=em.device))
+        em.strided_sum_of_owned(out[:, 0], weights, mean)
         return out
 
-    return em.once(("loss scales", mean, weights.buffer), all_steps)[goal.step, 0]
+    row = em.once(("loss scales", mean, weights.buffer), all_steps)[goal.step]
+    return row[:2] if goal.pair else row[0]
 
 
 def loss_place(em: Emitter, goal: Goal, tasks: int) -> Ref | None:
@@ -121,9 +132,11 @@ class CrossEntropy(Loss):
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f"label_smoothing: expected 0 to 1, got {self.smoothing}")
 
+    def blank(self, stored: Tensor) -> float:
+        return self.smoothing / stored.shape[-1]
+
     def load(self, stored: Tensor, labels: Tensor) -> None:
-        spread = self.smoothing / stored.shape[-1]
-        stored.fill_(spread)
+        spread = self.blank(stored)
         stored.scatter_(-1, labels.unsqueeze(-1), 1.0 - self.smoothing + spread)
 
     def check(self, name: str, labels: Tensor) -> None:

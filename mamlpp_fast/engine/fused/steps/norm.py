@@ -62,7 +62,11 @@ class NormActPool(Affine):
             *(z, gamma, beta, self.eps, self.slope, self.pool, y, index, mean, rstd, max(1, self.group)),
         )
         ps.values[self.output] = out
-        ps.saved[self.name] = (z, index, mean, rstd, gamma, beta)
+        ps.saved[self.name] = (z, index, mean, rstd)
+
+    def _saved(self, em: Emitter, ps: Pass) -> tuple[Ref, ...]:
+        """What the forward left for the other rules, and the weights."""
+        return *ps.saved[self.name], *self.weight_and_bias(em, ps, self._stats_shape(ps)[1])
 
     def tangent(self, em: Emitter, ps: Pass) -> None:
         out, shape = self.new_output(em, ps, "tangent of "), self._stats_shape(ps)
@@ -74,7 +78,7 @@ class NormActPool(Affine):
         u = self._view(ps, u)
         em.call(
             ops.norm_act_pool_tangent.default,
-            *(u, *ps.saved[self.name], self.slope, self.pool),
+            *(u, *self._saved(em, ps), self.slope, self.pool),
             *(self._view(ps, out), r, t, *(moved or (None, None)), max(1, self.group)),
         )
         ps.tangents[self.output] = out
@@ -107,7 +111,7 @@ class NormActPool(Affine):
             found = self._outputs(em, ps, out)
             em.call(
                 ops.norm_act_pool_backward.default,
-                *(self._view(ps, gy), *ps.saved[self.name], self.slope, self.pool),
+                *(self._view(ps, gy), *self._saved(em, ps), self.slope, self.pool),
                 *(*found, max(1, self.group)),
             )
             self._sum_images(em, ps, found, out)
@@ -120,7 +124,7 @@ class NormActPool(Affine):
         found = self._outputs(em, ps, out)
         em.call(
             ops.norm_act_pool_backward_tangent.default,
-            *(self._view(ps, gy_dot), self._view(ps, gy), u, *ps.saved[self.name], self.slope),
+            *(self._view(ps, gy_dot), self._view(ps, gy), u, *self._saved(em, ps), self.slope),
             *(r, t, self.pool, *found, moved, max(1, self.group)),
         )
         self._sum_images(em, ps, found, out)
