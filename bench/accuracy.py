@@ -51,11 +51,13 @@ def sampler() -> EpisodeSampler:
 def errors(episodes: int, updates: int) -> list[float]:
     """Relative errors (Euclidean norm of all gradients) of this process's form, episode by episode."""
     fresh = episodes - episodes // 5
-    base = trained(updates)
+    exact, ours = (_WORKLOAD.learner("fused", precision) for precision in ("float64", "float32"))
     found = []
     for seed in range(episodes):
-        exact = _WORKLOAD.learner("fused", "float64", seed=seed) if seed < fresh else base
-        ours = _WORKLOAD.learner("fused", "float32", seed=seed)
+        if seed < fresh:
+            exact.load_state_dict(_WORKLOAD.learner("reference", "float64", seed=seed).state_dict())
+        elif seed == fresh:
+            exact.load_state_dict(trained(updates).state_dict())
         ours.load_state_dict(exact.state_dict())
         expected, result = gradient_on(exact, episode(seed)), gradient_on(ours, episode(seed))
         found.append(float((result - expected).norm() / expected.norm()))
