@@ -3,13 +3,18 @@
     python -m bench.networks [NAME ...] [--seconds 4] [--threads 2] [--json FILE]
 
 Second-order MAML with a rate for each tensor, five inner steps, float32 on two threads, by ``engine="auto"`` (and
-``"fused"`` where that is another) and by the loop of ``bench.networks.textbook``, in turn. Loss and every meta-gradient
-must equal the loop's in float64 to 1e-9 before any time is taken.
+``"fused"`` where that is another), by the loop of ``bench.networks.textbook`` and by ``torch.func`` (``grad`` of
+``grad`` under ``vmap``), in turn. Loss and every meta-gradient must equal the loop's in float64 to 1e-9 before any
+time is taken. Memory is the peak of a process of its own over three of them, less what it held before the first.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
+import functools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mamlpp_fast as mf
 from bench.harness import interleaved, keep, parser_of
+from mamlpp_fast.machine import peak_memory_mib
 
 STEPS, RATE = 5, 0.01
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -290,6 +296,39 @@ def textbook(
     return step
 
 
+def transformed(
+    model: nn.Module, batch: Batch, loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], Results]:
+    """The same by ``torch.func``, all tasks under one ``vmap``; PyTorch's norms without running statistics."""
+    own = {n: p.detach() for n, p in model.named_parameters()}
+    names = [n for n in own if not _of_norm(model, n)]
+    rates = torch.full((len(names),), RATE, dtype=next(iter(own.values())).dtype)
+
+    def loss_of(fast: dict[str, Tensor], fixed: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(functional_call(model, fixed | fast, (x,)), y)
+
+    def task_loss(own: dict[str, Tensor], rates: Tensor, *task: Tensor) -> Tensor:
+        support_x, support_y, target_x, target_y = task
+        fast = {n: own[n] for n in names}
+        for _ in range(STEPS):
+            grads = torch.func.grad(loss_of)(fast, own, support_x, support_y)
+            fast = {n: p - rates[i] * grads[n] for i, (n, p) in enumerate(fast.items())}
+        return loss_of(fast, own, target_x, target_y)
+
+    def mean_loss(own: dict[str, Tensor], rates: Tensor) -> Tensor:
+        of_one = functools.partial(task_loss, own, rates)
+        return torch.func.vmap(of_one, randomness="different")(*batch).mean()
+
+    whole = torch.func.grad_and_value(mean_loss, argnums=(0, 1))
+
+    def step() -> Results:
+        with sdpa_kernel(SDPBackend.MATH):
+            (grads, of_rates), loss = whole(own, rates)
+        return [loss, *grads.values(), of_rates]
+
+    return step
+
+
 def _of_norm(model: nn.Module, name: str) -> bool:
     module = model.get_submodule(name.rpartition(".")[0])
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, mf.reference.PerStepBatchNorm2d)
@@ -320,39 +359,79 @@ def ours(
 
 def difference(case: Case) -> tuple[float, str]:
     """The largest error in float64, relative to the largest value of all, and why ``auto`` took what engine."""
-    model, batch, loss_fn = _built(case, torch.float64)
+    learner, step = _job(case, "ours", torch.float64)
+    assert learner is not None
+    return _error(case, step), f"{learner.engine.name}: {learner.engine_reason}"
+
+
+def _error(case: Case, step: Callable[[], Results]) -> float:
+    _, loop = _job(case, "textbook", torch.float64)
     torch.manual_seed(1)  # dropout draws the same numbers in both
-    expected = textbook(copy.deepcopy(model), batch, loss_fn)()
-    learner, step = ours(model, batch, case.loss, "auto")
+    expected = loop()
     torch.manual_seed(1)
     found = step()
     scale = max(float(g.abs().max()) for g in expected[1:])
-    worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / scale
-    return worst, f"{learner.engine.name}: {learner.engine_reason}"
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / scale
 
 
-def _built(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Batch, Callable[[Tensor, Tensor], Tensor]]:
+def _fault(case: Case) -> str | None:
+    """Why ``torch.func`` is not timed."""
+    try:
+        error = _error(case, _job(case, "torch.func", torch.float64)[1])
+    except RuntimeError as reason:
+        return str(reason).partition("\n")[0]
+    return None if error < 1e-9 else f"{error:.1e} off the textbook's in float64"
+
+
+def _job(case: Case, way: str, dtype: torch.dtype) -> tuple[mf.MAMLPlusPlus | None, Callable[[], Results]]:
+    """A meta-gradient by one of ``WAYS``, and the learner where there is one."""
     torch.manual_seed(0)
-    model = mf.convert_batch_norm(case.model(), STEPS, per_step_affine=False, per_step_stats=False).to(dtype)
+    model = case.model().to(dtype)
+    if way != "torch.func":
+        model = mf.convert_batch_norm(model, STEPS, per_step_affine=False, per_step_stats=False)
     x, y, tx, ty = (t.to(dtype) if t.is_floating_point() else t for t in case.tasks())
-    return model, (x, y, tx, ty), F.mse_loss if case.loss == "mse" else F.cross_entropy
+    batch, loss_fn = (x, y, tx, ty), F.mse_loss if case.loss == "mse" else F.cross_entropy
+    if way == "ours":
+        return ours(model, batch, case.loss, "auto")
+    if way == "torch.func":
+        return None, transformed(torch.func.replace_all_batch_norm_modules_(model), batch, loss_fn)
+    return None, textbook(model, batch, loss_fn)
+
+
+WAYS = ("ours", "textbook", "torch.func")
+
+
+def grown(case: Case, way: str) -> float:
+    """MiB that three meta-gradients add to this process's peak."""
+    _, step = _job(case, way, torch.float32)
+    before = peak_memory_mib(torch.device("cpu"))
+    for _ in range(3):
+        step()
+    return peak_memory_mib(torch.device("cpu")) - before
 
 
 def measured(name: str, seconds: float) -> dict[str, Any]:
-    """A row: which engine, whether it is right, milliseconds and ratio to the textbook loop."""
+    """A row: which engine, whether it is right, milliseconds, ratios of the others to ours, MiB."""
     case = CASES[name]
     error, _ = difference(case)
     if not error < 1e-9:
         raise SystemExit(f"{name}: {error:.1e} off the textbook's in float64")
-    model, batch, loss_fn = _built(case, torch.float32)
-    learner, step = ours(copy.deepcopy(model), batch, case.loss, "auto")
+    fault = _fault(case)
+    learner, step = _job(case, "ours", torch.float32)
+    assert learner is not None
     step()
-    jobs: dict[str, Callable[[], object]] = {"ours": step, "textbook": textbook(model, batch, loss_fn)}
+    others = [way for way in WAYS if way != "ours" and not (fault and way == "torch.func")]
+    jobs = {"ours": step} | {way: _job(case, way, torch.float32)[1] for way in others}
     times = interleaved(jobs, seconds)
     generic: list[str] = []
     if learner.engine.name == "fused":
         network = next(iter(learner.engine._prepared.values())).network  # type: ignore[attr-defined]
         generic = [s.kind.removeprefix("generic ") for s in network.steps if s.kind.startswith("generic")]
+    memory = {}
+    for way in jobs:
+        command = [sys.executable, "-m", "bench.networks", name, "--grown", way]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        memory[way] = float(json.loads(done.stdout))
     return {
         "name": name,
         "engine": learner.engine.name,
@@ -360,7 +439,9 @@ def measured(name: str, seconds: float) -> dict[str, Any]:
         "error": error,
         "generic": generic,
         "ms": {job: 1000 * t.median for job, t in times.items()},
-        "ratio": times["textbook"].over(times["ours"]),
+        "ratio": {way: times[way].over(times["ours"]) for way in others},
+        "torch.func": fault,
+        "mib": memory,
     }
 
 
@@ -369,21 +450,28 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--grown", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in CASES]:
         parser.error(f"NAME: expected one of {', '.join(CASES)}, got {unknown[0]}")
     torch.set_num_threads(arguments.threads)
+    if arguments.grown:
+        print(grown(CASES[arguments.names[0]], arguments.grown))
+        return
     rows = []
-    print(f"{'network':<20} {'engine':<9} {'ours ms':>8} {'loop ms':>8} {'times':>6}  generic steps")
+    print(
+        f"{'network':<20} {'engine':<9} {'ours ms':>8} {'loop ms':>8} {'times':>6} {'func':>6}  generic steps"
+    )
     for name in arguments.names or CASES:
         row = measured(name, arguments.seconds)
         rows.append(row)
         generic = ", ".join(row["generic"]) or "-"
         if row["engine"] != "fused":
             generic = row["reason"]
+        func = "-" if row["torch.func"] else f"{row['ratio']['torch.func'][1]:.2f}"
         print(
             f"{name:<20} {row['engine']:<9} {row['ms']['ours']:>8.1f} {row['ms']['textbook']:>8.1f} "
-            f"{row['ratio'][1]:>6.2f}  {generic}",
+            f"{row['ratio']['textbook'][1]:>6.2f} {func:>6}  {generic}",
             flush=True,
         )
     taken = [row for row in rows if row["engine"] == "fused"]

@@ -200,21 +200,25 @@ def drop_in(rows: Rows) -> str:
 
 
 def networks(rows: Rows) -> str:
-    """Times of networks of all kinds beside a textbook loop's; quartiles of the ratio, round by round."""
+    """Times of networks of all kinds beside a textbook loop's and torch.func's; quartiles round by round; memory."""
     lines = []
     for r in rows:
-        low, middle, high = r["ratio"]
         steps = ", ".join(r["generic"]) or "none"
+        func = r["ratio"].get("torch.func")
         lines.append(
             [
                 r["name"],
                 f"{r['ms']['textbook']:.1f}",
                 f"{r['ms']['ours']:.1f}",
-                f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                _ratio(r["ratio"]["textbook"]),
+                _ratio(func) if func else "not timed",
+                f"{r['mib']['textbook']:.0f}",
+                f"{r['mib']['ours']:.0f}",
                 steps if r["engine"] == "fused" else f"{r['engine']}: {r['reason']}",
             ]
         )
-    return table(["network", "textbook loop, ms", "ours, ms", "times as fast", "generic steps"], lines)
+    heads = ["network", "textbook loop, ms", "ours, ms", "times as fast", "as torch.func"]
+    return table([*heads, "loop, MiB", "ours, MiB", "generic steps"], lines)
 
 
 def peers(rows: Rows) -> str:
