@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,10 @@ def test_an_error_of_a_lane_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_interrupt_stops_every_lane_first() -> None:
     torch.set_num_threads(2)
-    stopped: list[int] = []
+    both, stopped = threading.Barrier(2), list[int]()
 
     def work(lane: int, halt: lanes.Halt) -> None:
+        both.wait(60)
         if lane == 0:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         while not halt.wanted:
@@ -224,6 +226,31 @@ def test_an_interrupt_stops_every_lane_first() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert sorted(stopped) == [0, 1]
+
+
+def test_an_interrupt_while_lanes_are_handed_out_stops_them_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    begun, stopped = threading.Event(), list[int]()
+    submit = ThreadPoolExecutor.submit
+
+    def work(lane: int, halt: lanes.Halt) -> None:
+        begun.set()
+        while not halt.wanted:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        stopped.append(lane)
+
+    def interrupted(self: ThreadPoolExecutor, *args: Any) -> None:
+        submit(self, *args)
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    lanes.run(lambda lane, halt: None, 2)  # the threads are there
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lanes.run(work, 2)
+    assert stopped == [0]
 
 
 def test_two_learners_in_two_threads() -> None:

@@ -153,15 +153,23 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1, threads: int = 1) -> 
         return
     halt = Halt(torch.zeros(1, dtype=torch.uint8, device="cpu"))
     flush = _flushes_denormals()
+    gate, begun = threading.Lock(), list[threading.Event]()
 
     def on_lane(lane: int) -> None:
-        torch.set_flush_denormal(flush)
+        done = threading.Event()
+        with gate:
+            if halt.wanted:  # the caller may be gone
+                return
+            begun.append(done)
         try:
+            torch.set_flush_denormal(flush)
             with torch.no_grad():
                 work(lane, halt)
         except BaseException:
             halt.want()
             raise
+        finally:
+            done.set()
 
     pool, running = _pool.of(lanes), list[Future[None]]()
     try:
@@ -171,8 +179,7 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1, threads: int = 1) -> 
         while wait(running, timeout=1.0).not_done:
             continue
     finally:
-        halt.want()
-        _settle(running)
+        _settle(halt, gate, begun)
     for future in running:
         future.result()
 
@@ -190,13 +197,22 @@ def each(work: Callable[[int, int], None], count: int, lanes: int) -> None:
     run(on_lane, lanes)
 
 
-def _settle(running: list[Future[None]]) -> None:
-    """Waits for all, however often the caller is interrupted: they write to memory that it goes on to use."""
-    while not all(future.done() for future in running):
+def _settle(halt: Halt, gate: threading.Lock, begun: list[threading.Event]) -> None:
+    """Halts all lanes and waits for those that have begun, however often the caller is interrupted.
+
+    They write to memory that it goes on to use. An interrupt while a lane is handed to its thread leaves no future of
+    it: so lanes say themselves that they have begun.
+    """
+    while True:
         try:
-            wait(running)
+            halt.want()
+            with gate:
+                own = list(begun)
+            for done in own:
+                done.wait()
         except KeyboardInterrupt:
             continue
+        return
 
 
 def _flushes_denormals() -> bool:
