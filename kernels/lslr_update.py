@@ -36,8 +36,12 @@ def _pieces(offsets_ptr, L, BLOCK: tl.constexpr, BL: tl.constexpr):
 
 
 @triton.jit
-def _find(offsets_ptr, piece, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.constexpr):
-    """Segment, first element and end of a piece; the end is not above the first for a piece beyond the last."""
+def _find(offsets_ptr, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.constexpr):
+    """Segment of this program's piece, its elements in a task's buffer, where they lie, and which of them are there.
+
+    None is, of a piece beyond the last.
+    """
+    piece = tl.program_id(0)
     if EACH:
         segment = piece * 0
         begin = piece * BLOCK
@@ -49,7 +53,8 @@ def _find(offsets_ptr, piece, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH:
         before = tl.sum(tl.where(index < segment, counts, 0), 0)
         begin = tl.sum(tl.where(index == segment, begins, 0), 0) + (piece - before) * BLOCK
         stop = tl.sum(tl.where(index == segment, ends, 0), 0)
-    return segment, begin, stop
+    i = begin + tl.arange(0, BLOCK)
+    return segment, i, tl.program_id(1).to(tl.int64) * P + i, i < stop
 
 
 @triton.jit
@@ -64,10 +69,7 @@ def _rate(rates_ptr, segment, i, valid, P, L, K, step, EACH: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def _update(theta_ptr, grad_ptr, rates_ptr, offsets_ptr, out_ptr, P, L, K, step, ACC: tl.constexpr,
             BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
-    segment, begin, stop = _find(offsets_ptr, tl.program_id(0), P, L, BLOCK, BL, EACH)
-    i = begin + tl.arange(0, BLOCK)
-    valid = i < stop
-    at = tl.program_id(1).to(tl.int64) * P + i
+    segment, i, at, valid = _find(offsets_ptr, P, L, BLOCK, BL, EACH)
     rate = _rate(rates_ptr, segment, i, valid, P, L, K, step, EACH)
     theta = tl.load(theta_ptr + at, mask=valid, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + at, mask=valid, other=0.0).to(ACC)
@@ -103,12 +105,7 @@ def _leave(part_ptr, counter_ptr, offsets_ptr, grates_ptr, value, segment, L, K,
 @triton.jit(do_not_specialize=_SIZES)
 def _backward(gout_ptr, grad_ptr, rates_ptr, offsets_ptr, ggrad_ptr, part_ptr, counter_ptr, grates_ptr, P, L, K, step,
               S, T, ACC: tl.constexpr, BLOCK: tl.constexpr, BL: tl.constexpr):  # fmt: skip
-    piece = tl.program_id(0)
-    task = tl.program_id(1)
-    segment, begin, stop = _find(offsets_ptr, piece, P, L, BLOCK, BL, False)
-    i = begin + tl.arange(0, BLOCK)
-    valid = i < stop
-    at = task.to(tl.int64) * P + i
+    segment, i, at, valid = _find(offsets_ptr, P, L, BLOCK, BL, False)
     rate = _rate(rates_ptr, segment, i, valid, P, L, K, step, False)
     gout = tl.load(gout_ptr + at, mask=valid, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + at, mask=valid, other=0.0).to(ACC)
@@ -138,12 +135,7 @@ def _backward_each(gout_ptr, grad_ptr, rates_ptr, ggrad_ptr, grates_ptr, P, step
 def _double_backward(a_ptr, b_ptr, gout_ptr, grad_ptr, rates_ptr, offsets_ptr, cgout_ptr, cgrad_ptr, part_ptr,
                      counter_ptr, grates_ptr, P, L, K, step, S, T, ACC: tl.constexpr, BLOCK: tl.constexpr,
                      BL: tl.constexpr):  # fmt: skip
-    piece = tl.program_id(0)
-    task = tl.program_id(1)
-    segment, begin, stop = _find(offsets_ptr, piece, P, L, BLOCK, BL, False)
-    i = begin + tl.arange(0, BLOCK)
-    valid = i < stop
-    at = task.to(tl.int64) * P + i
+    segment, i, at, valid = _find(offsets_ptr, P, L, BLOCK, BL, False)
     rate = _rate(rates_ptr, segment, i, valid, P, L, K, step, False)
     b = _rate(b_ptr, segment, i, valid, P, L, K, step, False)
     a = tl.load(a_ptr + at, mask=valid, other=0.0).to(ACC)
