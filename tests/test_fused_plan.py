@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.fused.buffers import place
 from mamlpp_fast.engine.fused.engine import FusedEngine
-from mamlpp_fast.engine.fused.placing import place
 from mamlpp_fast.engine.fused.program import Buffer, Emitter, Workspace
 from mamlpp_fast.engine.fused.steps.base import aten
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
