@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,32 @@ class Configuration:
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         return launch_options(self.num_warps, self.num_stages)
+
+
+_KINDS = {"eps": "fp64", "slope": "fp64", "index_ptr": "*u8", "counter_ptr": "*i32", "offsets_ptr": "*i64"}
+
+
+def argument_types(
+    kernel: Any,
+    constants: Iterable[str],
+    elements: torch.dtype,
+    others: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, str]:
+    """Triton's types of a kernel's arguments, by name.
+
+    Args:
+        kernel: the jitted function.
+        constants: its constexpr arguments, which have none.
+        elements: what pointers point to,
+        others: but these.
+    """
+    kinds = _KINDS | {name: f"*{TYPE_NAMES[dtype]}" for name, dtype in (others or {}).items()}
+    plain = f"*{TYPE_NAMES[elements]}"
+    return {
+        name: kinds.get(name, plain if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in constants
+    }
 
 
 def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:

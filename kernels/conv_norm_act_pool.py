@@ -18,6 +18,7 @@ from ._launch import (
     TYPE_NAMES,
     Configuration,
     accumulator,
+    argument_types,
     counters,
     directions,
     first_role,
@@ -231,7 +232,6 @@ def backward_tangent(
 
 def launch_configurations() -> Iterator[Configuration]:
     """Everything a call can launch: two types, two sizes of patches, γ and β fixed or not."""
-    doubles = {"part_ptr", "centre_ptr", "moments_ptr"}
     for dtype in _TYPES:
         for values in _PATCHES:
             for kernel, moves in itertools.product(_KERNELS, (False, True)):
@@ -245,22 +245,10 @@ def launch_configurations() -> Iterator[Configuration]:
                 if dtype == torch.float32 and kernel is kernels.moments:
                     continue  # all float64
                 kind = TYPE_NAMES[dtype]
-                types = {}
-                for name in kernel.arg_names:
-                    if name in constants:
-                        continue
-                    if name in ("eps", "slope"):
-                        types[name] = "fp64"
-                    elif name == "index_ptr":
-                        types[name] = "*u8"
-                    elif name == "counter_ptr":
-                        types[name] = "*i32"
-                    elif name in doubles and not (name == "part_ptr" and kernel in _BACKWARD):
-                        types[name] = "*fp64"
-                    else:
-                        types[name] = f"*{kind}" if name.endswith("_ptr") else "i32"
+                wide = {"centre_ptr", "moments_ptr"} | (set() if kernel in _BACKWARD else {"part_ptr"})
+                types = argument_types(kernel, constants, dtype, dict.fromkeys(wide, torch.float64))
                 pointers = tuple(n for n in types if n.endswith("_ptr") and n not in kernels.UNALIGNED)
                 # Products of what happens once a channel are float64 ones.
-                wide = "" if kind == "fp64" else "fp64 of "
-                text = f"{kernel.__name__}{' moving' * moves} {values} values {wide}{kind}"
+                inside = "" if kind == "fp64" else "fp64 of "
+                text = f"{kernel.__name__}{' moving' * moves} {values} values {inside}{kind}"
                 yield Configuration(text, kernel, types, constants, *_options(kernel), aligned=pointers)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
 
-from ._launch import TYPE_NAMES, Configuration, first_role, launch_options
+from ._launch import TYPE_NAMES, Configuration, argument_types, first_role, launch_options
 
 _TYPES = (torch.float64, torch.float32)
 _CLASSES = (16, MOST_CLASSES)
@@ -273,13 +273,8 @@ def launch_configurations() -> Iterator[Configuration]:
                 (_gradients, True),
             ):
                 constants = _constants(kernel, dtype, classes, second)
-                kind = TYPE_NAMES[dtype]
-                types = {
-                    name: f"*{kind}" if name.endswith("_ptr") else "i32"
-                    for name in kernel.arg_names
-                    if name not in constants
-                }
+                types = argument_types(kernel, constants, dtype)
                 pointers = tuple(name for name in types if name.endswith("_ptr") and name not in _LOGITS)
                 order = " tangent" if second else ""
-                text = f"{kernel.__name__[1:]}{order} {classes} classes {kind}"
+                text = f"{kernel.__name__[1:]}{order} {classes} classes {TYPE_NAMES[dtype]}"
                 yield Configuration(text, kernel, types, constants, _warps(kernel, classes), aligned=pointers)

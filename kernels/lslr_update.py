@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, counters, last_piece, launch_options
+from ._launch import (
+    TYPE_NAMES,
+    Configuration,
+    accumulator,
+    aligned,
+    argument_types,
+    counters,
+    last_piece,
+    launch_options,
+)
 
 _BLOCK = 1024
 _WARPS = 4
@@ -290,21 +299,10 @@ def launch_configurations() -> Iterator[Configuration]:
 
 
 def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Configuration:
-    wide = {"rates_ptr", "b_ptr", "part_ptr", "grates_ptr", "crates_ptr"}
-    types = {}
-    for name in kernel.arg_names:
-        if name == "offsets_ptr":
-            # Not read with one rate an element: the rates stand in.
-            each = constants.get("EACH", False)
-            types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}" if each else "*i64"
-        elif name == "counter_ptr":
-            types[name] = "*i32"
-        elif name in wide:
-            types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
-        elif name.endswith("_ptr"):
-            types[name] = f"*{TYPE_NAMES[dtype]}"
-        elif name not in constants:
-            types[name] = "i32"
+    wide = ["rates_ptr", "b_ptr", "part_ptr", "grates_ptr", "crates_ptr"]
+    if constants.get("EACH", False):
+        wide.append("offsets_ptr")  # not read with one rate an element: the rates stand in
+    types = argument_types(kernel, constants, dtype, dict.fromkeys(wide, accumulator(dtype)[0]))
     pointers = tuple(name for name in types if name.endswith("_ptr"))
     text = f"{kernel.__name__[1:]} {label} {TYPE_NAMES[dtype]}"
     return Configuration(text, kernel, types, constants, _WARPS, aligned=pointers)

@@ -15,7 +15,16 @@ import triton
 from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, directions, launch_options, rows_of_tasks, split
+from ._launch import (
+    TYPE_NAMES,
+    Configuration,
+    accumulator,
+    argument_types,
+    directions,
+    launch_options,
+    rows_of_tasks,
+    split,
+)
 
 _PIECES = 32
 _WHOLE = 1024
@@ -226,15 +235,7 @@ def launch_configurations() -> Iterator[Configuration]:
             constants = {n: given[n] for n in kernel.arg_names if n in given}
             if not pool and "POOL" not in constants:
                 continue
-            kinds = {"eps": "fp64", "slope": "fp64", "index_ptr": "*u8"}
-            rows = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
-            types = {
-                n: f"*{TYPE_NAMES[dtype]}"
-                if n in _IMAGES
-                else kinds.get(n, rows if n.endswith("_ptr") else "i32")
-                for n in kernel.arg_names
-                if n not in constants
-            }
+            types = argument_types(kernel, constants, accumulator(dtype)[0], dict.fromkeys(_IMAGES, dtype))
             pointers = tuple(n for n in types if n in _ALIGNED)
             label = (
                 f"{kernel.__name__}{' whole' * whole}{' moving' * moves} {'pool' if pool else 'no pool'} "

@@ -35,7 +35,7 @@ from ._batch_norm_passes import (
     rows,
     total,
 )  # fmt: skip
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, launch_options, split
+from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, argument_types, launch_options, split
 
 _PIECES = 32
 _WHOLE_PROGRAMS = 96
@@ -383,16 +383,7 @@ def launch_configurations() -> Iterator[Configuration]:
 
 
 def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Configuration:
-    images = {"x_ptr", "y_ptr", "gy_ptr", "gx_ptr", "u_ptr", "cx_ptr", "cgy_ptr"}
-    types = {}
-    for name in kernel.arg_names:
-        if name in images:
-            types[name] = f"*{TYPE_NAMES[dtype]}"
-        elif name.endswith("_ptr"):
-            types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
-        elif name in ("eps", "slope"):
-            types[name] = "fp64"
-        elif name not in constants:
-            types[name] = "i32"
+    images = ("x_ptr", "y_ptr", "gy_ptr", "gx_ptr", "u_ptr", "cx_ptr", "cgy_ptr")
+    types = argument_types(kernel, constants, accumulator(dtype)[0], dict.fromkeys(images, dtype))
     pointers = tuple(name for name in types if name.endswith("_ptr"))
     return Configuration(label, kernel, types, constants, _WARPS, aligned=pointers)
