@@ -42,7 +42,6 @@ class Configuration:
         constants: value of every constexpr argument, by name.
         num_warps: warps of one program.
         num_stages: software pipelining depth of loops with loads.
-        aligned: arguments specialised as divisible by 16.
         tensor_cores: whether sm_90 code is expected to hold matrix instructions.
         by_arch: constants that are others on an architecture.
     """
@@ -53,9 +52,14 @@ class Configuration:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
     by_arch: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def aligned(self) -> list[str]:
+        """Arguments specialised as divisible by 16: pointers, but those that the kernel takes anywhere."""
+        anywhere = {p.name for p in self.kernel.params if p.do_not_specialize_on_alignment}
+        return [n for n in self.types if n.endswith("_ptr") and n not in anywhere]
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""

@@ -247,8 +247,7 @@ def launch_configurations() -> Iterator[Configuration]:
                 kind = TYPE_NAMES[dtype]
                 wide = {"centre_ptr", "moments_ptr"} | (set() if kernel in _BACKWARD else {"part_ptr"})
                 types = argument_types(kernel, constants, dtype, dict.fromkeys(wide, torch.float64))
-                pointers = tuple(n for n in types if n.endswith("_ptr") and n not in kernels.UNALIGNED)
                 # Products of what happens once a channel are float64 ones.
                 inside = "" if kind == "fp64" else "fp64 of "
                 text = f"{kernel.__name__}{' moving' * moves} {values} values {inside}{kind}"
-                yield Configuration(text, kernel, types, constants, *_options(kernel), aligned=pointers)
+                yield Configuration(text, kernel, types, constants, *_options(kernel))

@@ -274,7 +274,6 @@ def launch_configurations() -> Iterator[Configuration]:
             ):
                 constants = _constants(kernel, dtype, classes, second)
                 types = argument_types(kernel, constants, dtype)
-                pointers = tuple(name for name in types if name.endswith("_ptr") and name not in _LOGITS)
                 order = " tangent" if second else ""
                 text = f"{kernel.__name__[1:]}{order} {classes} classes {TYPE_NAMES[dtype]}"
-                yield Configuration(text, kernel, types, constants, _warps(kernel, classes), aligned=pointers)
+                yield Configuration(text, kernel, types, constants, _warps(kernel, classes))

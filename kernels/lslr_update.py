@@ -303,6 +303,5 @@ def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[
     if constants.get("EACH", False):
         wide.append("offsets_ptr")  # not read with one rate an element: the rates stand in
     types = argument_types(kernel, constants, dtype, dict.fromkeys(wide, accumulator(dtype)[0]))
-    pointers = tuple(name for name in types if name.endswith("_ptr"))
     text = f"{kernel.__name__[1:]} {label} {TYPE_NAMES[dtype]}"
-    return Configuration(text, kernel, types, constants, _WARPS, aligned=pointers)
+    return Configuration(text, kernel, types, constants, _WARPS)

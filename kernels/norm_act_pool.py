@@ -236,7 +236,6 @@ def launch_configurations() -> Iterator[Configuration]:
             if not pool and "POOL" not in constants:
                 continue
             types = argument_types(kernel, constants, accumulator(dtype)[0], dict.fromkeys(_IMAGES, dtype))
-            pointers = tuple(n for n in types if n in _ALIGNED)
             label = (
                 f"{kernel.__name__}{' whole' * whole}{' moving' * moves} {'pool' if pool else 'no pool'} "
                 f"C%16={'0' if channels == 64 else 'any'}"
@@ -247,5 +246,4 @@ def launch_configurations() -> Iterator[Configuration]:
                 types,
                 constants,
                 _warps(whole),
-                aligned=pointers,
             )

@@ -385,5 +385,4 @@ def launch_configurations() -> Iterator[Configuration]:
 def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Configuration:
     images = ("x_ptr", "y_ptr", "gy_ptr", "gx_ptr", "u_ptr", "cx_ptr", "cgy_ptr")
     types = argument_types(kernel, constants, accumulator(dtype)[0], dict.fromkeys(images, dtype))
-    pointers = tuple(name for name in types if name.endswith("_ptr"))
-    return Configuration(label, kernel, types, constants, _WARPS, aligned=pointers)
+    return Configuration(label, kernel, types, constants, _WARPS)

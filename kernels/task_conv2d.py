@@ -315,7 +315,6 @@ def launch_configurations() -> Iterator[Configuration]:
         tile = _tile(dtype, dense, precision, weight, 90)
         results = dict.fromkeys(("out_ptr", "gx_ptr", "gw_ptr"), out) | {"part_ptr": accumulator(dtype)[0]}
         types = argument_types(kernel, constants, dtype, results)
-        pointers = tuple(n for n in types if n.endswith("_ptr"))
         shown = TYPE_NAMES[dtype] if precision == "ieee" else precision
         yield Configuration(
             f"{order} {'dense' if dense else 'flat'} {shown} -> {TYPE_NAMES[out]}",
@@ -324,7 +323,6 @@ def launch_configurations() -> Iterator[Configuration]:
             constants,
             tile.num_warps,
             tile.num_stages,
-            aligned=pointers,
             tensor_cores=_matrix(dtype, precision),
             by_arch={80: older},
         )
