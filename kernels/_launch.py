@@ -109,6 +109,15 @@ def aligned(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
 
 
+def check_memory(name: str, tensor: Tensor, anywhere: Sequence[str]) -> None:
+    """Raises unless a kernel's argument is contiguous and starts on 16 bytes, or is one that may start anywhere."""
+    if not tensor.is_contiguous() or (name not in anywhere and tensor.data_ptr() % 16):
+        raise ValueError(
+            f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
+            f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
+        )
+
+
 def each_task(row: Tensor, tasks: int) -> Tensor:
     """A row [C] as it is, rows [R, C] as [T, C]: each is that of T / R neighbouring tasks."""
     return row if row.dim() == 1 else row.repeat_interleave(tasks // row.shape[0], 0)

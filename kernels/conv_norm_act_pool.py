@@ -19,6 +19,7 @@ from ._launch import (
     Configuration,
     accumulator,
     argument_types,
+    check_memory,
     counters,
     directions,
     first_role,
@@ -108,11 +109,7 @@ class _Call:
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **scalars: Any) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
-            if not tensor.is_contiguous() or (name not in kernels.UNALIGNED and tensor.data_ptr() % 16):
-                raise ValueError(
-                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
-                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
-                )
+            check_memory(name, tensor, kernels.UNALIGNED)
         given = self.arguments | scalars | _constants(kernel, self.dtype, self.size)
         names = kernel.arg_names[len(tensors) :]
         kernel[grid](*tensors, **{n: given[n] for n in names}, **launch_options(*_options(kernel)))

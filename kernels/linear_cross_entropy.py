@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
 
-from ._launch import TYPE_NAMES, Configuration, argument_types, first_role, launch_options
+from ._launch import TYPE_NAMES, Configuration, argument_types, check_memory, first_role, launch_options
 
 _TYPES = (torch.float64, torch.float32)
 _CLASSES = (16, MOST_CLASSES)
@@ -191,11 +191,7 @@ class _Call:
                 raise TypeError(
                     f"{name.removesuffix('_ptr')}: expected {self.f.dtype} like f, got {tensor.dtype}"
                 )
-            if not tensor.is_contiguous() or (name not in _LOGITS and tensor.data_ptr() % 16):
-                raise ValueError(
-                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
-                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
-                )
+            check_memory(name, tensor, _LOGITS)
         counts = {f"has_{name}": int(tensor is not None) for name, tensor in has.items()}
         kernel[(self.tasks, programs)](
             *(self.f if t is None else t for t in tensors),

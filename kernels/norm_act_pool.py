@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
 from ._launch import (
+    ROWS,
     TYPE_NAMES,
     Configuration,
     accumulator,
     argument_types,
+    check_memory,
     directions,
     launch_options,
     rows_of_tasks,
@@ -82,11 +84,7 @@ class _Launch:
 
     def __call__(self, kernel: Any, *tensors: Tensor, **scalars: float) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
-            if not tensor.is_contiguous() or (name in _ALIGNED and tensor.data_ptr() % 16):
-                raise ValueError(
-                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
-                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
-                )
+            check_memory(name, tensor, ROWS)
             if (size := self.sizes.get(name)) is not None and tensor.numel() != size:
                 raise ValueError(
                     f"{name.removesuffix('_ptr')}: expected {size} elements, got {tuple(tensor.shape)}"
@@ -189,7 +187,6 @@ def backward_tangent(
 
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
 _IMAGES = {f"{n}_ptr" for n in ("z", "y", "gy", "gz", "u", "uy", "gy_dot")}
-_ALIGNED = _IMAGES | {"index_ptr", "part_ptr"}
 _KERNELS = (
     kernels.forward_sums,
     kernels.forward_apply,
