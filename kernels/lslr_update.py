@@ -51,6 +51,7 @@ def _find(offsets_ptr, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.con
     None is, of a piece beyond the last.
     """
     piece = tl.program_id(0)
+    task = tl.program_id(1)
     if EACH:
         segment = piece * 0
         begin = piece * BLOCK
@@ -63,7 +64,8 @@ def _find(offsets_ptr, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.con
         begin = tl.sum(tl.where(index == segment, begins, 0), 0) + (piece - before) * BLOCK
         stop = tl.sum(tl.where(index == segment, ends, 0), 0)
     i = begin + tl.arange(0, BLOCK)
-    return segment, i, tl.program_id(1).to(tl.int64) * P + i, i < stop
+    valid = i < stop
+    return segment, i, task.to(tl.int64) * P + i, valid
 
 
 @triton.jit
