@@ -95,17 +95,9 @@ class _Launch:
 
 
 def forward(
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    slope: float,
-    pool: bool,
-    y: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
+    z: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, pool: bool, y: Tensor, index: Tensor,
+    mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
     """``norm_act_pool`` of ``mamlpp_fast.ops``, as are the three below; all tensors contiguous."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     parts = launch.reduced(kernels.forward_sums, 2, mean, z)
@@ -113,19 +105,9 @@ def forward(
 
 
 def backward(
-    gy: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    gz: Tensor,
-    ggamma: Tensor,
-    gbeta: Tensor,
-) -> None:
+    gy: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, gz: Tensor, ggamma: Tensor, gbeta: Tensor,
+) -> None:  # fmt: skip
     """``norm_act_pool_backward``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     saved = (gy, z, index, mean, rstd, launch.gamma, launch.beta)
@@ -134,21 +116,9 @@ def backward(
 
 
 def tangent(
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    uy: Tensor,
-    r: Tensor,
-    t: Tensor,
-    gamma_dot: Tensor | None = None,
-    beta_dot: Tensor | None = None,
-) -> None:
+    u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, uy: Tensor, r: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
+) -> None:  # fmt: skip
     """``norm_act_pool_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     parts = launch.reduced(kernels.tangent_sums, 2, mean, u, z, mean, rstd)
@@ -158,24 +128,10 @@ def tangent(
 
 
 def backward_tangent(
-    gy_dot: Tensor,
-    gy: Tensor,
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    r: Tensor,
-    t: Tensor,
-    pool: bool,
-    gz_dot: Tensor,
-    ggamma_dot: Tensor,
-    gbeta_dot: Tensor,
+    gy_dot: Tensor, gy: Tensor, u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor,
+    beta: Tensor, slope: float, r: Tensor, t: Tensor, pool: bool, gz_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor,
     gamma_dot: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """``norm_act_pool_backward_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     saved = (gy_dot, gy, u, z, index, mean, rstd, launch.gamma, launch.beta)
