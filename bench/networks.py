@@ -102,12 +102,12 @@ class Policy(nn.Module):
         return torch.cat([self.mean(x), self.log_std.expand(len(x), 2)], 1)
 
 
-def mlp(*between: Callable[[], nn.Module], width: int = 40) -> Callable[[], nn.Module]:
+def mlp(*between: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """1 input, two hidden layers, 1 output."""
 
     def make() -> nn.Module:
-        hidden = [m for size in (1, width) for m in (nn.Linear(size, width), *(b() for b in between))]
-        return nn.Sequential(*hidden, nn.Linear(width, 1))
+        hidden = [m for size in (1, 40) for m in (nn.Linear(size, 40), *(b() for b in between))]
+        return nn.Sequential(*hidden, nn.Linear(40, 1))
 
     return make
 
@@ -151,18 +151,16 @@ def curves(*, inputs: int = 1, outputs: int = 1, support: int = 10, tasks: int =
     return make
 
 
-def classes(
-    *shape: int, ways: int = 5, shots: int = 1, targets: int = 5, tasks: int = 4, ids: int = 0
-) -> Any:
-    """Classification: inputs of this shape, token ids below ``ids``."""
+def classes(*shape: int, shots: int = 1, ids: int = 0) -> Any:
+    """5-way classification, 4 tasks: inputs of this shape, token ids below ``ids``."""
 
     def make() -> Batch:
         def side(count: int) -> tuple[Tensor, Tensor]:
-            y = torch.arange(ways).repeat_interleave(count).expand(tasks, -1)
-            size = tasks, ways * count, *shape
+            y = torch.arange(5).repeat_interleave(count).expand(4, -1)
+            size = 4, 5 * count, *shape
             return (torch.randint(ids, size) if ids else torch.randn(size)), y
 
-        return (*side(shots), *side(targets))
+        return (*side(shots), *side(5))
 
     return make
 

@@ -8,6 +8,12 @@ import triton.language as tl
 
 
 @triton.jit
+def program(CHANNELS: tl.constexpr, TASKS: tl.constexpr, BC: tl.constexpr):
+    """Channels [BC], task and piece of this program, of a grid with channels and tasks along these axes."""
+    return tl.program_id(CHANNELS) * BC + tl.arange(0, BC), tl.program_id(TASKS), tl.program_id(2)
+
+
+@triton.jit
 def offsets(m, c, C, P, CL: tl.constexpr, CA: tl.constexpr):
     """Element offsets [BM, BC] inside one task of rows m (image, pixel) and channels c."""
     if CL:
@@ -48,7 +54,7 @@ def moments(x_ptr, start, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, ACC
     count = tl.zeros([BM, 1], ACC)
     for first in range(start, stop, BM):
         offsets, valid = tile(first, stop, c, C, P, CL, CA, BM)
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC)
+        x = read(x_ptr + offsets, valid, ACC)
         count += tl.where(first + tl.arange(0, BM) < stop, 1.0, 0.0).to(ACC)[:, None]
         x -= shift[None, :]
         delta = tl.where(valid, x - mean, 0.0)
@@ -62,14 +68,52 @@ def moments(x_ptr, start, stop, c, C, P, CL: tl.constexpr, CA: tl.constexpr, ACC
 
 
 @triton.jit
+def read(ptr, valid, ACC: tl.constexpr):
+    """What lies there, zero where it does not count."""
+    return tl.load(ptr, mask=valid, other=0.0).to(ACC)
+
+
+@triton.jit
 def row(row_ptr, c, C, ACC: tl.constexpr):
-    return tl.load(row_ptr + c, mask=c < C, other=0.0).to(ACC)
+    return read(row_ptr + c, c < C, ACC)
+
+
+@triton.jit
+def rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, at, affine_at, c, C, ACC: tl.constexpr):
+    """Mean, 1/σ, γ and β [BC] of a task, and the slope: its statistics begin at `at`, its γ and β at `affine_at`."""
+    mean = row(mean_ptr + at, c, C, ACC)
+    rstd = row(rstd_ptr + at, c, C, ACC)
+    gamma = row(gamma_ptr + affine_at, c, C, ACC)
+    beta = row(beta_ptr + affine_at, c, C, ACC)
+    return mean, rstd, gamma, beta, tl.full([1, 1], slope, ACC)
 
 
 @triton.jit
 def gate(z, slope, ACC: tl.constexpr):
     """Derivative of the leaky ReLU at z."""
     return tl.where(z > 0.0, 1.0, slope).to(ACC)
+
+
+@triton.jit
+def standard(x, mean, rstd, gamma, beta, slope, ACC: tl.constexpr):
+    """x̂ [BM, BC], and the derivative of the leaky ReLU at γ·x̂ + β."""
+    normal = (x - mean[None, :]) * rstd[None, :]
+    return normal, gate(normal * gamma[None, :] + beta[None, :], slope, ACC)
+
+
+@triton.jit
+def gradient(x_ptr, gy_ptr, valid, mean, rstd, gamma, beta, slope, ACC: tl.constexpr):
+    """x̂ and the gradient [BM, BC] before the leaky ReLU."""
+    x = read(x_ptr, valid, ACC)
+    gy = read(gy_ptr, valid, ACC)
+    normal, slopes = standard(x, mean, rstd, gamma, beta, slope, ACC)
+    return normal, gy * slopes
+
+
+@triton.jit
+def sums(a, b, c, d, e):
+    """Of each [BM, BC], over its rows."""
+    return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.sum(d, axis=0), tl.sum(e, axis=0)
 
 
 @triton.jit
@@ -91,7 +135,7 @@ def normalise(x_ptr, y_ptr, mean, rstd, gamma, beta, slope, start, stop, c, C, P
                ACC: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     for first in range(start, stop, BM):
         offsets, valid = tile(first, stop, c, C, P, CL, CA, BM)
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC)
+        x = read(x_ptr + offsets, valid, ACC)
         z = (x - mean[None, :]) * rstd[None, :] * gamma[None, :] + beta[None, :]
         tl.store(y_ptr + offsets, z * gate(z, slope, ACC), mask=valid)
 
@@ -104,10 +148,7 @@ def backward_reduce(x_ptr, gy_ptr, mean, rstd, gamma, beta, slope, start, stop, 
     gx_sum = tl.zeros([BM, BC], ACC)
     for first in range(start, stop, BM):
         offsets, valid = tile(first, stop, c, C, P, CL, CA, BM)
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        gy = tl.load(gy_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        normal = (x - mean[None, :]) * rstd[None, :]
-        gz = gy * gate(normal * gamma[None, :] + beta[None, :], slope, ACC)
+        normal, gz = gradient(x_ptr + offsets, gy_ptr + offsets, valid, mean, rstd, gamma, beta, slope, ACC)
         g_sum += gz
         gx_sum += gz * normal
     return tl.sum(g_sum, axis=0), tl.sum(gx_sum, axis=0)
@@ -119,10 +160,7 @@ def backward_write(x_ptr, gy_ptr, gx_ptr, mean, rstd, gamma, beta, p, q, slope, 
     scale = gamma * rstd
     for first in range(start, stop, BM):
         offsets, valid = tile(first, stop, c, C, P, CL, CA, BM)
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        gy = tl.load(gy_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        normal = (x - mean[None, :]) * rstd[None, :]
-        gz = gy * gate(normal * gamma[None, :] + beta[None, :], slope, ACC)
+        normal, gz = gradient(x_ptr + offsets, gy_ptr + offsets, valid, mean, rstd, gamma, beta, slope, ACC)
         tl.store(gx_ptr + offsets, scale[None, :] * (gz - p[None, :] - normal * q[None, :]), mask=valid)
 
 
@@ -137,23 +175,14 @@ def double_reduce(x_ptr, gy_ptr, u_ptr, mean, rstd, gamma, beta, slope, start, s
     ug_sum = tl.zeros([BM, BC], ACC)
     for first in range(start, stop, BM):
         offsets, valid = tile(first, stop, c, C, P, CL, CA, BM)
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        gy = tl.load(gy_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        normal = (x - mean[None, :]) * rstd[None, :]
-        gz = gy * gate(normal * gamma[None, :] + beta[None, :], slope, ACC)
+        u = read(u_ptr + offsets, valid, ACC)
+        normal, gz = gradient(x_ptr + offsets, gy_ptr + offsets, valid, mean, rstd, gamma, beta, slope, ACC)
         g_sum += gz
         gx_sum += gz * normal
         u_sum += u
         ux_sum += u * normal
         ug_sum += u * gz
-    return (
-        tl.sum(g_sum, axis=0),
-        tl.sum(gx_sum, axis=0),
-        tl.sum(u_sum, axis=0),
-        tl.sum(ux_sum, axis=0),
-        tl.sum(ug_sum, axis=0),
-    )
+    return sums(g_sum, gx_sum, u_sum, ux_sum, ug_sum)
 
 
 @triton.jit
@@ -164,11 +193,10 @@ def double_write(x_ptr, gy_ptr, u_ptr, cx_ptr, cgy_ptr, mean, rstd, gamma, beta,
     along = w - r * p - 3.0 * t * q
     for first in range(start, stop, BM):
         offsets, valid = tile(first, stop, c, C, P, CL, CA, BM)
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        gy = tl.load(gy_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        normal = (x - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], slope, ACC)
+        x = read(x_ptr + offsets, valid, ACC)
+        gy = read(gy_ptr + offsets, valid, ACC)
+        u = read(u_ptr + offsets, valid, ACC)
+        normal, slopes = standard(x, mean, rstd, gamma, beta, slope, ACC)
         g = gy * slopes - p[None, :]
         u -= r[None, :]
         cgz = scale[None, :] * (u - normal * t[None, :]) + a[None, :] * normal + b[None, :]

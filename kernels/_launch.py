@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,6 @@ class Configuration:
         constants: value of every constexpr argument, by name.
         num_warps: warps of one program.
         num_stages: software pipelining depth of loops with loads.
-        aligned: arguments specialised as divisible by 16.
         tensor_cores: whether sm_90 code is expected to hold matrix instructions.
         by_arch: constants that are others on an architecture.
     """
@@ -53,13 +52,44 @@ class Configuration:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
     by_arch: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def aligned(self) -> list[str]:
+        """Arguments specialised as divisible by 16: pointers, but those that the kernel takes anywhere."""
+        anywhere = {p.name for p in self.kernel.params if p.do_not_specialize_on_alignment}
+        return [n for n in self.types if n.endswith("_ptr") and n not in anywhere]
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         return launch_options(self.num_warps, self.num_stages)
+
+
+_KINDS = {"eps": "fp64", "slope": "fp64", "index_ptr": "*u8", "counter_ptr": "*i32", "offsets_ptr": "*i64"}
+
+
+def argument_types(
+    kernel: Any,
+    constants: Iterable[str],
+    elements: torch.dtype,
+    others: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, str]:
+    """Triton's types of a kernel's arguments, by name.
+
+    Args:
+        kernel: the jitted function.
+        constants: its constexpr arguments, which have none.
+        elements: what pointers point to,
+        others: but these.
+    """
+    kinds = _KINDS | {name: f"*{TYPE_NAMES[dtype]}" for name, dtype in (others or {}).items()}
+    plain = f"*{TYPE_NAMES[elements]}"
+    return {
+        name: kinds.get(name, plain if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in constants
+    }
 
 
 def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, int]:
@@ -77,6 +107,15 @@ def aligned(tensors: Iterable[Tensor]) -> list[Tensor]:
     Kernels are compiled for aligned pointers only.
     """
     return [t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
+
+
+def check_memory(name: str, tensor: Tensor, anywhere: Sequence[str]) -> None:
+    """Raises unless a kernel's argument is contiguous and starts on 16 bytes, or is one that may start anywhere."""
+    if not tensor.is_contiguous() or (name not in anywhere and tensor.data_ptr() % 16):
+        raise ValueError(
+            f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
+            f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
+        )
 
 
 def each_task(row: Tensor, tasks: int) -> Tensor:

@@ -10,7 +10,22 @@ C channels; T tasks; M dense rows (image, pixel) of a task, Mo rows of the resul
 import triton
 import triton.language as tl
 
-from ._batch_norm_passes import combine, gate, keep, moments, origin, row, tile, total
+from ._batch_norm_passes import (
+    combine,
+    gate,
+    gradient,
+    keep,
+    moments,
+    origin,
+    program,
+    read,
+    row,
+    rows,
+    standard,
+    sums,
+    tile,
+    total,
+)  # fmt: skip
 from ._launch import ROWS
 
 _SIZES = ["C", "H", "W", "M", "Mo", "T", "S", "piece", "stretch", "per_row"]
@@ -65,19 +80,18 @@ def _spread(g_ptr, index_ptr, first, stop, c, C, H, W, CA: tl.constexpr, POOL: t
         offsets = out[:, None] * _columns(c, C, CA) + c[None, :]
         position = tl.load(index_ptr + offsets, mask=valid, other=4).to(tl.int32)
         mine = position == (i % 2 * 2 + j % 2)[:, None]
+        # Not by `read`: with the mask made before the call `backward_apply` takes ten registers more on sm_90.
         g = tl.load(g_ptr + offsets, mask=valid & mine, other=0.0).to(ACC)
     else:
         offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
-        g = tl.load(g_ptr + offsets, mask=valid, other=0.0).to(ACC)
+        g = read(g_ptr + offsets, valid, ACC)
     return g
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def forward_sums(z_ptr, part_ptr, C, M, T, S, piece, CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                   BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
+    c, t, s = program(1, 0, BC)
     stop = tl.minimum(M, (s + 1) * piece)
     mean, squares = moments(z_ptr + t.to(tl.int64) * M * C, s * piece, stop, c, C, 1, True, CA, ACC, BM, BC)
     keep(part_ptr, 0, mean, t, c, s, C, T, S)
@@ -95,9 +109,7 @@ def forward_apply(z_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, index_ptr, mean_p
                    slope: tl.float64, C, H, W, M, Mo, T, S, piece, stretch, per_row, CA: tl.constexpr,
                    POOL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                    BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
+    c, t, s = program(1, 0, BC)
     z_ptr += t.to(tl.int64) * M * C
     shift = origin(z_ptr, c, C, 1, True, ACC)
     if WHOLE:
@@ -144,10 +156,7 @@ def _backward_reduce(gy_ptr, z_ptr, index_ptr, mean, rstd, gamma, beta, leak, st
     gx_sum = tl.zeros([BM, BC], ACC)
     for first in range(start, stop, BM):
         out, dense, valid = _chosen(index_ptr, first, stop, c, C, H, W, CA, POOL, BM)
-        z = tl.load(z_ptr + dense, mask=valid, other=0.0).to(ACC)
-        normal = (z - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
-        g = tl.load(gy_ptr + out, mask=valid, other=0.0).to(ACC) * slopes
+        normal, g = gradient(z_ptr + dense, gy_ptr + out, valid, mean, rstd, gamma, beta, leak, ACC)
         g_sum += g
         gx_sum += g * normal
     return tl.sum(g_sum, axis=0), tl.sum(gx_sum, axis=0)
@@ -157,16 +166,10 @@ def _backward_reduce(gy_ptr, z_ptr, index_ptr, mean, rstd, gamma, beta, leak, st
 def backward_sums(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, slope: tl.float64, C,
                    H, W, M, Mo, T, S, stretch, per_row, CA: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr,
                    BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
-    mean = row(mean_ptr + t * C, c, C, ACC)
-    rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
-    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
-    leak = tl.full([1, 1], slope, ACC)
-    pooled = t.to(tl.int64) * Mo * C
-    dense = t.to(tl.int64) * M * C
+    c, t, s = program(1, 0, BC)
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t // per_row * C, c, C,
+                                         ACC)  # fmt: skip
+    pooled, dense = t.to(tl.int64) * Mo * C, t.to(tl.int64) * M * C
     stop = tl.minimum(Mo, (s + 1) * stretch)
     g, gx = _backward_reduce(gy_ptr + pooled, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma, beta, leak,
                              s * stretch, stop, c, C, H, W, CA, POOL, ACC, BM, BC)  # fmt: skip
@@ -179,16 +182,10 @@ def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta
                     gbeta_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, piece, per_row, CA: tl.constexpr,
                     POOL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                     BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
-    mean = row(mean_ptr + t * C, c, C, ACC)
-    rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
-    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
-    leak = tl.full([1, 1], slope, ACC)
-    pooled = t.to(tl.int64) * Mo * C
-    dense = t.to(tl.int64) * M * C
+    c, t, s = program(1, 0, BC)
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t // per_row * C, c, C,
+                                         ACC)  # fmt: skip
+    pooled, dense = t.to(tl.int64) * Mo * C, t.to(tl.int64) * M * C
     if WHOLE:
         g_total, gx_total = _backward_reduce(
             gy_ptr + pooled, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma, beta, leak, 0, Mo, c, C, H, W, CA,
@@ -205,9 +202,8 @@ def backward_apply(gy_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta
     stop = tl.minimum(M, (s + 1) * piece)
     for first in range(s * piece, stop, BM):
         offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
-        z = tl.load(z_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
-        normal = (z - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        z = read(z_ptr + dense + offsets, valid, ACC)
+        normal, slopes = standard(z, mean, rstd, gamma, beta, leak, ACC)
         g = _spread(gy_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM) * slopes
         gz = (gamma * rstd)[None, :] * (g - p[None, :] - normal * q[None, :])
         tl.store(gz_ptr + dense + offsets, gz, mask=valid)
@@ -221,8 +217,8 @@ def _tangent_reduce(u_ptr, z_ptr, mean, rstd, start, stop, c, C, CA: tl.constexp
     ux_sum = tl.zeros([BM, BC], ACC)
     for first in range(start, stop, BM):
         offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
-        z = tl.load(z_ptr + offsets, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + offsets, mask=valid, other=0.0).to(ACC)
+        z = read(z_ptr + offsets, valid, ACC)
+        u = read(u_ptr + offsets, valid, ACC)
         u_sum += u
         ux_sum += u * ((z - mean[None, :]) * rstd[None, :])
     return tl.sum(u_sum, axis=0), tl.sum(ux_sum, axis=0)
@@ -231,9 +227,7 @@ def _tangent_reduce(u_ptr, z_ptr, mean, rstd, start, stop, c, C, CA: tl.constexp
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
 def tangent_sums(u_ptr, z_ptr, mean_ptr, rstd_ptr, part_ptr, C, M, T, S, piece, CA: tl.constexpr,
                   ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
+    c, t, s = program(1, 0, BC)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
     dense = t.to(tl.int64) * M * C
@@ -248,9 +242,7 @@ def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_p
                    part_ptr, uy_ptr, r_ptr, t_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, per_row,
                    CA: tl.constexpr, POOL: tl.constexpr, MOVES: tl.constexpr, WHOLE: tl.constexpr,
                    ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
+    c, t, s = program(1, 0, BC)
     mean = row(mean_ptr + t * C, c, C, ACC)
     rstd = row(rstd_ptr + t * C, c, C, ACC)
     dense = t.to(tl.int64) * M * C
@@ -274,10 +266,9 @@ def tangent_apply(u_ptr, z_ptr, index_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_p
     stop = tl.minimum(Mo, (s + 1) * stretch)
     for first in range(s * stretch, stop, BM):
         out, source, valid = _chosen(index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, BM)
-        z = tl.load(z_ptr + dense + source, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + dense + source, mask=valid, other=0.0).to(ACC)
-        normal = (z - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        z = read(z_ptr + dense + source, valid, ACC)
+        u = read(u_ptr + dense + source, valid, ACC)
+        normal, slopes = standard(z, mean, rstd, gamma, beta, leak, ACC)
         before = (gamma * rstd)[None, :] * (u - along[None, :] - normal * across[None, :])
         if MOVES:
             before += gamma_dot[None, :] * normal + beta_dot[None, :]
@@ -296,24 +287,17 @@ def _backward_tangent_reduce(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean, 
     dx_sum = tl.zeros([BM, BC], ACC)
     for first in range(start, stop, BM):
         out, source, valid = _chosen(index_ptr, first, stop, c, C, H, W, CA, POOL, BM)
-        z = tl.load(z_ptr + source, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + source, mask=valid, other=0.0).to(ACC)
-        normal = (z - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
-        g = tl.load(gy_ptr + out, mask=valid, other=0.0).to(ACC) * slopes
-        d = tl.load(gy_dot_ptr + out, mask=valid, other=0.0).to(ACC) * slopes
+        z = read(z_ptr + source, valid, ACC)
+        u = read(u_ptr + source, valid, ACC)
+        normal, slopes = standard(z, mean, rstd, gamma, beta, leak, ACC)
+        g = read(gy_ptr + out, valid, ACC) * slopes
+        d = read(gy_dot_ptr + out, valid, ACC) * slopes
         g_sum += g
         gx_sum += g * normal
         gu_sum += g * u
         d_sum += d
         dx_sum += d * normal
-    return (
-        tl.sum(g_sum, axis=0),
-        tl.sum(gx_sum, axis=0),
-        tl.sum(gu_sum, axis=0),
-        tl.sum(d_sum, axis=0),
-        tl.sum(dx_sum, axis=0),
-    )
+    return sums(g_sum, gx_sum, gu_sum, d_sum, dx_sum)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=ROWS)
@@ -321,16 +305,10 @@ def backward_tangent_sums(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr,
                            part_ptr, slope: tl.float64, C, H, W, M, Mo, T, S, stretch, per_row, CA: tl.constexpr,
                            POOL: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                            BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
-    mean = row(mean_ptr + t * C, c, C, ACC)
-    rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
-    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
-    leak = tl.full([1, 1], slope, ACC)
-    pooled = t.to(tl.int64) * Mo * C
-    dense = t.to(tl.int64) * M * C
+    c, t, s = program(1, 0, BC)
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t // per_row * C, c, C,
+                                         ACC)  # fmt: skip
+    pooled, dense = t.to(tl.int64) * Mo * C, t.to(tl.int64) * M * C
     stop = tl.minimum(Mo, (s + 1) * stretch)
     g, gx, gu, d, dx = _backward_tangent_reduce(
         gy_dot_ptr + pooled, gy_ptr + pooled, u_ptr + dense, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma, beta,
@@ -349,19 +327,13 @@ def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr
                             C, H, W, M, Mo, T, S, piece, per_row, CA: tl.constexpr, POOL: tl.constexpr,
                             MOVES: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                             BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    t = tl.program_id(0)
-    s = tl.program_id(2)
+    c, t, s = program(1, 0, BC)
     count = M.to(ACC)
-    mean = row(mean_ptr + t * C, c, C, ACC)
-    rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t // per_row * C, c, C, ACC)
-    beta = row(beta_ptr + t // per_row * C, c, C, ACC)
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t // per_row * C, c, C,
+                                         ACC)  # fmt: skip
     along = row(r_ptr + t * C, c, C, ACC)
     across = row(t_ptr + t * C, c, C, ACC)
-    leak = tl.full([1, 1], slope, ACC)
-    pooled = t.to(tl.int64) * Mo * C
-    dense = t.to(tl.int64) * M * C
+    pooled, dense = t.to(tl.int64) * Mo * C, t.to(tl.int64) * M * C
     if WHOLE:
         p, q, w, p_dot, q_dot = _backward_tangent_reduce(
             gy_dot_ptr + pooled, gy_ptr + pooled, u_ptr + dense, z_ptr + dense, index_ptr + pooled, mean, rstd, gamma,
@@ -394,10 +366,9 @@ def backward_tangent_apply(gy_dot_ptr, gy_ptr, u_ptr, z_ptr, index_ptr, mean_ptr
     stop = tl.minimum(M, (s + 1) * piece)
     for first in range(s * piece, stop, BM):
         offsets, valid = tile(first, stop, c, C, 1, True, CA, BM)
-        z = tl.load(z_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
-        u = tl.load(u_ptr + dense + offsets, mask=valid, other=0.0).to(ACC)
-        normal = (z - mean[None, :]) * rstd[None, :]
-        slopes = gate(normal * gamma[None, :] + beta[None, :], leak, ACC)
+        z = read(z_ptr + dense + offsets, valid, ACC)
+        u = read(u_ptr + dense + offsets, valid, ACC)
+        normal, slopes = standard(z, mean, rstd, gamma, beta, leak, ACC)
         g = _spread(gy_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM)
         d = _spread(gy_dot_ptr + pooled, index_ptr + pooled, first, stop, c, C, H, W, CA, POOL, ACC, BM)
         gradients = scale[None, :] * slopes * (d - shrink[None, :] * g)

@@ -18,6 +18,8 @@ from ._launch import (
     TYPE_NAMES,
     Configuration,
     accumulator,
+    argument_types,
+    check_memory,
     counters,
     directions,
     first_role,
@@ -107,11 +109,7 @@ class _Call:
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *tensors: Tensor, **scalars: Any) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
-            if not tensor.is_contiguous() or (name not in kernels.UNALIGNED and tensor.data_ptr() % 16):
-                raise ValueError(
-                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
-                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
-                )
+            check_memory(name, tensor, kernels.UNALIGNED)
         given = self.arguments | scalars | _constants(kernel, self.dtype, self.size)
         names = kernel.arg_names[len(tensors) :]
         kernel[grid](*tensors, **{n: given[n] for n in names}, **launch_options(*_options(kernel)))
@@ -231,7 +229,6 @@ def backward_tangent(
 
 def launch_configurations() -> Iterator[Configuration]:
     """Everything a call can launch: two types, two sizes of patches, γ and β fixed or not."""
-    doubles = {"part_ptr", "centre_ptr", "moments_ptr"}
     for dtype in _TYPES:
         for values in _PATCHES:
             for kernel, moves in itertools.product(_KERNELS, (False, True)):
@@ -245,22 +242,9 @@ def launch_configurations() -> Iterator[Configuration]:
                 if dtype == torch.float32 and kernel is kernels.moments:
                     continue  # all float64
                 kind = TYPE_NAMES[dtype]
-                types = {}
-                for name in kernel.arg_names:
-                    if name in constants:
-                        continue
-                    if name in ("eps", "slope"):
-                        types[name] = "fp64"
-                    elif name == "index_ptr":
-                        types[name] = "*u8"
-                    elif name == "counter_ptr":
-                        types[name] = "*i32"
-                    elif name in doubles and not (name == "part_ptr" and kernel in _BACKWARD):
-                        types[name] = "*fp64"
-                    else:
-                        types[name] = f"*{kind}" if name.endswith("_ptr") else "i32"
-                pointers = tuple(n for n in types if n.endswith("_ptr") and n not in kernels.UNALIGNED)
+                wide = {"centre_ptr", "moments_ptr"} | (set() if kernel in _BACKWARD else {"part_ptr"})
+                types = argument_types(kernel, constants, dtype, dict.fromkeys(wide, torch.float64))
                 # Products of what happens once a channel are float64 ones.
-                wide = "" if kind == "fp64" else "fp64 of "
-                text = f"{kernel.__name__}{' moving' * moves} {values} values {wide}{kind}"
-                yield Configuration(text, kernel, types, constants, *_options(kernel), aligned=pointers)
+                inside = "" if kind == "fp64" else "fp64 of "
+                text = f"{kernel.__name__}{' moving' * moves} {values} values {inside}{kind}"
+                yield Configuration(text, kernel, types, constants, *_options(kernel))

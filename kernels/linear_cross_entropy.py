@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mamlpp_fast.ops.linear_cross_entropy import MOST_CLASSES
 
-from ._launch import TYPE_NAMES, Configuration, first_role, launch_options
+from ._launch import TYPE_NAMES, Configuration, argument_types, check_memory, first_role, launch_options
 
 _TYPES = (torch.float64, torch.float32)
 _CLASSES = (16, MOST_CLASSES)
@@ -191,11 +191,7 @@ class _Call:
                 raise TypeError(
                     f"{name.removesuffix('_ptr')}: expected {self.f.dtype} like f, got {tensor.dtype}"
                 )
-            if not tensor.is_contiguous() or (name not in _LOGITS and tensor.data_ptr() % 16):
-                raise ValueError(
-                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
-                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
-                )
+            check_memory(name, tensor, _LOGITS)
         counts = {f"has_{name}": int(tensor is not None) for name, tensor in has.items()}
         kernel[(self.tasks, programs)](
             *(self.f if t is None else t for t in tensors),
@@ -273,13 +269,7 @@ def launch_configurations() -> Iterator[Configuration]:
                 (_gradients, True),
             ):
                 constants = _constants(kernel, dtype, classes, second)
-                kind = TYPE_NAMES[dtype]
-                types = {
-                    name: f"*{kind}" if name.endswith("_ptr") else "i32"
-                    for name in kernel.arg_names
-                    if name not in constants
-                }
-                pointers = tuple(name for name in types if name.endswith("_ptr") and name not in _LOGITS)
+                types = argument_types(kernel, constants, dtype)
                 order = " tangent" if second else ""
-                text = f"{kernel.__name__[1:]}{order} {classes} classes {kind}"
-                yield Configuration(text, kernel, types, constants, _warps(kernel, classes), aligned=pointers)
+                text = f"{kernel.__name__[1:]}{order} {classes} classes {TYPE_NAMES[dtype]}"
+                yield Configuration(text, kernel, types, constants, _warps(kernel, classes))

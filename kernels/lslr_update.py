@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, counters, last_piece, launch_options
+from ._launch import (
+    TYPE_NAMES,
+    Configuration,
+    accumulator,
+    aligned,
+    argument_types,
+    counters,
+    last_piece,
+    launch_options,
+)
 
 _BLOCK = 1024
 _WARPS = 4
@@ -36,8 +45,13 @@ def _pieces(offsets_ptr, L, BLOCK: tl.constexpr, BL: tl.constexpr):
 
 
 @triton.jit
-def _find(offsets_ptr, piece, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.constexpr):
-    """Segment, first element and end of a piece; the end is not above the first for a piece beyond the last."""
+def _find(offsets_ptr, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.constexpr):
+    """Segment of this program's piece, its elements in a task's buffer, where they lie, and which of them are there.
+
+    None is, of a piece beyond the last.
+    """
+    piece = tl.program_id(0)
+    task = tl.program_id(1)
     if EACH:
         segment = piece * 0
         begin = piece * BLOCK
@@ -49,7 +63,9 @@ def _find(offsets_ptr, piece, P, L, BLOCK: tl.constexpr, BL: tl.constexpr, EACH:
         before = tl.sum(tl.where(index < segment, counts, 0), 0)
         begin = tl.sum(tl.where(index == segment, begins, 0), 0) + (piece - before) * BLOCK
         stop = tl.sum(tl.where(index == segment, ends, 0), 0)
-    return segment, begin, stop
+    i = begin + tl.arange(0, BLOCK)
+    valid = i < stop
+    return segment, i, task.to(tl.int64) * P + i, valid
 
 
 @triton.jit
@@ -64,10 +80,7 @@ def _rate(rates_ptr, segment, i, valid, P, L, K, step, EACH: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def _update(theta_ptr, grad_ptr, rates_ptr, offsets_ptr, out_ptr, P, L, K, step, ACC: tl.constexpr,
             BLOCK: tl.constexpr, BL: tl.constexpr, EACH: tl.constexpr):  # fmt: skip
-    segment, begin, stop = _find(offsets_ptr, tl.program_id(0), P, L, BLOCK, BL, EACH)
-    i = begin + tl.arange(0, BLOCK)
-    valid = i < stop
-    at = tl.program_id(1).to(tl.int64) * P + i
+    segment, i, at, valid = _find(offsets_ptr, P, L, BLOCK, BL, EACH)
     rate = _rate(rates_ptr, segment, i, valid, P, L, K, step, EACH)
     theta = tl.load(theta_ptr + at, mask=valid, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + at, mask=valid, other=0.0).to(ACC)
@@ -103,12 +116,7 @@ def _leave(part_ptr, counter_ptr, offsets_ptr, grates_ptr, value, segment, L, K,
 @triton.jit(do_not_specialize=_SIZES)
 def _backward(gout_ptr, grad_ptr, rates_ptr, offsets_ptr, ggrad_ptr, part_ptr, counter_ptr, grates_ptr, P, L, K, step,
               S, T, ACC: tl.constexpr, BLOCK: tl.constexpr, BL: tl.constexpr):  # fmt: skip
-    piece = tl.program_id(0)
-    task = tl.program_id(1)
-    segment, begin, stop = _find(offsets_ptr, piece, P, L, BLOCK, BL, False)
-    i = begin + tl.arange(0, BLOCK)
-    valid = i < stop
-    at = task.to(tl.int64) * P + i
+    segment, i, at, valid = _find(offsets_ptr, P, L, BLOCK, BL, False)
     rate = _rate(rates_ptr, segment, i, valid, P, L, K, step, False)
     gout = tl.load(gout_ptr + at, mask=valid, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + at, mask=valid, other=0.0).to(ACC)
@@ -138,12 +146,7 @@ def _backward_each(gout_ptr, grad_ptr, rates_ptr, ggrad_ptr, grates_ptr, P, step
 def _double_backward(a_ptr, b_ptr, gout_ptr, grad_ptr, rates_ptr, offsets_ptr, cgout_ptr, cgrad_ptr, part_ptr,
                      counter_ptr, grates_ptr, P, L, K, step, S, T, ACC: tl.constexpr, BLOCK: tl.constexpr,
                      BL: tl.constexpr):  # fmt: skip
-    piece = tl.program_id(0)
-    task = tl.program_id(1)
-    segment, begin, stop = _find(offsets_ptr, piece, P, L, BLOCK, BL, False)
-    i = begin + tl.arange(0, BLOCK)
-    valid = i < stop
-    at = task.to(tl.int64) * P + i
+    segment, i, at, valid = _find(offsets_ptr, P, L, BLOCK, BL, False)
     rate = _rate(rates_ptr, segment, i, valid, P, L, K, step, False)
     b = _rate(b_ptr, segment, i, valid, P, L, K, step, False)
     a = tl.load(a_ptr + at, mask=valid, other=0.0).to(ACC)
@@ -298,21 +301,9 @@ def launch_configurations() -> Iterator[Configuration]:
 
 
 def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Configuration:
-    wide = {"rates_ptr", "b_ptr", "part_ptr", "grates_ptr", "crates_ptr"}
-    types = {}
-    for name in kernel.arg_names:
-        if name == "offsets_ptr":
-            # Not read with one rate an element: the rates stand in.
-            each = constants.get("EACH", False)
-            types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}" if each else "*i64"
-        elif name == "counter_ptr":
-            types[name] = "*i32"
-        elif name in wide:
-            types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
-        elif name.endswith("_ptr"):
-            types[name] = f"*{TYPE_NAMES[dtype]}"
-        elif name not in constants:
-            types[name] = "i32"
-    pointers = tuple(name for name in types if name.endswith("_ptr"))
+    wide = ["rates_ptr", "b_ptr", "part_ptr", "grates_ptr", "crates_ptr"]
+    if constants.get("EACH", False):
+        wide.append("offsets_ptr")  # not read with one rate an element: the rates stand in
+    types = argument_types(kernel, constants, dtype, dict.fromkeys(wide, accumulator(dtype)[0]))
     text = f"{kernel.__name__[1:]} {label} {TYPE_NAMES[dtype]}"
-    return Configuration(text, kernel, types, constants, _WARPS, aligned=pointers)
+    return Configuration(text, kernel, types, constants, _WARPS)

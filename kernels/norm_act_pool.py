@@ -15,7 +15,18 @@ import triton
 from torch import Tensor
 
 from . import _norm_act_pool_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, directions, launch_options, rows_of_tasks, split
+from ._launch import (
+    ROWS,
+    TYPE_NAMES,
+    Configuration,
+    accumulator,
+    argument_types,
+    check_memory,
+    directions,
+    launch_options,
+    rows_of_tasks,
+    split,
+)
 
 _PIECES = 32
 _WHOLE = 1024
@@ -73,11 +84,7 @@ class _Launch:
 
     def __call__(self, kernel: Any, *tensors: Tensor, **scalars: float) -> None:
         for name, tensor in zip(kernel.arg_names, tensors, strict=False):
-            if not tensor.is_contiguous() or (name in _ALIGNED and tensor.data_ptr() % 16):
-                raise ValueError(
-                    f"{name.removesuffix('_ptr')}: expected a contiguous tensor that starts on 16 bytes, "
-                    f"got shape {tuple(tensor.shape)}, strides {tensor.stride()} at {tensor.data_ptr():#x}"
-                )
+            check_memory(name, tensor, ROWS)
             if (size := self.sizes.get(name)) is not None and tensor.numel() != size:
                 raise ValueError(
                     f"{name.removesuffix('_ptr')}: expected {size} elements, got {tuple(tensor.shape)}"
@@ -88,17 +95,9 @@ class _Launch:
 
 
 def forward(
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    slope: float,
-    pool: bool,
-    y: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
+    z: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, pool: bool, y: Tensor, index: Tensor,
+    mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
     """``norm_act_pool`` of ``mamlpp_fast.ops``, as are the three below; all tensors contiguous."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     parts = launch.reduced(kernels.forward_sums, 2, mean, z)
@@ -106,19 +105,9 @@ def forward(
 
 
 def backward(
-    gy: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    gz: Tensor,
-    ggamma: Tensor,
-    gbeta: Tensor,
-) -> None:
+    gy: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, gz: Tensor, ggamma: Tensor, gbeta: Tensor,
+) -> None:  # fmt: skip
     """``norm_act_pool_backward``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     saved = (gy, z, index, mean, rstd, launch.gamma, launch.beta)
@@ -127,21 +116,9 @@ def backward(
 
 
 def tangent(
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    pool: bool,
-    uy: Tensor,
-    r: Tensor,
-    t: Tensor,
-    gamma_dot: Tensor | None = None,
-    beta_dot: Tensor | None = None,
-) -> None:
+    u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, slope: float,
+    pool: bool, uy: Tensor, r: Tensor, t: Tensor, gamma_dot: Tensor | None = None, beta_dot: Tensor | None = None,
+) -> None:  # fmt: skip
     """``norm_act_pool_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     parts = launch.reduced(kernels.tangent_sums, 2, mean, u, z, mean, rstd)
@@ -151,24 +128,10 @@ def tangent(
 
 
 def backward_tangent(
-    gy_dot: Tensor,
-    gy: Tensor,
-    u: Tensor,
-    z: Tensor,
-    index: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    slope: float,
-    r: Tensor,
-    t: Tensor,
-    pool: bool,
-    gz_dot: Tensor,
-    ggamma_dot: Tensor,
-    gbeta_dot: Tensor,
+    gy_dot: Tensor, gy: Tensor, u: Tensor, z: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor,
+    beta: Tensor, slope: float, r: Tensor, t: Tensor, pool: bool, gz_dot: Tensor, ggamma_dot: Tensor, gbeta_dot: Tensor,
     gamma_dot: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """``norm_act_pool_backward_tangent``."""
     launch = _Launch(z, mean, gamma, beta, slope, pool)
     saved = (gy_dot, gy, u, z, index, mean, rstd, launch.gamma, launch.beta)
@@ -180,7 +143,6 @@ def backward_tangent(
 
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
 _IMAGES = {f"{n}_ptr" for n in ("z", "y", "gy", "gz", "u", "uy", "gy_dot")}
-_ALIGNED = _IMAGES | {"index_ptr", "part_ptr"}
 _KERNELS = (
     kernels.forward_sums,
     kernels.forward_apply,
@@ -226,16 +188,7 @@ def launch_configurations() -> Iterator[Configuration]:
             constants = {n: given[n] for n in kernel.arg_names if n in given}
             if not pool and "POOL" not in constants:
                 continue
-            kinds = {"eps": "fp64", "slope": "fp64", "index_ptr": "*u8"}
-            rows = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
-            types = {
-                n: f"*{TYPE_NAMES[dtype]}"
-                if n in _IMAGES
-                else kinds.get(n, rows if n.endswith("_ptr") else "i32")
-                for n in kernel.arg_names
-                if n not in constants
-            }
-            pointers = tuple(n for n in types if n in _ALIGNED)
+            types = argument_types(kernel, constants, accumulator(dtype)[0], dict.fromkeys(_IMAGES, dtype))
             label = (
                 f"{kernel.__name__}{' whole' * whole}{' moving' * moves} {'pool' if pool else 'no pool'} "
                 f"C%16={'0' if channels == 64 else 'any'}"
@@ -246,5 +199,4 @@ def launch_configurations() -> Iterator[Configuration]:
                 types,
                 constants,
                 _warps(whole),
-                aligned=pointers,
             )

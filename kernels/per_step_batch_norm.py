@@ -30,10 +30,12 @@ from ._batch_norm_passes import (
     moments,
     normalise,
     origin,
+    program,
     row,
+    rows,
     total,
-)
-from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, launch_options, split
+)  # fmt: skip
+from ._launch import TYPE_NAMES, Configuration, accumulator, aligned, argument_types, launch_options, split
 
 _PIECES = 32
 _WHOLE_PROGRAMS = 96
@@ -46,8 +48,7 @@ _SIZES = ["C", "P", "M", "T", "S", "piece", "row_stride"]
 def _forward_whole(x_ptr, gamma_ptr, beta_ptr, y_ptr, mean_ptr, rstd_ptr, var_ptr, eps: tl.float64,
                    slope: tl.float64, C, P, M, row_stride, CL: tl.constexpr, CA: tl.constexpr, ACC: tl.constexpr,
                    BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c, t, _ = program(0, 1, BC)
     base = t.to(tl.int64) * M * C
     centre, squares = moments(x_ptr + base, 0, M, c, C, P, CL, CA, ACC, BM, BC)
     mean = origin(x_ptr + base, c, C, P, CL, ACC) + centre
@@ -65,9 +66,7 @@ def _forward_whole(x_ptr, gamma_ptr, beta_ptr, y_ptr, mean_ptr, rstd_ptr, var_pt
 @triton.jit(do_not_specialize=_SIZES)
 def _forward_sums(x_ptr, part_ptr, C, P, M, T, S, piece, CL: tl.constexpr, CA: tl.constexpr, ACC: tl.constexpr,
                   BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    s = tl.program_id(2)
+    c, t, s = program(0, 1, BC)
     stop = tl.minimum(M, (s + 1) * piece)
     mean, squares = moments(x_ptr + t.to(tl.int64) * M * C, s * piece, stop, c, C, P, CL, CA, ACC, BM, BC)
     keep(part_ptr, 0, mean, t, c, s, C, T, S)
@@ -78,9 +77,7 @@ def _forward_sums(x_ptr, part_ptr, C, P, M, T, S, piece, CL: tl.constexpr, CA: t
 def _forward_apply(x_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, mean_ptr, rstd_ptr, var_ptr, eps: tl.float64,
                    slope: tl.float64, C, P, M, T, S, piece, row_stride, CL: tl.constexpr, CA: tl.constexpr,
                    ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    s = tl.program_id(2)
+    c, t, s = program(0, 1, BC)
     base = t.to(tl.int64) * M * C
     shift = origin(x_ptr + base, c, C, P, CL, ACC)
     mean, var, rstd = combine(part_ptr, shift, eps, t, c, C, M, T, S, piece, ACC, BS)
@@ -98,14 +95,10 @@ def _forward_apply(x_ptr, gamma_ptr, beta_ptr, part_ptr, y_ptr, mean_ptr, rstd_p
 def _backward_whole(x_ptr, gy_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, gx_ptr, ggamma_ptr, gbeta_ptr,
                     slope: tl.float64, C, P, M, row_stride, CL: tl.constexpr, CA: tl.constexpr, ACC: tl.constexpr,
                     BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c, t, _ = program(0, 1, BC)
     base = t.to(tl.int64) * M * C
-    mean = row(mean_ptr + t * C, c, C, ACC)
-    rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
-    leak = tl.full([1, 1], slope, ACC)
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t * row_stride, c, C,
+                                         ACC)  # fmt: skip
     g, gx = backward_reduce(x_ptr + base, gy_ptr + base, mean, rstd, gamma, beta, leak, 0, M, c, C, P, CL, CA, ACC,
                              BM, BC)  # fmt: skip
     tl.store(ggamma_ptr + t * C + c, gx, mask=c < C)
@@ -119,13 +112,11 @@ def _backward_whole(x_ptr, gy_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, gx_p
 def _backward_sums(x_ptr, gy_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, slope: tl.float64, C, P, M, T,
                    S, piece, row_stride, CL: tl.constexpr, CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                    BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    s = tl.program_id(2)
+    c, t, s = program(0, 1, BC)
     base = t.to(tl.int64) * M * C
-    g, gx = backward_reduce(x_ptr + base, gy_ptr + base, row(mean_ptr + t * C, c, C, ACC),
-                             row(rstd_ptr + t * C, c, C, ACC), row(gamma_ptr + t * row_stride, c, C, ACC),
-                             row(beta_ptr + t * row_stride, c, C, ACC), tl.full([1, 1], slope, ACC), s * piece,
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t * row_stride, c, C,
+                                         ACC)  # fmt: skip
+    g, gx = backward_reduce(x_ptr + base, gy_ptr + base, mean, rstd, gamma, beta, leak, s * piece,
                              tl.minimum(M, (s + 1) * piece), c, C, P, CL, CA, ACC, BM, BC)  # fmt: skip
     keep(part_ptr, 0, g, t, c, s, C, T, S)
     keep(part_ptr, 1, gx, t, c, s, C, T, S)
@@ -135,9 +126,7 @@ def _backward_sums(x_ptr, gy_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_
 def _backward_apply(x_ptr, gy_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, gx_ptr, ggamma_ptr, gbeta_ptr,
                     slope: tl.float64, C, P, M, T, S, piece, row_stride, CL: tl.constexpr, CA: tl.constexpr,
                     ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    s = tl.program_id(2)
+    c, t, s = program(0, 1, BC)
     g = total(part_ptr, 0, t, c, C, T, S, ACC, BS)
     gx = total(part_ptr, 1, t, c, C, T, S, ACC, BS)
     if s == 0:
@@ -145,9 +134,9 @@ def _backward_apply(x_ptr, gy_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part
         tl.store(gbeta_ptr + t * C + c, g, mask=c < C)
     base = t.to(tl.int64) * M * C
     count = M.to(ACC)
-    backward_write(x_ptr + base, gy_ptr + base, gx_ptr + base, row(mean_ptr + t * C, c, C, ACC),
-                    row(rstd_ptr + t * C, c, C, ACC), row(gamma_ptr + t * row_stride, c, C, ACC),
-                    row(beta_ptr + t * row_stride, c, C, ACC), g / count, gx / count, tl.full([1, 1], slope, ACC),
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t * row_stride, c, C,
+                                         ACC)  # fmt: skip
+    backward_write(x_ptr + base, gy_ptr + base, gx_ptr + base, mean, rstd, gamma, beta, g / count, gx / count, leak,
                     s * piece, tl.minimum(M, (s + 1) * piece), c, C, P, CL, CA, ACC, BM)  # fmt: skip
 
 
@@ -155,16 +144,12 @@ def _backward_apply(x_ptr, gy_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part
 def _double_whole(x_ptr, gy_ptr, u_ptr, a_ptr, b_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, cx_ptr, cgy_ptr,
                   cgamma_ptr, slope: tl.float64, C, P, M, row_stride, CL: tl.constexpr, CA: tl.constexpr,
                   ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
+    c, t, _ = program(0, 1, BC)
     base = t.to(tl.int64) * M * C
-    mean = row(mean_ptr + t * C, c, C, ACC)
-    rstd = row(rstd_ptr + t * C, c, C, ACC)
-    gamma = row(gamma_ptr + t * row_stride, c, C, ACC)
-    beta = row(beta_ptr + t * row_stride, c, C, ACC)
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t * row_stride, c, C,
+                                         ACC)  # fmt: skip
     a = row(a_ptr + t * row_stride, c, C, ACC)
     b = row(b_ptr + t * row_stride, c, C, ACC)
-    leak = tl.full([1, 1], slope, ACC)
     p, q, r, k, w = double_reduce(x_ptr + base, gy_ptr + base, u_ptr + base, mean, rstd, gamma, beta, leak, 0, M, c,
                                    C, P, CL, CA, ACC, BM, BC)  # fmt: skip
     count = M.to(ACC)
@@ -182,15 +167,12 @@ def _double_whole(x_ptr, gy_ptr, u_ptr, a_ptr, b_ptr, mean_ptr, rstd_ptr, gamma_
 def _double_sums(x_ptr, gy_ptr, u_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, part_ptr, slope: tl.float64, C, P, M,
                  T, S, piece, row_stride, CL: tl.constexpr, CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
                  BC: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    s = tl.program_id(2)
+    c, t, s = program(0, 1, BC)
     base = t.to(tl.int64) * M * C
-    p, q, r, k, w = double_reduce(
-        x_ptr + base, gy_ptr + base, u_ptr + base, row(mean_ptr + t * C, c, C, ACC),
-        row(rstd_ptr + t * C, c, C, ACC), row(gamma_ptr + t * row_stride, c, C, ACC),
-        row(beta_ptr + t * row_stride, c, C, ACC), tl.full([1, 1], slope, ACC), s * piece,
-        tl.minimum(M, (s + 1) * piece), c, C, P, CL, CA, ACC, BM, BC)  # fmt: skip
+    mean, rstd, gamma, beta, leak = rows(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, slope, t * C, t * row_stride, c, C,
+                                         ACC)  # fmt: skip
+    p, q, r, k, w = double_reduce(x_ptr + base, gy_ptr + base, u_ptr + base, mean, rstd, gamma, beta, leak, s * piece,
+                                   tl.minimum(M, (s + 1) * piece), c, C, P, CL, CA, ACC, BM, BC)  # fmt: skip
     keep(part_ptr, 0, p, t, c, s, C, T, S)
     keep(part_ptr, 1, q, t, c, s, C, T, S)
     keep(part_ptr, 2, r, t, c, s, C, T, S)
@@ -203,9 +185,7 @@ def _double_apply(x_ptr, gy_ptr, u_ptr, a_ptr, b_ptr, mean_ptr, rstd_ptr, gamma_
                   cgy_ptr, cgamma_ptr, slope: tl.float64, C, P, M, T, S, piece, row_stride, CL: tl.constexpr,
                   CA: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
                   BS: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    t = tl.program_id(1)
-    s = tl.program_id(2)
+    c, t, s = program(0, 1, BC)
     count = M.to(ACC)
     p = total(part_ptr, 0, t, c, C, T, S, ACC, BS) / count
     q = total(part_ptr, 1, t, c, C, T, S, ACC, BS) / count
@@ -403,16 +383,6 @@ def launch_configurations() -> Iterator[Configuration]:
 
 
 def _configuration(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Configuration:
-    images = {"x_ptr", "y_ptr", "gy_ptr", "gx_ptr", "u_ptr", "cx_ptr", "cgy_ptr"}
-    types = {}
-    for name in kernel.arg_names:
-        if name in images:
-            types[name] = f"*{TYPE_NAMES[dtype]}"
-        elif name.endswith("_ptr"):
-            types[name] = f"*{TYPE_NAMES[accumulator(dtype)[0]]}"
-        elif name in ("eps", "slope"):
-            types[name] = "fp64"
-        elif name not in constants:
-            types[name] = "i32"
-    pointers = tuple(name for name in types if name.endswith("_ptr"))
-    return Configuration(label, kernel, types, constants, _WARPS, aligned=pointers)
+    images = ("x_ptr", "y_ptr", "gy_ptr", "gx_ptr", "u_ptr", "cx_ptr", "cgy_ptr")
+    types = argument_types(kernel, constants, accumulator(dtype)[0], dict.fromkeys(images, dtype))
+    return Configuration(label, kernel, types, constants, _WARPS)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import TYPE_NAMES, Configuration, launch_options
+from ._launch import TYPE_NAMES, Configuration, argument_types, launch_options
 
 _TYPES = (torch.float64, torch.float32)
 _SIZES = ["C", "J", "TASKS", "T", "pass_stride", "group_stride"]
@@ -91,14 +91,6 @@ def launch_configurations() -> Iterator[Configuration]:
     for own, stats, bias in itertools.product(_TYPES, _TYPES, (True, False)):
         constants: dict[str, Any] = {"BIAS": bias, **_CONSTANTS}
         kinds = {"mean_ptr": own, "var_ptr": own, "bias_ptr": own, "means_ptr": stats, "rstds_ptr": stats}
-        types = {
-            n: f"*{TYPE_NAMES[kinds.get(n, torch.float64)]}"
-            if n.endswith("_ptr")
-            else "fp64"
-            if n == "eps"
-            else "i32"
-            for n in _blend.arg_names
-            if n not in constants
-        }
+        types = argument_types(_blend, constants, torch.float64, kinds)
         label = f"blend in fp64 {TYPE_NAMES[stats]} -> {TYPE_NAMES[own]}{' bias' * bias}"
         yield Configuration(label, _blend, types, constants, _WARPS)

@@ -146,4 +146,4 @@ def launch_configurations() -> Iterator[Configuration]:
     for source, target, size in itertools.product(_TYPES, _TYPES, _ROWS):
         label = f"sums in fp64 {TYPE_NAMES[source]} -> {TYPE_NAMES[target]}, {size} tensors"
         constants = _constants((source, target), size)
-        yield Configuration(label, _sums, types, constants, _WARPS, aligned=("table_ptr", "scales_ptr"))
+        yield Configuration(label, _sums, types, constants, _WARPS)

@@ -22,7 +22,16 @@ import triton
 from torch import Tensor
 
 from . import _task_conv2d_kernels as kernels
-from ._launch import TYPE_NAMES, Configuration, accumulator, counters, first_role, launch_options, split
+from ._launch import (
+    TYPE_NAMES,
+    Configuration,
+    accumulator,
+    argument_types,
+    counters,
+    first_role,
+    launch_options,
+    split,
+)
 
 _TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -304,16 +313,8 @@ def launch_configurations() -> Iterator[Configuration]:
         constants, older = (_constants(order, dtype, dense, precision, channels, arch) for arch in (90, 80))
         constants |= geometry
         tile = _tile(dtype, dense, precision, weight, 90)
-        wide = TYPE_NAMES[accumulator(dtype)[0]]
-        kinds = dict.fromkeys(("out_ptr", "gx_ptr", "gw_ptr"), f"*{TYPE_NAMES[out]}")
-        kinds |= {"part_ptr": f"*{wide}", "counter_ptr": "*i32"}
-        operand = f"*{TYPE_NAMES[dtype]}"
-        types = {
-            n: kinds.get(n, operand if n.endswith("_ptr") else "i32")
-            for n in kernel.arg_names
-            if n not in constants
-        }
-        pointers = tuple(n for n in types if n.endswith("_ptr"))
+        results = dict.fromkeys(("out_ptr", "gx_ptr", "gw_ptr"), out) | {"part_ptr": accumulator(dtype)[0]}
+        types = argument_types(kernel, constants, dtype, results)
         shown = TYPE_NAMES[dtype] if precision == "ieee" else precision
         yield Configuration(
             f"{order} {'dense' if dense else 'flat'} {shown} -> {TYPE_NAMES[out]}",
@@ -322,7 +323,6 @@ def launch_configurations() -> Iterator[Configuration]:
             constants,
             tile.num_warps,
             tile.num_stages,
-            aligned=pointers,
             tensor_cores=_matrix(dtype, precision),
             by_arch={80: older},
         )

@@ -106,6 +106,18 @@ class MAMLConfig:
         """The smallest value of each setting that has one."""
         return {"steps": 1, "eval_steps": 1, "epochs": 1, "iterations_per_epoch": 1, "msl_epochs": 0}
 
+    def evaluation_steps(self, steps: int | None = None) -> int:
+        """Inner updates in evaluation: ``steps``, by default ``eval_steps``; where that is None too, the training's.
+
+        Raises:
+            ValueError: for fewer than one.
+        """
+        if steps is None:
+            steps = self.steps if self.eval_steps is None else self.eval_steps
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        return steps
+
     @classmethod
     def maml(cls, **changes: Any) -> MAMLConfig:
         """Plain second-order MAML: every part of MAML++ off but the cosine annealing, as the authors ran it."""

@@ -376,7 +376,7 @@ class MAMLPlusPlus:
         Raises:
             ValueError: when the labels do not fit the model's predictions, or the model cannot be copied.
         """
-        steps = self._eval_steps(steps)
+        steps = self.config.evaluation_steps(steps)
         batch = EpisodeBatch.of(Episode(support_x, support_y, support_x, support_y))
         serving = self._follow(False, batch)
         batch = serving.as_taken(batch)
@@ -412,7 +412,7 @@ class MAMLPlusPlus:
         """
         if isinstance(batch, Episode):
             batch = EpisodeBatch.of(batch)
-        steps, stats = self._eval_steps(steps), self.config.eval_stats
+        steps, stats = self.config.evaluation_steps(steps), self.config.eval_stats
         serving = self._follow(False, batch)
 
         def call(engine: Engine, batch: EpisodeBatch) -> Evaluation:
@@ -494,10 +494,3 @@ class MAMLPlusPlus:
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(state, memo))
         return new
-
-    def _eval_steps(self, steps: int | None) -> int:
-        if steps is None:
-            steps = self.config.steps if self.config.eval_steps is None else self.config.eval_steps
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
-        return steps

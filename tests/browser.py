@@ -30,16 +30,19 @@ os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
+_SECONDS = 60.0
+"""After which an answer is given up."""
+
+
 class Browser:
     """One tab. ``problems`` collects console errors, exceptions, and requests that are not of the disk.
 
     Args:
         program: Chromium.
         profile: a fresh folder for its profile.
-        seconds: after which an answer is given up.
     """
 
-    def __init__(self, program: str, profile: Path, seconds: float = 60.0) -> None:
+    def __init__(self, program: str, profile: Path) -> None:
         read, self._write = os.pipe()
         self._read, write = os.pipe()
         command = [program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
@@ -53,7 +56,6 @@ class Browser:
         os.close(write)
         self._buffer = b""
         self._number = 0
-        self._seconds = seconds
         self._session: str | None = None
         self._events: list[str] = []
         self.problems: list[str] = []
@@ -131,16 +133,16 @@ class Browser:
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 200)))")
 
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """A PNG of the whole page, or of the window."""
-        picture = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def screenshot(self, path: Path) -> None:
+        """A PNG of the whole page."""
+        picture = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(picture["data"]))
 
     def _receive(self) -> dict[str, Any]:
-        end = time.monotonic() + self._seconds
+        end = time.monotonic() + _SECONDS
         while b"\0" not in self._buffer:
             if not select.select([self._read], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise TimeoutError(f"chromium: expected an answer within {self._seconds} s")
+                raise TimeoutError(f"chromium: expected an answer within {_SECONDS} s")
             chunk = os.read(self._read, 1 << 20)
             if not chunk:
                 raise RuntimeError(f"chromium ended with status {self._process.wait()}")

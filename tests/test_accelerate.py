@@ -21,13 +21,13 @@ WAYS = 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def conv_net(channels: int = 6, slope: float = 0.0, **norm: Any) -> nn.Sequential:
+def conv_net(slope: float = 0.0, **norm: Any) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, channels, 3, padding=1),
-        nn.BatchNorm2d(channels, **norm),
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6, **norm),
         nn.LeakyReLU(slope),
         nn.MaxPool2d(2),
-        nn.Conv2d(channels, 5, 3, padding=1),
+        nn.Conv2d(6, 5, 3, padding=1),
         nn.BatchNorm2d(5, **norm),
         nn.LeakyReLU(slope),
         nn.MaxPool2d(2),

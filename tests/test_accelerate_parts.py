@@ -135,10 +135,10 @@ class Flat(nn.Module):
         return made
 
 
-def penalty(model: nn.Module, steps: int = 2) -> Iterator[Tensor]:
+def penalty(model: nn.Module) -> Iterator[Tensor]:
     """Losses and gradients of a WGAN's critic with a gradient penalty; the examples' own gradient too."""
     generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
+    for _ in range(2):
         real, made = (torch.randn(6, 1, 8, 8, dtype=torch.float64, generator=generator) for _ in range(2))
         share = torch.rand(6, 1, 1, 1, dtype=torch.float64, generator=generator)
         between = (share * real + (1 - share) * made).requires_grad_()

@@ -71,9 +71,9 @@ def write_npz(root: Path, **change: Any) -> None:
         np.savez(root / f"mini_imagenet_{split}.npz", **arrays)
 
 
-def write_images(root: Path, split: str, images: NDArray[np.uint8], suffix: str = ".png") -> None:
+def write_images(root: Path, split: str, images: NDArray[np.uint8]) -> None:
     for image, (c, j) in zip(images, np.ndindex(CLASSES[split], EACH), strict=True):
-        file = root / class_names(split)[c] / f"{class_names(split)[c]}{j:08d}{suffix}"
+        file = root / class_names(split)[c] / f"{class_names(split)[c]}{j:08d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
 

@@ -283,8 +283,8 @@ def _pass_rules(step: Any, x: Tensor, moving: Tensor, gy: Tensor, gy_dot: Tensor
     return rules(step, len(x), {0: x}, {0: moving}, gy, gy_dot, of_pass, draw), drawn
 
 
-def _draw(*shape: int, chance: float = 0.7) -> Draw:
-    return Draw((N, *shape), tuple(torch.empty(N, *shape).stride()), chance)
+def _draw(*shape: int) -> Draw:
+    return Draw((N, *shape), tuple(torch.empty(N, *shape).stride()), 0.7)
 
 
 def _generic(function: Callable[[Tensor], Tensor], draw: Draw) -> Generic:

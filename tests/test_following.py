@@ -387,11 +387,8 @@ def test_a_fingerprint_tells_changes(name: str) -> None:
 def test_hooks_of_all_modules_are_seen() -> None:
     model = Net()
     before = fingerprint(model)
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
         assert fingerprint(model) != before
-    finally:
-        handle.remove()
     assert fingerprint(model) == before
 
 

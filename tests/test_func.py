@@ -126,14 +126,10 @@ def test_maml_is_what_it_is_task_by_task(name: str, vmap: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_tasks_do_not_depend_on_threads(threads: int) -> None:
+def test_tasks_do_not_depend_on_threads(threads: int, own_threads: None) -> None:
     plain, fast = pair(norms)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        close(meta(mapped, fast), meta(over_tasks, plain))
-    finally:
-        torch.set_num_threads(before)
+    close(meta(mapped, fast), meta(over_tasks, plain))
 
 
 @pytest.mark.parametrize("name", MODELS)

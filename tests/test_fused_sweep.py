@@ -208,12 +208,10 @@ FEATURES: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
 }
 
 
-def regression_batch(
-    example: tuple[int, ...], outputs: int, *, tasks: int = 3, seed: int = 0
-) -> mf.EpisodeBatch:
-    generator = torch.Generator().manual_seed(seed)
+def regression_batch(example: tuple[int, ...], outputs: int) -> mf.EpisodeBatch:
+    generator = torch.Generator().manual_seed(0)
     shapes = ((5, *example), (5, outputs), (4, *example), (4, outputs))
-    fields = (torch.randn(tasks, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    fields = (torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return mf.EpisodeBatch(*fields)
 
 

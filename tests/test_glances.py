@@ -119,11 +119,8 @@ def test_any_change_is_another_form(name: str) -> None:
 def test_hooks_of_all_modules_and_another_forward_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     form = form_of(model)
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
         assert form_of(model) != form
-    finally:
-        handle.remove()
     assert form_of(model) is form
     monkeypatch.setattr(nn.Flatten, "forward", lambda self, x: x.flatten(1))
     assert form_of(model) != form

@@ -48,15 +48,10 @@ def learner(model: nn.Module, engine: str, loss_fn: Any = F.cross_entropy, **con
 
 
 def assert_right(
-    make: Callable[[], nn.Module],
-    given: Fields,
-    meant: Fields,
-    engine: str,
-    loss_fn: Any,
-    meant_loss: Any = None,
+    make: Callable[[], nn.Module], given: Fields, meant: Fields, engine: str, loss_fn: Any
 ) -> mf.MAMLPlusPlus:
     """Given fields are served as the meant ones are by plain PyTorch; returns the learner."""
-    losses, gradients, predictions = plain(make(), meant, meant_loss or loss_fn)
+    losses, gradients, predictions = plain(make(), meant, loss_fn)
     own = learner(make(), engine, loss_fn)
     batch = mf.EpisodeBatch(*given)
     metrics = own.meta_gradient(batch)

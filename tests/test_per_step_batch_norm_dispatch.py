@@ -94,26 +94,22 @@ def test_under_vmap_the_second_derivative_in_an_adapted_weight_is_right() -> Non
 
 @pytest.mark.skipif(not NATIVE, reason="the native library is not loaded")
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-def test_results_do_not_depend_on_the_number_of_threads(layout: str) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(layout: str, own_threads: None) -> None:
     x, weight, bias = random((6, 32, 28, 28), (32,), torch.float32)
     x = LAYOUTS[layout](x)
     gy, u = torch.randn(2, *x.shape)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(
-                derivatives(
-                    lambda *t: ops.per_step_batch_norm(*t, negative_slope=0.01),
-                    x,
-                    weight,
-                    bias,
-                    gy,
-                    (u, weight, bias),
-                )
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            derivatives(
+                lambda *t: ops.per_step_batch_norm(*t, negative_slope=0.01),
+                x,
+                weight,
+                bias,
+                gy,
+                (u, weight, bias),
             )
-    finally:
-        torch.set_num_threads(before)
+        )
     for other in results[1:]:
         assert all(torch.equal(other[name], t) for name, t in results[0].items())

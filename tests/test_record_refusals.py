@@ -282,11 +282,8 @@ HOOKS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
 @pytest.mark.parametrize(("put", "module", "why"), HOOKS.values(), ids=HOOKS.keys())
 def test_hooks_are_refused_and_not_called(put: Callable[[Any], Any], module: str, why: str) -> None:
     net = Net()
-    handle = put(net)
-    try:
+    with put(net):
         assert refusal(net) == (module, why)
-    finally:
-        handle.remove()
     recorded(net)
 
 

@@ -12,11 +12,9 @@ from mamlpp_fast.testing import backends, use_backend
 strided_sums = torch.ops.mamlpp_fast.strided_sums.default
 
 
-def _cases(
-    source: torch.dtype, target: torch.dtype, tasks: int = 3
-) -> list[tuple[Tensor, Tensor, float, Tensor]]:
+def _cases(source: torch.dtype, target: torch.dtype) -> list[tuple[Tensor, Tensor, float, Tensor]]:
     """Outs poisoned, terms, scales, and what is expected, by einsum and loops that share nothing with the code."""
-    g = torch.Generator().manual_seed(0)
+    g, tasks = torch.Generator().manual_seed(0), 3
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).to(source)

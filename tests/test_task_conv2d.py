@@ -233,18 +233,16 @@ def test_gpu_kernels_sum_bfloat16_operands_in_float32(out: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "name", [*FEW, "tiles-groups", "tiles-four-images", "stride-2-full-panel", "stride-2-panel-of-two"]
 )
-def test_any_number_of_threads_gives_the_same_bits(name: str, dtype: torch.dtype, tasks: int) -> None:
+def test_any_number_of_threads_gives_the_same_bits(
+    name: str, dtype: torch.dtype, tasks: int, own_threads: None
+) -> None:
     case = Case((tasks, *BFLOAT16_SHAPES[name][1:]), dtype)
-    before = torch.get_num_threads()
     results: list[list[Tensor]] = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append([])
-            with use_backend("native"):
-                case.compare(lambda result, exact: results[-1].append(result.clone()))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append([])
+        with use_backend("native"):
+            case.compare(lambda result, exact: results[-1].append(result.clone()))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 

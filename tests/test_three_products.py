@@ -67,9 +67,7 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield found
 
 
-def orders(
-    name: str, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[Callable[..., None], list[Tensor], Tensor]]:
+def orders(name: str) -> Iterator[tuple[Callable[..., None], list[Tensor], Tensor]]:
     """The three products of a shape: operation, both pairs of operands, room for the result."""
     tasks, images, height, width, ci, co, kernel, stride, padding = SHAPES[name]
     kh, kw = kernel if isinstance(kernel, tuple) else (kernel, kernel)
@@ -78,7 +76,7 @@ def orders(
     ]
 
     def pair(*size: int) -> list[Tensor]:
-        return [torch.randn(size, dtype=dtype) for _ in range(2)]
+        return [torch.randn(size) for _ in range(2)]
 
     x, w, g = (
         pair(tasks, images, height, width, ci),

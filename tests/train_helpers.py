@@ -44,16 +44,16 @@ def tiny_arguments(**changes: Any) -> list[str]:
     return [part for key, value in (TINY | changes).items() for part in ("--set", f"{key}={value}")]
 
 
-def draw_folder(root: Path, *, images: int = 4, size: int = 8) -> Path:
+def draw_folder(root: Path, *, images: int = 4) -> Path:
     """Folders split/class/image: classes are noisy copies of one grey image each."""
     rng = np.random.RandomState(0)
     for split, classes in (("train", 6), ("val", 3), ("test", 3)):
         for c in range(classes):
             folder = root / split / f"class{c}"
             folder.mkdir(parents=True)
-            prototype = rng.randint(0, 256, (size, size))
+            prototype = rng.randint(0, 256, (8, 8))
             for i in range(images):
-                pixels = np.clip(prototype + rng.randint(-40, 41, (size, size)), 0, 255).astype(np.uint8)
+                pixels = np.clip(prototype + rng.randint(-40, 41, (8, 8)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
 

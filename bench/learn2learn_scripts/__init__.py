@@ -34,9 +34,9 @@ Results = dict[str, list[Tensor]]
 
 
 @cache
-def drawings(dtype: str, classes: int = 20, each: int = 5) -> tuple[Tensor, Tensor]:
-    """Images [classes · each, 1, 28, 28] of a blurred prototype a class and noise, and their labels."""
-    generator = torch.Generator().manual_seed(0)
+def drawings(dtype: str) -> tuple[Tensor, Tensor]:
+    """Images [20 · 5, 1, 28, 28] of a blurred prototype a class and noise, and their labels."""
+    generator, classes, each = torch.Generator().manual_seed(0), 20, 5
     prototypes = (
         torch.rand(classes, 1, 1, 7, 7, generator=generator).expand(-1, each, -1, -1, -1).flatten(0, 1)
     )

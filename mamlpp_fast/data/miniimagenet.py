@@ -111,10 +111,16 @@ def _reader(place: Path) -> Callable[[Path, str, int], ImageClasses] | None:
     return None
 
 
+def _file(place: Path, *names: str) -> Path:
+    """The first of these files that is there."""
+    for name in names:
+        if (place / name).is_file():
+            return place / name
+    raise DataError(f"miniimagenet: expected '{place / names[0]}' beside the other splits, found none")
+
+
 def _read_npz(place: Path, split: str, size: int) -> ImageClasses:
-    file = place / _NPZ.format(split)
-    if not file.is_file():
-        raise DataError(f"miniimagenet: expected '{file}' beside the other splits, found none")
+    file = _file(place, _NPZ.format(split))
     a = read_npz(file, ("label", "wnid"))
     number = len(a["label"])
     cached = cache_folder() / f"mini_imagenet_{split}_{size}_{_content(file)}.npy"
@@ -177,11 +183,7 @@ def _decode(data: bytes, source: str, size: int) -> NDArray[np.uint8]:
 
 
 def _read_pickle(place: Path, split: str, size: int) -> ImageClasses:
-    file = next((place / name for name in _PICKLES[split] if (place / name).is_file()), None)
-    if file is None:
-        raise DataError(
-            f"miniimagenet: expected '{place / _PICKLES[split][0]}' beside the other splits, found none"
-        )
+    file = _file(place, *_PICKLES[split])
     images, labels, names = _pickled(file, read_pickle(file))
     if images.shape[1:3] != (size, size):
         resized = [
@@ -257,9 +259,7 @@ def _read_csv(place: Path, split: str, size: int) -> ImageClasses:
 
     Columns are ``filename,label`` (Ravi & Larochelle) or ``class_name,image_name`` (easy-few-shot-learning).
     """
-    file = place / f"{split}.csv"
-    if not file.is_file():
-        raise DataError(f"miniimagenet: expected '{file}' beside the other splits, found none")
+    file = _file(place, f"{split}.csv")
     by_class: dict[str, list[Path]] = {}
     for name, label in _listed(file):
         places = [

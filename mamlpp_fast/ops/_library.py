@@ -23,6 +23,7 @@ __all__ = [
     "Operation",
     "Shared",
     "define",
+    "define_orders",
     "differentiate",
     "launcher",
     "mapped",
@@ -111,6 +112,34 @@ def define(
     if shared is not None:
         _share(OPERATIONS[name], shared, launch, check)
     return overload
+
+
+def define_orders(
+    stem: str,
+    *orders: tuple[Callable[..., None], str],
+    check: Callable[..., None],
+    shared: Shared | None = None,
+    triton: Callable[[str, Callable[..., None]], Callable[..., Any]] | None = None,
+) -> None:
+    """Registers the orders of an operation whose results are among its arguments.
+
+    Args:
+        stem: the operation, and the module of its kernels.
+        orders: closed forms ``_forward``, ``_backward``, ``_tangent``, ..., with their arguments as in a schema. They
+            serve the operations ``stem``, ``stem_backward`` and so on; Triton's functions are named like them.
+        check: as for :func:`define`.
+        shared: likewise, of the forward and the backward pass.
+        triton: an order's launcher, from its name and closed form, where it is not plainly the function of that name.
+    """
+    for closed, arguments in orders:
+        order = closed.__name__.removeprefix("_")
+        define(
+            f"{stem if order == 'forward' else f'{stem}_{order}'}({arguments}) -> ()",
+            fallback=closed,
+            triton=launcher(stem, order) if triton is None else triton(order, closed),
+            check=check,
+            shared=shared if order in ("forward", "backward") else None,
+        )
 
 
 def _share(base: Operation, shared: Shared, triton: Any, check: Any) -> None:

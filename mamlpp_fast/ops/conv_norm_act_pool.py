@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlpp_fast.ops._library import Shared, define, launcher
+from mamlpp_fast.ops._library import Shared, define, define_orders, launcher
 
 _SAVED = (
     "Tensor y, Tensor index, Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor rstd, float slope"
@@ -209,33 +209,26 @@ define(
     fallback=_moments,
     triton=launcher("conv_norm_act_pool", "moments"),
 )
-define(
-    "conv_norm_act_pool(Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor beta, float eps, float slope, "
-    "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd) -> ()",
-    fallback=_forward,
-    triton=launcher("conv_norm_act_pool", "forward"),
+define_orders(
+    "conv_norm_act_pool",
+    (
+        _forward,
+        "Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor beta, float eps, float slope, "
+        "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd",
+    ),
+    (
+        _backward,
+        f"Tensor gy, {_SAVED}, Tensor(a!) gw, Tensor(b!) sums, Tensor(c!) ggamma, Tensor(d!) gbeta",
+    ),
+    (
+        _tangent,
+        f"Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t, Tensor? gamma_dot=None, Tensor? beta_dot=None",
+    ),
+    (
+        _backward_tangent,
+        f"Tensor gy_dot, Tensor v, {_SAVED}, Tensor sums, Tensor t, "
+        "Tensor(a!) gw_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None",
+    ),
     check=_check,
     shared=_SHARED,
-)
-define(
-    f"conv_norm_act_pool_backward(Tensor gy, {_SAVED}, "
-    "Tensor(a!) gw, Tensor(b!) sums, Tensor(c!) ggamma, Tensor(d!) gbeta) -> ()",
-    fallback=_backward,
-    triton=launcher("conv_norm_act_pool", "backward"),
-    check=_check,
-    shared=_SHARED,
-)
-define(
-    f"conv_norm_act_pool_tangent(Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t, "
-    "Tensor? gamma_dot=None, Tensor? beta_dot=None) -> ()",
-    fallback=_tangent,
-    triton=launcher("conv_norm_act_pool", "tangent"),
-    check=_check,
-)
-define(
-    f"conv_norm_act_pool_backward_tangent(Tensor gy_dot, Tensor v, {_SAVED}, Tensor sums, Tensor t, "
-    "Tensor(a!) gw_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None) -> ()",
-    fallback=_backward_tangent,
-    triton=launcher("conv_norm_act_pool", "backward_tangent"),
-    check=_check,
 )

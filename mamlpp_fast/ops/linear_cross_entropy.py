@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamlpp_fast.ops._library import Shared, define, launcher
+from mamlpp_fast.ops._library import Shared, define_orders
 
 MOST_CLASSES = 64
 """Classes that the GPU kernels have room for; the others have no limit."""
@@ -97,33 +97,27 @@ def _backward_tangent(
 
 
 _SHARED = Shared(frozenset({"weight", "bias"}), {"scale": 0, "gweight": 3, "gbias": 2})
-define(
-    "linear_cross_entropy(Tensor f, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
-    "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) gz, Tensor(d!)? loss) -> ()",
-    fallback=_forward,
-    triton=launcher("linear_cross_entropy", "forward"),
+define_orders(
+    "linear_cross_entropy",
+    (
+        _forward,
+        "Tensor f, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
+        "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) gz, Tensor(d!)? loss",
+    ),
+    (
+        _backward,
+        "Tensor gz, Tensor f, Tensor weight, Tensor(a!)? gf, Tensor(b!)? gweight, Tensor(c!)? gbias",
+    ),
+    (
+        _tangent,
+        "Tensor? f_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor f, Tensor weight, Tensor probabilities, "
+        "Tensor scale, Tensor(a!) gz_dot",
+    ),
+    (
+        _backward_tangent,
+        "Tensor gz_dot, Tensor gz, Tensor? f_dot, Tensor? weight_dot, Tensor f, Tensor weight, "
+        "Tensor(a!)? gf_dot, Tensor(b!)? gweight_dot, Tensor(c!)? gbias_dot",
+    ),
     check=_check,
     shared=_SHARED,
-)
-define(
-    "linear_cross_entropy_backward(Tensor gz, Tensor f, Tensor weight, "
-    "Tensor(a!)? gf, Tensor(b!)? gweight, Tensor(c!)? gbias) -> ()",
-    fallback=_backward,
-    triton=launcher("linear_cross_entropy", "backward"),
-    check=_check,
-    shared=_SHARED,
-)
-define(
-    "linear_cross_entropy_tangent(Tensor? f_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor f, Tensor weight, "
-    "Tensor probabilities, Tensor scale, Tensor(a!) gz_dot) -> ()",
-    fallback=_tangent,
-    triton=launcher("linear_cross_entropy", "tangent"),
-    check=_check,
-)
-define(
-    "linear_cross_entropy_backward_tangent(Tensor gz_dot, Tensor gz, Tensor? f_dot, Tensor? weight_dot, Tensor f, "
-    "Tensor weight, Tensor(a!)? gf_dot, Tensor(b!)? gweight_dot, Tensor(c!)? gbias_dot) -> ()",
-    fallback=_backward_tangent,
-    triton=launcher("linear_cross_entropy", "backward_tangent"),
-    check=_check,
 )

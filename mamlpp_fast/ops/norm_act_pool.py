@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlpp_fast.ops._library import define, launcher
+from mamlpp_fast.ops._library import define_orders, launcher
 
 _SAVED = "Tensor z, Tensor index, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, float slope"
 
@@ -233,32 +233,27 @@ def _triton(name: str, closed: Callable[..., None]) -> Callable[..., None]:
     return launch
 
 
-define(
-    "norm_act_pool(Tensor z, Tensor gamma, Tensor beta, float eps, float slope, bool pool, "
-    "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd, int group=1) -> ()",
-    fallback=_forward,
-    triton=_triton("forward", _forward),
+define_orders(
+    "norm_act_pool",
+    (
+        _forward,
+        "Tensor z, Tensor gamma, Tensor beta, float eps, float slope, bool pool, "
+        "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd, int group=1",
+    ),
+    (
+        _backward,
+        f"Tensor gy, {_SAVED}, bool pool, Tensor(a!) gz, Tensor(b!) ggamma, Tensor(c!) gbeta, int group=1",
+    ),
+    (
+        _tangent,
+        f"Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t, "
+        "Tensor? gamma_dot=None, Tensor? beta_dot=None, int group=1",
+    ),
+    (
+        _backward_tangent,
+        f"Tensor gy_dot, Tensor gy, Tensor u, {_SAVED}, Tensor r, Tensor t, bool pool, "
+        "Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None, int group=1",
+    ),
     check=_check,
-)
-define(
-    f"norm_act_pool_backward(Tensor gy, {_SAVED}, bool pool, "
-    "Tensor(a!) gz, Tensor(b!) ggamma, Tensor(c!) gbeta, int group=1) -> ()",
-    fallback=_backward,
-    triton=_triton("backward", _backward),
-    check=_check,
-)
-define(
-    f"norm_act_pool_tangent(Tensor u, {_SAVED}, bool pool, Tensor(a!) uy, Tensor(b!) r, Tensor(c!) t, "
-    "Tensor? gamma_dot=None, Tensor? beta_dot=None, int group=1) -> ()",
-    fallback=_tangent,
-    triton=_triton("tangent", _tangent),
-    check=_check,
-)
-define(
-    f"norm_act_pool_backward_tangent(Tensor gy_dot, Tensor gy, Tensor u, {_SAVED}, Tensor r, Tensor t, "
-    "bool pool, Tensor(a!) gz_dot, Tensor(b!) ggamma_dot, Tensor(c!) gbeta_dot, Tensor? gamma_dot=None, "
-    "int group=1) -> ()",
-    fallback=_backward_tangent,
-    triton=_triton("backward_tangent", _backward_tangent),
-    check=_check,
+    triton=_triton,
 )

@@ -100,35 +100,36 @@ def _each_task(
 def _forward(
     x: Tensor, w: Tensor, x2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
-
-    def product(x: Tensor, v: Tensor) -> Tensor:
-        return F.conv2d(_images(x), _filters(v), None, stride, pads(w, padding))
-
-    _each_task(_pairs(x, w, x2, w2), product, (0, 2, 3, 1), out)
+    _each_task(
+        _pairs(x, w, x2, w2),
+        lambda x, v: F.conv2d(_images(x), _filters(v), None, stride, pads(w, padding)),
+        (0, 2, 3, 1),
+        out,
+    )
 
 
 def _to_input(
     g: Tensor, w: Tensor, g2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     size = _images(out[0]).shape
-
-    def product(g: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = conv_grad.conv2d_input(size, _filters(v), _images(g), stride, pads(w, padding))
-        return result
-
-    _each_task(_pairs(g, w, g2, w2), product, (0, 2, 3, 1), out)
+    _each_task(
+        _pairs(g, w, g2, w2),
+        lambda g, v: conv_grad.conv2d_input(size, _filters(v), _images(g), stride, pads(w, padding)),
+        (0, 2, 3, 1),
+        out,
+    )
 
 
 def _to_weight(
     x: Tensor, g: Tensor, x2: Tensor | None, g2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     size = _filters(out[0]).shape
-
-    def product(x: Tensor, g: Tensor) -> Tensor:
-        result: Tensor = conv_grad.conv2d_weight(_images(x), size, _images(g), stride, pads(out, padding))
-        return result
-
-    _each_task(_pairs(x, g, x2, g2), product, (2, 3, 1, 0), out)
+    _each_task(
+        _pairs(x, g, x2, g2),
+        lambda x, g: conv_grad.conv2d_weight(_images(x), size, _images(g), stride, pads(out, padding)),
+        (2, 3, 1, 0),
+        out,
+    )
 
 
 def _gradients(

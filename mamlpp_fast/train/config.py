@@ -129,7 +129,7 @@ class TrainConfig(MAMLConfig):
             "shots": self.shots,
             "targets": self.targets,
             "stats": self.eval_stats,
-            "steps": self.steps if self.eval_steps is None else self.eval_steps,
+            "steps": self.evaluation_steps(),
         }
 
     def deciding(self) -> dict[str, Any]:

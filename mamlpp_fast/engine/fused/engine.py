@@ -355,16 +355,7 @@ class FusedEngine:
         exact: bool,
     ) -> Prepared:
         memory = written.memory
-        transfer = Transfer(
-            self.model,
-            self.rates,
-            loss,
-            written.slots,
-            written.rows,
-            target.frozen | network.frozen,
-            written.layout,
-            memory,
-        )
+        transfer = Transfer(self.model, self.rates, loss, written, target.frozen | network.frozen)
         running = {}
         made = made_passes(form.steps, form.multi_step)
         table = memory.table.tensor()

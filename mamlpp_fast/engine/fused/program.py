@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 import mamlpp_fast.ops.strided_sums  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast.engine import base
-from mamlpp_fast.engine.fused.placing import Workspace, place
+from mamlpp_fast.engine.fused.buffers import Buffer, Ref, Workspace, place
 from mamlpp_fast.engine.lanes import NEVER, Halt, watched
 
 __all__ = ["Buffer", "Copied", "Emitter", "Instruction", "Phase", "Program", "Ref", "Section", "Workspace"]
@@ -31,95 +31,6 @@ _STRIDED_SUMS = torch.ops.mamlpp_fast.strided_sums.default
 _Made = TypeVar("_Made")
 _Arguments = tuple[Any, ...]
 _Named = dict[str, Any]
-
-
-class Buffer:
-    """Memory of one tensor: a place in the workspace, or a tensor of its own (``storage``).
-
-    Lanes have a place each in the workspace, and of an own tensor a copy each where ``each``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        storage: Tensor | None = None,
-        each: bool = True,
-    ) -> None:
-        self.name = name
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.tensors = [] if storage is None else [storage]
-        self.owned = storage is not None
-        self.each = each
-        self.first = -1
-        self.last = -1
-        self.offset = 0
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def tensor(self, lane: int = 0) -> Tensor:
-        if not self.tensors:
-            raise RuntimeError(f"buffer {self.name} has no memory yet")
-        return self.tensors[lane if self.each else 0]
-
-
-class Ref:
-    """A buffer, or a view of one, before it has memory."""
-
-    def __init__(
-        self, buffer: Buffer, views: tuple[Callable[[Tensor], Tensor], ...] = (), meta: Tensor | None = None
-    ) -> None:
-        self.buffer = buffer
-        self._views = views
-        self._meta = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta") if meta is None else meta
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._meta.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._meta.dtype
-
-    def stride(self) -> tuple[int, ...]:
-        return self._meta.stride()
-
-    @property
-    def nbytes(self) -> int:
-        return self._meta.numel() * self._meta.element_size()
-
-    def settled(self, alignment: int) -> bool:
-        """Whether it lies contiguous, and begins at a multiple of so many bytes in its buffer."""
-        return self._meta.is_contiguous() and self.begin * self._meta.element_size() % alignment == 0
-
-    @property
-    def begin(self) -> int:
-        """Elements of the buffer in front of the first."""
-        return int(self._meta.storage_offset())
-
-    def view(self, fn: Callable[[Tensor], Tensor]) -> Ref:
-        """The view that ``fn`` makes of this one; ``fn`` must not copy."""
-        return Ref(self.buffer, (*self._views, fn), fn(self._meta))
-
-    def __getitem__(self, index: Any) -> Ref:
-        return self.view(lambda t: t[index])
-
-    def reshape(self, *shape: int) -> Ref:
-        return self.view(lambda t: t.view(*shape))
-
-    def expand(self, *shape: int) -> Ref:
-        return self.view(lambda t: t.expand(*shape))
-
-    def tensor(self, lane: int = 0) -> Tensor:
-        """The tensor, a lane's own where lanes have one each, once the buffer has memory."""
-        t = self.buffer.tensor(lane)
-        for fn in self._views:
-            t = fn(t)
-        return t
 
 
 class Phase(NamedTuple):

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast.engine import base
-from mamlpp_fast.engine.fused.flat import Layout
-from mamlpp_fast.engine.fused.form import Memory
+from mamlpp_fast.engine.fused.form import Written
 from mamlpp_fast.engine.fused.network import Statistics
-from mamlpp_fast.engine.fused.steps import Loss, Rows, Slot
+from mamlpp_fast.engine.fused.steps import Loss
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.inputs import tensors_of
 from mamlpp_fast.lslr import LSLR
@@ -67,34 +66,19 @@ class Transfer:
     Args:
         model, rates: where parameters and rates are read.
         loss: stores the labels.
-        slots, rows: the parameters that the program reads.
+        written: the program, its memory, and the parameters that it reads.
         frozen: the running statistics that it normalises with.
-        layout: of the fast weights.
-        memory: of the program.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        rates: LSLR,
-        loss: Loss,
-        slots: dict[str, Slot],
-        rows: dict[str, Rows],
-        frozen: dict[str, Statistics],
-        layout: Layout,
-        memory: Memory,
+        self, model: nn.Module, rates: LSLR, loss: Loss, written: Written, frozen: dict[str, Statistics]
     ) -> None:
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers()) | dict(loss.buffers)
-        self.rates = rates
-        self.loss = loss
-        self.slots = slots
-        self.rows = rows
-        self.frozen = frozen
-        self.layout = layout
-        self.memory = memory
-        table = memory.table.tensor()
-        self.device = table.device
+        self.rates, self.loss, self.frozen = rates, loss, frozen
+        self.slots, self.rows = written.slots, written.rows
+        self.layout, self.memory = written.layout, written.memory
+        self.device = self.memory.table.tensor().device
         # Of weight and bias of a norm without.
         self._numbers: dict[float, Tensor] = {}
         self._defaults = self._number(1.0), self._number(0.0)
