@@ -83,6 +83,11 @@ PARTS = {
     "scaling": Part(
         "-m bench.iterations --scaling --seconds 8 --passes 3 --json {out}/scaling.json", 3, None
     ),
+    "accuracy": Part(
+        "-m bench.accuracy --json {out}/accuracy.json",
+        2,
+        "-m bench.accuracy --episodes 5 --updates 1 --json {out}/accuracy.json",
+    ),
     "drop-in": Part("-m bench.drop_in --json {out}/drop_in.json", 5, None),
     "peers": Part(
         f"{_PEERS} --peers {_without(*COMPILED)} --workloads omniglot-5w1s-final --json {{out}}/peers.json",

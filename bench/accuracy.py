@@ -1,8 +1,8 @@
-"""What float32 costs a meta-gradient: its relative error against float64, by form of the convolutions.
+"""What float32 costs a meta-gradient: its relative error against float64, by form of the convolutions, and PyTorch's.
 
 Each form runs in a process of its own on the same episodes: the network and steps of omniglot-5w1s on the embedded
 strokes, a new random network for each of the first four fifths, a trained one for the rest. "default" is what the
-engine chooses.
+engine chooses, "PyTorch" the reference engine in float32.
 
 python -m bench.accuracy [--episodes 100] [--updates 60] [--json FILE]
 """
@@ -23,11 +23,19 @@ from bench.harness import keep, parser_of
 from bench.iterations import gradient_on
 from mamlpp_fast import data
 from mamlpp_fast.data import EpisodeSampler
+from mamlpp_fast.engine import EngineName
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.workloads import WORKLOADS
 
-_FORMS = {"direct": "0", "default": "", "F(3x3)": "3", "F(4x4)": "4"}
+# Engine, and MAMLPP_FAST_WINOGRAD.
+_FORMS = {
+    "PyTorch": ("reference", ""),
+    "direct": ("fused", "0"),
+    "default": ("fused", ""),
+    "F(3x3)": ("fused", "3"),
+    "F(4x4)": ("fused", "4"),
+}
 _WORKLOAD = dataclasses.replace(WORKLOADS["omniglot-5w1s"], tasks=1)
 
 
@@ -48,10 +56,10 @@ def sampler() -> EpisodeSampler:
     return data.load("strokes").sampler("train", ways=5, shots=1, targets=1, seed=0, dtype=torch.float64)
 
 
-def errors(episodes: int, updates: int) -> list[float]:
+def errors(engine: EngineName, episodes: int, updates: int) -> list[float]:
     """Relative errors (Euclidean norm of all gradients) of this process's form, episode by episode."""
     fresh = episodes - episodes // 5
-    exact, ours = (_WORKLOAD.learner("fused", precision) for precision in ("float64", "float32"))
+    exact, ours = _WORKLOAD.learner("fused", "float64"), _WORKLOAD.learner(engine, "float32")
     found = []
     for seed in range(episodes):
         if seed < fresh:
@@ -68,16 +76,16 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--updates", type=int, default=60, help="of the trained network")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", metavar="ENGINE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = ["--episodes", str(options.episodes), "--updates", str(options.updates)]
     if options.alone:
-        print(json.dumps(errors(options.episodes, options.updates)))
+        print(json.dumps(errors(options.alone, options.episodes, options.updates)))
         return 0
     rows = []
-    for form, setting in _FORMS.items():
+    for form, (engine, setting) in _FORMS.items():
         done = subprocess.run(
-            [sys.executable, "-m", "bench.accuracy", "--alone", *sizes],
+            [sys.executable, "-m", "bench.accuracy", "--alone", engine, *sizes],
             env={**os.environ, "MAMLPP_FAST_WINOGRAD": setting},
             stdout=subprocess.PIPE,
             text=True,

@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[str, Callable[[tables.Rows], str]]] = {
     "peer-headline": ("peers", tables.peer_headline),
     "scaling": ("scaling", tables.scaling),
     "load": ("load", under_load.describe),
+    "accuracy": ("accuracy", tables.accuracy),
     "networks": ("networks", tables.networks),
     "drop-in": ("drop_in", tables.drop_in),
 }

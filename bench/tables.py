@@ -199,6 +199,15 @@ def drop_in(rows: Rows) -> str:
     return table([*header, "largest difference, float64"], lines)
 
 
+def accuracy(rows: Rows) -> str:
+    """Relative errors of meta-gradients, by form of the convolutions."""
+    keys = "lower", "median", "upper", "largest"
+    lines = [[r["form"], r["weights"], str(r["episodes"]), *(f"{r[key]:.1e}" for key in keys)] for r in rows]
+    return table(
+        ["form", "weights", "episodes", "lower quartile", "median", "upper quartile", "largest"], lines
+    )
+
+
 def networks(rows: Rows) -> str:
     """Times of networks of all kinds beside a textbook loop's and torch.func's; quartiles round by round; memory."""
     lines = []
