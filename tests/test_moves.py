@@ -16,6 +16,7 @@ from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.moves import Follower, Moves
 from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Slot
+from mamlpp_fast.engine.lanes import NEVER
 
 CPU = torch.device("cpu")
 
@@ -108,6 +109,32 @@ def test_what_does_not_lie_plainly_is_copied_all_the_same(path: str) -> None:
         t = given[n]
         whole = torch.zeros(SHAPES[n][0], dtype=torch.float64) if t is None else t.double().resolve_neg()
         torch.testing.assert_close(place, whole.reshape(SHAPES[n][1]).permute(SHAPES[n][2]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("team", [False, True])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_as_calls_of_a_list_they_copy_the_same(path: str, team: bool) -> None:
+    """By one thread after the other, and side by side as the tasks of a ``vmap``."""
+    names, own = list(SHAPES), drawn(torch.float64)
+    moves = moves_of(names)
+    given = [None if n == "between" else own[n] for n in names]
+    calls, found = [], []
+    for _ in range(2):
+        places = [torch.empty([SHAPES[n][1][i] for i in SHAPES[n][2]], dtype=torch.float64) for n in names]
+        found.append([torch.empty(SHAPES[n][0], dtype=torch.float64) for n in names])
+        calls.append([moves.loading(places, [*given, torch.ones(3)]), moves.giving(places, found[-1])])
+    if team and path == "native":
+        threads = torch.classes.mamlpp_fast.Team()
+        for sections in calls:
+            threads.add([section.listed for section in sections])
+        threads.run(NEVER.flag)
+    else:
+        for section in (s for sections in calls for s in sections):
+            section()
+    for n, *copies in zip(names, *found, strict=True):
+        for t in copies:
+            expected = torch.zeros_like(own[n]) if n == "between" else own[n]
+            torch.testing.assert_close(t, expected, rtol=0, atol=0)
 
 
 def test_counts_that_do_not_fit_are_refused() -> None:

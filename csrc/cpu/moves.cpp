@@ -3,6 +3,7 @@
 // a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/differentiable.py.
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -22,15 +23,6 @@ namespace {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-/// Whether a tensor is its values, next to each other in memory, and nothing else.
-bool bare(const Tensor& t) {
-  return t.layout() == at::kStrided && t.is_cpu() && t.is_contiguous() && !t.is_neg() && !t._is_zerotensor() &&
-         !t.unsafeGetTensorImpl()->is_python_dispatch() &&
-         (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
-}
-
-constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
 
 /// Of a weight [outputs, inputs, window], which the kernels have as [window, inputs, outputs].
 struct Weight {
@@ -155,9 +147,16 @@ class Moves : public torch::CustomClassHolder {
     std::vector<Tensor> made;
     made.reserve(like.size());
     for (size_t i = 0; i < places.size(); ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
-    move<true>(made, places);
+    give(places, made);
     for (size_t i = places.size(); i < like.size(); ++i) made.push_back(at::zeros(like[i].sizes(), like[i].options()));
     return made;
+  }
+
+  /// Copies what the places have to tensors like the owners'.
+  void give(const std::vector<Tensor>& places, const std::vector<Tensor>& own) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    check(places, own.size());
+    move<true>(own, places);
   }
 
  private:
@@ -236,6 +235,15 @@ class Statistics : public torch::CustomClassHolder {
   std::vector<double> eps_, shares_, unbiased_;
 };
 
+/// As operators, for lists of calls.
+using MovesPointer = c10::intrusive_ptr<Moves>;
+void load_places(const MovesPointer& moves, at::TensorList places, const c10::List<OptTensor>& given) {
+  moves->load(places.vec(), given.vec());
+}
+void give_places(const MovesPointer& moves, at::TensorList places, at::TensorList own) {
+  moves->give(places.vec(), own.vec());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
@@ -246,6 +254,10 @@ TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
   m.class_<Statistics>("Statistics")
       .def(torch::init<std::vector<double>, std::vector<double>, std::vector<double>>())
       .def("follow", &Statistics::follow);
+  m.def("load_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor(a!)[] places, Tensor?[] given) -> ()",
+        &load_places);
+  m.def("give_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor[] places, Tensor(a!)[] own) -> ()",
+        &give_places);
 }
 
 }  // namespace mf

@@ -7,7 +7,7 @@ something watches the caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from mamlpp_fast import _native
 from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.network import Norm, Statistics
+from mamlpp_fast.engine.fused.program import Section
 from mamlpp_fast.engine.fused.steps import Slot
 from mamlpp_fast.engine.lanes import watched
 
@@ -44,23 +45,36 @@ class Moves:
             orders = [list(s.order) for s in slots]
             self._native = torch.classes.mamlpp_fast.Moves([list(s.split) for s in slots], orders)
 
-    def arranged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views, or copies where there are none, with the axes that they have in the kernels' layout."""
-        return [_laid(t, how) for t, how in zip(tensors, self._how, strict=False)]
-
-    def directed(
-        self, places: Sequence[Tensor], cotangents: Sequence[Tensor | None], zero: Tensor
-    ) -> list[Tensor]:
-        """What is to be copied to the places of directions: ``zero``, a number, where there is no cotangent."""
-        rows = zip(places, cotangents, self._how, strict=False)
-        return [zero.expand_as(held) if c is None else _laid(c, how) for held, c, how in rows]
-
     def load(self, places: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
         """Copies to the places, zeros where there is nothing; what is given beyond them is left out."""
         if self._native is not None and not watched():
             self._native.load(list(places), list(given))
             return
-        torch._foreach_copy_(list(places), self.directed(places, given, places[0].new_zeros(())))
+        zero = places[0].new_zeros(())
+        rows = zip(places, given, self._how, strict=False)
+        laid = [zero.expand_as(held) if t is None else _laid(t, how) for held, t, how in rows]
+        torch._foreach_copy_(list(places), laid)
+
+    def loading(self, places: Sequence[Tensor], given: Sequence[Tensor | None]) -> Section:
+        """What :meth:`load` does, as one of the calls of a list."""
+        return self._later("load_places", self.load, places, given)
+
+    def giving(self, places: Sequence[Tensor], own: Sequence[Tensor]) -> Section:
+        """Copies of what lies in the places to tensors like the parameters, as one of the calls of a list."""
+        return self._later("give_places", self._give, places, own)
+
+    def _give(self, places: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        laid = [_laid(t, how) for t, how in zip(own, self._how, strict=True)]
+        torch._foreach_copy_(laid, list(places))
+
+    def _later(
+        self, name: str, method: Callable[..., None], places: Sequence[Tensor], own: Sequence[Tensor | None]
+    ) -> Section:
+        listed = None
+        if self._native is not None:
+            listed = torch.classes.mamlpp_fast.Calls()
+            listed.add(f"mamlpp_fast::{name}", "", [self._native, list(places), list(own)], [])
+        return Section([lambda: method(places, own)], listed)
 
     def take(self, places: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
         """Copies of what lies in the places, like the parameters; zeros like those beyond them."""
@@ -68,7 +82,7 @@ class Moves:
             made: list[Tensor] = self._native.take(list(places), list(like))
             return made
         made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[: len(places)]]
-        torch._foreach_copy_(self.arranged(made), list(places))
+        self._give(places, made)
         return made + [torch.zeros_like(p) for p in like[len(places) :]]
 
 

@@ -182,9 +182,7 @@ class _Use:
         moving = made[: len(net.names)]
         for inert in made[len(net.names) :]:
             inert.zero_()
-        return made, lambda task, place: [
-            (net.moves.arranged([self.one(t, task) for t in moving]), of(place))
-        ]
+        return made, lambda task, place: [net.moves.giving(of(place), [self.one(t, task) for t in moving])]
 
     def forward(self, given: Sequence[Tensor], after: _Plan) -> _State:
         """The forward pass on x, buffers and parameters, in places that are fresh, and what comes after it there."""
@@ -194,8 +192,8 @@ class _Use:
         def plan(task: int, place: Place) -> Iterator[_Item]:
             x, *rest = self.of_task(task, given)
             buffers, own = rest[: len(net.buffers)], rest[len(net.buffers) :]
-            to = [place.x, *(place.buffers[name] for name in net.buffers), *place.parameters]
-            yield to, [net.stored(x), *buffers, *net.moves.arranged(own[: len(net.names)])]
+            yield [place.x, *(place.buffers[name] for name in net.buffers)], [net.stored(x), *buffers]
+            yield net.moves.loading(place.parameters, own[: len(net.names)])
             yield place.forward
             yield from after(task, place)
 
@@ -335,7 +333,7 @@ class _Double(_Operation):
         def plan(task: int, place: Place) -> Iterator[_Item]:
             own = iter(cotangents)
             along = [use.one(next(own), task) if c else None for c in use.along]
-            yield place.directions, net.moves.directed(place.directions, along, still)
+            yield net.moves.loading(place.directions, along)
             yield [place.gy_dot], [still.expand_as(place.gy_dot)]
             yield place.whole.tangent
             yield place.whole.second
