@@ -113,11 +113,13 @@ class Arrangement {
   bool plain_ = false;
 };
 
-/// Moves the tensors of a call in and out.
+/// Moves tensors of a call to their places in a program's memory, and out of these.
 class Moves : public torch::CustomClassHolder {
  public:
-  Moves(std::vector<std::vector<int64_t>> splits, std::vector<std::vector<int64_t>> orders) {
+  Moves(std::vector<std::vector<int64_t>> splits, std::vector<std::vector<int64_t>> orders, std::vector<Tensor> places)
+      : places_(std::move(places)) {
     TORCH_CHECK_VALUE(splits.size() == orders.size(), "orders: expected ", splits.size(), ", got ", orders.size());
+    TORCH_CHECK_VALUE(splits.size() == places_.size(), "places: expected ", splits.size(), ", got ", places_.size());
     for (size_t i = 0; i < splits.size(); ++i) {
       TORCH_CHECK_VALUE(splits[i].size() == orders[i].size(), "orders: expected ", splits[i].size(), " axes, got ",
                         orders[i].size());
@@ -126,68 +128,68 @@ class Moves : public torch::CustomClassHolder {
   }
 
   /// Copies to the places; zeros where there is nothing.
-  void load(std::vector<Tensor> places, std::vector<OptTensor> given) {
+  void load(std::vector<OptTensor> given) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    check(places, given.size());
-    std::vector<Tensor> own(places.size());
-    for (size_t i = 0; i < places.size(); ++i) {
+    check(given.size());
+    std::vector<Tensor> own(places_.size());
+    for (size_t i = 0; i < places_.size(); ++i) {
       if (given[i]) {
         own[i] = *given[i];
       } else {
-        places[i].zero_();
+        places_[i].zero_();
       }
     }
-    move<false>(own, places);
+    move<false>(own);
   }
 
   /// New tensors like the owners', with what the places have; beyond these, zeros.
-  std::vector<Tensor> take(std::vector<Tensor> places, std::vector<Tensor> like) {
+  std::vector<Tensor> take(std::vector<Tensor> like) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    check(places, like.size());
+    check(like.size());
+    const size_t count = places_.size();
     std::vector<Tensor> made;
     made.reserve(like.size());
-    for (size_t i = 0; i < places.size(); ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
-    give(places, made);
-    for (size_t i = places.size(); i < like.size(); ++i) made.push_back(at::zeros(like[i].sizes(), like[i].options()));
+    for (size_t i = 0; i < count; ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
+    move<true>(made);
+    for (size_t i = count; i < like.size(); ++i) made.push_back(at::zeros(like[i].sizes(), like[i].options()));
     return made;
   }
 
   /// Copies what the places have to tensors like the owners'.
-  void give(const std::vector<Tensor>& places, const std::vector<Tensor>& own) const {
+  void give(const std::vector<Tensor>& own) const {
     const at::AutoDispatchBelowADInplaceOrView below;
-    check(places, own.size());
-    move<true>(own, places);
+    check(own.size());
+    move<true>(own);
   }
 
  private:
   /// Copies what there is to its place, or (`out`) from there. Each thread takes the share that it has in PyTorch's
   /// loops over the same tensors: what lies in the cache of another core comes from there at a fraction of the speed.
   template <bool out>
-  void move(const std::vector<Tensor>& own, const std::vector<Tensor>& places) const {
+  void move(const std::vector<Tensor>& own) const {
     std::vector<size_t> shared;
     int64_t elements = 0;
-    for (size_t i = 0; i < places.size(); ++i) {
+    for (size_t i = 0; i < places_.size(); ++i) {
       if (!own[i].defined()) continue;
-      if (arrangements_[i].shares(own[i], places[i])) {
+      if (arrangements_[i].shares(own[i], places_[i])) {
         shared.push_back(i);
         elements += own[i].numel();
       } else {
-        arrangements_[i].copy<out>(own[i], places[i]);
+        arrangements_[i].copy<out>(own[i], places_[i]);
       }
     }
     const int64_t parts = elements < kGrain ? 1 : at::get_num_threads();
     each(parts, [&](int64_t part) {
-      for (const size_t i : shared) arrangements_[i].copy_share<out>(own[i], places[i], part, parts);
+      for (const size_t i : shared) arrangements_[i].copy_share<out>(own[i], places_[i], part, parts);
     });
   }
 
-  void check(const std::vector<Tensor>& places, size_t given) const {
-    TORCH_CHECK_VALUE(places.size() == arrangements_.size(), "places: expected ", arrangements_.size(), ", got ",
-                      places.size());
-    TORCH_CHECK_VALUE(given >= places.size(), "tensors: expected ", places.size(), " or more, got ", given);
+  void check(size_t given) const {
+    TORCH_CHECK_VALUE(given >= places_.size(), "tensors: expected ", places_.size(), " or more, got ", given);
   }
 
   std::vector<Arrangement> arrangements_;
+  std::vector<Tensor> places_;
 };
 
 /// Running statistics of the batch norms of a network.
@@ -237,27 +239,21 @@ class Statistics : public torch::CustomClassHolder {
 
 /// As operators, for lists of calls.
 using MovesPointer = c10::intrusive_ptr<Moves>;
-void load_places(const MovesPointer& moves, at::TensorList places, const c10::List<OptTensor>& given) {
-  moves->load(places.vec(), given.vec());
-}
-void give_places(const MovesPointer& moves, at::TensorList places, at::TensorList own) {
-  moves->give(places.vec(), own.vec());
-}
+void load_places(const MovesPointer& moves, const c10::List<OptTensor>& given) { moves->load(given.vec()); }
+void give_places(const MovesPointer& moves, at::TensorList own) { moves->give(own.vec()); }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
   m.class_<Moves>("Moves")
-      .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>>())
+      .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>, std::vector<Tensor>>())
       .def("load", &Moves::load)
       .def("take", &Moves::take);
   m.class_<Statistics>("Statistics")
       .def(torch::init<std::vector<double>, std::vector<double>, std::vector<double>>())
       .def("follow", &Statistics::follow);
-  m.def("load_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor(a!)[] places, Tensor?[] given) -> ()",
-        &load_places);
-  m.def("give_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor[] places, Tensor(a!)[] own) -> ()",
-        &give_places);
+  m.def("load_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor?[] given) -> ()", &load_places);
+  m.def("give_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor(a!)[] own) -> ()", &give_places);
 }
 
 }  // namespace mf

@@ -16,7 +16,6 @@ from torch import Tensor
 from mamlpp_fast import _native
 from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.network import Norm, Statistics
-from mamlpp_fast.engine.fused.program import Section
 from mamlpp_fast.engine.fused.steps import Slot
 from mamlpp_fast.engine.lanes import watched
 
@@ -24,70 +23,78 @@ __all__ = ["Follower", "Moves"]
 
 
 class Moves:
-    """Of the parameters of a call, in the order of ``slots``.
+    """Of the parameters of a call, or of what is like them, to the places that they have in a program's memory.
 
     Args:
         slots: how each lies for the kernels.
-        shapes: of the parameters.
-        device: of both.
+        places: theirs, with the axes of that.
     """
 
-    def __init__(
-        self, slots: Sequence[Slot], shapes: Sequence[tuple[int, ...]], device: torch.device
-    ) -> None:
-        # How each gets the axes of the kernels' layout; None for one that has them.
-        self._how = [
-            None if s.split == shape and s.order == tuple(range(len(s.split))) else (s.split, s.order)
-            for s, shape in zip(slots, shapes, strict=True)
-        ]
+    def __init__(self, slots: Sequence[Slot], places: Sequence[Tensor]) -> None:
+        self.places = list(places)
+        self._how = [(s.split, s.order) for s in slots]
         self._native: Any = None
-        if device.type == "cpu" and _native.status().loaded:
-            orders = [list(s.order) for s in slots]
-            self._native = torch.classes.mamlpp_fast.Moves([list(s.split) for s in slots], orders)
+        if all(place.device.type == "cpu" for place in places) and _native.status().loaded:
+            splits, orders = [list(s.split) for s in slots], [list(s.order) for s in slots]
+            self._native = torch.classes.mamlpp_fast.Moves(splits, orders, self.places)
 
-    def load(self, places: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
+    def load(self, given: Sequence[Tensor | None]) -> None:
         """Copies to the places, zeros where there is nothing; what is given beyond them is left out."""
         if self._native is not None and not watched():
-            self._native.load(list(places), list(given))
+            self._native.load(list(given))
             return
-        zero = places[0].new_zeros(())
-        rows = zip(places, given, self._how, strict=False)
+        zero = self.places[0].new_zeros(())
+        rows = zip(self.places, given, self._how, strict=False)
         laid = [zero.expand_as(held) if t is None else _laid(t, how) for held, t, how in rows]
-        torch._foreach_copy_(list(places), laid)
+        torch._foreach_copy_(self.places, laid)
 
-    def loading(self, places: Sequence[Tensor], given: Sequence[Tensor | None]) -> Section:
-        """What :meth:`load` does, as one of the calls of a list."""
-        return self._later("load_places", self.load, places, given)
-
-    def giving(self, places: Sequence[Tensor], own: Sequence[Tensor]) -> Section:
-        """Copies of what lies in the places to tensors like the parameters, as one of the calls of a list."""
-        return self._later("give_places", self._give, places, own)
-
-    def _give(self, places: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-        laid = [_laid(t, how) for t, how in zip(own, self._how, strict=True)]
-        torch._foreach_copy_(laid, list(places))
-
-    def _later(
-        self, name: str, method: Callable[..., None], places: Sequence[Tensor], own: Sequence[Tensor | None]
-    ) -> Section:
-        listed = None
-        if self._native is not None:
-            listed = torch.classes.mamlpp_fast.Calls()
-            listed.add(f"mamlpp_fast::{name}", "", [self._native, list(places), list(own)], [])
-        return Section([lambda: method(places, own)], listed)
-
-    def take(self, places: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    def take(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Copies of what lies in the places, like the parameters; zeros like those beyond them."""
         if self._native is not None and not watched():
-            made: list[Tensor] = self._native.take(list(places), list(like))
+            made: list[Tensor] = self._native.take(list(like))
             return made
-        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[: len(places)]]
-        self._give(places, made)
-        return made + [torch.zeros_like(p) for p in like[len(places) :]]
+        count = len(self.places)
+        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[:count]]
+        self.give(made)
+        return made + [torch.zeros_like(p) for p in like[count:]]
+
+    def give(self, own: Sequence[Tensor]) -> None:
+        """Copies what lies in the places to tensors like the parameters."""
+        if self._native is not None and not watched():
+            torch.ops.mamlpp_fast.give_places.default(self._native, list(own))
+            return
+        laid = [_laid(t, how) for t, how in zip(own, self._how, strict=True)]
+        torch._foreach_copy_(laid, self.places)
+
+    def loading(self, given: Sequence[Tensor | None]) -> Moving:
+        """What :meth:`load` does, later."""
+        return Moving(lambda: self.load(given), "load_places", self._native, given)
+
+    def giving(self, own: Sequence[Tensor]) -> Moving:
+        """Copies of what lies in the places to tensors like the parameters, later."""
+        return Moving(lambda: self.give(own), "give_places", self._native, own)
 
 
-def _laid(t: Tensor, how: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Tensor:
-    return t if how is None else t.reshape(how[0]).permute(how[1])
+class Moving:
+    """A call of :class:`Moves` that is yet to be made."""
+
+    def __init__(
+        self, call: Callable[[], None], name: str, native: Any, tensors: Sequence[Tensor | None]
+    ) -> None:
+        self._call, self._name, self._native, self._tensors = call, name, native, tensors
+
+    def __call__(self) -> None:
+        self._call()
+
+    def listed(self) -> Any:
+        """As the native library's list, which has to be there."""
+        calls = torch.classes.mamlpp_fast.Calls()
+        calls.add(f"mamlpp_fast::{self._name}", "", [self._native, list(self._tensors)], [])
+        return calls
+
+
+def _laid(t: Tensor, how: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    return t.reshape(how[0]).permute(how[1])
 
 
 class _Kept(NamedTuple):
