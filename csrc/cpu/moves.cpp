@@ -3,7 +3,6 @@
 // a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/differentiable.py.
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "calls.h"
 #include "kernels/linear_cross_entropy.h"
 
 namespace mf {
@@ -156,7 +156,7 @@ class Moves : public torch::CustomClassHolder {
   }
 
   /// Copies what the places have to tensors like the owners'.
-  void give(const std::vector<Tensor>& own) const {
+  void give(std::vector<Tensor> own) {
     const at::AutoDispatchBelowADInplaceOrView below;
     check(own.size());
     move<true>(own);
@@ -237,23 +237,32 @@ class Statistics : public torch::CustomClassHolder {
   std::vector<double> eps_, shares_, unbiased_;
 };
 
-/// As operators, for lists of calls.
-using MovesPointer = c10::intrusive_ptr<Moves>;
-void load_places(const MovesPointer& moves, const c10::List<OptTensor>& given) { moves->load(given.vec()); }
-void give_places(const MovesPointer& moves, at::TensorList own) { moves->give(own.vec()); }
+/// Either as a list of calls, with what is to be moved.
+using Pointer = c10::intrusive_ptr<Moves>;
+c10::intrusive_ptr<Calls> loading(const Pointer& moves, std::vector<OptTensor> given) {
+  auto calls = c10::make_intrusive<Calls>();
+  calls->add([moves, given = std::move(given)] { moves->load(given); });
+  return calls;
+}
+c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<Tensor> own) {
+  auto calls = c10::make_intrusive<Calls>();
+  calls->add([moves, own = std::move(own)] { moves->give(own); });
+  return calls;
+}
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
+void define_moves(torch::Library& m) {
   m.class_<Moves>("Moves")
       .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>, std::vector<Tensor>>())
       .def("load", &Moves::load)
-      .def("take", &Moves::take);
+      .def("take", &Moves::take)
+      .def("give", &Moves::give)
+      .def("loading", &loading)
+      .def("giving", &giving);
   m.class_<Statistics>("Statistics")
       .def(torch::init<std::vector<double>, std::vector<double>, std::vector<double>>())
       .def("follow", &Statistics::follow);
-  m.def("load_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor?[] given) -> ()", &load_places);
-  m.def("give_places(__torch__.torch.classes.mamlpp_fast.Moves moves, Tensor(a!)[] own) -> ()", &give_places);
 }
 
 }  // namespace mf

@@ -8,6 +8,7 @@ something watches the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -61,36 +62,29 @@ class Moves:
     def give(self, own: Sequence[Tensor]) -> None:
         """Copies what lies in the places to tensors like the parameters."""
         if self._native is not None and not watched():
-            torch.ops.mamlpp_fast.give_places.default(self._native, list(own))
+            self._native.give(list(own))
             return
         laid = [_laid(t, how) for t, how in zip(own, self._how, strict=True)]
         torch._foreach_copy_(laid, self.places)
 
     def loading(self, given: Sequence[Tensor | None]) -> Moving:
         """What :meth:`load` does, later."""
-        return Moving(lambda: self.load(given), "load_places", self._native, given)
+        return Moving(lambda: self.load(given), lambda: self._native.loading(list(given)))
 
     def giving(self, own: Sequence[Tensor]) -> Moving:
-        """Copies of what lies in the places to tensors like the parameters, later."""
-        return Moving(lambda: self.give(own), "give_places", self._native, own)
+        """What :meth:`give` does, later."""
+        return Moving(lambda: self.give(own), lambda: self._native.giving(list(own)))
 
 
+@dataclass(frozen=True)
 class Moving:
-    """A call of :class:`Moves` that is yet to be made."""
+    """A call of :class:`Moves` that is yet to be made; ``listed`` makes the native library's list of it."""
 
-    def __init__(
-        self, call: Callable[[], None], name: str, native: Any, tensors: Sequence[Tensor | None]
-    ) -> None:
-        self._call, self._name, self._native, self._tensors = call, name, native, tensors
+    call: Callable[[], None]
+    listed: Callable[[], Any]
 
     def __call__(self) -> None:
-        self._call()
-
-    def listed(self) -> Any:
-        """As the native library's list, which has to be there."""
-        calls = torch.classes.mamlpp_fast.Calls()
-        calls.add(f"mamlpp_fast::{self._name}", "", [self._native, list(self._tensors)], [])
-        return calls
+        self.call()
 
 
 def _laid(t: Tensor, how: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:

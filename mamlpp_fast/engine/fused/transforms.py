@@ -115,9 +115,8 @@ def _listed(item: _Item) -> Any:
         return item.listed()
     if isinstance(item, Section):
         return item.listed
-    to, of = item
     calls = torch.classes.mamlpp_fast.Calls()
-    calls.add("aten::_foreach_copy_", "", [to, of, False], [])
+    calls.copy(*item)
     return calls
 
 
