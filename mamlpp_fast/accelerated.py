@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
-from mamlpp_fast.engine.fingerprint import Fingerprint, form_of, look
+from mamlpp_fast.engine.fingerprint import form_of
 from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
@@ -205,14 +205,13 @@ def _served(
     if isinstance(x, str):
         _left.setdefault(model, {})[x] = None
         return None
-    form, held = look(model)
-    route = _route(model, x, plain, form)
+    route = _route(model, x, plain)
     if isinstance(route, _Refusal):
         return None
     if isinstance(route, DifferentiableNetwork) and route.resting():
         _resting[model] = route
         return None
-    return route.call(Held(model, held), x)
+    return route.call(Held(model), x)
 
 
 def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetwork | str:
@@ -220,7 +219,7 @@ def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetw
     x = _inputs(*_arguments(inputs))
     if isinstance(x, str):
         return x
-    route = _route(model, x, None, form_of(model))
+    route = _route(model, x, None)
     if isinstance(route, DifferentiableNetwork):
         return "its passes are differentiated a third time" if route.resting() else route
     return str(route)
@@ -282,9 +281,8 @@ def _unfit(x: Tensor | Call) -> str | None:
     return None
 
 
-def _route(
-    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None, form: Fingerprint
-) -> _Route:
+def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None) -> _Route:
+    form = form_of(model)
     # Empty without a transform of torch.func; with one, why its kind is refused.
     transform = (transforms.refusal(model, x),) if transformed() else ()
     given = tensors_of(x)
@@ -318,7 +316,7 @@ def _under_transforms(
     if refusal is not None:
         return _Refusal(refusal)
     with transforms.outside(model, x) as one:
-        route = _route(model, one, plain, form_of(model))
+        route = _route(model, one, plain)
     if not isinstance(route, DifferentiableNetwork):
         return route
     if any(norm.statistics is not None for norm in route.network.norms.values()):

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import mamlpp_fast as mf
 from mamlpp_fast.compat import learn2learn as l2l
 from mamlpp_fast.engine import fingerprint
-from mamlpp_fast.engine.fingerprint import form_of, look
+from mamlpp_fast.engine.fingerprint import form_of
 from mamlpp_fast.engine.glances import Glance
-from mamlpp_fast.reference import PerStepBatchNorm2d
 
 
 def network() -> nn.Sequential:
@@ -137,20 +136,6 @@ def test_a_step_is_of_a_call_and_no_part_of_the_form() -> None:
     assert form_of(model) is form
     model[1].eval_stats = "running"
     assert form_of(model) != form
-
-
-@pytest.mark.parametrize("make", [network, lambda: l2l.vision.models.OmniglotCNN(5), per_step])
-def test_what_a_model_holds_has_the_names_that_it_has_there(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    held = look(model)[1]
-    assert held == {}  # nothing was known of its class
-    found = {name: t for name, t in look(model)[1].items() if name and t is not None}
-    norms = [name for name, m in model.named_modules() if isinstance(m, PerStepBatchNorm2d)]
-    own = dict(model.named_parameters(remove_duplicate=False))  # of a module in two places by both names
-    own |= dict(model.named_buffers(remove_duplicate=False))
-    expected = {n: t for n, t in own.items() if n.rpartition(".")[0] not in norms}
-    assert all(t is expected[n] for n, t in found.items())
-    assert {id(t) for t in found.values()} == {id(t) for t in expected.values()} and len(found) > 1
 
 
 def test_equal_values_in_other_objects_are_the_same_form(monkeypatch: pytest.MonkeyPatch) -> None:

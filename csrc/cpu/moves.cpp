@@ -1,6 +1,6 @@
 // What goes between the tensors of a call and the memory of a program: parameters and cotangents into the kernels'
 // layout, gradients out of it, and a batch's statistics into the running ones. Each in one call, for in a small network
-// a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/differentiable.py.
+// a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/moves.py.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>

@@ -13,7 +13,7 @@ import os
 import pickle
 import threading
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from mamlpp_fast.engine.named import (
 )
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of", "look"]
+__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
@@ -409,19 +409,15 @@ def form_of(model: nn.Module) -> Fingerprint:
     Modules, parameters and buffers count by their order, with which of them are one and the same; the other attributes
     as ever. Hooks on gradients, ``requires_grad`` and strides of parameters do not count.
     """
-    return look(model)[0]
-
-
-def look(model: nn.Module) -> tuple[Fingerprint, Mapping[str, Tensor | None]]:
-    """The :func:`form_of` a model, and what it holds by name as far as that was met on the way."""
     cls = type(model)
     last = _glances.get(cls)
-    if last is not None and (held := last.held(model)) is not None:
-        return last.form, held
+    if last is not None and last.fits(model):
+        made: Fingerprint = last.form
+        return made
     form = _fingerprint(model, (), form=True)
     if (glance := Glance.of(form, model)) is not None:
         _glances[cls] = glance
-    return form, {}
+    return form
 
 
 _glances: dict[type, Glance] = {}

@@ -84,7 +84,6 @@ class Glance:
         ]
         self.forwards = [(cls, forward_of(cls)) for cls in {row.cls for row in self.rows}]
         self.tensors = _shapes(tensors)
-        self.names = _names(modules, places)
         self.graphs = [b is not None and b.requires_grad for m in modules for b in m._buffers.values()]
 
     @staticmethod
@@ -109,52 +108,45 @@ class Glance:
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model's form is this one."""
-        return self.held(model) is not None
-
-    def held(self, model: nn.Module) -> dict[str, Tensor | None] | None:
-        """The model's parameters and buffers, each by a name of it, where its form is this one; else None.
-
-        Not those of per-step norms, which have a row of theirs for every step.
-        """
         if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
-            return None
+            return False
         training, queue = model.training, [model]
         tensors: list[Tensor | None] = []
         graphs: list[bool] = []
         for module, row in zip(queue, self.rows, strict=False):  # the queue grows meanwhile
             state = module.__dict__
             if type(module) is not row.cls or len(state) != row.size:
-                return None
+                return False
             try:
                 own, buffers, children, mode, pre, post, back_pre, back, *values = row.pick(state)
             except KeyError:
-                return None
+                return False
             if pre or post or back_pre or back or (mode == training) != row.training:
-                return None
+                return False
             if not all(map(is_, values, row.values)):
                 if _contents(values) != row.content:
-                    return None
+                    return False
                 row.values = tuple(values)
             if own or row.parameters:
                 if tuple(own) != row.parameters:
-                    return None
+                    return False
                 tensors += own.values()
             if buffers or row.buffers:
                 if tuple(buffers) != row.buffers:
-                    return None
+                    return False
                 tensors += buffers.values()
                 graphs += [t is not None and t.requires_grad for t in buffers.values()]
             if children or row.children:
                 if tuple(children) != row.children:
-                    return None
+                    return False
                 for child, place in zip(children.values(), row.places, strict=True):
                     if child is None:
-                        return None
+                        return False
                     if place == len(queue):
                         queue.append(child)
                     elif queue[place] is not child:
-                        return None
-        same = (
+                        return False
+        return (
             len(queue) == len(self.rows)
             and graphs == self.graphs
             and _shapes(tensors) == self.tensors
@@ -162,28 +154,12 @@ class Glance:
             and _apart(queue)
             and _apart(tensors)
         )
-        return dict(zip(self.names, tensors, strict=True)) if same else None
 
 
 def _apart(objects: Sequence[object]) -> bool:
     """Whether none is there twice; of None any number may be."""
     found = [id(o) for o in objects if o is not None]
     return len(set(found)) == len(found)
-
-
-def _names(modules: list[nn.Module], places: list[list[int]]) -> list[str]:
-    """Of the parameters and buffers, module by module; nameless those of per-step norms."""
-    paths = [""] * len(modules)
-    for module, path, children in zip(
-        modules, paths, places, strict=True
-    ):  # the later paths are written meanwhile
-        for name, place in zip(module._modules, children, strict=True):
-            paths[place] = paths[place] or f"{path}{name}."
-    return [
-        "" if isinstance(module, PerStepBatchNorm2d) else path + name
-        for module, path in zip(modules, paths, strict=True)
-        for name in (*module._parameters, *module._buffers)
-    ]
 
 
 def _shapes(tensors: list[Tensor | None]) -> list[object]:

@@ -39,7 +39,7 @@ class Held:
     """What a model holds now, by name: its own tensors, or those that a functional call gives it.
 
     Args:
-        fast: takes the place of what has these names.
+        fast: takes the place of parameters of these names.
         step: of per-step norms, where it is not theirs.
         later: takes what running statistics are to take in, in place of them.
     """
@@ -47,7 +47,7 @@ class Held:
     def __init__(
         self,
         model: nn.Module,
-        fast: Mapping[str, Tensor | None] | None = None,
+        fast: Mapping[str, Tensor] | None = None,
         step: int | None = None,
         later: list[Taken] | None = None,
     ) -> None:
@@ -63,8 +63,6 @@ class Held:
         return self._own(module, module._parameters[leaf], "per_step_affine")
 
     def buffer(self, name: str) -> Tensor:
-        if (found := self._fast.get(name)) is not None:
-            return found
         module, leaf = self._module(name)
         return self._own(module, module._buffers[leaf], "per_step_stats")
 
