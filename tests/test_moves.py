@@ -16,8 +16,7 @@ from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.moves import Follower, Moves
 from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Slot
-
-CPU = torch.device("cpu")
+from mamlpp_fast.engine.lanes import NEVER
 
 
 def slot(name: str, split: tuple[int, ...], order: tuple[int, ...]) -> Slot:
@@ -38,8 +37,9 @@ SHAPES = {
 }
 
 
-def moves_of(names: list[str]) -> Moves:
-    return Moves([slot(n, *SHAPES[n][1:]) for n in names], [SHAPES[n][0] for n in names], CPU)
+def moves_of(names: list[str], dtype: torch.dtype = torch.float64) -> Moves:
+    places = [torch.empty([SHAPES[n][1][i] for i in SHAPES[n][2]], dtype=dtype) for n in names]
+    return Moves([slot(n, *SHAPES[n][1:]) for n in names], places)
 
 
 class _Watching(TorchDispatchMode):
@@ -69,22 +69,19 @@ def drawn(dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_what_goes_in_lies_as_the_kernels_have_it_and_comes_out_again(path: str, dtype: torch.dtype) -> None:
     names, own = list(SHAPES), drawn(dtype)
-    moves = moves_of(names)
-    places = [torch.empty([SHAPES[n][1][i] for i in SHAPES[n][2]], dtype=dtype) for n in names]
-    moves.load(places, [own[n].requires_grad_() for n in names])
-    for n, place in zip(names, places, strict=True):
+    moves = moves_of(names, dtype)
+    moves.load([own[n].requires_grad_() for n in names])
+    for n, place in zip(names, moves.places, strict=True):
         expected = own[n].detach().reshape(SHAPES[n][1]).permute(SHAPES[n][2])
         torch.testing.assert_close(place, expected, rtol=0, atol=0)
     inert = torch.randn(3, dtype=dtype)
-    *taken, zeros = moves.take(places, [*own.values(), inert])
+    *taken, zeros = moves.take([*own.values(), inert])
     for found, t in zip(taken, own.values(), strict=True):
         assert not found.requires_grad and found.is_contiguous()
         torch.testing.assert_close(found, t.detach(), rtol=0, atol=0)
     torch.testing.assert_close(zeros, torch.zeros_like(inert), rtol=0, atol=0)
     taken[0].add_(1)  # nobody else's memory
-    torch.testing.assert_close(
-        moves.take(places, list(own.values()))[0], own["conv"].detach(), rtol=0, atol=0
-    )
+    torch.testing.assert_close(moves.take(list(own.values()))[0], own["conv"].detach(), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -102,24 +99,52 @@ def test_what_does_not_lie_plainly_is_copied_all_the_same(path: str) -> None:
         "between": None,
     }
     names = list(given)
-    places = [torch.empty([SHAPES[n][1][i] for i in SHAPES[n][2]], dtype=torch.float64) for n in names]
-    moves_of(names).load(places, list(given.values()))
-    for n, place in zip(names, places, strict=True):
+    moves = moves_of(names)
+    moves.load(list(given.values()))
+    for n, place in zip(names, moves.places, strict=True):
         t = given[n]
         whole = torch.zeros(SHAPES[n][0], dtype=torch.float64) if t is None else t.double().resolve_neg()
         torch.testing.assert_close(place, whole.reshape(SHAPES[n][1]).permute(SHAPES[n][2]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("team", [False, True])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_as_calls_of_a_list_they_copy_the_same(path: str, team: bool) -> None:
+    """By one thread after the other, and side by side as the tasks of a ``vmap``."""
+    names, own = list(SHAPES), drawn(torch.float64)
+    given = [None if n == "between" else own[n] for n in names]
+    calls, found = [], []
+    for moves in (moves_of(names), moves_of(names)):
+        found.append([torch.empty(SHAPES[n][0], dtype=torch.float64) for n in names])
+        calls.append([moves.loading([*given, torch.ones(3)]), moves.giving(found[-1])])
+    if team and path == "native":
+        threads = torch.classes.mamlpp_fast.Team()
+        for movings in calls:
+            threads.add([moving.listed() for moving in movings])
+        threads.run(NEVER.flag)
+    else:
+        for moving in (m for movings in calls for m in movings):
+            moving()
+    for n, *copies in zip(names, *found, strict=True):
+        for t in copies:
+            expected = torch.zeros_like(own[n]) if n == "between" else own[n]
+            torch.testing.assert_close(t, expected, rtol=0, atol=0)
+
+
 def test_counts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="orders: expected 1, got 0"):
-        torch.classes.mamlpp_fast.Moves([[2]], [])
+        torch.classes.mamlpp_fast.Moves([[2]], [], [torch.zeros(2)])
     with pytest.raises(ValueError, match="orders: expected 1 axes, got 2"):
-        torch.classes.mamlpp_fast.Moves([[2]], [[0, 1]])
-    native = torch.classes.mamlpp_fast.Moves([[2]], [[0]])
+        torch.classes.mamlpp_fast.Moves([[2]], [[0, 1]], [torch.zeros(2)])
     with pytest.raises(ValueError, match="places: expected 1, got 2"):
-        native.load([torch.zeros(2)] * 2, [torch.zeros(2)] * 2)
-    with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
-        native.take([torch.zeros(2)], [])
+        torch.classes.mamlpp_fast.Moves([[2]], [[0]], [torch.zeros(2)] * 2)
+    native = torch.classes.mamlpp_fast.Moves([[2]], [[0]], [torch.zeros(2)])
+    for move in (native.load, native.take, native.give):
+        with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
+            move([])
+    for listed in (native.loading([]), native.giving([])):
+        with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
+            listed.run(NEVER.flag)
     with pytest.raises(ValueError, match="one number a norm"):
         torch.classes.mamlpp_fast.Statistics([1e-5], [0.1], [])
     with pytest.raises(ValueError, match="expected 1 tensors of each kind"):
@@ -146,7 +171,7 @@ def _follower(model: _Norms, images: int, elements: int) -> Follower:
         buffers = f"{name}.running_mean", f"{name}.running_var", f"{name}.num_batches_tracked"
         assert norm.momentum is not None
         norms[name] = Norm(elements, Statistics(*buffers, 1, norm.momentum, norm.eps), bias)
-    return Follower(norms, images, CPU)
+    return Follower(norms, images, torch.device("cpu"))
 
 
 def _statistics(model: _Norms, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -143,6 +143,22 @@ def test_what_broadcasts_or_has_another_type() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_of_steps_and_rates_bit_for_bit(dtype: torch.dtype) -> None:
+    """In one pass where they lie plainly, several threads' here: sizes around a thread's share, and turned values."""
+    shapes = [(40_000,), (32_768,), (7, 3), (1,), (0,)]
+    p, g, rates = ([t.detach().to(dtype) for t in tensors(seed, shapes=shapes)] for seed in range(3))
+    down = [t.detach().to(dtype) for t in tensors(3, shapes=shapes)]
+    g[2], down[2] = g[2].t().contiguous().t(), -down[2]
+    g[0][3], rates[0][4], down[0][5] = torch.nan, torch.inf, -0.0
+    by = [t.requires_grad_() for t in (*g, *rates)]
+    found = torch.autograd.grad(stepped(p, g, rates), by, down)
+    expected = [-d * t for ts in (rates, g) for d, t in zip(down, ts, strict=True)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.nan_to_num(7).signbit(), other.nan_to_num(7).signbit())
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def test_values_that_are_changed_before_they_are_read_are_refused() -> None:
     p, g, rates = given("tensors")
     held = [t.clone() for t in g]

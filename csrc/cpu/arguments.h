@@ -25,6 +25,15 @@ inline at::ScalarType check_float(const char* name, const at::Tensor& t) {
   return type;
 }
 
+constexpr int64_t kGrain = 16384;  ///< elements below which a second thread does not pay
+
+/// Whether a tensor is its values, next to each other in memory, and nothing else.
+inline bool bare(const at::Tensor& t) {
+  return t.has_storage() && t.layout() == at::kStrided && t.is_cpu() && t.is_contiguous() && !t.is_neg() &&
+         !t._is_zerotensor() && !t.unsafeGetTensorImpl()->is_python_dispatch() &&
+         (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+}
+
 /// Registers functions, each behind its operation's name.
 template <typename Function, typename... Others>
 void implement(torch::Library& library, const char* name, Function* function, const Others&... others) {

@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -166,10 +167,14 @@ void moments_of(const Problem& p, const Tensor& images, int64_t padding, Tensor&
   T* to = padded.mutable_data_ptr<T>();
   double* out = moments.mutable_data_ptr<double>();
   each(p.tasks, [&](int64_t task) {
-    Row centre(static_cast<size_t>(s.ci), 0.0);
+    // Sums of every sixteenth pixel, for one addition does not wait for the last then.
+    constexpr int64_t kSums = 16;
+    Row sums(static_cast<size_t>(kSums * s.ci), 0.0), centre(static_cast<size_t>(s.ci), 0.0);
     const T* all = from + task * pixels * s.ci;
-    for (int64_t i = 0; i < pixels; ++i)
-      for (int64_t c = 0; c < s.ci; ++c) centre[c] += static_cast<double>(all[i * s.ci + c]);
+    for (int64_t i = 0; i < pixels * s.ci; i += kSums * s.ci)
+      for (int64_t k = 0; k < std::min(kSums, pixels - i / s.ci) * s.ci; ++k)
+        sums[k] += static_cast<double>(all[i + k]);
+    for (int64_t k = 0; k < kSums * s.ci; ++k) centre[k % s.ci] += sums[k];
     std::vector<T> shift(static_cast<size_t>(s.ci));
     for (int64_t c = 0; c < s.ci; ++c) shift[c] = static_cast<T>(centre[c] / static_cast<double>(pixels));
     double *true_mean = out + task * p.moments(), *mean = true_mean + values, *covariance = mean + values;
@@ -178,14 +183,13 @@ void moments_of(const Problem& p, const Tensor& images, int64_t padding, Tensor&
     for (int64_t n = 0; n < p.images; ++n) {
       T* image = to + (task * p.images + n) * p.image();
       for (int64_t y = 0; y < s.height; ++y)
-        for (int64_t x = 0; x < s.width; ++x) {
-          const int64_t row = y - padding, column = x - padding;
-          const bool inside = row >= 0 && row < height && column >= 0 && column < width;
-          for (int64_t c = 0; c < s.ci; ++c) {
-            const T value = inside ? all[((n * height + row) * width + column) * s.ci + c] : T{0};
-            image[(y * s.width + x) * s.ci + c] = value - shift[c];
-          }
-        }
+        for (int64_t x = 0; x < s.width; ++x)
+          for (int64_t c = 0; c < s.ci; ++c) image[(y * s.width + x) * s.ci + c] = T{0} - shift[c];
+      for (int64_t y = 0; y < height; ++y) {
+        const T* row = all + (n * height + y) * width * s.ci;
+        T* inside = image + ((y + padding) * s.width + padding) * s.ci;
+        for (int64_t i = 0; i < width * s.ci; ++i) inside[i] += row[i];
+      }
       add_image(s, image, mean, covariance, panel);
     }
     for (int64_t k = 0; k < values; ++k) {

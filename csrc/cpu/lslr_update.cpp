@@ -26,7 +26,6 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 constexpr int64_t kPiece = 8192;
-constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
 
 struct Piece {
   int64_t begin, end, segment;

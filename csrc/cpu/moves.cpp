@@ -1,6 +1,6 @@
 // What goes between the tensors of a call and the memory of a program: parameters and cotangents into the kernels'
 // layout, gradients out of it, and a batch's statistics into the running ones. Each in one call, for in a small network
-// a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/differentiable.py.
+// a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/moves.py.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "calls.h"
 #include "kernels/linear_cross_entropy.h"
 
 namespace mf {
@@ -22,15 +23,6 @@ namespace {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-/// Whether a tensor is its values, next to each other in memory, and nothing else.
-bool bare(const Tensor& t) {
-  return t.layout() == at::kStrided && t.is_cpu() && t.is_contiguous() && !t.is_neg() && !t._is_zerotensor() &&
-         !t.unsafeGetTensorImpl()->is_python_dispatch() &&
-         (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
-}
-
-constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
 
 /// Of a weight [outputs, inputs, window], which the kernels have as [window, inputs, outputs].
 struct Weight {
@@ -121,11 +113,13 @@ class Arrangement {
   bool plain_ = false;
 };
 
-/// Moves the tensors of a call in and out.
+/// Moves tensors of a call to their places in a program's memory, and out of these.
 class Moves : public torch::CustomClassHolder {
  public:
-  Moves(std::vector<std::vector<int64_t>> splits, std::vector<std::vector<int64_t>> orders) {
+  Moves(std::vector<std::vector<int64_t>> splits, std::vector<std::vector<int64_t>> orders, std::vector<Tensor> places)
+      : places_(std::move(places)) {
     TORCH_CHECK_VALUE(splits.size() == orders.size(), "orders: expected ", splits.size(), ", got ", orders.size());
+    TORCH_CHECK_VALUE(splits.size() == places_.size(), "places: expected ", splits.size(), ", got ", places_.size());
     for (size_t i = 0; i < splits.size(); ++i) {
       TORCH_CHECK_VALUE(splits[i].size() == orders[i].size(), "orders: expected ", splits[i].size(), " axes, got ",
                         orders[i].size());
@@ -134,61 +128,68 @@ class Moves : public torch::CustomClassHolder {
   }
 
   /// Copies to the places; zeros where there is nothing.
-  void load(std::vector<Tensor> places, std::vector<OptTensor> given) {
+  void load(std::vector<OptTensor> given) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    check(places, given.size());
-    std::vector<Tensor> own(places.size());
-    for (size_t i = 0; i < places.size(); ++i) {
+    check(given.size());
+    std::vector<Tensor> own(places_.size());
+    for (size_t i = 0; i < places_.size(); ++i) {
       if (given[i]) {
         own[i] = *given[i];
       } else {
-        places[i].zero_();
+        places_[i].zero_();
       }
     }
-    move<false>(own, places);
+    move<false>(own);
   }
 
   /// New tensors like the owners', with what the places have; beyond these, zeros.
-  std::vector<Tensor> take(std::vector<Tensor> places, std::vector<Tensor> like) {
+  std::vector<Tensor> take(std::vector<Tensor> like) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    check(places, like.size());
+    check(like.size());
+    const size_t count = places_.size();
     std::vector<Tensor> made;
     made.reserve(like.size());
-    for (size_t i = 0; i < places.size(); ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
-    move<true>(made, places);
-    for (size_t i = places.size(); i < like.size(); ++i) made.push_back(at::zeros(like[i].sizes(), like[i].options()));
+    for (size_t i = 0; i < count; ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
+    move<true>(made);
+    for (size_t i = count; i < like.size(); ++i) made.push_back(at::zeros(like[i].sizes(), like[i].options()));
     return made;
+  }
+
+  /// Copies what the places have to tensors like the owners'.
+  void give(std::vector<Tensor> own) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    check(own.size());
+    move<true>(own);
   }
 
  private:
   /// Copies what there is to its place, or (`out`) from there. Each thread takes the share that it has in PyTorch's
   /// loops over the same tensors: what lies in the cache of another core comes from there at a fraction of the speed.
   template <bool out>
-  void move(const std::vector<Tensor>& own, const std::vector<Tensor>& places) const {
+  void move(const std::vector<Tensor>& own) const {
     std::vector<size_t> shared;
     int64_t elements = 0;
-    for (size_t i = 0; i < places.size(); ++i) {
+    for (size_t i = 0; i < places_.size(); ++i) {
       if (!own[i].defined()) continue;
-      if (arrangements_[i].shares(own[i], places[i])) {
+      if (arrangements_[i].shares(own[i], places_[i])) {
         shared.push_back(i);
         elements += own[i].numel();
       } else {
-        arrangements_[i].copy<out>(own[i], places[i]);
+        arrangements_[i].copy<out>(own[i], places_[i]);
       }
     }
     const int64_t parts = elements < kGrain ? 1 : at::get_num_threads();
     each(parts, [&](int64_t part) {
-      for (const size_t i : shared) arrangements_[i].copy_share<out>(own[i], places[i], part, parts);
+      for (const size_t i : shared) arrangements_[i].copy_share<out>(own[i], places_[i], part, parts);
     });
   }
 
-  void check(const std::vector<Tensor>& places, size_t given) const {
-    TORCH_CHECK_VALUE(places.size() == arrangements_.size(), "places: expected ", arrangements_.size(), ", got ",
-                      places.size());
-    TORCH_CHECK_VALUE(given >= places.size(), "tensors: expected ", places.size(), " or more, got ", given);
+  void check(size_t given) const {
+    TORCH_CHECK_VALUE(given >= places_.size(), "tensors: expected ", places_.size(), " or more, got ", given);
   }
 
   std::vector<Arrangement> arrangements_;
+  std::vector<Tensor> places_;
 };
 
 /// Running statistics of the batch norms of a network.
@@ -236,13 +237,29 @@ class Statistics : public torch::CustomClassHolder {
   std::vector<double> eps_, shares_, unbiased_;
 };
 
+/// Either as a list of calls, with what is to be moved.
+using Pointer = c10::intrusive_ptr<Moves>;
+c10::intrusive_ptr<Calls> loading(const Pointer& moves, std::vector<OptTensor> given) {
+  auto calls = c10::make_intrusive<Calls>();
+  calls->add([moves, given = std::move(given)] { moves->load(given); });
+  return calls;
+}
+c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<Tensor> own) {
+  auto calls = c10::make_intrusive<Calls>();
+  calls->add([moves, own = std::move(own)] { moves->give(own); });
+  return calls;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
+void define_moves(torch::Library& m) {
   m.class_<Moves>("Moves")
-      .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>>())
+      .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>, std::vector<Tensor>>())
       .def("load", &Moves::load)
-      .def("take", &Moves::take);
+      .def("take", &Moves::take)
+      .def("give", &Moves::give)
+      .def("loading", &loading)
+      .def("giving", &giving);
   m.class_<Statistics>("Statistics")
       .def(torch::init<std::vector<double>, std::vector<double>, std::vector<double>>())
       .def("follow", &Statistics::follow);

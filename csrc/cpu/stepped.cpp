@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addcmul.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/neg.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 
+#include "arguments.h"
 #include "recorded.h"
 
 namespace mf {
@@ -61,6 +63,25 @@ class Stepped : public Function<Stepped> {
   }
 };
 
+/// -g * a and -g * b in one pass, where nobody records them and they lie as numbers next to each other.
+bool products(const Tensor& g, const Tensor& a, const Tensor& b, Tensor& by_a, Tensor& by_b) {
+  if (at::GradMode::is_enabled() || !bare(g) || !bare(a) || !bare(b)) return false;
+  by_a = at::empty_like(g);
+  by_b = at::empty_like(g);
+  typed(g, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const T *from = g.const_data_ptr<T>(), *left = a.const_data_ptr<T>(), *right = b.const_data_ptr<T>();
+    T *to_a = by_a.mutable_data_ptr<T>(), *to_b = by_b.mutable_data_ptr<T>();
+    at::parallel_for(0, g.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        to_a[i] = -from[i] * left[i];
+        to_b[i] = -from[i] * right[i];
+      }
+    });
+  });
+  return true;
+}
+
 class SteppedByRates : public Function<SteppedByRates> {
  public:
   static variable_list forward(AutogradContext* ctx, TensorList parameters, TensorList gradients, TensorList rates) {
@@ -81,6 +102,10 @@ class SteppedByRates : public Function<SteppedByRates> {
       result[i] = grads[i];
       const bool moves = ctx->needs_input_grad(count + i), learned = ctx->needs_input_grad(2 * count + i);
       if (!moves && !learned) continue;
+      if (moves && learned &&
+          products(grads[i], saved[count + i], saved[i], result[count + i], result[2 * count + i])) {
+        continue;
+      }
       const Tensor down = at::neg(grads[i]);
       if (moves) result[count + i] = at::mul(down, saved[count + i]);
       if (learned) result[2 * count + i] = at::mul(down, saved[i]);

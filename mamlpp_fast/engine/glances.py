@@ -118,15 +118,15 @@ class Glance:
             if type(module) is not row.cls or len(state) != row.size:
                 return False
             try:
-                own, buffers, children, mode, *values = row.pick(state)
+                own, buffers, children, mode, pre, post, back_pre, back, *values = row.pick(state)
             except KeyError:
                 return False
-            if any(values[: len(HOOKS)]) or (mode == training) != row.training:
+            if pre or post or back_pre or back or (mode == training) != row.training:
                 return False
-            if not all(map(is_, values[len(HOOKS) :], row.values)):
-                if _contents(values[len(HOOKS) :]) != row.content:
+            if not all(map(is_, values, row.values)):
+                if _contents(values) != row.content:
                     return False
-                row.values = tuple(values[len(HOOKS) :])
+                row.values = tuple(values)
             if own or row.parameters:
                 if tuple(own) != row.parameters:
                     return False

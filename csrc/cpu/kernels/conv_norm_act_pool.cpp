@@ -210,51 +210,60 @@ void sums(const FirstLayer& s, const T* image, const T* gy, const T* y, const ui
 
 int64_t patch_panel(const FirstLayer& s) {
   constexpr int64_t size = Vec<double>::size;
-  return s.values() * ((s.out_width() + size - 1) / size * size);
+  const int64_t values = s.values();
+  return values * ((s.out_width() + size - 1) / size * size) + values * (values + 3) / 2 * size;
 }
 
 template <typename T>
 void patch_moments(const FirstLayer& s, const T* image, double* sums, double* products, double* panel) {
   using V = Vec<double>;
+  constexpr int kBlock = 4;
   const int64_t values = s.values(), width = s.out_width(), stride = (width + V::size - 1) / V::size * V::size;
   const int64_t run = s.kw * s.ci;
+  // A register for each sum, whose elements are added up at the end: of a row of a small image that would take longer
+  // than the products. First those of the values, then those of the products, in their order.
+  double* const found = panel + values * stride;
+  for (int64_t i = 0; i < values * (values + 3) / 2 * V::size; ++i) found[i] = 0;
   for (int64_t row = 0; row < s.out_height(); ++row) {
+    // A row of the kernel meets the row of the image that the next one has met.
+    const int64_t known = row == 0 ? 0 : values - run;
+    std::memmove(panel, panel + run * stride, known * stride * sizeof(double));
     for (int64_t q = 0; q < values; ++q) {
       const T* from = image + (row + q / run) * s.width * s.ci + q % run;
-      double total = 0;
-      for (int64_t x = 0; x < width; ++x) {
-        panel[q * stride + x] = static_cast<double>(from[x * s.ci]);
-        total += panel[q * stride + x];
+      if (q >= known) {
+        for (int64_t x = 0; x < width; ++x) panel[q * stride + x] = static_cast<double>(from[x * s.ci]);
+        for (int64_t x = width; x < stride; ++x) panel[q * stride + x] = 0;
       }
-      for (int64_t x = width; x < stride; ++x) {
-        panel[q * stride + x] = 0;
-      }
-      sums[q] += total;
+      V total = V::load(found + q * V::size);
+      for (int64_t x = 0; x < stride; x += V::size) total += V::load(panel + q * stride + x);
+      total.store(found + q * V::size);
     }
-    constexpr int kBlock = 4;
+    double* to = found + values * V::size;
     for (int64_t p = 0; p < values; ++p) {
       const double* a = panel + p * stride;
       int64_t q = p;
-      for (; q + kBlock <= values; q += kBlock) {
-        V sum[kBlock] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (; q + kBlock <= values; q += kBlock, to += kBlock * V::size) {
+        V sum[kBlock];
+        for (int b = 0; b < kBlock; ++b) sum[b] = V::load(to + b * V::size);
         for (int64_t x = 0; x < stride; x += V::size) {
           const V left = V::load(a + x);
-          for (int b = 0; b < kBlock; ++b) {
-            sum[b] = fma(left, V::load(panel + (q + b) * stride + x), sum[b]);
-          }
+          for (int b = 0; b < kBlock; ++b) sum[b] = fma(left, V::load(panel + (q + b) * stride + x), sum[b]);
         }
-        for (int b = 0; b < kBlock; ++b) {
-          products[p * values + q + b] += sum[b].sum();
-        }
+        for (int b = 0; b < kBlock; ++b) sum[b].store(to + b * V::size);
       }
-      for (; q < values; ++q) {
-        V sum = V::zero();
+      for (; q < values; ++q, to += V::size) {
+        V sum = V::load(to);
         for (int64_t x = 0; x < stride; x += V::size) {
           sum = fma(V::load(a + x), V::load(panel + q * stride + x), sum);
         }
-        products[p * values + q] += sum.sum();
+        sum.store(to);
       }
     }
+  }
+  const double* from = found;
+  for (int64_t q = 0; q < values; ++q, from += V::size) sums[q] += V::load(from).sum();
+  for (int64_t p = 0; p < values; ++p) {
+    for (int64_t q = p; q < values; ++q, from += V::size) products[p * values + q] += V::load(from).sum();
   }
 }
 

@@ -196,8 +196,6 @@ class DifferentiableNetwork:
         )
         self.sections = Sections(Form(network, smooth, images, device, dtype), [self.everything])
         self.buffers = self.sections.buffers
-        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        self.moves = Moves([self.slots[n] for n in self.names], [shapes[n] for n in self.names], device)
         self.follow = Follower(network.norms, images, device)
         self._refused: set[frozenset[str]] = set()
         self._calls, self._curved, self._rest, self._next_rest = 0, -_OFTEN, 0, _REST
@@ -301,7 +299,7 @@ class DifferentiableNetwork:
         place.x.copy_(self.stored(x))
         for name, b in buffers.items():
             place.buffers[name].copy_(b)
-        self.moves.load(place.parameters, parameters)
+        place.parameters.load(parameters)
         place.forward()
         place.busy, place.pending = False, None
 
@@ -314,18 +312,16 @@ class DifferentiableNetwork:
         """A view of examples with the axes that they have in the kernels' layout."""
         return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
 
-    def taken_of(
-        self, wanted: frozenset[str], places: Sequence[Tensor], like: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    def taken_of(self, wanted: frozenset[str], of: Moves, like: Sequence[Tensor]) -> list[Tensor | None]:
         """Copies of some gradients, in the parameters' layout; None for the others, zeros for those that are inert."""
         if wanted == self.everything:
-            return list(self.moves.take(places, like))
+            return list(of.take(like))
         made: list[Tensor | None] = [None] * len(self.names)
         for i, name in enumerate(self.names):
             if name in wanted:
                 made[i] = torch.empty(like[i].shape, dtype=like[i].dtype, device=like[i].device)
                 slot = self.slots[name]
-                made[i].view(slot.split).permute(slot.order).copy_(places[i])  # type: ignore[union-attr]
+                made[i].view(slot.split).permute(slot.order).copy_(of.places[i])  # type: ignore[union-attr]
         return made + [torch.zeros_like(p) for p in like[len(self.names) :]]
 
     def direct(
@@ -338,10 +334,10 @@ class DifferentiableNetwork:
             else:
                 place.beside[1].copy_(self.stored(along))
         if wanted == self.everything:
-            self.moves.load(place.directions, cotangents)
+            place.directions.load(cotangents)
             return
         # The other places are not read.
-        for name, held, c in zip(self.names, place.directions, cotangents, strict=False):
+        for name, held, c in zip(self.names, place.directions.places, cotangents, strict=False):
             if c is not None:
                 held.copy_(self.slots[name].arrange(c.contiguous()))
             elif name in wanted:
@@ -367,7 +363,7 @@ class DifferentiableNetwork:
         place.of[wanted].second()
         return [
             self.input_taken(place.beside[2], x) if self.inputs else None,
-            *self.moves.take(place.seconds, parameters),
+            *place.seconds.take(parameters),
         ]
 
     def input_taken(self, stored: Tensor, like: Tensor) -> Tensor:

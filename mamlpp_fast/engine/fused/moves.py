@@ -7,7 +7,8 @@ something watches the caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,57 +24,71 @@ __all__ = ["Follower", "Moves"]
 
 
 class Moves:
-    """Of the parameters of a call, in the order of ``slots``.
+    """Of the parameters of a call, or of what is like them, to the places that they have in a program's memory.
 
     Args:
         slots: how each lies for the kernels.
-        shapes: of the parameters.
-        device: of both.
+        places: theirs, with the axes of that.
     """
 
-    def __init__(
-        self, slots: Sequence[Slot], shapes: Sequence[tuple[int, ...]], device: torch.device
-    ) -> None:
-        # How each gets the axes of the kernels' layout; None for one that has them.
-        self._how = [
-            None if s.split == shape and s.order == tuple(range(len(s.split))) else (s.split, s.order)
-            for s, shape in zip(slots, shapes, strict=True)
-        ]
+    def __init__(self, slots: Sequence[Slot], places: Sequence[Tensor]) -> None:
+        self.places = list(places)
+        self._how = [(s.split, s.order) for s in slots]
         self._native: Any = None
-        if device.type == "cpu" and _native.status().loaded:
-            orders = [list(s.order) for s in slots]
-            self._native = torch.classes.mamlpp_fast.Moves([list(s.split) for s in slots], orders)
+        if all(place.device.type == "cpu" for place in places) and _native.status().loaded:
+            splits, orders = [list(s.split) for s in slots], [list(s.order) for s in slots]
+            self._native = torch.classes.mamlpp_fast.Moves(splits, orders, self.places)
 
-    def arranged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views, or copies where there are none, with the axes that they have in the kernels' layout."""
-        return [_laid(t, how) for t, how in zip(tensors, self._how, strict=False)]
-
-    def directed(
-        self, places: Sequence[Tensor], cotangents: Sequence[Tensor | None], zero: Tensor
-    ) -> list[Tensor]:
-        """What is to be copied to the places of directions: ``zero``, a number, where there is no cotangent."""
-        rows = zip(places, cotangents, self._how, strict=False)
-        return [zero.expand_as(held) if c is None else _laid(c, how) for held, c, how in rows]
-
-    def load(self, places: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
+    def load(self, given: Sequence[Tensor | None]) -> None:
         """Copies to the places, zeros where there is nothing; what is given beyond them is left out."""
         if self._native is not None and not watched():
-            self._native.load(list(places), list(given))
+            self._native.load(list(given))
             return
-        torch._foreach_copy_(list(places), self.directed(places, given, places[0].new_zeros(())))
+        zero = self.places[0].new_zeros(())
+        rows = zip(self.places, given, self._how, strict=False)
+        laid = [zero.expand_as(held) if t is None else _laid(t, how) for held, t, how in rows]
+        torch._foreach_copy_(self.places, laid)
 
-    def take(self, places: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    def take(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Copies of what lies in the places, like the parameters; zeros like those beyond them."""
         if self._native is not None and not watched():
-            made: list[Tensor] = self._native.take(list(places), list(like))
+            made: list[Tensor] = self._native.take(list(like))
             return made
-        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[: len(places)]]
-        torch._foreach_copy_(self.arranged(made), list(places))
-        return made + [torch.zeros_like(p) for p in like[len(places) :]]
+        count = len(self.places)
+        made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[:count]]
+        self.give(made)
+        return made + [torch.zeros_like(p) for p in like[count:]]
+
+    def give(self, own: Sequence[Tensor]) -> None:
+        """Copies what lies in the places to tensors like the parameters."""
+        if self._native is not None and not watched():
+            self._native.give(list(own))
+            return
+        laid = [_laid(t, how) for t, how in zip(own, self._how, strict=True)]
+        torch._foreach_copy_(laid, self.places)
+
+    def loading(self, given: Sequence[Tensor | None]) -> Moving:
+        """What :meth:`load` does, later."""
+        return Moving(lambda: self.load(given), lambda: self._native.loading(list(given)))
+
+    def giving(self, own: Sequence[Tensor]) -> Moving:
+        """What :meth:`give` does, later."""
+        return Moving(lambda: self.give(own), lambda: self._native.giving(list(own)))
 
 
-def _laid(t: Tensor, how: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Tensor:
-    return t if how is None else t.reshape(how[0]).permute(how[1])
+@dataclass(frozen=True)
+class Moving:
+    """A call of :class:`Moves` that is yet to be made; ``listed`` makes the native library's list of it."""
+
+    call: Callable[[], None]
+    listed: Callable[[], Any]
+
+    def __call__(self) -> None:
+        self.call()
+
+
+def _laid(t: Tensor, how: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    return t.reshape(how[0]).permute(how[1])
 
 
 class _Kept(NamedTuple):

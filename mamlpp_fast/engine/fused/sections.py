@@ -6,15 +6,15 @@ one forward pass left. As they are never taken after the same forward pass, they
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from mamlpp_fast.engine.fused.expressions import Expressions
 from mamlpp_fast.engine.fused.flat import Layout
+from mamlpp_fast.engine.fused.moves import Moves
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.passes import clear_missing, write_backward, write_forward, write_tangent
 from mamlpp_fast.engine.fused.program import Emitter, Phase, Ref, Section
@@ -205,16 +205,13 @@ class Place:
         }
         self.x, *others = (ref.tensor(lane)[0] for ref in sections.inputs)
         self.beside = [ref.tensor(lane)[0] for ref in sections.beside]
-        slots = form.network.slots()
+        slots = [form.network.slots()[name] for name in form.parameters]
 
-        def arranged(refs: Mapping[str, Ref]) -> Iterator[Tensor]:
-            for name in form.parameters:
-                yield slots[name].arranged(refs[name].tensor(lane)[0])
+        def moves(refs: Mapping[str, Ref]) -> Moves:
+            return Moves(slots, [slot.arranged(refs[slot.name].tensor(lane)[0]) for slot in slots])
 
-        self.parameters, self.gradients, self.directions, self.seconds = (
-            list(arranged(refs))
-            for refs in (sections.theta, sections.grads, sections.directions, sections.seconds)
-        )
+        self.parameters, self.gradients = moves(sections.theta), moves(sections.grads)
+        self.directions, self.seconds = moves(sections.directions), moves(sections.seconds)
         self.result = sections.result.tensor(lane)[0]
         self.gy, self.gy_dot = sections.gy.tensor(lane)[0], sections.gy_dot.tensor(lane)[0]
         self.moved = sections.moved.tensor(lane)[0]

@@ -28,6 +28,7 @@ from mamlpp_fast.engine.fused import levels
 from mamlpp_fast.engine.fused.derivatives import Lease, plain
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.held import Held
+from mamlpp_fast.engine.fused.moves import Moves, Moving
 from mamlpp_fast.engine.fused.program import Section
 from mamlpp_fast.engine.fused.sections import Place
 from mamlpp_fast.inputs import mapped, tensors_of
@@ -78,7 +79,7 @@ def outside(model: nn.Module, x: Inputs) -> Iterator[Inputs]:
             yield mapped(_one, x)
 
 
-_Item = tuple[list[Tensor], list[Tensor]] | Section
+_Item = tuple[list[Tensor], list[Tensor]] | Moving | Section
 """Of a task's plan: tensors and what is copied to them, or calls."""
 
 
@@ -94,14 +95,11 @@ class _State:
     def each(self, plan: _Plan) -> None:
         """Does what ``plan(task, place)`` lists, for every task: side by side where there are threads."""
         lists = [list(plan(task, lease.place)) for task, lease in enumerate(self.leases)]
-        if (
-            self.tasks > 1
-            and not lanes.here()
-            and all(isinstance(item, tuple) or item.listed is not None for items in lists for item in items)
-        ):
+        sections = (item for items in lists for item in items if isinstance(item, Section))
+        if self.tasks > 1 and not lanes.here() and all(section.listed is not None for section in sections):
             team = torch.classes.mamlpp_fast.Team()
             for items in lists:
-                team.add([_listed_copies(*i) if isinstance(i, tuple) else i.listed for i in items])
+                team.add([_listed(item) for item in items])
             team.run(lanes.NEVER.flag)
             return
         for item in itertools.chain.from_iterable(lists):
@@ -111,9 +109,14 @@ class _State:
                 item()
 
 
-def _listed_copies(to: list[Tensor], of: list[Tensor]) -> Any:
+def _listed(item: _Item) -> Any:
+    """As the native library's list."""
+    if isinstance(item, Moving):
+        return item.listed()
+    if isinstance(item, Section):
+        return item.listed
     calls = torch.classes.mamlpp_fast.Calls()
-    calls.add("aten::_foreach_copy_", "", [to, of, False], [])
+    calls.copy(*item)
     return calls
 
 
@@ -169,9 +172,7 @@ class _Use:
         """Memory of a tensor of this shape for each task."""
         return like.new_empty((self.tasks, *shape) if self.tasks else tuple(shape))
 
-    def taken(
-        self, given: Sequence[Tensor], of: Callable[[Place], list[Tensor]]
-    ) -> tuple[list[Tensor], _Plan]:
+    def taken(self, given: Sequence[Tensor], of: Callable[[Place], Moves]) -> tuple[list[Tensor], _Plan]:
         """Tensors like the parameters of each task, and what copies a task's values to them from a place.
 
         Zeros for parameters without a gradient.
@@ -182,9 +183,7 @@ class _Use:
         moving = made[: len(net.names)]
         for inert in made[len(net.names) :]:
             inert.zero_()
-        return made, lambda task, place: [
-            (net.moves.arranged([self.one(t, task) for t in moving]), of(place))
-        ]
+        return made, lambda task, place: [of(place).giving([self.one(t, task) for t in moving])]
 
     def forward(self, given: Sequence[Tensor], after: _Plan) -> _State:
         """The forward pass on x, buffers and parameters, in places that are fresh, and what comes after it there."""
@@ -194,8 +193,8 @@ class _Use:
         def plan(task: int, place: Place) -> Iterator[_Item]:
             x, *rest = self.of_task(task, given)
             buffers, own = rest[: len(net.buffers)], rest[len(net.buffers) :]
-            to = [place.x, *(place.buffers[name] for name in net.buffers), *place.parameters]
-            yield to, [net.stored(x), *buffers, *net.moves.arranged(own[: len(net.names)])]
+            yield [place.x, *(place.buffers[name] for name in net.buffers)], [net.stored(x), *buffers]
+            yield place.parameters.loading(own[: len(net.names)])
             yield place.forward
             yield from after(task, place)
 
@@ -335,7 +334,7 @@ class _Double(_Operation):
         def plan(task: int, place: Place) -> Iterator[_Item]:
             own = iter(cotangents)
             along = [use.one(next(own), task) if c else None for c in use.along]
-            yield place.directions, net.moves.directed(place.directions, along, still)
+            yield place.directions.loading(along[: len(net.names)])
             yield [place.gy_dot], [still.expand_as(place.gy_dot)]
             yield place.whole.tangent
             yield place.whole.second
