@@ -59,7 +59,7 @@ _PLACED = ("as_strided", "_reshape_alias", "set_", "resize_")
 
 
 # Elements of examples: what they leave the C library keeps, trace after trace, which came to four times as much.
-_LARGE = 2**20
+_LARGE = 2**18
 
 
 class Untraceable(Exception):
@@ -488,5 +488,6 @@ def _example(form: Form, device: torch.device) -> Tensor:
     memory = torch.zeros(span, dtype=form.dtype, device=device)
     if form.dtype.is_floating_point:
         # Of golden ratios: no two alike, no matrix of them singular.
-        memory += (torch.arange(span, dtype=torch.float64, device=device) * 0.618034).frac_() / 2 + 0.25
+        ratios = torch.arange(span, dtype=torch.float64, device=device).mul_(0.618034)
+        memory.copy_(ratios.frac_().div_(2).add_(0.25))
     return memory.as_strided(form.shape, form.strides)
