@@ -59,6 +59,7 @@ class Recording:
             their number; others are not in it.
         dtypes: of the values.
         counted: names of the buffers that count batches, as often as they were counted up.
+        asked: truth values of one element that the pass asked for, and the answers that it goes on from.
     """
 
     inputs: int
@@ -69,6 +70,7 @@ class Recording:
     shapes: dict[int, tuple[int, ...]]
     dtypes: dict[int, torch.dtype]
     counted: tuple[str, ...]
+    asked: tuple[tuple[int, bool], ...] = ()
 
     @property
     def draws(self) -> str | None:
@@ -185,7 +187,8 @@ def record_loss(
         model: what the predictions are of; a loss that reads its memory is none of predictions and labels.
 
     Returns:
-        The recording, and the module that it is of, whose buffers are the loss's own.
+        The recording, and the module that it is of, whose buffers are the loss's own. What ``torch.distributions``
+        asks of its arguments is in ``asked``.
 
     Raises:
         Unsupported: names what makes it no fixed list of operations, or no scalar.
@@ -203,12 +206,15 @@ def record_loss(
     for given in (support, target):
         own = _own_copy(module)
         own.hold()
-        found.append(_watched(own, given))
+        found.append(_watched(own, given, answers=True))
     for recorder in found:
         if recorder.problem is not None:
             raise recorder.problem
     first, second = (recorder.operations for recorder in found)
-    if [(a.function, a.outputs) for a in first] != [(b.function, b.outputs) for b in second]:
+    asked = found[0].asked
+    if [(a.function, a.outputs) for a in first] != [(b.function, b.outputs) for b in second] or (
+        asked != found[1].asked
+    ):
         raise Unsupported("loss", "executes other operations for another number of examples")
     dtypes: dict[int, torch.dtype] = {0: support[0].dtype, 1: support[1].dtype}
     for op in first:
@@ -221,7 +227,7 @@ def record_loss(
     if shape != () or dtype != support[0].dtype:
         raise Unsupported("loss", f"expected a scalar of {support[0].dtype}, got {list(shape)} of {dtype}")
     sizes = len(support[0]), len(target[0])
-    return Recording(2, tuple(first), tuple(second), sizes, result, {}, dtypes, ()), module
+    return Recording(2, tuple(first), tuple(second), sizes, result, {}, dtypes, (), tuple(asked)), module
 
 
 def of_a_thread(loss_fn: reference.LossFn) -> bool:
@@ -288,9 +294,10 @@ def _watched(
     inputs: reference.Inputs,
     gradient: bool = True,
     places: Shared = NOTHING,
+    answers: bool = False,
 ) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
-    recorder = Recorder(model, tensors_of(inputs), places)
+    recorder = Recorder(model, tensors_of(inputs), places, answers)
     before = fingerprint(model)
     states = before.states()
     with _random_state() as drawn:

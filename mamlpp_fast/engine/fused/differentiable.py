@@ -69,7 +69,7 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
     recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
     if recording.draws is not None:
         raise Unsupported(type(model).__name__, recording.draws)
-    network = lower(recording, template, frozenset(parameters), any_shape=True)
+    network = lower(recording, template, frozenset(parameters))
     for fusion in (drop_inert_biases, fuse_norms):
         network = fusion(network)
     if not inputs:  # the fused first layer has no gradient for its images
@@ -272,7 +272,7 @@ class DifferentiableNetwork:
         self._curved = self._calls
 
     def call(self, tensors: Held, x: Inputs) -> Tensor:
-        """The output [N, ways] on ``x`` with the tensors that a model holds; its running statistics follow."""
+        """The output [N, ...] on ``x`` with the tensors that a model holds; its running statistics follow."""
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         if self.constants:
             names = (*self.names, *self.inert)
