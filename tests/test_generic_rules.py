@@ -17,7 +17,7 @@ from mamlpp_fast.engine.fused.program import Emitter, Ref, Workspace
 from mamlpp_fast.engine.fused.steps import Generic, Slot
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, aten
 from mamlpp_fast.engine.fused.steps.generic import Recorded
-from mamlpp_fast.engine.recorder import Operation, Parameter, Value
+from mamlpp_fast.engine.operation import Operation, Parameter, Value
 
 N = 4
 Form = tuple[int, ...]

@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.operation import Buffer, Constant, Parameter, Value
 from mamlpp_fast.engine.record import Recording, record
-from mamlpp_fast.engine.recorder import Buffer, Constant, Parameter, Value
 
 
 def between(fn: Callable[[Any, Tensor], Any]) -> Recording:

@@ -36,7 +36,8 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.named import tensors_named
-from mamlpp_fast.engine.recorder import Operation, Recorder
+from mamlpp_fast.engine.operation import Operation
+from mamlpp_fast.engine.recorder import Recorder
 from mamlpp_fast.engine.shared import NOTHING, Shared, held, in_memory_of, shared, with_a_graph
 from mamlpp_fast.inputs import examples_of, joined, structure_of, tensors_of
 

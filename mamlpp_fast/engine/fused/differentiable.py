@@ -27,8 +27,8 @@ from mamlpp_fast.engine.fused.moves import Follower, Moves
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections, input_name
 from mamlpp_fast.engine.fused.steps import Generic, Step
+from mamlpp_fast.engine.operation import Parameter
 from mamlpp_fast.engine.record import record
-from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call, enough
 from mamlpp_fast.inputs import examples_of, joined, mapped, structure_of, tensors_of
 from mamlpp_fast.machine import release_memory

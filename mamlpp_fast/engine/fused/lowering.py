@@ -27,8 +27,8 @@ from mamlpp_fast.engine.fused.multi_head import taken_apart
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
 from mamlpp_fast.engine.fused.steps.generic import Recorded
+from mamlpp_fast.engine.operation import TAKE_SIZES, Buffer, Constant, Operation, Parameter, Value
 from mamlpp_fast.engine.record import Recording
-from mamlpp_fast.engine.recorder import TAKE_SIZES, Buffer, Constant, Operation, Parameter, Value
 
 __all__ = ["lower", "lower_loss", "rules", "taken"]
 

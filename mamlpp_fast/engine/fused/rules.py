@@ -31,7 +31,7 @@ from mamlpp_fast.engine.fused.steps import (
     Times,
     attention,
 )
-from mamlpp_fast.engine.recorder import Buffer, Value
+from mamlpp_fast.engine.operation import Buffer, Value
 from mamlpp_fast.ops.pointwise import FUNCTIONS
 
 _BATCH_NORMS = (
