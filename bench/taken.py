@@ -8,7 +8,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table
 from bench.tables import table
 from mamlpp_fast.engine.fused.composites import COMPOSITES
 from mamlpp_fast.engine.fused.lowering import taken
-from mamlpp_fast.engine.recorder import name_of
+from mamlpp_fast.engine.operation import name_of
 
 _OPERATORS = {"__add__": "`+`", "__mul__": "`*`", "__setitem__": "assignment to a slice"}
 

@@ -6,15 +6,21 @@ leave the method as it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["lean", "lean_mode"]
+__all__ = ["lean", "lean_mode", "lean_vjp"]
 
 _Mode = TypeVar("_Mode", bound=TorchDispatchMode)
 
@@ -34,3 +40,53 @@ def lean_mode(mode: type[_Mode]) -> type[_Mode]:
     """A class of dispatch modes, whose method PyTorch marks as it is made."""
     mode.__torch_dispatch__ = lean(mode.__torch_dispatch__)  # type: ignore[method-assign]
     return mode
+
+
+def _grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    retain_graph: bool,
+    create_graph: bool,
+    allow_unused: bool,
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad`` for gradients that have the shapes of the outputs, which it would ask SymPy about."""
+    found: tuple[Tensor | None, ...] = _engine_run_backward(
+        tuple(outputs),
+        tuple(grad_outputs),
+        retain_graph,
+        create_graph,
+        tuple(inputs),
+        allow_unused,
+        accumulate_grad=False,
+    )
+    return found
+
+
+class _WithoutCompiler:
+    """``torch`` as a pulled back function reads it; the compiler's autograd is at rest where it was never loaded."""
+
+    _dynamo = types.SimpleNamespace(compiled_autograd=types.SimpleNamespace(_disable=contextlib.nullcontext))
+    autograd = types.SimpleNamespace(grad=_grad)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def lean_vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """``torch.func.vjp``, whose second result switches the compiler's autograd off, and asks SymPy about shapes."""
+    made, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
+    plain = getattr(eager_transforms, "_autograd_grad", None)
+    if "torch._dynamo" in sys.modules or not all(isinstance(f, types.FunctionType) for f in (plain, pull)):
+        return made, pull
+    return made, _among(pull, _autograd_grad=_among(plain, torch=_WithoutCompiler()))
+
+
+def _among(function: Any, **others: Any) -> Callable[..., Any]:
+    """A function of Python's that finds other objects under some global names."""
+    names = function.__globals__ | others
+    own = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own

@@ -64,12 +64,8 @@ def unsuited(batch: EpisodeBatch, loss_fn: LossFn, given: EpisodeBatch | None = 
     kind, ignored = family(loss_fn), ignored_label(loss_fn)
     given = batch if given is None else given
     for y, values in ((batch.support_y, given.support_y), (batch.target_y, given.target_y)):
-        if kind == "values" and y.ndim != 3:
-            return f"labels: targets {list(y.shape)}, not [tasks, n, outputs]"
-        if kind == "classes" and y.ndim != (3 if y.is_floating_point() else 2):
-            return f"labels: {list(y.shape)}, not [tasks, n] or shares [tasks, n, classes]"
-        # On a CPU the engine looks itself; of a GPU's labels it reads no values.
-        unseen = y.is_cuda and not values.is_cuda and not y.is_floating_point()
+        # On a CPU the engine looks itself; of a GPU's labels it reads no values. More labels an example are recorded.
+        unseen = y.is_cuda and not values.is_cuda and not y.is_floating_point() and y.ndim == 2
         if kind == "classes" and unseen and bool((values.to(torch.int64) == ignored).any()):
             return f"labels: some are {ignored}, which does not count"
     return None

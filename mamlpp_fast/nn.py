@@ -235,12 +235,14 @@ def _converted(
         num_steps,
         eps=old.eps,
         momentum=old.momentum,
-        affine=old.weight is not None,
+        affine=old.weight is not None or old.bias is not None,
         bias=old.bias is not None,
         per_step_affine=per_step_affine,
         per_step_stats=per_step_stats,
     )
-    for tensor in (old.running_mean, old.weight):
+    if old.weight is None:
+        new.weight = None  # a bias alone
+    for tensor in (old.running_mean, old.weight, old.bias):
         if tensor is not None:
             new.to(tensor)
     new.train(old.training)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import mamlpp_fast as mf
 from tests.random_programs import Program, make_program
@@ -54,6 +55,12 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _episodes(batch: Batch) -> mf.EpisodeBatch:
+    """Of several inputs those of all tasks in one tensor each."""
+    sides = (tree_map(lambda *ts: torch.stack(ts), *t) if isinstance(t, list) else t for t in batch)
+    return mf.EpisodeBatch(*sides)
 
 
 class _RaisedError(Exception):
@@ -146,7 +153,7 @@ class _Comparison:
         noise = _Noise(self.textbook, batch)
         losses = self.textbook.gradient(batch)
         step = self.learner.meta_step if update else self.learner.meta_gradient
-        ours = self.ours(lambda: step(mf.EpisodeBatch(*batch)))
+        ours = self.ours(lambda: step(_episodes(batch)))
         self.close(f"{when}: task losses", ours.task_losses, losses)
         self.close(f"{when}: loss", ours.loss, losses.mean())
         if not bool(losses.isfinite().all()):
@@ -188,7 +195,7 @@ class _Comparison:
         steps = self.program.settings["steps"] + (self.program.seed % 3 == 0)
         statistics = self.settings["eval_stats"]
         expected = self.textbook.evaluate(batch, statistics, steps)
-        ours = self.ours(lambda: self.learner.evaluate(mf.EpisodeBatch(*batch), steps=steps).logits)
+        ours = self.ours(lambda: self.learner.evaluate(_episodes(batch), steps=steps).logits)
         self.close(f"{when}: predictions with {statistics} statistics", ours, expected)
         recorded, due = (len(getattr(m, "seen", ())) for m in (self.model, self.textbook.model))
         if recorded != due:
@@ -239,7 +246,7 @@ class _Noise:
 
 def _draw(both: _Comparison) -> None:
     """Dropout in the fused engine: the numbers of the reference after the same seed, others after another."""
-    learner, batch = both.learner, mf.EpisodeBatch(*both.program.batch(1))
+    learner, batch = both.learner, _episodes(both.program.batch(1))
     reference = mf.MAMLPlusPlus(
         copy.deepcopy(learner.model), learner.config, engine="reference", precision="float64"
     )
@@ -265,10 +272,10 @@ def _train(both: _Comparison) -> None:
     """A meta-step, a change of the model, another meta-gradient, an evaluation."""
     program = both.program
     if program.draws:
-        both.ours(lambda: both.learner.meta_step(mf.EpisodeBatch(*program.batch(0))))
+        both.ours(lambda: both.learner.meta_step(_episodes(program.batch(0))))
         if both.learner.engine.name == "fused":
             _draw(both)
-        both.ours(lambda: both.learner.evaluate(mf.EpisodeBatch(*program.batch(1))))
+        both.ours(lambda: both.learner.evaluate(_episodes(program.batch(1))))
         return
     both.gradient(program.batch(0), "first", update=True)
     if program.changes:
@@ -281,9 +288,9 @@ def _train(both: _Comparison) -> None:
     both.evaluation(program.batch(2), "evaluation")
 
 
-def check(seed: int, asked: str = "auto") -> Outcome:
+def check(seed: int, asked: str = "auto", several: bool = False) -> Outcome:
     """Two meta-gradients, an update between, a change of the model after it, and evaluations, each compared."""
-    program = make_program(seed)
+    program = make_program(seed, several)
     engine = reason = "none"
     wrong: list[str] = []
     before = torch.get_rng_state()
@@ -302,9 +309,9 @@ def check(seed: int, asked: str = "auto") -> Outcome:
     return Outcome(seed, engine, reason, program.features, program.plain, tuple(wrong))
 
 
-def describe(seed: int) -> str:
+def describe(seed: int, several: bool = False) -> str:
     """The model's source, its settings, its tasks, and what differed."""
-    program, outcome = make_program(seed), check(seed)
+    program, outcome = make_program(seed, several), check(seed, several=several)
     about = f"examples {program.shape}, {program.tasks} tasks of {program.images[0]} and {program.images[1]}"
     lines = [
         program.source,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.random_features import CUTS, INSIDE, WHOLE, random_numbers
 from tests.random_writer import (
@@ -48,6 +48,7 @@ class Program:
         settings: keywords of ``MAMLConfig``.
         shape: of an example, (C, H, W) or (F,).
         images: support and target examples of a task.
+        beside: what the model is given beside the examples: names and kinds; ``by_name``: whether all by name.
     """
 
     seed: int
@@ -63,6 +64,8 @@ class Program:
     tasks: int
     images: tuple[int, int]
     permuted: bool
+    beside: dict[str, str]
+    by_name: bool
 
     def namespace(self) -> dict[str, Any]:
         """The module of the source, run anew; tracebacks quote it."""
@@ -87,13 +90,23 @@ class Program:
             if self.permuted:  # pictures as files hold them: [H, W, C] in memory
                 shape = (*shape[:2], *self.shape[1:], self.shape[0])
             x = torch.randn(shape, generator=generator, dtype=torch.float64)
-            sides.append(x.movedim(-1, 2) if self.permuted else x)
+            x = x.movedim(-1, 2) if self.permuted else x
+            sides.append(self._inputs(x, generator) if self.beside else x)
             if self.settings["loss"] == "mse":
                 size = (self.tasks, count, self.ways)
                 sides.append(torch.randn(size, generator=generator, dtype=torch.float64))
             else:
                 sides.append(torch.randint(self.ways, (self.tasks, count), generator=generator))
         return sides[0], sides[1], sides[2], sides[3]
+
+    def _inputs(self, x: Tensor, generator: torch.Generator) -> list[Any]:
+        """What the model is called with, of each task."""
+        lead, inputs = x.shape[:2], {"x": x}
+        for name, kind in self.beside.items():
+            drawn = torch.rand(lead if kind == "ids" else x.shape, generator=generator, dtype=torch.float64)
+            inputs[name] = {"ids": (4 * drawn).long(), "mask": drawn < 0.7, "values": drawn}[kind]
+        tasks = [{name: t[i] for name, t in inputs.items()} for i in range(len(x))]
+        return tasks if self.by_name else [tuple(task.values()) for task in tasks]
 
 
 def _harmless(w: Writer) -> None:
@@ -143,8 +156,25 @@ def _settings(rng: random.Random, names: list[str], steps: int) -> dict[str, Any
     }
 
 
-def make_program(seed: int) -> Program:
-    """The random model of this number."""
+def _several(w: Writer, rng: random.Random) -> dict[str, str]:
+    """Gives the model one or two inputs beside the first, which meet it in front of all else."""
+    text = {"ids": "x * self.codes(NAME).view(len(NAME), *EACH)", "mask": "x.masked_fill(~NAME, 0.0)"}
+    text |= {"values": rng.choice(["x + 0.5 * NAME", "x * NAME", "torch.where(NAME > 0.5, x, NAME)"])}
+    beside = {f"{kind}_beside": kind for kind in rng.sample(sorted(text), rng.randint(1, 2))}
+    each = [w.shape[0], *[1] * (len(w.shape) - 1)]
+    lines = []
+    for name, kind in beside.items():
+        if kind == "ids":
+            w.init.append(f"self.codes = nn.Embedding(4, {w.shape[0]})")
+        lines.append("x = " + text[kind].replace("NAME", name).replace("EACH", str(each)))
+    w.forward[:0] = lines
+    w.arguments = ", ".join(["x", *beside])
+    w.features.append("several inputs")
+    return beside
+
+
+def make_program(seed: int, several: bool = False) -> Program:
+    """The random model of this number; ``several``: another of several inputs."""
     rng = random.Random(seed)
     kind = rng.choices(["plain", "features", "draws"], [0.45, 0.5, 0.05])[0]
     image = rng.random() < 0.75
@@ -159,6 +189,8 @@ def make_program(seed: int) -> Program:
     chosen = rng.sample([*INSIDE, *WHOLE], rng.randint(1, 3)) if kind == "features" else []
     inside = [name for name in chosen if name in INSIDE]
     stages = rng.randint(1, 3 if image else 2)
+    own = random.Random(f"inputs of {seed}")  # what else is drawn stays as it is
+    beside = _several(w, own) if several else {}
     _stages(w, stages, images, inside, permuted, kind == "draws")
     for name in CUTS:  # not behind the head: something must depend on what adapts
         if name in inside:
@@ -195,6 +227,8 @@ def make_program(seed: int) -> Program:
         tasks=rng.choice([2, 2, 2, 3]),
         images=images,
         permuted=permuted,
+        beside=beside,
+        by_name=own.random() < 0.5,
     )
 
 

@@ -63,6 +63,7 @@ class Writer:
     def __init__(self, rng: random.Random, shape: tuple[int, ...]) -> None:
         self.rng = rng
         self.shape = shape
+        self.arguments = "x"
         self.init: list[str] = []
         self.forward: list[str] = ["h = x"]
         self.after: list[str] = []
@@ -148,7 +149,7 @@ class Writer:
         def block(lines: list[str], depth: int) -> str:
             return "".join(f"{'    ' * depth}{line}\n" for line in lines)
 
-        source = _HEADER + block(self.init, 2) + "\n    def forward(self, x):\n"
+        source = _HEADER + block(self.init, 2) + f"\n    def forward(self, {self.arguments}):\n"
         source += block([*self.forward, "return h"], 2)
         if self.methods:
             source += "\n" + block(self.methods, 1)

@@ -24,8 +24,8 @@ from mamlpp_fast.engine.fused.masks import Mask, PassMasks
 from mamlpp_fast.engine.fused.program import Emitter
 from mamlpp_fast.engine.fused.steps import Dropout, Generic
 from mamlpp_fast.engine.fused.steps.generic import Recorded
+from mamlpp_fast.engine.operation import Operation, Value
 from mamlpp_fast.engine.record import record
-from mamlpp_fast.engine.recorder import Operation, Value
 
 WAYS = 3
 

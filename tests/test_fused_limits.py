@@ -61,7 +61,7 @@ def _tied() -> nn.Module:
         (Calls(lambda m, x: x), "Calls: expected forward to return one tensor of predictions"),
         (nn.Sequential(nn.BatchNorm2d(1, momentum=None)), "0: __float__ asks for values"),
         (_normed_twice(), "1: 1.running_mean is used more than once in a pass"),
-        (Calls(lambda m, x: m.conv(x).view(-1, 8)), r"output: expected predictions \[N, ways\]"),
+        (Calls(lambda m, x: m.conv(x).view(-1, 8)), r"output: expected predictions \[N, \.\.\.\]"),
         (Calls(lambda m, x: m.head(m.conv(x).flatten(1)).sort(1)[0].unique()), "unique.* asks for values"),
     ],
 )
@@ -75,19 +75,10 @@ def kinds(model: nn.Module) -> list[str]:
     return [step.kind for step in lowered(model, (1, 6, 6)).steps]
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (nn.Sequential(nn.Conv2d(1, 2, 3)), r"output: expected predictions \[N, ways\], got \[N, 2, 4, 4\]"),
-        (
-            nn.Sequential(nn.Conv2d(3, 2, 3)),
-            "0: its forward raises, .* to have 3 channels, but got 1 channels",
-        ),
-    ],
-)
-def test_shapes_that_do_not_fit_are_named(model: nn.Module, message: str) -> None:
+def test_shapes_that_do_not_fit_are_named() -> None:
+    message = "0: its forward raises, .* to have 3 channels, but got 1 channels"
     with pytest.raises(Unsupported, match=message):
-        kinds(model)
+        kinds(nn.Sequential(nn.Conv2d(3, 2, 3)))
 
 
 @pytest.mark.parametrize(

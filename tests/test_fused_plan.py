@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -204,3 +206,29 @@ def test_recomputing_needs_less_memory_than_keeping() -> None:
         engine = mf.engine.fused.FusedEngine(learner.model, learner.rates, memory=option)  # type: ignore[attr-defined]
         needs[option] = engine.prepare(random_batch(), True, True).program.workspace_bytes
     assert needs["recompute"] < needs["keep"]
+
+
+def test_a_rule_that_refuses_holds_no_memory() -> None:
+    """An error's frames would hold what a caller above them works on, until the next collection of garbage."""
+
+    def call() -> weakref.ref[Tensor]:
+        examples = torch.zeros(2, 6)
+        # `+` with a parameter: no rule, but a generic step.
+        kinds = [s.kind for s in lowered(Shifted(), examples.shape[1:]).steps]
+        assert "generic add" in kinds
+        return weakref.ref(examples)
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.shift = nn.Linear(6, 3), nn.Parameter(torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.shift)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()

@@ -17,7 +17,7 @@ from mamlpp_fast.engine.fused.program import Emitter, Ref, Workspace
 from mamlpp_fast.engine.fused.steps import Generic, Slot
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, aten
 from mamlpp_fast.engine.fused.steps.generic import Recorded
-from mamlpp_fast.engine.recorder import Operation, Parameter, Value
+from mamlpp_fast.engine.operation import Operation, Parameter, Value
 
 N = 4
 Form = tuple[int, ...]
@@ -159,6 +159,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Form], list[Form]]] = {
     "solve": (lambda x, w: torch.linalg.solve(w, x.T), [(N, 4)], [(4, 4)]),
     "norm": (lambda x: torch.linalg.vector_norm(x, dim=1), [(N, 4)], []),
     "examples-mixed": (lambda x: torch.tanh(x @ x.T) @ x, [(N, 3)], []),
+    "repeated": (
+        lambda x, w: (x.mean(1) * 3 + w).exp() / 7 + (x.sum(1, keepdim=True) * w).mean(1),
+        [(N, 3, 5)],
+        [(5,)],
+    ),
     "zero-derivative": (lambda x: torch.sign(x) + x.round(), [(N, 3)], []),
 }
 
@@ -197,3 +202,21 @@ def _check(
             assert_close(
                 result, expected, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_what_repeats_is_computed_once(tasks: int) -> None:
+    """The gradient of a mean over a sequence has the memory of one element of it."""
+    step = step_of(lambda x: x.mean(1), [(N, 50, 5)], [])
+    em = Emitter(torch.device("cpu"), torch.float64)
+    x, gy = (torch.randn(tasks, N, *shape, dtype=torch.float64) for shape in ((50, 5), (5,)))
+    ps = Pass(tasks, N, 0, {}, {}, {0: em.own("x", x)})
+    out = Gradients(frozenset({0}), frozenset())
+    step.forward(em, ps)
+    step.backward(em, ps, em.own("gy", gy), out)
+    (found,) = out.terms[0]
+    program = em.finish()
+    program.bind(Workspace(torch.device("cpu")))
+    program.run()
+    assert_close(found.tensor(), (gy / 50).unsqueeze(2).expand(tasks, N, 50, 5), rtol=1e-12, atol=0)
+    assert found.buffer.nbytes == gy.nbytes

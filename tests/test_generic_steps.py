@@ -55,6 +55,16 @@ class Positions(nn.Module):
         return self.head(torch.tanh(x).mean(1))
 
 
+def _written_into(m: Any, x: Tensor) -> Tensor:
+    """Messages of a graph added up in zeros of the forward's own, a part assigned, and a constant part kept."""
+    messages, to = torch.tanh(m.a(x)), torch.tensor([0, 3, 3, 7, 1, 5])
+    sums = torch.zeros(len(x), 8, dtype=x.dtype).index_add_(1, to, messages)
+    counts = torch.zeros(8, dtype=x.dtype).index_add_(0, to, torch.ones(6, dtype=x.dtype)).clamp(min=1)
+    beside = torch.full((len(x), 8), 0.3, dtype=x.dtype)
+    beside[:, 2:6] = messages[:, 1:5]
+    return m.b(sums / counts + beside)
+
+
 def _rnn(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
     return Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), rnn=kind(4, 5, **options), head=nn.Linear(5, WAYS))
 
@@ -272,6 +282,23 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         FEATURES,
     ),
+    "written-into": (lambda: Calls(_written_into, a=nn.Linear(4, 6), b=nn.Linear(8, WAYS)), FEATURES),
+    "counted-into": (
+        lambda: Calls(
+            lambda m, x: m.b(torch.zeros(len(x), 9, dtype=m.b.weight.dtype).scatter_(1, x, 1.0)),
+            b=nn.Linear(9, WAYS),
+        ),
+        TOKENS,
+    ),
+    "arguments-returned": (
+        lambda: Calls(
+            lambda m, x: m.b(torch.mul(*torch.broadcast_tensors(torch.tanh(m.a(x)), m.scale))),
+            a=nn.Linear(4, 6),
+            scale=nn.Parameter(torch.rand(6)),
+            b=nn.Linear(6, WAYS),
+        ),
+        FEATURES,
+    ),
     "scatter": (
         lambda: Calls(
             lambda m, x: m.b(
@@ -468,7 +495,7 @@ def test_what_cannot_be_one_program_goes_to_autograd() -> None:
         assert learner.engine.name == "autograd" and why in learner.engine_reason
 
 
-@pytest.mark.parametrize(("length", "given_back"), [(2**8, False), (2**18, True)])
+@pytest.mark.parametrize(("length", "given_back"), [(2**8, False), (2**16, True)])
 def test_memory_of_large_examples_is_given_back(
     length: int, given_back: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import jvp, vjp, vmap
 from torch.optim import Adam
+from torch.testing import assert_close
 
+from mamlpp_fast._compiler import lean_vjp
 from mamlpp_fast.adam import LeanAdam
 
 # In a process of its own: the suite's has loaded the compiler long before.
@@ -20,9 +24,10 @@ import mamlpp_fast as mf
 from mamlpp_fast.workloads import WORKLOADS
 
 dropout = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Dropout(), nn.Linear(8, 5))
+generic = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Softplus(), nn.LogSoftmax(1), nn.Linear(8, 5))
 workload = WORKLOADS["omniglot-5w1s"]
 batch = workload.batch(0)
-for model in (mf.Conv4(1, 5, image_size=28, filters=4), dropout):
+for model in (mf.Conv4(1, 5, image_size=28, filters=4), dropout, generic):
     learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(), engine=sys.argv[1])
     learner.meta_step(batch)
     learner.evaluate(batch)
@@ -35,6 +40,35 @@ print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys())
 def test_training_leaves_the_compiler_unloaded(engine: str) -> None:
     done = subprocess.run([sys.executable, "-c", TRAINS, engine], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+# PyTorch's own, where forward mode is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_vjp_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of results that depend on some inputs only, over tasks, and differentiated itself in both modes."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(6)]
+
+    def results(pulled: Any) -> Any:
+        def f(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            return (x * y).sin().sum(-1, keepdim=True), x.detach() + y.exp()
+
+        def one(x: Tensor, y: Tensor, c: Tensor, d: Tensor, u: Tensor, v: Tensor) -> Any:
+            def first(x: Tensor, y: Tensor) -> Any:
+                made, pull = pulled(f, x, y, x)
+                return made, pull((c[:1], d))
+
+            made, back = pulled(lambda x, y: first(x, y)[1], x, y)
+            return first(x, y), made, back((u, v, d)), jvp(first, (x, y), (u, v))
+
+        return vmap(one)(*given)
+
+    expected = results(vjp)
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, "torch._dynamo", raising=False)
+        found = results(lean_vjp)
+        assert "torch._dynamo" not in sys.modules
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)

@@ -220,7 +220,7 @@ def test_float32_is_checked_in_float64(name: str) -> None:
 def test_gradient_and_tangent_against_autograd(name: str, tasks: int) -> None:
     loss, labels = KINDS[name]
     given, targets = labels(N)[:tasks], labels(M)
-    own = recorded_loss(loss, ((WAYS, given[0]), (WAYS, targets[0])), D, nn.Linear(1, 1))
+    own = recorded_loss(loss, (((WAYS,), given[0]), ((WAYS,), targets[0])), D, nn.Linear(1, 1))
     em = Emitter(torch.device("cpu"), D)
     z, z_dot = (torch.randn(tasks, N, WAYS, generator=_generator(s), dtype=D) for s in (1, 2))
     weights = torch.tensor([0.3, 0.7], dtype=D)  # of two steps
@@ -387,7 +387,7 @@ def _hooked() -> nn.Module:
 )
 def test_what_is_no_list_of_operations_is_refused(loss: Loss, why: str) -> None:
     with pytest.raises(Unsupported, match=why) as error:
-        recorded_loss(loss, ((WAYS, classes(N)[0]), (WAYS, classes(M)[0])), D, nn.Linear(1, 1))
+        recorded_loss(loss, (((WAYS,), classes(N)[0]), ((WAYS,), classes(M)[0])), D, nn.Linear(1, 1))
     assert error.value.module == "loss"
 
 

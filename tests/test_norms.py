@@ -24,8 +24,8 @@ from mamlpp_fast.nn import check_model
 STEPS, WAYS, RATE = 2, 3, 0.1
 
 
-def _no_bias(norm: nn.Module) -> nn.Module:
-    norm.register_parameter("bias", None)
+def _without(name: str, norm: nn.Module) -> nn.Module:
+    norm.register_parameter(name, None)
     return norm
 
 
@@ -37,7 +37,8 @@ KINDS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module], Callable[[], nn
     "3d": ((1, 4, 5, 3), lambda: nn.Conv3d(1, 4, 3), lambda: nn.BatchNorm3d(4, momentum=0.2)),
     "cumulative": ((6,), lambda: nn.Linear(6, 4), lambda: nn.BatchNorm1d(4, momentum=None)),
     "no weights": ((1, 5, 5), lambda: nn.Conv2d(1, 4, 3), lambda: nn.BatchNorm2d(4, affine=False)),
-    "no bias": ((2, 5), lambda: nn.Conv1d(2, 4, 3), lambda: _no_bias(nn.BatchNorm1d(4))),
+    "no bias": ((2, 5), lambda: nn.Conv1d(2, 4, 3), lambda: _without("bias", nn.BatchNorm1d(4))),
+    "no weight": ((1, 5, 5), lambda: nn.Conv2d(1, 4, 3), lambda: _without("weight", nn.BatchNorm2d(4))),
     "instance": (
         (2, 5),
         lambda: nn.Conv1d(2, 4, 3),
@@ -150,9 +151,31 @@ def test_a_norm_trains_and_evaluates_as_in_a_textbook_loop(
         assert_close(learner.state_dict()["model"], state, rtol=0, atol=0)
 
 
-def test_a_batch_norm_without_weights_is_fused() -> None:
-    _, learner = _pair("no weights", CONFIGS["maml++"], "auto")
+@pytest.mark.parametrize("kind", ["no weights", "no bias", "no weight"])
+def test_a_batch_norm_without_weights_is_fused(kind: str) -> None:
+    _, learner = _pair(kind, CONFIGS["maml++"], "auto")
+    learner.meta_gradient(_batch(KINDS[kind][0]))
     assert learner.engine.name == "fused"
+
+
+@pytest.mark.parametrize("engine", ["autograd", "fused"])
+def test_the_weight_of_a_batch_norm_without_bias_adapts(engine: str) -> None:
+    """Not a bias without weight: PyTorch's batch norm has no second derivative then, it raises."""
+    config = mf.MAMLConfig.maml(steps=STEPS, adapt_norm=True)
+    found = []
+    for one in (engine, "reference"):
+        _, learner = _pair("no bias", config, one)
+        batch = _batch(KINDS["no bias"][0])
+        learner.meta_gradient(batch)
+        assert [name for name in learner.rates.names if name.startswith("1.")] == ["1.weight"]
+        found.append(
+            {n: p.grad for n, p in learner.model.named_parameters()} | dict(learner.model.named_buffers())
+        )
+        for stats in ("batch", "running"):
+            learner.config = dataclasses.replace(config, eval_stats=stats)
+            found[-1][stats] = learner.evaluate(batch).logits
+        assert learner.engine.name == one
+    assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 4), (5, 3, 4), (5, 2, 3, 4), (5, 2, 1, 3, 2)])

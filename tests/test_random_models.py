@@ -17,6 +17,14 @@ def test_auto_equals_the_textbook(first: int) -> None:
     assert {o.seed: (o.engine, o.wrong[:3]) for o in outcomes if o.wrong} == {}
 
 
+def test_models_of_several_inputs() -> None:
+    """By position and by name, floating point, masks and ids; ``describe(SEED, True)`` shows one that failed."""
+    outcomes = [check(seed, several=True) for seed in range(40)]
+    assert {o.seed: (o.engine, o.wrong[:3]) for o in outcomes if o.wrong} == {}
+    assert all("several inputs" in o.features for o in outcomes)
+    assert sum(o.engine == "fused" for o in outcomes) >= 20
+
+
 def test_the_models_are_of_every_kind() -> None:
     """A share of plain ones, so that the fused engine is tested, and every feature at least twice."""
     programs = [make_program(seed) for seed in range(300)]

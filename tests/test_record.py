@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.operation import Buffer, Constant, Parameter, Value
 from mamlpp_fast.engine.record import Recording, record
-from mamlpp_fast.engine.recorder import Buffer, Constant, Parameter, Value
 
 
 def between(fn: Callable[[Any, Tensor], Any]) -> Recording:
@@ -121,6 +121,34 @@ def test_assignment_to_a_part_leaves_its_value_in_the_whole() -> None:
 
     _, assigned, last = between(fn).operations
     assert assigned.name == "__setitem__" and last.args[0] == Value(assigned.output or -1)
+
+
+def test_what_activations_are_written_into_is_one_from_then_on() -> None:
+    """A constant of the forward's own; what is recorded of it are its values before."""
+
+    def fn(net: Any, h: Tensor) -> Tensor:
+        sums = torch.full((len(h), 4), 0.5)
+        sums.mul_(2.0)
+        sums.index_add_(1, torch.tensor([3, 0, 0, 1]), h)
+        sums[:, 2] = 7.0
+        return sums
+
+    found = between(fn)
+    for operations, count in ((found.operations, 3), (found.others, 4)):
+        _, added, assigned, last = operations
+        assert [added.name, assigned.name] == ["index_add_", "__setitem__"]
+        assert added.args[0] == Constant(torch.ones(count, 4)) and added.args[3] == Value(1)
+        assert assigned.args[0] == Value(added.output or -1) and last.args[0] == Value(assigned.output or -1)
+
+
+def test_a_tensor_that_is_returned_as_it_came_keeps_its_name() -> None:
+    def fn(net: Any, h: Tensor) -> Tensor:
+        same, wide = torch.broadcast_tensors(h, net.scale)
+        return same * wide
+
+    _, spread, product, _ = between(fn).operations
+    assert len(spread.outputs) == len(spread.tensors) == 2 and spread.output is None
+    assert product.args == (Value(1), Value(spread.outputs[1]))
 
 
 def test_a_per_step_batch_norm_is_one_operation() -> None:

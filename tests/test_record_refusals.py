@@ -78,6 +78,24 @@ def _stale_whole(net: Any, h: Tensor) -> Tensor:
     return h
 
 
+def _stale_constant(net: Any, h: Tensor) -> Tensor:
+    zeros = torch.zeros(len(h), 4)
+    part = zeros[:, :2]
+    zeros.add_(h)
+    return h + part.sum()
+
+
+def _read_before(net: Any, h: Tensor) -> Tensor:
+    zeros = torch.zeros(len(h), 4)
+    h = h + zeros.cos()
+    h = h * zeros
+    return h + zeros.add_(h)
+
+
+def _attribute_view(net: Any, h: Tensor) -> Tensor:
+    return h + net.offset.view(1, 4).add_(h.sum(0))
+
+
 def _autocast(net: Any, h: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return F.relu(h)
@@ -163,6 +181,13 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
         "head",
         "reads memory that an operation in place has changed under another name",
     ),
+    "stale-constant": (
+        _stale_constant,
+        "Net",
+        "reads memory that an operation in place has changed under another name",
+    ),
+    "constant-read-before": (_read_before, "a tensor of the forward's own", "is changed in place by add_"),
+    "attribute-view-write": (_attribute_view, "an attribute", "is changed in place by add_"),
     "autocast": (_autocast, "Net", "computes under torch.autocast"),
     "raises": (_raises, "Net", "its forward raises, 'no such\\nkey'"),
     "other-operation": (_examples_decide, "Net", "relu: depends on the number of examples"),

@@ -70,8 +70,8 @@ class StepNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         row = min(self.step, self.rows - 1)
         weight, bias = self.weight, self.bias
-        if self.bnwb and weight is not None:
-            weight, bias = weight[row], bias[row]
+        if self.bnwb:
+            weight, bias = (None if p is None else p[row] for p in (weight, bias))
         mean, var = self.running_mean, self.running_var
         if self.bnrs:
             mean, var = mean[row], var[row]

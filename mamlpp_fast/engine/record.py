@@ -36,7 +36,8 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.named import tensors_named
-from mamlpp_fast.engine.recorder import Operation, Recorder
+from mamlpp_fast.engine.operation import Operation
+from mamlpp_fast.engine.recorder import Recorder
 from mamlpp_fast.engine.shared import NOTHING, Shared, held, in_memory_of, shared, with_a_graph
 from mamlpp_fast.inputs import examples_of, joined, structure_of, tensors_of
 
@@ -59,6 +60,7 @@ class Recording:
             their number; others are not in it.
         dtypes: of the values.
         counted: names of the buffers that count batches, as often as they were counted up.
+        asked: truth values of one element that the pass asked for, and the answers that it goes on from.
     """
 
     inputs: int
@@ -69,6 +71,7 @@ class Recording:
     shapes: dict[int, tuple[int, ...]]
     dtypes: dict[int, torch.dtype]
     counted: tuple[str, ...]
+    asked: tuple[tuple[int, bool], ...] = ()
 
     @property
     def draws(self) -> str | None:
@@ -185,7 +188,8 @@ def record_loss(
         model: what the predictions are of; a loss that reads its memory is none of predictions and labels.
 
     Returns:
-        The recording, and the module that it is of, whose buffers are the loss's own.
+        The recording, and the module that it is of, whose buffers are the loss's own. What ``torch.distributions``
+        asks of its arguments is in ``asked``.
 
     Raises:
         Unsupported: names what makes it no fixed list of operations, or no scalar.
@@ -203,12 +207,15 @@ def record_loss(
     for given in (support, target):
         own = _own_copy(module)
         own.hold()
-        found.append(_watched(own, given))
+        found.append(_watched(own, given, answers=True))
     for recorder in found:
         if recorder.problem is not None:
             raise recorder.problem
     first, second = (recorder.operations for recorder in found)
-    if [(a.function, a.outputs) for a in first] != [(b.function, b.outputs) for b in second]:
+    asked = found[0].asked
+    if [(a.function, a.outputs) for a in first] != [(b.function, b.outputs) for b in second] or (
+        asked != found[1].asked
+    ):
         raise Unsupported("loss", "executes other operations for another number of examples")
     dtypes: dict[int, torch.dtype] = {0: support[0].dtype, 1: support[1].dtype}
     for op in first:
@@ -221,7 +228,7 @@ def record_loss(
     if shape != () or dtype != support[0].dtype:
         raise Unsupported("loss", f"expected a scalar of {support[0].dtype}, got {list(shape)} of {dtype}")
     sizes = len(support[0]), len(target[0])
-    return Recording(2, tuple(first), tuple(second), sizes, result, {}, dtypes, ()), module
+    return Recording(2, tuple(first), tuple(second), sizes, result, {}, dtypes, (), tuple(asked)), module
 
 
 def of_a_thread(loss_fn: reference.LossFn) -> bool:
@@ -288,9 +295,10 @@ def _watched(
     inputs: reference.Inputs,
     gradient: bool = True,
     places: Shared = NOTHING,
+    answers: bool = False,
 ) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
-    recorder = Recorder(model, tensors_of(inputs), places)
+    recorder = Recorder(model, tensors_of(inputs), places, answers)
     before = fingerprint(model)
     states = before.states()
     with _random_state() as drawn:

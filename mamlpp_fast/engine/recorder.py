@@ -4,115 +4,31 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
 from mamlpp_fast.engine.executions import Draw, Executions
+from mamlpp_fast.engine.operation import (
+    Buffer,
+    Constant,
+    Operation,
+    Parameter,
+    Value,
+    is_reference,
+    name_of,
+)
 from mamlpp_fast.engine.shared import NOTHING, Shared, held
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
-__all__ = [
-    "TAKE_SIZES",
-    "Buffer",
-    "Constant",
-    "Operation",
-    "Parameter",
-    "Recorder",
-    "Value",
-]
-
-
-@dataclass(frozen=True)
-class Value:
-    """An activation; the first ones are the inputs of the network, in order."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of the model by its first name; ``detached``: as a constant."""
-
-    name: str
-    detached: bool = False
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A buffer of the model by its first name."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
-class Constant:
-    """A tensor that is a plain attribute of a module, or made from such alone: fixed for a form of a model.
-
-    Attributes:
-        tensor: its values; constants of the same values are equal.
-    """
-
-    tensor: Tensor
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Constant):
-            return NotImplemented
-        a, b = self.tensor, other.tensor
-        if a is b:
-            return True
-        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and bool(
-            ((a == b) | ((a != a) & (b != b))).all()
-        )
-
-    def __hash__(self) -> int:
-        return hash((tuple(self.tensor.shape), self.tensor.dtype))
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One call.
-
-    Attributes:
-        function: what Python called, ``F.conv2d`` say.
-        where: path of the innermost module whose forward made the call, "" for the model itself.
-        args, kwargs: its arguments, tensors replaced by :class:`Value`, :class:`Parameter`, :class:`Buffer` and
-            :class:`Constant`.
-        outputs: values written, one for each tensor among what the call returned.
-        tensors: their shapes and types.
-        constant: the outputs take part in no gradient although an argument does (``detach``, ``no_grad``).
-        draws: of dropout in it, in order.
-    """
-
-    function: Callable[..., Any]
-    where: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[int, ...]
-    tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-    constant: bool
-    draws: tuple[Draw, ...] = ()
-
-    @property
-    def output(self) -> int | None:
-        """The value written, or None where the call made no tensor or several."""
-        return self.outputs[0] if len(self.outputs) == 1 else None
-
-    @property
-    def name(self) -> str:
-        return name_of(self.function)
-
-    def inputs(self) -> list[Value | Parameter | Buffer | Constant]:
-        leaves = tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if is_reference(leaf)]
+__all__ = ["Recorder"]
 
 
 class Recorder(TorchFunctionMode):
@@ -123,14 +39,20 @@ class Recorder(TorchFunctionMode):
         inputs: the first values; whether one requires a gradient tells what of it is made a constant (``detach``,
             ``no_grad``).
         shared: of the model that this one is a copy of.
+        answers: whether what ``torch.distributions`` asks of its arguments goes to ``asked``, values and the answers
+            that they gave; else that is a problem like all questions that decide.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], shared: Shared = NOTHING) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Sequence[Tensor], shared: Shared = NOTHING, answers: bool = False
+    ) -> None:
         super().__init__()
         self.root = type(model).__name__
         self.paths = {id(m): name for name, m in model.named_modules()}
         self.watch = Executions()
         self.problem: Unsupported | None = None
+        self.asked: list[tuple[int, bool]] = []
+        self._answers = answers
         self.operations: list[Operation] = []
         self.result: int | None = None
         self.stand_ins: dict[str, Tensor] = {}
@@ -142,6 +64,7 @@ class Recorder(TorchFunctionMode):
         self._memory: dict[int, set[int]] = {}
         self._stale: set[int] = set()
         self._read_constants: set[int] = set()
+        self._overwritten: set[int] = set()
         self._in_graph: dict[int, bool] = {}
         self._alive: list[Tensor] = []
         self._from: dict[int, tuple[bool, frozenset[str]]] = {}
@@ -245,9 +168,15 @@ class Recorder(TorchFunctionMode):
             given += [t for t in (args[0].weight, args[0].bias) if t is not None]
         if norm and type(args[0]).normalise not in _KNOWN_NORMS:
             self.complain(self.here(), f"{type(args[0]).__name__} normalises in a way of its own")
-        recorded = self._norm(*args) if norm else tree_map(lambda t: references.get(id(t), t), (args, kwargs))
+        recorded = self._norm(*args) if norm else None
+        before = self._copies(references)
         result = func(*args, **kwargs)
         executed, written, reads, drawn = watch.executed, watch.written, watch.reads, tuple(watch.drawn)
+        references |= {
+            i: c for i, c in before.items() if _storage(references[i].tensor) in map(_storage, written)
+        }
+        if recorded is None:
+            recorded = tree_map(lambda t: references.get(id(t), t), (args, kwargs))
         # Of what is drawn otherwise, or for nothing that depends on the input, each pass would get the same numbers.
         draws = watch.draws or (drawn and (func not in _DROPOUTS or _all_constant(references.values())))
         watch.clear()
@@ -258,6 +187,10 @@ class Recorder(TorchFunctionMode):
             self.complain(self.here(), f"{name} draws random numbers")
         reads &= not (func is F.one_hot and _classes(args, kwargs) >= 0)  # only for what it raises
         if (reads or name in _ASKS) and not _all_constant(references.values()):
+            known = next(iter(references.values()))
+            if self._answers and name == "__bool__" and isinstance(known, Value) and _of_distributions():
+                self.asked.append((known.index, result))
+                return result
             self.complain(self.here(), f"{name} asks for values, which decide what is executed")
         if name.endswith("__set__") or name in _CHANGES:
             self.complain(self.here(), f"{name} changes how a tensor takes part in gradients")
@@ -300,18 +233,36 @@ class Recorder(TorchFunctionMode):
             return "another tensor"
         if isinstance(known, Value):
             self._check_read(t, known)
+        elif isinstance(known, Constant) and _storage(t) in self._overwritten:
+            self.complain(self.here(), _STALE)
         return known
+
+    def _copies(self, references: Mapping[int, Any]) -> dict[int, Constant]:
+        """The constants of the forward's own among what a call reads, as they are before it may write to them."""
+        if _all_constant(references.values()):
+            return {}
+        found = {i: r for i, r in references.items() if isinstance(r, Constant)}
+        copies = {i: Constant(r.tensor.clone()) for i, r in found.items() if self._own(_storage(r.tensor))}
+        self.watch.clear()
+        return copies
+
+    def _own(self, place: int) -> bool:
+        """Whether memory is of constants of the forward's own that no operation has read."""
+        return self._fixed.get(place) == _OWN and place not in self._read_constants
 
     def _check_read(self, t: Tensor, known: Value) -> None:
         if known.index in self._stale:
-            self.complain(
-                self.here(), "reads memory that an operation in place has changed under another name"
-            )
+            self.complain(self.here(), _STALE)
         if t.requires_grad != self._in_graph[known.index] or t.is_inference():
             self.complain(self.here(), "passes through an autograd.Function or another change of the graph")
 
+    def _next(self) -> int:
+        """The number of a value, which has no name yet."""
+        self._count += 1
+        return self._count - 1
+
     def _new(self, t: Tensor, made_of: Sequence[Any]) -> int:
-        index, self._count = self._count, self._count + 1
+        index = self._next()
         self._references[id(t)] = Value(index)
         self._alive.append(t)
         self._in_graph[index] = t.requires_grad
@@ -331,12 +282,16 @@ class Recorder(TorchFunctionMode):
     def _write(self, written: list[Tensor], name: str, constant: bool) -> None:
         """Values whose memory is overwritten may be read no more by the names they had.
 
-        Constants of the forward's own may be made in several calls, until an operation has read them.
+        Constants of the forward's own may be made in several calls, until an operation has read them. What an
+        activation is written into (``zeros(n, 5).index_add_(1, i, x)``) is one from then on.
         """
         for t in written:
             place = _storage(t)
-            if constant and self._fixed.get(place) == _OWN and place not in self._read_constants:
-                continue
+            if self._own(place):
+                if constant:
+                    continue
+                del self._fixed[place]
+                self._overwritten.add(place)
             if place in self._fixed and self._fixed[place] not in self._statistics:
                 self.complain(self._fixed[place], f"is changed in place by {name}")
             if t.requires_grad and not torch.is_grad_enabled():
@@ -371,15 +326,13 @@ class Recorder(TorchFunctionMode):
         if target is None and result is None and args and isinstance(args[0], Tensor):
             target = args[0]  # ``x[0] = 1`` leaves its result in x
         if target is None:
-            # Of a tensor that is returned twice, or is an argument, there is nothing new.
-            new = [
-                t for i, t in enumerate(made) if self._known(t) is None and all(t is not o for o in made[:i])
-            ]
+            new = [t for t in made if self._known(t) is None]
             constant = in_graph and not any(t.requires_grad for t in new)
-            outputs = tuple(self._new(t, references) for t in new)
-            if len(new) != len(made):
-                outputs = ()
-            tensors = tuple((tuple(t.shape), t.dtype) for t in new)
+            # A tensor that is returned twice, or is an argument (`broadcast_tensors`), keeps the name that it has.
+            outputs = tuple(
+                self._new(t, references) if self._known(t) is None else self._next() for t in made
+            )
+            tensors = tuple((tuple(t.shape), t.dtype) for t in made)
             op = Operation(func, self.here(), args_, kwargs_, outputs, tensors, constant, drawn)
         elif (
             isinstance(result, Tensor) and func in _DETACHES and isinstance(first := references[0], Parameter)
@@ -430,23 +383,20 @@ class Recorder(TorchFunctionMode):
 
 
 _OWN = "a tensor of the forward's own"
+_STALE = "reads memory that an operation in place has changed under another name"
 
 
 def _all_constant(references: Iterable[Any]) -> bool:
     return all(isinstance(r, Constant) for r in references)
 
 
+def _of_distributions() -> bool:
+    """Whether PyTorch's distributions make the call that is watched."""
+    return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.distributions.")
+
+
 def _storage(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
-
-
-def is_reference(leaf: Any) -> bool:
-    return isinstance(leaf, (Value, Parameter, Buffer, Constant))
-
-
-def name_of(func: Any) -> str:
-    text = resolve_name(func) or getattr(func, "__name__", str(func))
-    return text if text.endswith("__set__") else str(text.removesuffix(".__get__").rpartition(".")[2])
 
 
 def _classes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -470,16 +420,4 @@ _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # typ
 _ASKS = frozenset({"tolist", "numpy", "__array__", "item", "__bool__", "__int__", "__float__", "__index__"})
 _CHANGES = frozenset(
     {"register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "backward"}
-)
-# Their arguments hold sizes that may follow the number of examples; what they make is told by its shape.
-TAKE_SIZES = frozenset(
-    {
-        Tensor.view,
-        Tensor.reshape,
-        torch.reshape,
-        Tensor.expand,
-        Tensor.unflatten,
-        torch.unflatten,
-        Tensor.flatten,
-    }
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
 from mamlpp_fast._seeded import seeded
@@ -213,7 +213,7 @@ class _Exact(TorchFunctionMode):
             lambda a: a.double() if isinstance(a, Tensor) and a.dtype is torch.float32 else a,
             (args, dict(kwargs or {})),
         )
-        return func(*args, **kwargs)
+        return _made(func, args, kwargs)
 
 
 def _exactly(loss_fn: LossFn, prepared: Prepared) -> LossFn:
@@ -237,7 +237,14 @@ class _Wider(TorchFunctionMode):
         args, kwargs = tree_map(
             lambda a: torch.float64 if a is torch.float32 else a, (args, dict(kwargs or {}))
         )
-        return func(*args, **kwargs)
+        return _made(func, args, kwargs)
+
+
+def _made(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function returns; of none of its arguments (``torch.zeros(3)``), in float64 for the default type."""
+    made = func(*args, **kwargs)
+    fresh = not any(isinstance(a, Tensor) for a in tree_leaves((args, kwargs)))
+    return made.double() if fresh and isinstance(made, Tensor) and made.dtype is torch.float32 else made
 
 
 @contextmanager

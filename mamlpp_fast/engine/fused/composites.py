@@ -286,6 +286,7 @@ COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     torch.rnn_relu_cell: _once(_relu_cell),
     F.scaled_dot_product_attention: _attention,
     F.one_hot: _one_hot,
+    torch._is_all_true: torch.all,
     F.embedding: _embedding,
     Tensor.view: _viewed,
     Tensor.view_as: Tensor.reshape_as,

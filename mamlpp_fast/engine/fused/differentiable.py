@@ -27,8 +27,8 @@ from mamlpp_fast.engine.fused.moves import Follower, Moves
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections, input_name
 from mamlpp_fast.engine.fused.steps import Generic, Step
+from mamlpp_fast.engine.operation import Parameter
 from mamlpp_fast.engine.record import record
-from mamlpp_fast.engine.recorder import Parameter
 from mamlpp_fast.engine.verify import check_call, enough
 from mamlpp_fast.inputs import examples_of, joined, mapped, structure_of, tensors_of
 from mamlpp_fast.machine import release_memory
@@ -69,7 +69,7 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
     recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
     if recording.draws is not None:
         raise Unsupported(type(model).__name__, recording.draws)
-    network = lower(recording, template, frozenset(parameters), any_shape=True)
+    network = lower(recording, template, frozenset(parameters))
     for fusion in (drop_inert_biases, fuse_norms):
         network = fusion(network)
     if not inputs:  # the fused first layer has no gradient for its images
@@ -270,7 +270,7 @@ class DifferentiableNetwork:
         self._curved = self._calls
 
     def call(self, tensors: Held, x: Inputs) -> Tensor:
-        """The output [N, ways] on ``x`` with the tensors that a model holds; its running statistics follow."""
+        """The output [N, ...] on ``x`` with the tensors that a model holds; its running statistics follow."""
         given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
         if self.constants:
             names = (*self.names, *self.inert)

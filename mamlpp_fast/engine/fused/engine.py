@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -31,7 +30,7 @@ from mamlpp_fast.engine.running import RunningStats, made_passes
 from mamlpp_fast.engine.verify import check_evaluation, check_meta_gradient, sample
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.inputs import examples_of, form_of_inputs, mapped, named, structure_of
-from mamlpp_fast.labels import ignored_label
+from mamlpp_fast.labels import family, ignored_label
 from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.machine import free_bytes, release_memory
 from mamlpp_fast.ops._library import OPERATIONS, served_by
@@ -190,7 +189,7 @@ class FusedEngine:
                 options |= {name: option == name for name in ("recompute", "paired")}
                 form = self._form(given, tasks, self.rates.num_steps, **options)
                 own = self._lower(given, plain, training=True)  # a check has fewer examples
-                loss = self._loss(given, own) if plain is None else plain
+                loss = self._loss(given, own, plain)
                 with handed_over(self.model):
                     written = write_meta_gradient(self._emitter(own, exact), own, loss, form)
                 return self._ready(written, own, own, loss, form, exact)
@@ -222,7 +221,7 @@ class FusedEngine:
                 own = self._lower(given, plain, training=False)
                 running = stats == "running"
                 target = self._lower(given, plain, training=False, running=True) if running else own
-                loss = self._loss(given, own) if plain is None else plain
+                loss = self._loss(given, own, plain)
                 with handed_over(self.model):
                     written = write_evaluation(self._emitter(own, exact), own, target, loss, form)
                 return self._ready(written, own, target, loss, form, exact)
@@ -267,18 +266,33 @@ class FusedEngine:
 
     def _plain(self, batch: EpisodeBatch) -> Loss | None:
         """The loss where it has rules of its own that take the labels of a batch; values are read on a CPU alone."""
-        loss = self._plain_loss
+        loss, sides = self._plain_loss, (batch.support_y, batch.target_y)
         if isinstance(loss, CrossEntropy):
-            for y in (batch.support_y, batch.target_y):
-                if y.is_floating_point() and y.ndim == 3:
+            for y in sides:
+                if y.ndim != 2:  # a class for each of several parts of an example, or shares of classes
                     return None
                 if not y.is_cuda and bool((y == ignored_label(self.loss_fn)).any()):
                     return None
+        elif any(y.ndim != 3 for y in sides):
+            return None
         return loss
 
-    def _loss(self, batch: EpisodeBatch, network: Network) -> RecordedLoss:
-        """The loss as it is recorded, for predictions and labels like those of a batch."""
-        outputs = math.prod(network.shapes[network.output])
+    def _loss(self, batch: EpisodeBatch, network: Network, plain: Loss | None) -> Loss:
+        """The loss for predictions and labels like those of a batch: by its own rules, or as it is recorded.
+
+        Args:
+            plain: of :meth:`_plain`; its rules are for predictions [N, O].
+
+        Raises:
+            Unsupported: for labels that PyTorch would broadcast, and names what makes it no list of operations.
+        """
+        outputs = network.shapes[network.output]
+        if plain is not None and len(outputs) == 1:
+            return plain
+        if family(self.loss_fn) == "values" and batch.support_y.shape[2:] != outputs:
+            sizes = ", ".join(map(str, ("tasks", "n", *outputs)))
+            got = list(batch.support_y.shape)
+            raise Unsupported("labels", f"expected a target for each prediction [{sizes}], got {got}")
         labels = (part for y in (batch.support_y, batch.target_y) for part in (y.shape[1:], y.dtype))
         key = self.model.training, outputs, *labels  # by the mode, which a loss may ask for
         if key not in self._losses:
@@ -376,7 +390,7 @@ class FusedEngine:
                     like=table.double(),
                 )
         shape = memory.all["logits"].shape[1:]
-        axis = len(shape) - 3
+        axis = 0 if "losses" in memory.all else 1
         sizes = (*shape[:axis], form.total_tasks, *shape[axis + 1 :])
         dtype = torch.promote_types(self.dtype, table.dtype) if exact else self.dtype
         return Prepared(

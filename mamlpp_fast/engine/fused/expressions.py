@@ -127,6 +127,8 @@ class Expressions:
         args, kwargs = self._arguments(node)
         if node.is_view:
             return self._views(node, args, kwargs)
+        if Term(node) not in into and (repeated := self._repeated(node, args, kwargs)) is not None:
+            return (repeated,)
         outs: list[Ref | None] = [
             None if f is None else into.get(Term(node, i)) or self._new(node, f)
             for i, f in enumerate(node.forms)
@@ -138,14 +140,47 @@ class Expressions:
                 return (source,)  # nothing is changed in place, so that a copy is the same
             self._em.call(aten.copy_.default, outs[0], source)
             return tuple(outs)
+        self._call(node, args, kwargs, outs)
+        return tuple(outs)
+
+    def _call(
+        self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], outs: Sequence[Ref | None]
+    ) -> None:
         target = _out_overload(node.op)
         if target is None or any(o is None for o in outs):
-            self._em.call(Copied(node.op), *args, outs, **kwargs)
+            self._em.call(Copied(node.op), *args, list(outs), **kwargs)
         else:
             op, names = target
             places: dict[str, Any] = dict(zip(names, outs, strict=True))
             self._em.call(op, *args, **kwargs, **places)
-        return tuple(outs)
+
+    def _repeated(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ref | None:
+        """What is computed element by element of operands that repeat along an axis: once, in a view that repeats.
+
+        The gradient of a mean over a sequence is so as large as one element of it. None where nothing repeats.
+        """
+        form, copies = node.forms[0], node.op in _COPIES or node.op is aten.copy.default
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Ref)]
+        if torch.Tag.pointwise not in node.op.tags or copies or len(node.forms) > 1 or form is None:
+            return None
+        axes = [  # from the last, 1, as they are broadcast
+            axis
+            for axis in range(1, len(form.shape) + 1)
+            if given and form.shape[-axis] > 1 and all(_repeats(ref, axis) for ref in given)
+        ]
+        if not axes:
+            return None
+
+        def one(value: Any) -> Any:
+            if not isinstance(value, Ref):
+                return value
+            own = [axis for axis in axes if axis <= len(value.shape)]
+            return functools.reduce(lambda r, axis: r.view(lambda t: t.narrow(-axis, 0, 1)), own, value)
+
+        shape = [1 if len(form.shape) - i in axes else n for i, n in enumerate(form.shape)]
+        out = self._em.new(f"{self._name} {packet_of(node.op)}", shape, form.dtype)
+        self._call(node, [one(a) for a in args], {n: one(a) for n, a in kwargs.items()}, [out])
+        return out.view(lambda t: t.expand(form.shape))
 
     def _arguments(self, node: Node) -> tuple[list[Any], dict[str, Any]]:
         """By the schema: what stands for a tensor is one, what stands for a real number likewise."""
@@ -206,6 +241,11 @@ class Expressions:
             ("number", value, dtype),
             lambda: em.own(f"{value}", torch.tensor(value, dtype=dtype, device=em.device)),
         )
+
+
+def _repeats(ref: Ref, axis: int) -> bool:
+    """Whether all elements along an axis, counted from the last, are one."""
+    return axis > len(ref.shape) or ref.shape[-axis] == 1 or ref.stride()[-axis] == 0
 
 
 def _back(node: Node) -> Callable[[Tensor], Tensor] | None:

@@ -67,6 +67,7 @@ class Memory:
         weights: multi-step weights [K].
         running: running mean and variance [K, C] that frozen norms read.
         masks: of dropout, by inner step and side (0 support, 1 target), in the order of the passes.
+        answers: truth values [T], false where the loss is another than was recorded; None where it asks for none.
         row: what a group leaves, flat; table: the rows of all groups [G, size]; all: what lies in them, [G, *shape]:
             ``"logits"``, predictions [T, m, O], or of every step [K, T, m, O]; in training ``"losses"`` [T],
             ``"adjoint"``, ``"rates"``, and of each batch norm ``"mean"`` and ``"rstd"`` [K, 2, T, C] that it saw in the
@@ -88,6 +89,7 @@ class Memory:
     buffers: dict[str, Ref] = field(default_factory=dict)
     running: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     masks: dict[tuple[int, int], PassMasks] = field(default_factory=dict)
+    answers: Ref | None = None
     meta_grads: dict[str, Ref] = field(default_factory=dict)
     row_grads: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)
     rate_grads: Ref | None = None

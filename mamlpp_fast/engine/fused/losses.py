@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,15 +28,15 @@ _PREDICTIONS, _LABELS = 0, 1
 
 def recorded_loss(
     loss_fn: LossFn,
-    sides: tuple[tuple[int, Tensor], tuple[int, Tensor]],
+    sides: tuple[tuple[tuple[int, ...], Tensor], tuple[tuple[int, ...], Tensor]],
     dtype: torch.dtype,
     model: torch.nn.Module,
 ) -> RecordedLoss:
     """The rules of a loss, found by watching it.
 
     Args:
-        loss_fn: (predictions [N, O], labels [N, ...]) to a scalar.
-        sides: O, and labels as they come, of the support and of the target set.
+        loss_fn: (predictions [N, ...], labels [N, ...]) to a scalar.
+        sides: shape of a prediction, and labels as they come, of the support and of the target set.
         dtype: of the predictions.
         model: what they are of.
 
@@ -43,10 +44,11 @@ def recorded_loss(
         Unsupported: names ``loss``, and why it is no fixed list of operations.
     """
 
-    def predictions(outputs: int, labels: Tensor) -> Tensor:
-        count = len(labels) * outputs
-        z = torch.arange(1.0, count + 1, dtype=torch.float64, device=labels.device).cos()
-        return z.view(len(labels), outputs).to(dtype).requires_grad_()
+    def predictions(outputs: tuple[int, ...], labels: Tensor) -> Tensor:
+        shape = (len(labels), *outputs)
+        z = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64, device=labels.device).cos()
+        # Between 0.25 and 0.75: some losses take probabilities, or deviations.
+        return (z / 4 + 0.5).view(shape).to(dtype).requires_grad_()
 
     pairs = [(predictions(outputs, labels), labels) for outputs, labels in sides]
     try:
@@ -54,6 +56,11 @@ def recorded_loss(
         network = lower_loss(recording, watched, dtype)
     except Unsupported as error:
         raise Unsupported("loss", error.why) from error
+    if network.asked and sides[0][1].device.type != "cpu":
+        why = (
+            "torch.distributions asks for values, which a GPU would wait for (validate_args=False asks none)"
+        )
+        raise Unsupported("loss", why)
     if network.output not in network.depends(frozenset(), frozenset({_PREDICTIONS})):
         raise Unsupported("loss", "expected one that depends on the predictions")
     return RecordedLoss(network, dict(watched.named_buffers()))
@@ -78,6 +85,10 @@ class RecordedLoss(Loss):
     @property
     def buffers(self) -> Mapping[str, Tensor]:
         return self.held
+
+    @property
+    def asks(self) -> bool:
+        return bool(self.network.asked)
 
     def stored(
         self, outputs: tuple[int, ...], labels: tuple[int, ...], kind: torch.dtype, dtype: torch.dtype
@@ -109,6 +120,13 @@ class RecordedLoss(Loss):
             buffers=ps.buffers,
         )
         write_forward(em, net, own)
+        for value, answer in net.asked:
+            assert ps.answers is not None
+            found = own.values[value].reshape(ps.tasks)
+            if not answer:
+                found, asked = em.new("an answer", found.shape, torch.bool), found
+                em.call(aten.logical_not.out, asked, out=found)
+            em.call(aten.logical_and_.default, ps.answers, found)
         of_tasks = own.values[net.output]
         scale = em.new("loss scale", (ps.tasks,))
         em.call(aten.copy_.default, scale, scaled(em, 1.0, goal))

@@ -27,8 +27,8 @@ from mamlpp_fast.engine.fused.multi_head import taken_apart
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
 from mamlpp_fast.engine.fused.steps.generic import Recorded
+from mamlpp_fast.engine.operation import TAKE_SIZES, Buffer, Constant, Operation, Parameter, Value
 from mamlpp_fast.engine.record import Recording
-from mamlpp_fast.engine.recorder import TAKE_SIZES, Buffer, Constant, Operation, Parameter, Value
 
 __all__ = ["lower", "lower_loss", "rules", "taken"]
 
@@ -76,8 +76,6 @@ def lower(
     model: nn.Module,
     adapted: frozenset[str],
     running: bool = False,
-    *,
-    any_shape: bool = False,
 ) -> Network:
     """The network of a recording, step after step an operation.
 
@@ -86,13 +84,12 @@ def lower(
         model: gives the shapes of the parameters.
         adapted: names of the parameters that the inner loop adapts.
         running: whether per-step batch norms normalise with their running statistics.
-        any_shape: whether the output may be other than predictions [N, ways]; it has the model's own layout then.
 
     Raises:
         Unsupported: names the first call that cannot be a step.
     """
     with handed_over(model):
-        return Lowering(taken_apart(recording), model, adapted, running).run(any_shape)
+        return Lowering(taken_apart(recording), model, adapted, running).run()
 
 
 def lower_loss(recording: Recording, module: nn.Module, dtype: torch.dtype) -> Network:
@@ -148,16 +145,15 @@ class Lowering:
             shape = recording.shapes.get(i, ())
             self.shapes[i] = (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
-    def run(self, any_shape: bool) -> Network:
+    def run(self) -> Network:
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
             self._lower(op, other)
         statistics = [n.statistics for n in self.norms.values() if n.statistics is not None]
         if sorted(self.recording.counted) != sorted(s.counted for s in statistics if s.counted is not None):
             raise Unsupported(self.recording.counted[0], "is counted otherwise than once by a batch norm")
         shape = self.recording.shapes.get(self.recording.output)
-        if shape is None or (len(shape) != 1 and not any_shape):
-            sizes = "" if shape is None else f", got [{', '.join(map(str, ('N', *shape)))}]"
-            raise Unsupported("output", f"expected predictions [N, ways]{sizes}")
+        if shape is None:
+            raise Unsupported("output", "expected predictions [N, ...], of each example as many")
         last = Call(self.recording.operations[-1], self)
         output = self.value(last, Value(self.recording.output)) if len(shape) == 1 else None
         if output is None or output in self.grids:
@@ -176,14 +172,16 @@ class Lowering:
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
             self._generic(Call(op, self, other), op, other)
         output = self._natives[self.recording.output]
-        return Network(self._read(output), self.shapes, output, {}, {}, self._inputs())
+        asked = tuple((self._natives[value], answer) for value, answer in self.recording.asked)
+        steps = self._read(output, *(value for value, _ in asked))
+        return Network(steps, self.shapes, output, {}, {}, self._inputs(), asked=asked)
 
     def _inputs(self) -> tuple[torch.dtype, ...]:
         return tuple(self.recording.dtypes[i] for i in range(self.recording.inputs))
 
-    def _read(self, output: int) -> tuple[Step, ...]:
+    def _read(self, *results: int) -> tuple[Step, ...]:
         """The steps, without those whose output nobody reads and that have no effect beside it."""
-        read, kept = {output}, list[Step]()
+        read, kept = set(results), list[Step]()
         for step in reversed(self.steps):
             if step.output in read or not isinstance(step, (Generic, Relayout)):
                 read.update(step.inputs)
@@ -199,7 +197,7 @@ class Lowering:
             try:
                 fn(self, call, *op.args, **op.kwargs)
             except Unsupported as error:
-                refusal = error
+                refusal = error.with_traceback(None)  # whose frames hold this one, and all above
             except (TypeError, ValueError) as error:  # arguments that the rule does not foresee
                 refusal = call.refusal(f"{op.name}: {error}")
             if refusal is not None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlpp_fast.engine.fused.steps import attention
+from mamlpp_fast.engine.operation import Operation, Value
 from mamlpp_fast.engine.record import Recording
-from mamlpp_fast.engine.recorder import Operation, Value
 
 __all__ = ["taken_apart"]
 

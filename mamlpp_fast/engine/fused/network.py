@@ -59,6 +59,7 @@ class Network:
         frozen: the running statistics that others normalise with, by name.
         inputs: types of the first values, as the model is given them; integers are token ids.
         inert: biases that a norm of each example takes out again; those of batch norms are with ``norms``.
+        asked: values [tasks] of a loss, and the answers by which it is this network.
     """
 
     steps: tuple[Step, ...]
@@ -68,6 +69,7 @@ class Network:
     frozen: dict[str, Statistics]
     inputs: tuple[torch.dtype, ...]
     inert: tuple[str, ...] = ()
+    asked: tuple[tuple[int, bool], ...] = ()
 
     def channels(self, norm: str) -> int:
         """Of a batch norm, by name."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast.engine import base, lanes
+from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.form import Form, Memory
 from mamlpp_fast.engine.fused.masks import Masks
 from mamlpp_fast.engine.fused.network import Network
@@ -83,6 +84,9 @@ class Prepared:
                 is trained on is captured, so always at the same place.
             generator: that dropout draws from; by default the process's.
             step_weights: multi-step weights [K]; those of the run before where None.
+
+        Raises:
+            Unsupported: where the loss is no more what it was recorded as; nothing is left of the run then.
         """
 
         one_call = gradients is not None and self.groups == 1 and base.launches_cost(self.transfer.device)
@@ -94,10 +98,20 @@ class Prepared:
             self.finish.run()
             self._store(statistics, gradients)
 
+        answers = [] if self.memory.answers is None else self.memory.answers.buffer.tensors
+        drawn = torch.get_rng_state() if answers and generator is None else None
+        for t in answers:  # of every lane
+            t.fill_(True)
         self.masks.draw(generator)
         self._alone(start)
         for share in self._shares():
             self._groups(batch, share, examples=not one_call)
+        if not all(bool(t.all()) for t in answers):
+            if drawn is not None:
+                torch.set_rng_state(drawn)
+            raise Unsupported(
+                "loss", "torch.distributions finds its arguments otherwise than in the first batch"
+            )
         self._alone(end)
 
     def _alone(self, work: Callable[[], None]) -> None:

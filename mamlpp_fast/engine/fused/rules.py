@@ -31,12 +31,12 @@ from mamlpp_fast.engine.fused.steps import (
     Times,
     attention,
 )
-from mamlpp_fast.engine.recorder import Buffer, Value
+from mamlpp_fast.engine.operation import Buffer, Value
 from mamlpp_fast.ops.pointwise import FUNCTIONS
 
 _BATCH_NORMS = (
-    "of images, sequences or features; weights per step, shared, adapted in the inner loop, or none; "
-    "not with `momentum=None`"
+    "of images, sequences or features; weights per step, shared, adapted in the inner loop, one of them alone, or none"
+    "; not with `momentum=None`"
 )
 _GROUP_NORMS = "of images and sequences, statistics of the input alone"
 _POINTWISE = "of features, and of images and sequences behind other steps of this table"
@@ -139,10 +139,9 @@ def _batch_norm(
     statistics_rows: int = 1,
 ) -> None:
     x, shape = low.images(call, input, axes=(1, 2, 3, 4))
-    if (weight is None) != (bias is None):
-        raise call.refusal("batch norm: expected weight and bias, or neither")
     names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
-    adapting = [low.vector(n) for n in names if n is not None] if low.adapted.intersection(names) else []
+    slots = [None if n is None else low.vector(n) for n in names]
+    adapting = bool(low.adapted.intersection(names))
     shared = Rows(call.name, names[0], names[1], rows, rows > 1, shape[2])
     statistics = None
     if running_mean is not None:
@@ -165,14 +164,17 @@ def _batch_norm(
         )
     if training:
         low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
-        affine = Scaling(*adapting) if adapting else None if weight is None else shared
+        affine: Rows | Scaling | None = None if weight is None and bias is None else shared
+        if adapting:
+            affine = None if slots[0] is None or slots[1] is None else Scaling(slots[0], slots[1])
         x = low.step(NormActPool, call, (x,), shape, affine, eps, 1.0, False, False, call.name)
     else:
         assert statistics is not None
         low.frozen[call.name] = statistics
+        affine = shared
         x = low.step(FrozenNorm, call, (x,), shape, shared, not adapting, eps)
-        if adapting:
-            x = low.step(ScaleShift, call, (x,), shape, *adapting)
+    if adapting and not isinstance(affine, Scaling):
+        x = low.step(ScaleShift, call, (x,), shape, *slots)
     if len(call.shape) == 1:  # features, not images of one pixel
         low.step(Flatten, call, (x,), call.shape)
 

@@ -110,6 +110,8 @@ class _Writer:
             table=table,
             all=row.views(table),
         )
+        if self.loss.asks:
+            memory.answers = self.em.own("answers", torch.ones(f.tasks, dtype=torch.bool), each=True)
         for name, slot in self.slots.items():
             memory.meta[name] = self._zeros(name, *slot.shape)
         for step in (*self.net.steps, *self.target_net.steps, *self.loss.steps):
@@ -195,6 +197,7 @@ class _Writer:
             goal=goal,
             buffers=self.memory.buffers,
             masks=self.memory.masks.setdefault((step, side), PassMasks(self.form.tasks)),
+            answers=self.memory.answers,
         )
 
     def support_pass(

@@ -15,16 +15,16 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from mamlpp_fast._compiler import lean_mode
+from mamlpp_fast._compiler import lean_mode, lean_vjp
 from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.executions import Draw, draws, sized_by_values
 from mamlpp_fast.engine.fused.program import Ref
@@ -59,7 +59,7 @@ _PLACED = ("as_strided", "_reshape_alias", "set_", "resize_")
 
 
 # Elements of examples: what they leave the C library keeps, trace after trace, which came to four times as much.
-_LARGE = 2**20
+_LARGE = 2**18
 
 
 class Untraceable(Exception):
@@ -386,7 +386,7 @@ class Traced:
         def function(*xs: Tensor) -> Tensor:
             return self.function({**given, **dict(zip(self.smooth, xs, strict=True))})
 
-        return _vjp(function, *(given[name] for name in self.smooth))
+        return lean_vjp(function, *(given[name] for name in self.smooth))
 
     def _along(
         self,
@@ -410,8 +410,8 @@ class Traced:
         def twice(given: _Given) -> _Tensors:
             # Jᵀw is linear in w, so that its transpose is J, whatever w is.
             fn, primals, tangents = moved(given)
-            results, pull = _vjp(fn, *primals)
-            _, push = _vjp(pull, tuple(torch.zeros_like(r) for r in results))
+            results, pull = lean_vjp(fn, *primals)
+            _, push = lean_vjp(pull, tuple(torch.zeros_like(r) for r in results))
             derivatives: _Tensors = push(tangents)[0]
             return derivatives
 
@@ -478,15 +478,12 @@ class Traced:
             return [tracer.term(t) for t in results]
 
 
-def _vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    return cast(tuple[Any, Callable[..., Any]], vjp(function, *primals))
-
-
 def _example(form: Form, device: torch.device) -> Tensor:
     """A tensor of this form whose values do no harm: between 0.25 and 0.75, or the number 0 of a token."""
     span = max(1, 1 + sum((n - 1) * s for n, s in zip(form.shape, form.strides, strict=True)))
     memory = torch.zeros(span, dtype=form.dtype, device=device)
     if form.dtype.is_floating_point:
         # Of golden ratios: no two alike, no matrix of them singular.
-        memory += (torch.arange(span, dtype=torch.float64, device=device) * 0.618034).frac_() / 2 + 0.25
+        ratios = torch.arange(span, dtype=torch.float64, device=device).mul_(0.618034)
+        memory.copy_(ratios.frac_().div_(2).add_(0.25))
     return memory.as_strided(form.shape, form.strides)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mamlpp_fast.engine.fused.lowering import Call, Lowering, rule
 from mamlpp_fast.engine.fused.steps import AveragePool, Bias, Conv, MaxPool, Slot, Step, TransposedConv
-from mamlpp_fast.engine.recorder import Parameter
+from mamlpp_fast.engine.operation import Parameter
 from mamlpp_fast.ops.window_pool import MOST_PIXELS
 
 # Of the native kernels.

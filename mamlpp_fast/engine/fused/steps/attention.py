@@ -16,8 +16,8 @@ __all__ = ["LONG", "Attention"]
 LONG = 2**18
 """Elements of the matrices of an example's heads: below, a call for all heads and examples is faster than many."""
 
-_AT_ONCE = 2**19
-"""Elements of the matrices of the heads that are worked on together."""
+_AT_ONCE = 2**18
+"""Elements of the matrices of the heads that are worked on together: five or six such are alive at once."""
 
 
 @dataclass
@@ -112,9 +112,10 @@ class Attention(Step):
         gp_dot = chunk.product(chunk.new("its derivative"), g_dot, _t(chunk.v))
         if chunk.v_dot is not None:
             chunk.product(gp_dot, g, _t(chunk.v_dot), add=True)
-        gs, gs_dot = chunk.jacobian(p, gp), chunk.jacobian(p, gp_dot)
+        gs_dot = chunk.jacobian(p, gp_dot)
         if p_dot is not None:
             chunk.bend(gs_dot, p, p_dot, gp)
+        gs = chunk.jacobian(p, gp)  # last, when fewer others are alive
         if gq is not None:
             chunk.product(gq, gs_dot, chunk.k, self.scale)
             if chunk.k_dot is not None:

@@ -103,6 +103,7 @@ class Pass:
         goal: of the loss; None for predictions alone.
         buffers: of the model, by name; all tasks share them.
         masks: of dropout; None where nobody draws them.
+        answers: truth values [T] that are made false where the loss would have been another list of operations.
         roles: several where so many groups of tasks have the same weights, which are then of ``tasks / roles``; rows
             and gradients of weights are [roles, ...].
     """
@@ -121,6 +122,7 @@ class Pass:
     goal: Goal | None = None
     buffers: Mapping[str, Ref] = field(default_factory=dict)
     masks: PassMasks | None = None
+    answers: Ref | None = None
     roles: int = 1
 
     def op(self, name: str) -> Any:

@@ -21,7 +21,7 @@ from mamlpp_fast.engine.fused.expressions import Expressions
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, Slot, Step, aten
 from mamlpp_fast.engine.fused.tracing import Leaf, Term, Traced, Untraceable, draw_leaf
-from mamlpp_fast.engine.recorder import Buffer, Constant, Operation, Parameter, Value, name_of
+from mamlpp_fast.engine.operation import Buffer, Constant, Operation, Parameter, Value, name_of
 
 __all__ = ["Generic", "Recorded"]
 

@@ -46,6 +46,11 @@ class Loss:
         """Of a module that it is, by name."""
         return {}
 
+    @property
+    def asks(self) -> bool:
+        """Whether a pass leaves in its ``answers`` if the loss was right to be this list."""
+        return False
+
     def stored(
         self, outputs: tuple[int, ...], labels: tuple[int, ...], kind: torch.dtype, dtype: torch.dtype
     ) -> tuple[tuple[int, ...], torch.dtype]:
