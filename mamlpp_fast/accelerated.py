@@ -22,8 +22,8 @@ from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
-from mamlpp_fast.engine.glances import ROUTED
 from mamlpp_fast.engine.lanes import watched
+from mamlpp_fast.engine.named import ROUTED
 from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed
 
@@ -66,7 +66,8 @@ def accelerate(model: _M) -> _M:
     Returns:
         ``model`` itself.
     """
-    compiled = isinstance(model, torch.jit.ScriptModule)
+    # torch.fx writes a graph's code into the class that it finds, and would call itself.
+    compiled = isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
     if not compiled and not vars(type(model)).get(ROUTED):
         cls: Any = type(model)
         model.__class__ = _routed(cls)
@@ -79,7 +80,7 @@ def acceleration(model: nn.Module) -> str:
     Forms are those of the model, its copies, and others of its class with parameters of the same names and shapes.
     """
     if not vars(type(model)).get(ROUTED):
-        return "not accelerated: compiled by torch.jit, or never given to mamlpp_fast.accelerate"
+        return "not accelerated: made by torch.jit or torch.fx, or never given to mamlpp_fast.accelerate"
     kind, shapes = _kind(model), _shapes(model)
     with _lock:
         lines = [
@@ -329,6 +330,11 @@ def _made(model: nn.Module, x: reference.Inputs) -> _Route:
         return _Refusal("its class has a __call__ of its own, which is around what is served")
     if next(model.parameters(), None) is None:
         return _Refusal("expected parameters, there are none")
+    for t in (*model.parameters(), *model.buffers()):
+        if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided:
+            return _Refusal(
+                f"a parameter or buffer is no plain tensor, but a {type(t).__name__} of {t.layout}"
+            )
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     given = tensors_of(x)
     if any(t.dtype != tensors[0].dtype for t in tensors) or len({t.device for t in (*tensors, *given)}) > 1:

@@ -21,8 +21,8 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-from mamlpp_fast.engine.fragments import PLAIN, number_of, others
-from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, forward_of
+from mamlpp_fast.engine.fragments import PLAIN, number_of, others, told
+from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, forward_of, traits
 from mamlpp_fast.engine.named import (
     LIBRARIES,
     MADE_BY,
@@ -33,7 +33,10 @@ from mamlpp_fast.engine.named import (
     imported,
     installed,
     is_operator,
+    of_library,
+    own_bases,
     reads_environment,
+    written_in,
 )
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
@@ -111,9 +114,10 @@ class _Reader:
         state = module.__dict__
         forward = forward_of(cls)
         key += (id(cls), id(forward), module.training != training)
+        held += (cls, forward)
         functions: list[types.FunctionType] = []
-        if not cls.__module__.startswith(LIBRARIES):
-            self.home.add(installed(cls.__module__))
+        if not of_library(cls):
+            self.home.add(installed(next(filter(None, map(written_in, own_bases(cls))), None)))
             self.constants(cls)
             self.names(forward)
             functions = self.methods(cls, forward)
@@ -124,14 +128,13 @@ class _Reader:
         for name, p in state["_parameters"].items():
             key.append(name)
             if p is not None and self.form:
-                key += (self.tensors.setdefault(id(p), len(self.tensors)), p.shape, p.dtype, p.device)
+                key += (self.tensors.setdefault(id(p), len(self.tensors)), *traits(p))
             elif p is not None:
                 self.parameter(p)
         for name, buffer in state["_buffers"].items():
             key.append(name)
             if buffer is not None and self.form:
-                place = self.tensors.setdefault(id(buffer), len(self.tensors))
-                key += (place, buffer.shape, buffer.dtype, buffer.device)
+                key += (self.tensors.setdefault(id(buffer), len(self.tensors)), *traits(buffer))
                 key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
             elif buffer is not None:
                 held.append(buffer)
@@ -181,7 +184,7 @@ class _Reader:
         key = self.key
         kind = type(value)
         if kind in PLAIN:
-            key += (kind, value)
+            key += (kind, told(value))
         elif isinstance(value, Tensor):
             version = 0 if value.is_inference() else value._version
             key += (id(value), version, value.requires_grad, value.shape, _values(value))
@@ -198,7 +201,7 @@ class _Reader:
             self.held.append(value)
             self.value(_attributes(value), depth + 1)
         elif isinstance(value, (int, float, str)) and not isinstance(value, enum.Enum):
-            key += (kind, value)  # subclasses, numpy's float64 among them
+            key += (kind, told(value))  # subclasses, numpy's float64 among them
         else:
             self.other(value, depth)
 
@@ -240,16 +243,15 @@ class _Reader:
 
     def constants(self, cls: type) -> None:
         """Plain attributes of a class and its bases."""
-        for base in cls.__mro__:
-            if not base.__module__.startswith(LIBRARIES):
-                for name, value in tuple(vars(base).items()):
-                    if name.startswith("__"):
-                        continue
-                    if type(value) in PLAIN:
-                        self.key += (name, type(value), value)
-                    elif isinstance(value, _CONTAINERS) or _is_record(value):
-                        self.key.append(name)
-                        self.value(value, 1)
+        for base in own_bases(cls):
+            for name, value in tuple(vars(base).items()):
+                if name.startswith("__"):
+                    continue
+                if type(value) in PLAIN:
+                    self.key += (name, type(value), told(value))
+                elif isinstance(value, _CONTAINERS) or _is_record(value):
+                    self.key.append(name)
+                    self.value(value, 1)
 
     def methods(self, cls: type, forward: Any) -> list[types.FunctionType]:
         """The class's own functions that are called by its forward, or from outside, and so on; and the forward.
@@ -257,7 +259,7 @@ class _Reader:
         With what they name.
         """
         own = functions_of(cls)
-        outer = [name for name in own if is_operator(name) or name in self.called]
+        outer = [name for name in own if is_operator(name) or name == "__call__" or name in self.called]
         seen = dict.fromkeys((forward, *(f for name in outer for f in own[name])))
         queue = [f for f in seen if isinstance(f, types.FunctionType)]
         for function in queue:  # grows meanwhile
@@ -288,7 +290,7 @@ class _Reader:
         self.functions.add(id(function))
         code = function.__code__
         found: list[Any] = []
-        if not self.foreign(function.__globals__.get("__name__")):
+        if not self.foreign(written_in(function)):
             self.called.update(attributes_of(code))
             if reads_environment(code):
                 self.environment()
@@ -330,10 +332,12 @@ class _Reader:
             self.value(value, depth)
         elif isinstance(value, nn.Module):
             self.named_of(value, code, depth)
-        elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES):
+        elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES) and of_library(
+            value if isinstance(value, type) else type(value)
+        ):
             return
         elif isinstance(value, type):
-            if not self.foreign(value.__module__):
+            if not self.foreign(written_in(value)):
                 self.constants(value)  # a namespace of settings, say
                 self.operators(value, *MADE_BY, *attributes_of(code))
         elif _settings(value) is not None:

@@ -15,13 +15,11 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from mamlpp_fast.engine.fragments import content
-from mamlpp_fast.engine.named import LIBRARIES, from_library
+from mamlpp_fast.engine.named import ROUTED, from_library, of_library, written_in
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLUMBING", "ROUTED", "Glance", "forward_of"]
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLUMBING", "Glance", "forward_of", "traits"]
 
-ROUTED = "_mamlpp_fast_routed"
-"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_flat_weights_names"}
@@ -163,7 +161,13 @@ def _apart(objects: Sequence[object]) -> bool:
 
 
 def _shapes(tensors: list[Tensor | None]) -> list[object]:
-    return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    return [None if t is None else traits(t) for t in tensors]
+
+
+def traits(t: Tensor) -> tuple[object, ...]:
+    """What decides which kernels take a tensor, beside its values; a class of its own may compute as it likes."""
+    kind = type(t)
+    return t.shape, t.dtype, t.device, t.layout, None if kind is nn.Parameter or kind is Tensor else kind
 
 
 def _attributes(module: nn.Module) -> list[str]:
@@ -175,7 +179,7 @@ def _plain(module: nn.Module) -> bool:
     """Whether a module is of a library's class, without hooks, and its attributes are compared by their values."""
     state = module.__dict__
     return (
-        type(module).__module__.startswith(LIBRARIES)
+        of_library(type(module))
         and state.keys() >= set(_STATE)
         and not any(state[name] for name in HOOKS)
         and None not in state["_modules"].values()
@@ -193,4 +197,4 @@ def _content(value: object) -> object:
         return content(value)
     bare = value.__closure__ is None and not value.__dict__ and not value.__kwdefaults__
     bare &= content(value.__defaults__ or ()) is not None
-    return value if bare and from_library(value.__globals__.get("__name__")) else None
+    return value if bare and from_library(written_in(value)) else None

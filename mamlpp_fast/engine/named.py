@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "LIBRARIES",
     "MADE_BY",
+    "ROUTED",
     "attributes_of",
     "from_library",
     "functions_of",
@@ -23,11 +24,19 @@ __all__ = [
     "imported",
     "installed",
     "is_operator",
+    "of_library",
+    "own_bases",
     "reads_environment",
     "tensors_named",
+    "written_in",
 ]
 
 LIBRARIES = ("torch.", "mamlpp_fast.", "builtins")
+ROUTED = "_mamlpp_fast_routed"
+"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
+_BESIDE = (ROUTED, "_fast_original")
+"""Of a class that says nothing beside its bases, and bears the name of one."""
+_ON_A_HEAP = 1 << 9  # Python's flag of classes that are no part of its own or of an extension's code
 
 MADE_BY = frozenset({"__init__", "__new__", "__post_init__", "__call__"})
 """Methods that a call of a class runs, or of its metaclass."""
@@ -114,6 +123,37 @@ def from_library(module: str | None) -> bool:
     return top in sys.stdlib_module_names and (file is None or file.startswith(_STDLIB))
 
 
+@functools.lru_cache(maxsize=1000)
+def _found(cls: type) -> bool:
+    """Whether a class is what its module has under its name."""
+    if not cls.__flags__ & _ON_A_HEAP or any(name in vars(cls) for name in _BESIDE):
+        return True
+    found: object = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is cls
+
+
+def written_in(value: type | types.FunctionType) -> str:
+    """The module that a class or function is written in; empty where it bears a library's name only.
+
+    So do classes that ``torch.nn.utils.parametrize`` and ``torch.fx`` make of the user's, and what ``exec`` makes
+    without a ``__name__``: its functions name no module, its classes ``builtins``.
+    """
+    if isinstance(value, type):
+        module, there = value.__module__, _found(value)
+    else:
+        module = value.__globals__.get("__name__")
+        there = getattr(sys.modules.get(str(module)), "__dict__", None) is value.__globals__
+    return module if there or not from_library(module) else ""
+
+
+@functools.lru_cache(maxsize=1000)
+def of_library(cls: type) -> bool:
+    """Whether libraries alone wrote a class and its bases."""
+    return all(from_library(written_in(base)) for base in cls.__mro__)
+
+
 @functools.cache
 def installed(module: str | None) -> str:
     """The package of that module where it was installed, as other people's are; else nothing."""
@@ -132,14 +172,19 @@ def _function(value: object) -> types.FunctionType | None:
     return value if isinstance(value, types.FunctionType) else None
 
 
+@functools.lru_cache(maxsize=1000)
+def own_bases(cls: type) -> tuple[type, ...]:
+    """A class and its bases, but for those of libraries."""
+    return tuple(base for base in cls.__mro__ if not written_in(base).startswith(LIBRARIES))
+
+
 def functions_of(cls: type) -> dict[str, tuple[types.FunctionType, ...]]:
     """The functions of a class and its bases by name, but for those of libraries: ``super()`` reaches each."""
     own: dict[str, tuple[types.FunctionType, ...]] = {}
-    for base in cls.__mro__:
-        if not base.__module__.startswith(LIBRARIES):
-            for name, value in tuple(vars(base).items()):
-                if (function := _function(value)) is not None:
-                    own[name] = (*own.get(name, ()), function)
+    for base in own_bases(cls):
+        for name, value in tuple(vars(base).items()):
+            if (function := _function(value)) is not None:
+                own[name] = (*own.get(name, ()), function)
     return own
 
 
