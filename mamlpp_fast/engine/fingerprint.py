@@ -110,7 +110,7 @@ class _Reader:
         key, held = self.key, self.held
         if not self.form:
             held.append(module)
-        cls = type(module)
+        cls: Any = type(module)
         state = module.__dict__
         forward = forward_of(cls)
         key += (id(cls), id(forward), module.training != training)

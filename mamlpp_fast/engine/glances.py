@@ -178,8 +178,9 @@ def _attributes(module: nn.Module) -> list[str]:
 def _plain(module: nn.Module) -> bool:
     """Whether a module is of a library's class, without hooks, and its attributes are compared by their values."""
     state = module.__dict__
+    cls: Any = type(module)
     return (
-        of_library(type(module))
+        of_library(cls)
         and state.keys() >= set(_STATE)
         and not any(state[name] for name in HOOKS)
         and None not in state["_modules"].values()

@@ -140,12 +140,13 @@ def written_in(value: type | types.FunctionType) -> str:
     So do classes that ``torch.nn.utils.parametrize`` and ``torch.fx`` make of the user's, and what ``exec`` makes
     without a ``__name__``: its functions name no module, its classes ``builtins``.
     """
+    module: str | None
     if isinstance(value, type):
         module, there = value.__module__, _found(value)
     else:
         module = value.__globals__.get("__name__")
         there = getattr(sys.modules.get(str(module)), "__dict__", None) is value.__globals__
-    return module if there or not from_library(module) else ""
+    return module if module is not None and (there or not from_library(module)) else ""
 
 
 @functools.lru_cache(maxsize=1000)
