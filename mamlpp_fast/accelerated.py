@@ -104,7 +104,7 @@ def _shapes(model: nn.Module) -> _Shapes:
 
 
 def _said(key: list[Any]) -> str:
-    (_, *tensors), _, training, inputs, why = key
+    (_, *tensors), _, training, inputs, why, _ = key
     shown = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in tensors)
     kind = "training" if training else "evaluation"
     beside = ", examples with a gradient" if inputs else ""
@@ -289,7 +289,9 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
     given = tensors_of(x)
     inputs = any(t.requires_grad for t in given)
     devices = frozenset(t.device for t in given)
-    key = (_kind(model), form_of_inputs(x), devices, model.training, inputs, transform, form)
+    # Last but for the form: what a forward makes is of the process's default type.
+    beside = devices, model.training, inputs, transform, torch.get_default_dtype()
+    key = (_kind(model), form_of_inputs(x), *beside, form)
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)

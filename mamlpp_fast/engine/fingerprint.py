@@ -454,6 +454,7 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
 
 def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = False) -> Fingerprint:
     reader = _Reader(form)
+    reader.key.append(torch.get_default_dtype())
     for name in GLOBAL_HOOKS:
         hooks = getattr(torch_module, name)
         if hooks:

@@ -7,7 +7,7 @@ import functools
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "installed",
     "is_operator",
     "of_library",
+    "of_library_s_code",
     "own_bases",
     "reads_environment",
     "tensors_named",
@@ -140,13 +141,22 @@ def written_in(value: type | types.FunctionType) -> str:
     So do classes that ``torch.nn.utils.parametrize`` and ``torch.fx`` make of the user's, and what ``exec`` makes
     without a ``__name__``: its functions name no module, its classes ``builtins``.
     """
-    module: str | None
-    if isinstance(value, type):
-        module, there = value.__module__, _found(value)
-    else:
-        module = value.__globals__.get("__name__")
-        there = getattr(sys.modules.get(str(module)), "__dict__", None) is value.__globals__
-    return module if module is not None and (there or not from_library(module)) else ""
+    if not isinstance(value, type):
+        return module_of(value.__globals__)
+    return value.__module__ if _found(value) or not from_library(value.__module__) else ""
+
+
+def module_of(space: Mapping[str, Any]) -> str:
+    """Likewise the module whose globals these are."""
+    name = space.get("__name__")
+    there = getattr(sys.modules.get(str(name)), "__dict__", None) is space
+    return name if name is not None and (there or not from_library(name)) else ""
+
+
+def of_library_s_code(space: Mapping[str, Any]) -> bool:
+    """Whether the code that has these globals is a library's, or of another installed package."""
+    name = module_of(space)
+    return from_library(name) or installed(name) != ""
 
 
 @functools.lru_cache(maxsize=1000)

@@ -59,6 +59,7 @@ class Recording:
             their number; others are not in it.
         dtypes: of the values.
         counted: names of the buffers that count batches, as often as they were counted up.
+        asks_gradients: whether the forward asks which tensors take a gradient.
     """
 
     inputs: int
@@ -69,6 +70,7 @@ class Recording:
     shapes: dict[int, tuple[int, ...]]
     dtypes: dict[int, torch.dtype]
     counted: tuple[str, ...]
+    asks_gradients: bool = False
 
     @property
     def draws(self) -> str | None:
@@ -144,6 +146,7 @@ def record(
         shapes,
         dtypes,
         tuple(first.counted),
+        first.asks_gradients,
     )
 
 
