@@ -33,7 +33,7 @@ OF_A_CALL = frozenset(
         *("is_inference", "is_shared", "is_pinned", "is_neg", "is_set_to", "_post_accumulate_grad_hooks"),
     }
 )
-"""Names of questions of which the answers are those of one call's tensors: where they lie, and of what graph they are."""
+"""Names of questions about one call's tensors: where they lie, and of what graph they are."""
 
 
 def asked_by_own_code() -> bool:
