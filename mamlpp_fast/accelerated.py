@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
@@ -22,6 +23,7 @@ from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
+from mamlpp_fast.engine.glances import traits
 from mamlpp_fast.engine.lanes import watched
 from mamlpp_fast.engine.named import ROUTED
 from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
@@ -44,9 +46,9 @@ def accelerate(model: _M) -> _M:
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
     arguments than tensors [N, ...] of the parameters' type, integers or bool (in tuples, lists and dicts too), None,
     True and False; more than one of them that takes a gradient, forward mode, ``torch.compile``, autocast, hooks on
-    saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed list of
-    operations, or one of linear layers and pointwise functions alone. :func:`acceleration` says what was served and
-    what not, and why.
+    saved tensors (checkpoints), normalising with running statistics, parameters that are sparse or of a subclass of
+    tensors, models of ``torch.fx``, those whose forward is no fixed list of operations, or one of linear layers and
+    pointwise functions alone. :func:`acceleration` says what was served and what not, and why.
 
     ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way, by the parameters: the tasks of a
     ``vmap`` run side by side on the threads. Norms that update running statistics are not, for PyTorch refuses most of
@@ -68,9 +70,10 @@ def accelerate(model: _M) -> _M:
     """
     # torch.fx writes a graph's code into the class that it finds, and would call itself.
     compiled = isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
-    if not compiled and not vars(type(model)).get(ROUTED):
-        cls: Any = type(model)
-        model.__class__ = _routed(cls)
+    cls: Any = type(model)
+    if not compiled and not _is_routed(cls):
+        made_by_torch = cls.__module__ == parametrize.__name__ and parametrize.is_parametrized(model)
+        model.__class__ = _routed_parametrized(cls) if made_by_torch else _routed(cls)
     return model
 
 
@@ -79,7 +82,7 @@ def acceleration(model: nn.Module) -> str:
 
     Forms are those of the model, its copies, and others of its class with parameters of the same names and shapes.
     """
-    if not vars(type(model)).get(ROUTED):
+    if not _is_routed(type(model)):
         return "not accelerated: made by torch.jit or torch.fx, or never given to mamlpp_fast.accelerate"
     kind, shapes = _kind(model), _shapes(model)
     with _lock:
@@ -100,7 +103,7 @@ def _kind(model: nn.Module) -> type:
 
 
 def _shapes(model: nn.Module) -> _Shapes:
-    return [(name, p.shape) for name, p in model.named_parameters()]
+    return [(name, traits(p)[:2]) for name, p in model.named_parameters()]
 
 
 def _said(key: list[Any]) -> str:
@@ -124,7 +127,7 @@ class _Refusal:
 
 
 _Route = DifferentiableNetwork | transforms.Transformed | _Refusal
-_Shapes = list[tuple[str, torch.Size]]
+_Shapes = list[tuple[str, tuple[object, ...]]]
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
 _holders: dict[tuple[Any, ...], _Shapes] = {}
 """The parameters' shapes by the key of a route, which tell a model and its copies from others of the class."""
@@ -152,6 +155,8 @@ def _routed(cls: Any) -> Any:
         with reference.right_weight_norm(self):
             return cls.forward(self, *args, **kwargs)  # which may have been set anew
 
+    forward.__dict__[ROUTED] = True
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         made, args, *rest = super(own, self).__reduce_ex__(protocol)
         if made is copyreg.__newobj__ and args[0] is own:  # type: ignore[attr-defined]
@@ -171,6 +176,27 @@ def _routed(cls: Any) -> Any:
         },
     )
     return own
+
+
+_parametrized: dict[type, type] = {}
+
+
+def _routed_parametrized(cls: Any) -> Any:
+    """Likewise for a class that torch has made of a model's for parametrizations, and takes back with the last of them.
+
+    That it is the model's own again then, its base is to be the routed one.
+    """
+    made = _parametrized.get(cls)
+    if made is None or vars(cls).keys() - vars(made).keys():  # of which some have been taken back
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        made = _parametrized[cls] = type(cls)(cls.__name__, (_routed(cls.__bases__[0]),), own)
+    return made
+
+
+def _is_routed(cls: type) -> bool:
+    """Whether the forward that a class has is one that :func:`_routed` made."""
+    forward = next(vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base))
+    return getattr(forward, ROUTED, False) is True
 
 
 def served(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_accelerate import CLOSE, WAYS, conv_net, data, mlp, pair, same, served
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
@@ -302,3 +303,45 @@ def test_what_a_forward_makes_is_of_the_type_that_is_the_default_at_the_call() -
             torch.set_default_dtype(before)
         assert ours.dtype is expected.dtype is default
         torch.testing.assert_close(ours, expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_parametrizations_come_and_go(before: bool) -> None:
+    plain, x = Beside("plain").double(), data(1)[0][0]
+    if before:
+        parametrize.register_parametrization(plain, "weight", Doubled())
+    fast = mf.accelerate(copy.deepcopy(plain))
+    other = mf.accelerate(copy.deepcopy(fast))
+    torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    if not before:
+        for model in (plain, fast, other):
+            parametrize.register_parametrization(model, "weight", Doubled())
+        fast = mf.accelerate(fast)
+        torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    assert "one operation" in mf.acceleration(fast)
+    kept = plain.weight.detach().clone()
+    for model in (plain, fast):
+        parametrize.remove_parametrizations(model, "weight")
+    assert torch.equal(fast.weight, kept) and type(fast).__mro__[1] is Beside
+    torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    if before:  # of a class that is no longer what it was
+        again = Beside("plain").double()
+        parametrize.register_parametrization(again, "weight", Doubled())
+        torch.testing.assert_close(mf.accelerate(copy.deepcopy(again))(x), again(x), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_model_whose_shapes_the_first_call_tells() -> None:
+    x, found = data(1)[0][0], []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(WAYS))
+        model = mf.accelerate(model) if accelerated else model
+        found.append([model(x.float()), model(x.float()), *model.state_dict().values()])
+    torch.testing.assert_close(found[1], found[0])
+    assert "one operation" in mf.acceleration(model)

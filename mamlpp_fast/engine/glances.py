@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mamlpp_fast.engine.fragments import content
 from mamlpp_fast.engine.named import ROUTED, from_library, of_library, written_in
@@ -102,7 +103,8 @@ class Glance:
                 places[-1].append(seen.setdefault(id(child), len(modules)))
                 if places[-1][-1] == len(modules):
                     modules.append(child)
-        return Glance(form, modules, places, tensors) if _apart(tensors) else None
+        plain = _apart(tensors) and _PLAIN_TENSORS.issuperset(map(type, tensors))
+        return Glance(form, modules, places, tensors) if plain else None
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model's form is this one."""
@@ -147,6 +149,7 @@ class Glance:
         return (
             len(queue) == len(self.rows)
             and graphs == self.graphs
+            and _PLAIN_TENSORS.issuperset(map(type, tensors))
             and _shapes(tensors) == self.tensors
             and all(forward_of(cls) is forward for cls, forward in self.forwards)
             and _apart(queue)
@@ -160,14 +163,19 @@ def _apart(objects: Sequence[object]) -> bool:
     return len(set(found)) == len(found)
 
 
+_PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
+"""Of these classes, and of none; another one may compute as it likes."""
+
+
 def _shapes(tensors: list[Tensor | None]) -> list[object]:
-    return [None if t is None else traits(t) for t in tensors]
+    return [None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
 
 
 def traits(t: Tensor) -> tuple[object, ...]:
-    """What decides which kernels take a tensor, beside its values; a class of its own may compute as it likes."""
-    kind = type(t)
-    return t.shape, t.dtype, t.device, t.layout, None if kind is nn.Parameter or kind is Tensor else kind
+    """What decides how a tensor is computed with, beside its values; its class and shape come first."""
+    if type(t) in _PLAIN_TENSORS:
+        return None, t.shape, t.dtype, t.device, t.layout
+    return type(t), None if is_lazy(t) else t.shape, t.dtype, t.device, t.layout
 
 
 def _attributes(module: nn.Module) -> list[str]:
