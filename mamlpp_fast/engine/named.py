@@ -14,11 +14,14 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "CACHED",
+    "FUNCTIONS",
     "LIBRARIES",
     "MADE_BY",
     "ROUTED",
     "attributes_of",
     "from_library",
+    "function_of",
     "functions_of",
     "globals_of",
     "imported",
@@ -172,14 +175,21 @@ def installed(module: str | None) -> str:
     return str(module).partition(".")[0] if {"site-packages", "dist-packages"} & {*Path(file).parts} else ""
 
 
-def _function(value: object) -> types.FunctionType | None:
+CACHED = functools._lru_cache_wrapper
+_BEHIND: dict[type, str] = {
+    **dict.fromkeys((staticmethod, classmethod), "__func__"),
+    **dict.fromkeys((functools.cached_property, functools.partialmethod), "func"),
+    property: "fget",
+    CACHED: "__wrapped__",
+}
+FUNCTIONS = (types.FunctionType, types.MemberDescriptorType, types.GetSetDescriptorType, *_BEHIND)
+"""What a class holds of its methods and attributes."""
+
+
+def function_of(value: object) -> types.FunctionType | None:
     """The function behind a method of a class, whatever its kind."""
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    elif isinstance(value, property):
-        value = value.fget
-    elif isinstance(value, functools.cached_property):
-        value = value.func
+    while (name := next((n for kind, n in _BEHIND.items() if isinstance(value, kind)), None)) is not None:
+        value = getattr(value, name)
     return value if isinstance(value, types.FunctionType) else None
 
 
@@ -194,7 +204,7 @@ def functions_of(cls: type) -> dict[str, tuple[types.FunctionType, ...]]:
     own: dict[str, tuple[types.FunctionType, ...]] = {}
     for base in own_bases(cls):
         for name, value in tuple(vars(base).items()):
-            if (function := _function(value)) is not None:
+            if (function := function_of(value)) is not None:
                 own[name] = (*own.get(name, ()), function)
     return own
 
