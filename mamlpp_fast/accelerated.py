@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
@@ -22,8 +23,9 @@ from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
 from mamlpp_fast.engine.fused.held import Held
-from mamlpp_fast.engine.glances import ROUTED
+from mamlpp_fast.engine.glances import traits
 from mamlpp_fast.engine.lanes import watched
+from mamlpp_fast.engine.named import ROUTED
 from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed
 
@@ -44,9 +46,9 @@ def accelerate(model: _M) -> _M:
     create_graph=True)``, ``functional_call`` with fast weights) is several times as fast. All else runs as ever: other
     arguments than tensors [N, ...] of the parameters' type, integers or bool (in tuples, lists and dicts too), None,
     True and False; more than one of them that takes a gradient, forward mode, ``torch.compile``, autocast, hooks on
-    saved tensors (checkpoints), normalising with running statistics, models whose forward is no fixed list of
-    operations, or one of linear layers and pointwise functions alone. :func:`acceleration` says what was served and
-    what not, and why.
+    saved tensors (checkpoints), normalising with running statistics, parameters that are sparse or of a subclass of
+    tensors, models of ``torch.fx``, those whose forward is no fixed list of operations, or one of linear layers and
+    pointwise functions alone. :func:`acceleration` says what was served and what not, and why.
 
     ``torch.func.grad``, ``vjp`` and ``vmap`` are served as well, nested in any way, by the parameters: the tasks of a
     ``vmap`` run side by side on the threads. Norms that update running statistics are not, for PyTorch refuses most of
@@ -66,10 +68,12 @@ def accelerate(model: _M) -> _M:
     Returns:
         ``model`` itself.
     """
-    compiled = isinstance(model, torch.jit.ScriptModule)
-    if not compiled and not vars(type(model)).get(ROUTED):
-        cls: Any = type(model)
-        model.__class__ = _routed(cls)
+    # torch.fx writes a graph's code into the class that it finds, and would call itself.
+    compiled = isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
+    cls: Any = type(model)
+    if not compiled and not _is_routed(cls):
+        made_by_torch = cls.__module__ == parametrize.__name__ and parametrize.is_parametrized(model)
+        model.__class__ = _routed_parametrized(cls) if made_by_torch else _routed(cls)
     return model
 
 
@@ -78,8 +82,8 @@ def acceleration(model: nn.Module) -> str:
 
     Forms are those of the model, its copies, and others of its class with parameters of the same names and shapes.
     """
-    if not vars(type(model)).get(ROUTED):
-        return "not accelerated: compiled by torch.jit, or never given to mamlpp_fast.accelerate"
+    if not _is_routed(type(model)):
+        return "not accelerated: made by torch.jit or torch.fx, or never given to mamlpp_fast.accelerate"
     kind, shapes = _kind(model), _shapes(model)
     with _lock:
         lines = [
@@ -99,11 +103,11 @@ def _kind(model: nn.Module) -> type:
 
 
 def _shapes(model: nn.Module) -> _Shapes:
-    return [(name, p.shape) for name, p in model.named_parameters()]
+    return [(name, traits(p)[:2]) for name, p in model.named_parameters()]
 
 
 def _said(key: list[Any]) -> str:
-    (_, *tensors), _, training, inputs, why = key
+    (_, *tensors), _, training, inputs, why, _ = key
     shown = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in tensors)
     kind = "training" if training else "evaluation"
     beside = ", examples with a gradient" if inputs else ""
@@ -123,7 +127,7 @@ class _Refusal:
 
 
 _Route = DifferentiableNetwork | transforms.Transformed | _Refusal
-_Shapes = list[tuple[str, torch.Size]]
+_Shapes = list[tuple[str, tuple[object, ...]]]
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
 _holders: dict[tuple[Any, ...], _Shapes] = {}
 """The parameters' shapes by the key of a route, which tell a model and its copies from others of the class."""
@@ -151,6 +155,8 @@ def _routed(cls: Any) -> Any:
         with reference.right_weight_norm(self):
             return cls.forward(self, *args, **kwargs)  # which may have been set anew
 
+    forward.__dict__[ROUTED] = True
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         made, args, *rest = super(own, self).__reduce_ex__(protocol)
         if made is copyreg.__newobj__ and args[0] is own:  # type: ignore[attr-defined]
@@ -170,6 +176,27 @@ def _routed(cls: Any) -> Any:
         },
     )
     return own
+
+
+_parametrized: dict[type, type] = {}
+
+
+def _routed_parametrized(cls: Any) -> Any:
+    """Likewise for a class that torch has made of a model's for parametrizations, and takes back with the last of them.
+
+    That it is the model's own again then, its base is to be the routed one.
+    """
+    made = _parametrized.get(cls)
+    if made is None or vars(cls).keys() - vars(made).keys():  # of which some have been taken back
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        made = _parametrized[cls] = type(cls)(cls.__name__, (_routed(cls.__bases__[0]),), own)
+    return made
+
+
+def _is_routed(cls: type) -> bool:
+    """Whether the forward that a class has is one that :func:`_routed` made."""
+    forward = next(vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base))
+    return getattr(forward, ROUTED, False) is True
 
 
 def served(
@@ -288,7 +315,9 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
     given = tensors_of(x)
     inputs = any(t.requires_grad for t in given)
     devices = frozenset(t.device for t in given)
-    key = (_kind(model), form_of_inputs(x), devices, model.training, inputs, transform, form)
+    # Last but for the form: what a forward makes is of the process's default type.
+    beside = devices, model.training, inputs, transform, torch.get_default_dtype()
+    key = (_kind(model), form_of_inputs(x), *beside, form)
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
@@ -329,6 +358,11 @@ def _made(model: nn.Module, x: reference.Inputs) -> _Route:
         return _Refusal("its class has a __call__ of its own, which is around what is served")
     if next(model.parameters(), None) is None:
         return _Refusal("expected parameters, there are none")
+    for t in (*model.parameters(), *model.buffers()):
+        if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided:
+            return _Refusal(
+                f"a parameter or buffer is no plain tensor, but a {type(t).__name__} of {t.layout}"
+            )
     tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     given = tensors_of(x)
     if any(t.dtype != tensors[0].dtype for t in tensors) or len({t.device for t in (*tensors, *given)}) > 1:

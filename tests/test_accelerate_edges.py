@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_accelerate import CLOSE, WAYS, conv_net, data, mlp, pair, same, served
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
@@ -232,3 +233,115 @@ def test_a_forward_that_is_set_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     for forward in (lambda self, x: self.last(self.first(x.flatten(1))), lambda self, x: (self.how, x)):
         monkeypatch.setattr(Beside, "forward", forward)
         torch.testing.assert_close(fast(x)[1], plain(x)[1], **CLOSE)
+
+
+QUESTIONS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "is_contiguous": lambda model, x: x.is_contiguous(),
+    "stride": lambda model, x: x.stride(2) < x.stride(3),
+    "storage_offset": lambda model, x: x.storage_offset(),
+    "_version": lambda model, x: x._version,
+    "is_leaf": lambda model, x: next(model.parameters()).is_leaf,
+    "grad_fn": lambda model, x: next(model.parameters()).grad_fn is None,
+    "grad": lambda model, x: next(model.parameters()).grad is None,
+    "_backward_hooks": lambda model, x: next(model.parameters())._backward_hooks is None,
+    "requires_grad": lambda model, x: all(p.requires_grad for p in model.parameters()),
+}
+
+
+class Asks(Beside):
+    def __init__(self, question: str) -> None:
+        super().__init__("plain")
+        self.question = question
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h * 3 if QUESTIONS[self.question](self, x) else h
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_what_differs_from_call_to_call_may_be_asked(question: str) -> None:
+    """Of tensors of the same shapes and types: of another layout, memory, graph, with hooks and gradients or none."""
+    plain, fast = pair(lambda: Asks(question))
+    x = data(1)[0][0]
+    transposed = x.transpose(2, 3).contiguous().transpose(2, 3)
+    behind = torch.cat([x, x])[len(x) :].mul_(1)
+    found = []
+    for given in (x, transposed, behind):
+        torch.testing.assert_close(fast(given), plain(given), **CLOSE)
+        found.append(plain(given))
+    weights = {n: p * 1 for n, p in plain.named_parameters()}
+    held = [mf.functional_call(model, weights, (x,)) for model in (plain, fast)]
+    torch.testing.assert_close(held[1], held[0], **CLOSE)
+    for model in (plain, fast):
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.zeros_like(p)
+            p.register_hook(torch.Tensor.clone)
+            p.requires_grad_(i > 0)
+    torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    assert any(not torch.allclose(y, found[0]) for y in (*found, held[0], plain(x)))
+    assert question in mf.acceleration(fast) or "which tensors take a gradient" in mf.acceleration(fast)
+
+
+class Fills(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, WAYS, 3, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3)) * torch.full((WAYS,), 2.0)
+
+
+def test_what_a_forward_makes_is_of_the_type_that_is_the_default_at_the_call() -> None:
+    plain, x = Fills(), data(1)[0][0].float()
+    fast, before = mf.accelerate(copy.deepcopy(plain)), torch.get_default_dtype()
+    for default in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(default)
+        try:
+            ours, expected = fast(x), plain(x)
+        finally:
+            torch.set_default_dtype(before)
+        assert ours.dtype is expected.dtype is default
+        torch.testing.assert_close(ours, expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_parametrizations_come_and_go(before: bool) -> None:
+    plain, x = Beside("plain").double(), data(1)[0][0]
+    if before:
+        parametrize.register_parametrization(plain, "weight", Doubled())
+    fast = mf.accelerate(copy.deepcopy(plain))
+    other = mf.accelerate(copy.deepcopy(fast))
+    torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    if not before:
+        for model in (plain, fast, other):
+            parametrize.register_parametrization(model, "weight", Doubled())
+        fast = mf.accelerate(fast)
+        torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    assert "one operation" in mf.acceleration(fast)
+    kept = plain.weight.detach().clone()
+    for model in (plain, fast):
+        parametrize.remove_parametrizations(model, "weight")
+    assert torch.equal(fast.weight, kept) and type(fast).__mro__[1] is Beside
+    torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    if before:  # of a class that is no longer what it was
+        again = Beside("plain").double()
+        parametrize.register_parametrization(again, "weight", Doubled())
+        torch.testing.assert_close(mf.accelerate(copy.deepcopy(again))(x), again(x), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_model_whose_shapes_the_first_call_tells() -> None:
+    x, found = data(1)[0][0], []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(WAYS))
+        model = mf.accelerate(model) if accelerated else model
+        found.append([model(x.float()), model(x.float()), *model.state_dict().values()])
+    torch.testing.assert_close(found[1], found[0])
+    assert "one operation" in mf.acceleration(model)

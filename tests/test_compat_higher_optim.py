@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.optim as O
@@ -156,6 +157,20 @@ def test_a_zero_gradient_gives_no_nan(kind: type[O.Optimizer]) -> None:
         fast = diffopt.step((fast[0].square() * dead).sum(), params=fast)
     (grad,) = torch.autograd.grad(fast[0].sum(), start)
     assert torch.isfinite(grad).all() and grad[1] == 1
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, int])
+def test_rates_of_other_types_of_numbers(kind: type[Any]) -> None:
+    model = nn.Linear(3, 2).double()
+    x, rate = torch.randn(4, 3, dtype=torch.float64), kind(1)
+    parameters = list(model.parameters())
+    with higher.innerloop_ctx(model, O.SGD(parameters, lr=rate), copy_initial_weights=False) as (fast, step):
+        step.step(fast(x).square().mean())
+        found = torch.autograd.grad(fast(x).square().mean(), parameters)
+    grads = torch.autograd.grad(model(x).square().mean(), parameters, create_graph=True)
+    moved = [p - float(rate) * g for p, g in zip(parameters, grads, strict=True)]
+    expected = torch.autograd.grad(nn.functional.linear(x, *moved).square().mean(), parameters)
+    assert_close(found, expected)
 
 
 def test_groups_overrides_and_unused_parameters() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -130,9 +132,105 @@ class OfACall(Base):
         return self.scaled(self.body(x))
 
 
+class OfAClassItHolds(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = Called
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kind()(self.body(x))
+
+
+class OfItsClassSCall(Base):
+    scaled = Called()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.body(x))
+
+
+class OfItsClassSObject(Base):
+    settings = Settings()
+
+    def factor(self) -> float:
+        return self.settings.scale
+
+
+class Now:
+    def __get__(self, instance: object, owner: type) -> float:
+        return scale
+
+
+class ByDescriptor(Base):
+    now = Now()
+
+    def factor(self) -> float:
+        return self.now
+
+
+class Bound:
+    """Decorates a method."""
+
+    def __init__(self, function: Callable[..., float]) -> None:
+        self.function = function
+
+    def __get__(self, instance: object, owner: type) -> Callable[[], float]:
+        return functools.partial(self.function, instance)
+
+
+class ByDecorator(Base):
+    @Bound
+    def now(self) -> float:
+        return scale
+
+    def factor(self) -> float:
+        return self.now()
+
+
+class ByPartialMethod(Base):
+    def _forward(self, x: Tensor, by: float) -> Tensor:
+        return self.body(x) * by * scale
+
+    forward = functools.partialmethod(_forward, by=2.0)  # type: ignore[assignment]
+
+
+@functools.lru_cache
+def kept() -> float:
+    return scale
+
+
+class ByCache(Base):
+    def factor(self) -> float:
+        return kept()
+
+
+class OfAllClasses(type):
+    @property
+    def now(cls) -> float:
+        return scale
+
+
+class OfAKind(metaclass=OfAllClasses):
+    pass
+
+
+class ByMetaclass(Base):
+    def factor(self) -> float:
+        return OfAKind.now
+
+
+_held = {"scale": 1.0}
+shown = types.MappingProxyType(_held)
+
+
+class ByProxy(Base):
+    def factor(self) -> float:
+        return shown["scale"]
+
+
 MODELS = (
     *(ByProperty, ByStaticMethod, ByClassMethod, Within, ByLambda, OtherFunction, ByEnvironment, ByDefault),
-    *(OfAnObject, OfACall),
+    *(OfAnObject, OfACall, OfAClassItHolds, OfItsClassSCall, OfItsClassSObject, ByDescriptor, ByDecorator),
+    *(ByPartialMethod, ByCache, ByMetaclass, ByProxy),
 )
 
 
@@ -141,6 +239,9 @@ def change(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(globals(), "act", F.tanhshrink)
     patch.setenv("SCALE", "3")
     patch.setattr(ByDefault.forward, "__defaults__", (3.0,))
+    patch.setitem(_held, "scale", 3.0)
+    patch.setattr(OfItsClassSObject.settings, "scale", 3.0)
+    kept.cache_clear()
     if isinstance(model, OfAnObject):
         model.settings.scale = 3.0
 
@@ -148,6 +249,7 @@ def change(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_accelerated_model(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    kept.cache_clear()
     plain, x = kind().double(), torch.randn(4, 1, 5, 5, dtype=torch.float64)
     ours = mf.accelerate(copy.deepcopy(plain))
     before = plain(x)

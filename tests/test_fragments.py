@@ -22,6 +22,7 @@ def made(value: Any) -> Any:
 VALUES: tuple[Any, ...] = (
     *(1, 1.0, True, "1", None, 10**9, 2.5, -1, (1, 2), (1.0, 2), (True, 2), ((1,), 2), (1, (2,)), ()),
     *(torch.float32, torch.device("cpu"), b"1", 1j, "one text", (None, "x")),
+    *(0.0, -0.0, 0, False, 0j, complex(0.0, -0.0), (0.0,), (-0.0,)),
 )
 
 

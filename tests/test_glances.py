@@ -22,7 +22,7 @@ from mamlpp_fast.engine.glances import Glance
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(4)
+    norm = nn.BatchNorm2d(4, momentum=0.0)
     inner = nn.Sequential(norm, l2l.nn.Lambda(F.relu))
     return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), inner, norm, nn.Flatten(), nn.Linear(4, 2))
 
@@ -73,8 +73,26 @@ def _own(model: Any) -> None:
     model[0] = type("Own", (nn.Conv2d,), {"__module__": "own"})(1, 4, 3, bias=False)
 
 
+class Halved(Tensor):
+    """Computes otherwise than a plain tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a.as_subclass(Tensor) / 2 if isinstance(a, Halved) else a for a in args]
+        if func in (F.conv2d, torch.conv2d):
+            return func(*plain, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _halve(model: Any) -> None:
+    model[0]._parameters["weight"] = model[0].weight.detach().as_subclass(Halved).requires_grad_()
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "value": lambda m: setattr(m[2], "eps", 1e-3),
+    "sign of zero": lambda m: setattr(m[2], "momentum", -0.0),
+    "class of a weight": _halve,
+    "layout of a weight": lambda m: setattr(m[4], "weight", nn.Parameter(torch.zeros(2, 4).to_sparse())),
     "type": lambda m: setattr(m[0], "groups", True),
     "tuple": lambda m: setattr(m[0], "stride", (1, 2)),
     "more": lambda m: setattr(m[3], "more", 1),
@@ -114,6 +132,19 @@ def test_any_change_is_another_form(name: str) -> None:
     changed = form_of(model)
     assert changed != form and changed == whole(model) == form_of(model)
     assert form_of(network()) == form  # and back, whichever was looked at last
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_weight_of_another_class_computes_as_it_likes(first: bool) -> None:
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    ours, x = mf.accelerate(copy.deepcopy(plain)), torch.randn(2, 1, 5, 5)
+    if not first:
+        torch.testing.assert_close(ours(x), plain(x))
+        assert "one operation" in mf.acceleration(ours)
+    for model in (plain, ours):
+        _halve(model)
+    torch.testing.assert_close(ours(x), plain(x))
+    assert "a parameter or buffer is no plain tensor, but a Halved" in mf.acceleration(ours)
 
 
 def test_hooks_of_all_modules_and_another_forward_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -157,6 +158,62 @@ def test_gradients_of_steps_and_rates_bit_for_bit(dtype: torch.dtype) -> None:
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.nan_to_num(7).signbit(), other.nan_to_num(7).signbit())
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2], ids=["parameters", "gradients", "rates"])
+@KINDS
+def test_what_takes_no_gradient_has_none_afterwards(kind: str, taken: int) -> None:
+    """A parameter that is not recorded beside one that is; each kind of argument alone is recorded."""
+    p, g, rates = given(kind)
+    for i, t in enumerate(leaves(p, g, rates)):
+        t.requires_grad_(i == taken * len(p) + 1)
+    for step in (stepped, plain):
+        recorded = [t.requires_grad for t in step(p, g, rates)]
+        assert recorded == [False, taken < 2 or kind == "tensors", False, False, False]
+
+
+@KINDS
+def test_complex_values(kind: str) -> None:
+    by = [(torch.randn(3, dtype=torch.complex128)).requires_grad_() for _ in range(3)]
+    along = torch.randn(3, dtype=torch.complex128)
+    rates = RATE if kind == "number" else by[2:]
+    by = leaves(by[:1], by[1:2], rates)
+    found, expected = (
+        torch.autograd.grad((step(by[:1], by[1:2], rates)[0] * along).abs().sum(), by)
+        for step in (stepped, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@KINDS
+def test_sparse_gradients(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table, weight = (torch.randn(s, generator=generator).double().requires_grad_() for s in ((5, 3), (3,)))
+    found = []
+    for step in (stepped, plain):
+        read = F.embedding(torch.tensor([1, 2, 1]), table, sparse=True)
+        grads = torch.autograd.grad((read * weight).square().sum(), [table, weight])
+        assert grads[0].is_sparse
+        torch.manual_seed(0)
+        rates = RATE if kind == "number" else [torch.rand_like(t).requires_grad_() for t in (table, weight)]
+        made = step([table, weight], grads, rates)
+        by = leaves([table, weight], [], rates)
+        found.append([*made, *torch.autograd.grad(sum((t**2).sum() for t in made), by)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+def test_what_no_derivative_reads_may_change() -> None:
+    p, g, rates = given("tensors")
+    gradients, held = [t.detach() for t in g], [t.clone() for t in rates]
+    made = stepped(p, gradients, held)
+    with torch.no_grad():
+        held[0].mul_(2)  # the rates, which the gradients alone would read
+    assert torch.equal(torch.autograd.grad(made[0].sum(), rates[0])[0], -gradients[0])
+    moved = [t * 1 for t in g]
+    made = stepped(p, moved, [t.detach() for t in rates])
+    with torch.no_grad():
+        moved[0].mul_(2)
+    assert torch.equal(torch.autograd.grad(made[0].sum(), g[0])[0], -rates[0])
 
 
 def test_values_that_are_changed_before_they_are_read_are_refused() -> None:

@@ -8,10 +8,12 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/neg.h>
+#include <ATen/ops/sub.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <initializer_list>
+#include <vector>
 
 #include "arguments.h"
 #include "recorded.h"
@@ -36,7 +38,8 @@ variable_list plain_by_rates(TensorList parameters, TensorList gradients, Tensor
   variable_list made;
   made.reserve(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
-    made.push_back(at::addcmul(parameters[i], rates[i], gradients[i], -1));
+    const Tensor &p = parameters[i], &g = gradients[i], &rate = rates[i];
+    made.push_back(g.layout() == at::kStrided ? at::addcmul(p, rate, g, -1) : at::sub(p, at::mul(rate, g)));
   }
   return made;
 }
@@ -87,8 +90,12 @@ class SteppedByRates : public Function<SteppedByRates> {
   static variable_list forward(AutogradContext* ctx, TensorList parameters, TensorList gradients, TensorList rates) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
-    variable_list saved(gradients.begin(), gradients.end());
-    saved.insert(saved.end(), rates.begin(), rates.end());
+    const size_t count = gradients.size();
+    variable_list saved(2 * count);  // what a derivative reads alone: the rest may change, as it may for PyTorch
+    for (size_t i = 0; i < count; ++i) {
+      if (rates[i].requires_grad()) saved[i] = gradients[i];
+      if (gradients[i].requires_grad()) saved[count + i] = rates[i];
+    }
     ctx->save_for_backward(std::move(saved));
     return plain_by_rates(parameters, gradients, rates);
   }
@@ -114,38 +121,61 @@ class SteppedByRates : public Function<SteppedByRates> {
   }
 };
 
-/// Whether autograd records these, and a node of ours may be it: values of one shape and type, and nothing else.
-template <typename... Lists>
-bool recorded(const Lists&... lists) {
-  if (!at::GradMode::is_enabled() || under_torch_func()) return false;
-  const TensorList all[] = {lists...};
+using Lists = std::vector<variable_list>;  // parameters, gradients and perhaps rates
+
+/// Whether autograd records a parameter's step and a node of ours may be it: real values of one shape and type.
+bool recorded(std::initializer_list<TensorList> lists, size_t i) {
+  const Tensor& first = (*lists.begin())[i];
   bool wanted = false;
-  for (size_t i = 0; i < all[0].size(); ++i) {
-    for (const TensorList& list : all) {
-      const Tensor& t = list[i];
-      if (has_tangent(t) || t.unsafeGetTensorImpl()->is_python_dispatch() || t.layout() != at::kStrided ||
-          t.sizes() != all[0][i].sizes() || t.scalar_type() != all[0][i].scalar_type()) {
-        return false;
-      }
-      wanted |= t.requires_grad();
+  for (const TensorList& list : lists) {
+    const Tensor& t = list[i];
+    if (has_tangent(t) || t.unsafeGetTensorImpl()->is_python_dispatch() || t.layout() != at::kStrided ||
+        t.is_complex() || t.scalar_type() != first.scalar_type() || t.sizes() != first.sizes()) {
+      return false;
     }
+    wanted |= t.requires_grad();
   }
   return wanted;
+}
+
+/// `node` of the steps that autograd records, `plain` of the others: what takes no gradient has none afterwards.
+template <typename Node, typename Plain>
+variable_list divided(std::initializer_list<TensorList> lists, const Node& node, const Plain& plain) {
+  const size_t count = lists.begin()->size();
+  const bool any = at::GradMode::is_enabled() && !under_torch_func();
+  std::vector<size_t> places[2];
+  Lists parts[2] = {Lists(lists.size()), Lists(lists.size())};
+  for (size_t i = 0; i < count; ++i) {
+    const bool own = any && recorded(lists, i);
+    places[own].push_back(i);
+    auto part = parts[own].begin();
+    for (const TensorList& list : lists) (part++)->push_back(list[i]);
+  }
+  variable_list made(count);
+  const auto put = [&](const std::vector<size_t>& at, const variable_list& found) {
+    for (size_t i = 0; i < at.size(); ++i) made[at[i]] = found[i];
+  };
+  if (!places[0].empty()) put(places[0], plain(parts[0]));
+  if (!places[1].empty()) put(places[1], node(parts[1]));
+  return made;
 }
 
 variable_list stepped(TensorList parameters, TensorList gradients, double rate) {
   TORCH_CHECK_VALUE(parameters.size() == gradients.size(), "gradients: expected ", parameters.size(), ", got ",
                     gradients.size());
-  if (!recorded(parameters, gradients)) return plain(parameters, gradients, rate);
-  return Stepped::apply(parameters, gradients, rate);
+  return divided(
+      {parameters, gradients}, [&](const Lists& l) { return Stepped::apply(TensorList(l[0]), TensorList(l[1]), rate); },
+      [&](const Lists& l) { return plain(l[0], l[1], rate); });
 }
 
 variable_list stepped_by_rates(TensorList parameters, TensorList gradients, TensorList rates) {
   TORCH_CHECK_VALUE(parameters.size() == gradients.size() && parameters.size() == rates.size(),
                     "gradients, rates: expected ", parameters.size(), ", got ", gradients.size(), " and ",
                     rates.size());
-  if (!recorded(parameters, gradients, rates)) return plain_by_rates(parameters, gradients, rates);
-  return SteppedByRates::apply(parameters, gradients, rates);
+  return divided(
+      {parameters, gradients, rates},
+      [](const Lists& l) { return SteppedByRates::apply(TensorList(l[0]), TensorList(l[1]), TensorList(l[2])); },
+      [](const Lists& l) { return plain_by_rates(l[0], l[1], l[2]); });
 }
 
 }  // namespace

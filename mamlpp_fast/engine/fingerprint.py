@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import collections
 import contextvars
-import dataclasses
 import enum
 import functools
 import itertools
 import os
-import pickle
 import threading
 import types
 from collections.abc import Iterable
@@ -21,31 +17,52 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-from mamlpp_fast.engine.fragments import PLAIN, number_of, others
-from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, forward_of
+from mamlpp_fast.engine.fragments import PLAIN, number_of, others, told
+from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, forward_of, traits
 from mamlpp_fast.engine.named import (
+    CACHED,
+    FUNCTIONS,
     LIBRARIES,
     MADE_BY,
     attributes_of,
     from_library,
+    function_of,
     functions_of,
     globals_of,
     imported,
     installed,
     is_operator,
+    of_library,
+    own_bases,
     reads_environment,
+    written_in,
+)
+from mamlpp_fast.engine.objects import (
+    CONTAINERS,
+    ENTRIES,
+    attributes_held,
+    is_record,
+    pickled,
+    place,
+    plain_settings,
+    small_values,
 )
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
 __all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
 
-_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
-_RECORDS = (types.SimpleNamespace, argparse.Namespace)
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
+_CODE = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    functools.partial,
+    CACHED,
+)
+_NAMED_CODE = (types.FunctionType, types.MethodType, contextvars.ContextVar, CACHED)
 
-# Containers that lie deeper or hold more than this are compared by identity and length.
 _DEPTH = 6
-_ENTRIES = 1000
+"""Containers that lie deeper are compared by identity and length."""
 
 # What engines set in every pass.
 _CONTROLS = frozenset({"step", "eval_stats", "plain"})
@@ -72,7 +89,7 @@ class Fingerprint:
 
     def states(self) -> list[bytes]:
         """The insides, where they can be pickled, of objects known by identity: costly, to be read around one pass."""
-        return [_pickled(value) for value in self._opaque]
+        return [pickled(value) for value in self._opaque]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self._key == other._key
@@ -97,6 +114,7 @@ class _Reader:
         self.tensors: dict[int, int] = {}
         self.followed: set[tuple[int, types.CodeType]] = set()
         self.functions: set[int] = set()
+        self.classes: set[type] = set()
         # Names of attributes that any function followed so far reads, of whatever object.
         self.called: set[str] = set()
         self.of_a_thread = False
@@ -107,35 +125,35 @@ class _Reader:
         key, held = self.key, self.held
         if not self.form:
             held.append(module)
-        cls = type(module)
+        cls: Any = type(module)
         state = module.__dict__
         forward = forward_of(cls)
         key += (id(cls), id(forward), module.training != training)
+        held += (cls, forward)
         functions: list[types.FunctionType] = []
-        if not cls.__module__.startswith(LIBRARIES):
-            self.home.add(installed(cls.__module__))
+        opaque = len(self.opaque)
+        if not of_library(cls):
+            self.home.add(installed(next(filter(None, map(written_in, own_bases(cls))), None)))
             self.constants(cls)
             self.names(forward)
             functions = self.methods(cls, forward)
-        opaque = len(self.opaque)
         for name in HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
         for name, p in state["_parameters"].items():
             key.append(name)
             if p is not None and self.form:
-                key += (self.tensors.setdefault(id(p), len(self.tensors)), p.shape, p.dtype, p.device)
+                key += (self.tensors.setdefault(id(p), len(self.tensors)), *traits(p))
             elif p is not None:
                 self.parameter(p)
         for name, buffer in state["_buffers"].items():
             key.append(name)
             if buffer is not None and self.form:
-                place = self.tensors.setdefault(id(buffer), len(self.tensors))
-                key += (place, buffer.shape, buffer.dtype, buffer.device)
+                key += (self.tensors.setdefault(id(buffer), len(self.tensors)), *traits(buffer))
                 key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
             elif buffer is not None:
                 held.append(buffer)
-                key += (id(buffer), buffer.shape, buffer.dtype, buffer.device, _place(buffer))
+                key += (id(buffer), buffer.shape, buffer.dtype, buffer.device, place(buffer))
         for name, child in state["_modules"].items():
             key.append(name)
             if child is not None:
@@ -166,7 +184,7 @@ class _Reader:
 
     def parameter(self, p: Tensor) -> None:
         self.held.append(p)
-        self.key += (id(p), p.requires_grad, p.shape, p.dtype, p.device, _place(p))
+        self.key += (id(p), p.requires_grad, p.shape, p.dtype, p.device, place(p))
         for hooks in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)):
             if hooks:
                 self.identities("hooks", hooks.values())
@@ -181,24 +199,24 @@ class _Reader:
         key = self.key
         kind = type(value)
         if kind in PLAIN:
-            key += (kind, value)
+            key += (kind, told(value))
         elif isinstance(value, Tensor):
             version = 0 if value.is_inference() else value._version
-            key += (id(value), version, value.requires_grad, value.shape, _values(value))
+            key += (id(value), version, value.requires_grad, value.shape, small_values(value))
             if value.is_leaf:  # another one carries a graph, which is not to be kept alive
                 self.held.append(value)
         elif isinstance(value, nn.Module):
             self.child(value)
-        elif isinstance(value, _CONTAINERS) and depth < _DEPTH and len(value) <= _ENTRIES:
+        elif isinstance(value, CONTAINERS) and depth < _DEPTH and len(value) <= ENTRIES:
             key += (kind, len(value))
             for item in itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value:
                 self.value(item, depth + 1)
-        elif depth + 1 < _DEPTH and _is_record(value):
+        elif depth + 1 < _DEPTH and is_record(value):
             key.append(id(value))
             self.held.append(value)
-            self.value(_attributes(value), depth + 1)
+            self.value(attributes_held(value), depth + 1)
         elif isinstance(value, (int, float, str)) and not isinstance(value, enum.Enum):
-            key += (kind, value)  # subclasses, numpy's float64 among them
+            key += (kind, told(value))  # subclasses, numpy's float64 among them
         else:
             self.other(value, depth)
 
@@ -208,11 +226,15 @@ class _Reader:
         self.held.append(value)
         if isinstance(value, type):
             self.constants(value)
-        elif isinstance(value, _CONTAINERS):
+            if not self.foreign(written_in(value)):
+                self.operators(value, *MADE_BY, *self.called)
+        elif isinstance(value, types.MappingProxyType) and depth < _DEPTH:
+            self.value(dict(value), depth + 1)
+        elif isinstance(value, CONTAINERS):
             self.key.append(len(value))
             self.opaque.append(value)
         elif isinstance(value, np.ndarray):
-            if value.size <= _ENTRIES and not value.dtype.hasobject:
+            if value.size <= ENTRIES and not value.dtype.hasobject:
                 self.key += (value.shape, value.dtype, value.tobytes())
             else:
                 self.opaque.append(value)
@@ -234,32 +256,33 @@ class _Reader:
             self.of_a_thread |= isinstance(value, threading.local)
             self.opaque.append(value)
             self.operators(type(value))
-            if (settings := _settings(value)) is not None and depth + 1 < _DEPTH:
+            if (settings := plain_settings(value)) is not None and depth + 1 < _DEPTH:
                 self.constants(type(value))
                 self.value(settings, depth + 1)
 
     def constants(self, cls: type) -> None:
-        """Plain attributes of a class and its bases."""
-        for base in cls.__mro__:
-            if not base.__module__.startswith(LIBRARIES):
-                for name, value in tuple(vars(base).items()):
-                    if name.startswith("__"):
-                        continue
-                    if type(value) in PLAIN:
-                        self.key += (name, type(value), value)
-                    elif isinstance(value, _CONTAINERS) or _is_record(value):
-                        self.key.append(name)
-                        self.value(value, 1)
+        """Attributes of a class and its bases: plain ones, and others but for functions; each base's once."""
+        for base in own_bases(cls):
+            if base in self.classes:
+                continue
+            self.classes.add(base)
+            own = not self.foreign(written_in(base))
+            for name, value in tuple(vars(base).items()):
+                if name.startswith("__") or isinstance(value, FUNCTIONS):
+                    continue
+                if own or type(value) in PLAIN or isinstance(value, CONTAINERS) or is_record(value):
+                    self.key.append(name)
+                    self.value(value, 1)
 
     def methods(self, cls: type, forward: Any) -> list[types.FunctionType]:
         """The class's own functions that are called by its forward, or from outside, and so on; and the forward.
 
         With what they name.
         """
-        own = functions_of(cls)
-        outer = [name for name in own if is_operator(name) or name in self.called]
+        own, forward = functions_of(cls), function_of(forward)
+        outer = [name for name in own if is_operator(name) or name == "__call__" or name in self.called]
         seen = dict.fromkeys((forward, *(f for name in outer for f in own[name])))
-        queue = [f for f in seen if isinstance(f, types.FunctionType)]
+        queue = [f for f in seen if f is not None]
         for function in queue:  # grows meanwhile
             if function is not forward:
                 self.identities(function.__name__, (function,))
@@ -282,13 +305,13 @@ class _Reader:
 
         Of a library's, a wrapper say, not the globals.
         """
-        function = getattr(function, "__func__", function)
-        if not isinstance(function, types.FunctionType) or id(function) in self.functions:
+        function = function_of(getattr(function, "__func__", function))
+        if function is None or id(function) in self.functions:
             return
         self.functions.add(id(function))
         code = function.__code__
         found: list[Any] = []
-        if not self.foreign(function.__globals__.get("__name__")):
+        if not self.foreign(written_in(function)):
             self.called.update(attributes_of(code))
             if reads_environment(code):
                 self.environment()
@@ -312,7 +335,11 @@ class _Reader:
 
     def named(self, value: Any, code: types.CodeType, depth: int) -> None:
         """A value that a function names."""
-        if type(value) in PLAIN or isinstance(value, _CONTAINERS) or _is_record(value):
+        if (
+            type(value) in PLAIN
+            or isinstance(value, (*CONTAINERS, types.MappingProxyType))
+            or is_record(value)
+        ):
             self.value(value, depth)
             return
         # Which one it is counts at least: another activation under the same name, say.
@@ -326,17 +353,20 @@ class _Reader:
                 for name in attributes_of(code):
                     if name in vars(value):
                         self.named(vars(value)[name], code, depth)
-        elif isinstance(value, (types.FunctionType, types.MethodType, contextvars.ContextVar)):
+        elif isinstance(value, _NAMED_CODE):
             self.value(value, depth)
         elif isinstance(value, nn.Module):
             self.named_of(value, code, depth)
-        elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES):
+        elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES) and of_library(
+            value if isinstance(value, type) else type(value)
+        ):
             return
         elif isinstance(value, type):
-            if not self.foreign(value.__module__):
+            if not self.foreign(written_in(value)):
                 self.constants(value)  # a namespace of settings, say
                 self.operators(value, *MADE_BY, *attributes_of(code))
-        elif _settings(value) is not None:
+                self.operators(type(value), *attributes_of(code))
+        elif plain_settings(value) is not None:
             self.value(value, depth)
             self.named_of(value, code, depth)
         else:
@@ -351,7 +381,7 @@ class _Reader:
         if depth >= _DEPTH or (id(value), code) in self.followed:
             return
         self.followed.add((id(value), code))
-        held, own = _attributes(value), functions_of(type(value))
+        held, own = attributes_held(value), functions_of(type(value))
         methods = [f for name in own if is_operator(name) or name == "__call__" for f in own[name]]
         for name in attributes_of(code):
             if name in held:
@@ -362,45 +392,6 @@ class _Reader:
         for method in methods:
             self.names(method)
             self.named_of(value, method.__code__, depth + 1)
-
-
-def _pickled(value: object) -> bytes:
-    try:
-        return pickle.dumps(value)
-    except Exception:  # whatever a class of the user's raises
-        return b""
-
-
-def _is_record(value: object) -> bool:
-    return isinstance(value, _RECORDS) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
-
-
-def _attributes(value: object) -> dict[str, Any]:
-    slots = [s for c in type(value).__mro__ for s in vars(c).get("__slots__", ()) if isinstance(s, str)]
-    return {s: getattr(value, s) for s in slots if hasattr(value, s)} | getattr(value, "__dict__", {})
-
-
-def _settings(value: object) -> dict[str, Any] | None:
-    """The attributes of an object that holds plain values and containers alone, a configuration say."""
-    held = _attributes(value)
-    plain = all(type(v) in PLAIN or isinstance(v, _CONTAINERS) for v in held.values())
-    return held if plain else None
-
-
-def _values(tensor: Tensor) -> bytes | None:
-    """The values of a small tensor on a CPU: a write through ``.data`` or NumPy leaves its version as it was."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_complex():
-        return None
-    if tensor.device.type != "cpu" or tensor.numel() > _ENTRIES:
-        return None
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """How the values lie, and on a GPU where, for a captured graph reads them there."""
-    if tensor.layout is not torch.strided:
-        return (tensor.layout,)
-    return tensor.data_ptr() if tensor.is_cuda else 0, *tensor.stride()
 
 
 def form_of(model: nn.Module) -> Fingerprint:
@@ -432,7 +423,7 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     of parameters' gradients and of all modules; and plain attributes: numbers, texts and the like by value, in
     lists, dictionaries, dataclasses, namespaces and objects that hold nothing else too (up to 1000 entries and 6 levels
     of each), arrays and tensors by identity, version and, up to 1000 values on a CPU, those; other objects by identity.
-    So are plain attributes, containers and records of the user's classes, and globals and closed-over values of these
+    So are attributes of the user's classes, but for functions, and globals and closed-over values of these
     kinds that a ``forward``, the methods, properties and functions it calls, with what is written within them, or a
     function that is an attribute name; of other objects, which they are, and the attributes that these name. Defaults
     and attributes of such functions count, and the process's environment where one of them names that. What a pass of
@@ -450,6 +441,7 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
 
 def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = False) -> Fingerprint:
     reader = _Reader(form)
+    reader.key.append(torch.get_default_dtype())
     for name in GLOBAL_HOOKS:
         hooks = getattr(torch_module, name)
         if hooks:

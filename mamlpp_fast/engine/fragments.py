@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-__all__ = ["PLAIN", "content", "number_of", "others"]
+__all__ = ["PLAIN", "content", "number_of", "others", "told"]
 
 PLAIN = frozenset(
     {int, bool, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
@@ -51,7 +51,14 @@ def content(value: object) -> tuple[object, ...] | None:
     if isinstance(value, tuple) and kind is tuple:
         parts = tuple(map(content, value))
         return None if None in parts else (kind, parts)
-    return (kind, value) if kind in PLAIN and kind is not slice else None
+    return (kind, told(value)) if kind in PLAIN and kind is not slice else None
+
+
+def told(value: object) -> object:
+    """A plain value as one that equals no other: 0.0 equals -0.0."""
+    if isinstance(value, float):
+        return value.hex()
+    return (value.real.hex(), value.imag.hex()) if isinstance(value, complex) else value
 
 
 @functools.lru_cache(maxsize=1000)

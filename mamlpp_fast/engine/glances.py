@@ -13,15 +13,14 @@ from typing import Any
 
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mamlpp_fast.engine.fragments import content
-from mamlpp_fast.engine.named import LIBRARIES, from_library
+from mamlpp_fast.engine.named import ROUTED, from_library, of_library, written_in
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLUMBING", "ROUTED", "Glance", "forward_of"]
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLUMBING", "Glance", "forward_of", "traits"]
 
-ROUTED = "_mamlpp_fast_routed"
-"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 PLUMBING = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_flat_weights_names"}
@@ -104,7 +103,8 @@ class Glance:
                 places[-1].append(seen.setdefault(id(child), len(modules)))
                 if places[-1][-1] == len(modules):
                     modules.append(child)
-        return Glance(form, modules, places, tensors) if _apart(tensors) else None
+        plain = _apart(tensors) and _PLAIN_TENSORS.issuperset(map(type, tensors))
+        return Glance(form, modules, places, tensors) if plain else None
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the model's form is this one."""
@@ -149,6 +149,7 @@ class Glance:
         return (
             len(queue) == len(self.rows)
             and graphs == self.graphs
+            and _PLAIN_TENSORS.issuperset(map(type, tensors))
             and _shapes(tensors) == self.tensors
             and all(forward_of(cls) is forward for cls, forward in self.forwards)
             and _apart(queue)
@@ -162,8 +163,19 @@ def _apart(objects: Sequence[object]) -> bool:
     return len(set(found)) == len(found)
 
 
+_PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, type(None)})
+"""Of these classes, and of none; another one may compute as it likes."""
+
+
 def _shapes(tensors: list[Tensor | None]) -> list[object]:
-    return [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    return [None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+
+
+def traits(t: Tensor) -> tuple[object, ...]:
+    """What decides how a tensor is computed with, beside its values; its class and shape come first."""
+    if type(t) in _PLAIN_TENSORS:
+        return None, t.shape, t.dtype, t.device, t.layout
+    return type(t), None if is_lazy(t) else t.shape, t.dtype, t.device, t.layout
 
 
 def _attributes(module: nn.Module) -> list[str]:
@@ -174,8 +186,9 @@ def _attributes(module: nn.Module) -> list[str]:
 def _plain(module: nn.Module) -> bool:
     """Whether a module is of a library's class, without hooks, and its attributes are compared by their values."""
     state = module.__dict__
+    cls: Any = type(module)
     return (
-        type(module).__module__.startswith(LIBRARIES)
+        of_library(cls)
         and state.keys() >= set(_STATE)
         and not any(state[name] for name in HOOKS)
         and None not in state["_modules"].values()
@@ -193,4 +206,4 @@ def _content(value: object) -> object:
         return content(value)
     bare = value.__closure__ is None and not value.__dict__ and not value.__kwdefaults__
     bare &= content(value.__defaults__ or ()) is not None
-    return value if bare and from_library(value.__globals__.get("__name__")) else None
+    return value if bare and from_library(written_in(value)) else None

@@ -7,27 +7,40 @@ import functools
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 __all__ = [
+    "CACHED",
+    "FUNCTIONS",
     "LIBRARIES",
     "MADE_BY",
+    "ROUTED",
     "attributes_of",
     "from_library",
+    "function_of",
     "functions_of",
     "globals_of",
     "imported",
     "installed",
     "is_operator",
+    "of_library",
+    "of_library_s_code",
+    "own_bases",
     "reads_environment",
     "tensors_named",
+    "written_in",
 ]
 
 LIBRARIES = ("torch.", "mamlpp_fast.", "builtins")
+ROUTED = "_mamlpp_fast_routed"
+"""Of a class whose ``forward`` computes what its base's does (:mod:`mamlpp_fast.accelerated`)."""
+_BESIDE = (ROUTED, "_fast_original")
+"""Of a class that says nothing beside its bases, and bears the name of one."""
+_ON_A_HEAP = 1 << 9  # Python's flag of classes that are no part of its own or of an extension's code
 
 MADE_BY = frozenset({"__init__", "__new__", "__post_init__", "__call__"})
 """Methods that a call of a class runs, or of its metaclass."""
@@ -114,6 +127,47 @@ def from_library(module: str | None) -> bool:
     return top in sys.stdlib_module_names and (file is None or file.startswith(_STDLIB))
 
 
+@functools.lru_cache(maxsize=1000)
+def _found(cls: type) -> bool:
+    """Whether a class is what its module has under its name."""
+    if not cls.__flags__ & _ON_A_HEAP or any(name in vars(cls) for name in _BESIDE):
+        return True
+    found: object = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is cls
+
+
+def written_in(value: type | types.FunctionType) -> str:
+    """The module that a class or function is written in; empty where it bears a library's name only.
+
+    So do classes that ``torch.nn.utils.parametrize`` and ``torch.fx`` make of the user's, and what ``exec`` makes
+    without a ``__name__``: its functions name no module, its classes ``builtins``.
+    """
+    if not isinstance(value, type):
+        return module_of(value.__globals__)
+    return value.__module__ if _found(value) or not from_library(value.__module__) else ""
+
+
+def module_of(space: Mapping[str, Any]) -> str:
+    """Likewise the module whose globals these are."""
+    name = space.get("__name__")
+    there = getattr(sys.modules.get(str(name)), "__dict__", None) is space
+    return name if name is not None and (there or not from_library(name)) else ""
+
+
+def of_library_s_code(space: Mapping[str, Any]) -> bool:
+    """Whether the code that has these globals is a library's, or of another installed package."""
+    name = module_of(space)
+    return from_library(name) or installed(name) != ""
+
+
+@functools.lru_cache(maxsize=1000)
+def of_library(cls: type) -> bool:
+    """Whether libraries alone wrote a class and its bases."""
+    return all(from_library(written_in(base)) for base in cls.__mro__)
+
+
 @functools.cache
 def installed(module: str | None) -> str:
     """The package of that module where it was installed, as other people's are; else nothing."""
@@ -121,25 +175,37 @@ def installed(module: str | None) -> str:
     return str(module).partition(".")[0] if {"site-packages", "dist-packages"} & {*Path(file).parts} else ""
 
 
-def _function(value: object) -> types.FunctionType | None:
+CACHED = functools._lru_cache_wrapper
+_BEHIND: dict[type, str] = {
+    **dict.fromkeys((staticmethod, classmethod), "__func__"),
+    **dict.fromkeys((functools.cached_property, functools.partialmethod), "func"),
+    property: "fget",
+    CACHED: "__wrapped__",
+}
+FUNCTIONS = (types.FunctionType, types.MemberDescriptorType, types.GetSetDescriptorType, *_BEHIND)
+"""What a class holds of its methods and attributes."""
+
+
+def function_of(value: object) -> types.FunctionType | None:
     """The function behind a method of a class, whatever its kind."""
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    elif isinstance(value, property):
-        value = value.fget
-    elif isinstance(value, functools.cached_property):
-        value = value.func
+    while (name := next((n for kind, n in _BEHIND.items() if isinstance(value, kind)), None)) is not None:
+        value = getattr(value, name)
     return value if isinstance(value, types.FunctionType) else None
+
+
+@functools.lru_cache(maxsize=1000)
+def own_bases(cls: type) -> tuple[type, ...]:
+    """A class and its bases, but for those of libraries."""
+    return tuple(base for base in cls.__mro__ if not written_in(base).startswith(LIBRARIES))
 
 
 def functions_of(cls: type) -> dict[str, tuple[types.FunctionType, ...]]:
     """The functions of a class and its bases by name, but for those of libraries: ``super()`` reaches each."""
     own: dict[str, tuple[types.FunctionType, ...]] = {}
-    for base in cls.__mro__:
-        if not base.__module__.startswith(LIBRARIES):
-            for name, value in tuple(vars(base).items()):
-                if (function := _function(value)) is not None:
-                    own[name] = (*own.get(name, ()), function)
+    for base in own_bases(cls):
+        for name, value in tuple(vars(base).items()):
+            if (function := function_of(value)) is not None:
+                own[name] = (*own.get(name, ()), function)
     return own
 
 

@@ -61,6 +61,7 @@ class Recording:
         dtypes: of the values.
         counted: names of the buffers that count batches, as often as they were counted up.
         asked: truth values of one element that the pass asked for, and the answers that it goes on from.
+        asks_gradients: whether the forward asks which tensors take a gradient.
     """
 
     inputs: int
@@ -72,6 +73,7 @@ class Recording:
     dtypes: dict[int, torch.dtype]
     counted: tuple[str, ...]
     asked: tuple[tuple[int, bool], ...] = ()
+    asks_gradients: bool = False
 
     @property
     def draws(self) -> str | None:
@@ -147,6 +149,7 @@ def record(
         shapes,
         dtypes,
         tuple(first.counted),
+        asks_gradients=first.asks_gradients,
     )
 
 

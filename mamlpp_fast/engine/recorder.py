@@ -25,6 +25,7 @@ from mamlpp_fast.engine.operation import (
     is_reference,
     name_of,
 )
+from mamlpp_fast.engine.questions import OF_A_CALL, asked_by_own_code
 from mamlpp_fast.engine.shared import NOTHING, Shared, held
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
@@ -86,6 +87,7 @@ class Recorder(TorchFunctionMode):
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
         self.counted: list[str] = []
+        self.asks_gradients = False
         for t in self.inputs:
             self._new(t, [])
 
@@ -200,6 +202,8 @@ class Recorder(TorchFunctionMode):
             self.complain(self.here(), "computes under torch.autocast")
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if not executed and not written and all(self._known(t) is not None for t in made):
+            if name in OF_A_CALL and not _all_constant(references.values()) and asked_by_own_code():
+                self._asked(name)
             return result  # a question about a tensor, or the tensor itself
         if func in _NORMS:
             self._statistics.update(r.name for r in tree_leaves(recorded) if isinstance(r, Buffer))
@@ -208,6 +212,13 @@ class Recorder(TorchFunctionMode):
         self._write(written, name, _all_constant(references.values()))
         self._keep(func, recorded, result, made, given, args, drawn)
         return result
+
+    def _asked(self, name: str) -> None:
+        """Takes in a question whose answer may be another for tensors of the same shapes and types."""
+        if name == "requires_grad":
+            self.asks_gradients = True
+        else:
+            self.complain(self.here(), f"asks a tensor for its {name}, which may differ from call to call")
 
     def _nothing_beside(self) -> None:
         if self.watch.executed:

@@ -37,6 +37,6 @@ def stepped(
     if one:
         return [torch.add(p, g, alpha=-rates) for p, g in zip(parameters, gradients, strict=True)]  # type: ignore[operator]
     return [
-        torch.addcmul(p, rate, g, value=-1)
+        p - rate * g if g.is_sparse else torch.addcmul(p, rate, g, value=-1)
         for p, g, rate in zip(parameters, gradients, rates, strict=True)  # type: ignore[arg-type]
     ]

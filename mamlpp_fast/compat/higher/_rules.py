@@ -71,10 +71,10 @@ class DifferentiableSGD(ElementwiseOptimizer):
     def at_once(
         self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> list[Tensor] | None:
-        settings = group["lr"], group["momentum"], group["weight_decay"]
-        if any(isinstance(s, Tensor) for s in settings) or any(map(_set, settings[1:])):
-            return None
-        return stepped(params, grads, settings[0])
+        rate, *settings = group["lr"], group["momentum"], group["weight_decay"]
+        if not isinstance(rate, int | float) or any(isinstance(s, Tensor) or _set(s) for s in settings):
+            return None  # of NumPy's numbers float64 alone is a float
+        return stepped(params, grads, rate)
 
     def formula(self, group: dict[str, Any], p: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
         g = _decayed(group, p, g)

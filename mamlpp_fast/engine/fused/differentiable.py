@@ -67,6 +67,10 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
     keep_one_row(template)
     parameters = dict(template.named_parameters())
     recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
+    if recording.asks_gradients:
+        raise Unsupported(
+            type(model).__name__, "asks which tensors take a gradient, which may differ from call to call"
+        )
     if recording.draws is not None:
         raise Unsupported(type(model).__name__, recording.draws)
     network = lower(recording, template, frozenset(parameters))
