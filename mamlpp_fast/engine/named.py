@@ -188,9 +188,12 @@ FUNCTIONS = (types.FunctionType, types.MemberDescriptorType, types.GetSetDescrip
 
 def function_of(value: object) -> types.FunctionType | None:
     """The function behind a method of a class, whatever its kind."""
-    while (name := next((n for kind, n in _BEHIND.items() if isinstance(value, kind)), None)) is not None:
+    while type(value) is not types.FunctionType:
+        name = next((_BEHIND[kind] for kind in type(value).__mro__ if kind in _BEHIND), None)
+        if name is None:
+            return None
         value = getattr(value, name)
-    return value if isinstance(value, types.FunctionType) else None
+    return value
 
 
 @functools.lru_cache(maxsize=1000)
