@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd import graph as autograd_graph
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["lean", "lean_mode", "lean_vjp"]
@@ -51,7 +51,7 @@ def _grad(
     allow_unused: bool,
 ) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad`` for gradients that have the shapes of the outputs, which it would ask SymPy about."""
-    found: tuple[Tensor | None, ...] = _engine_run_backward(
+    found: tuple[Tensor | None, ...] = autograd_graph._engine_run_backward(
         tuple(outputs),
         tuple(grad_outputs),
         retain_graph,
@@ -76,8 +76,12 @@ class _WithoutCompiler:
 def lean_vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """``torch.func.vjp``, whose second result switches the compiler's autograd off, and asks SymPy about shapes."""
     made, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
-    plain = getattr(eager_transforms, "_autograd_grad", None)
-    if "torch._dynamo" in sys.modules or not all(isinstance(f, types.FunctionType) for f in (plain, pull)):
+    plain, run = (
+        getattr(module, name, None)
+        for module, name in ((eager_transforms, "_autograd_grad"), (autograd_graph, "_engine_run_backward"))
+    )
+    functions = all(isinstance(f, types.FunctionType) for f in (plain, pull, run))
+    if "torch._dynamo" in sys.modules or not functions:  # another PyTorch, which is made otherwise
         return made, pull
     return made, _among(pull, _autograd_grad=_among(plain, torch=_WithoutCompiler()))
 

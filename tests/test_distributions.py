@@ -55,6 +55,12 @@ def divergence(z: Tensor, y: Tensor) -> Tensor:
     return td.kl_divergence(own, td.Normal(y, torch.ones_like(y))).sum(-1).mean()
 
 
+@pytest.fixture(autouse=True)
+def validating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile switches it off for the process, in whichever test."""
+    monkeypatch.setattr(td.Distribution, "_validate_args", True)
+
+
 CASES: dict[str, tuple[Loss, str]] = {
     "normal": (normal, "few"),
     "normal, fixed": (lambda z, y: -td.Normal(z, 0.5).log_prob(y).sum(), "values"),
@@ -165,6 +171,19 @@ def test_what_pytorch_raises_for_is_raised(wide: bool) -> None:
     forced.meta_gradient(batch("bernoulli"))
     with pytest.raises(ValueError, match=r"loss: torch\.distributions finds its arguments otherwise"):
         forced.meta_gradient(wrong)
+
+
+def test_validation_that_is_switched_on_later_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, _ = CASES["bernoulli"]
+    own, wrong = learner(loss), batch("bernoulli", 1)
+    wrong.target_y[1, 0, 0] = 0.5
+    monkeypatch.setattr(td.Distribution, "_validate_args", False)
+    own.meta_gradient(batch("bernoulli"))
+    own.meta_gradient(wrong)  # as PyTorch computes on
+    assert own.engine.name == "fused"
+    monkeypatch.setattr(td.Distribution, "_validate_args", True)
+    with pytest.raises(ValueError, match=r"within the support \(Boolean\(\)\)"):
+        own.meta_gradient(wrong)
 
 
 def test_predictions_that_are_no_numbers_are_raised_for() -> None:

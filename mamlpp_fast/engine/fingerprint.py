@@ -441,7 +441,8 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
 
 def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = False) -> Fingerprint:
     reader = _Reader(form)
-    reader.key.append(torch.get_default_dtype())
+    # What torch.distributions looks at is the process's as well: torch.compile switches it off.
+    reader.key += (torch.get_default_dtype(), torch.distributions.Distribution._validate_args)
     for name in GLOBAL_HOOKS:
         hooks = getattr(torch_module, name)
         if hooks:
