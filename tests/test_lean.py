@@ -44,6 +44,8 @@ def test_training_leaves_the_compiler_unloaded(engine: str) -> None:
 
 # PyTorch's own, where forward mode is first used.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+# Forward mode's: a DeprecationWarning in torch 2.13, a FutureWarning in 2.14.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_vjp_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of results that depend on some inputs only, over tasks, and differentiated itself in both modes."""
     generator = torch.Generator().manual_seed(0)
