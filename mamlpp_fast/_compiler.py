@@ -76,10 +76,8 @@ class _WithoutCompiler:
 def lean_vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """``torch.func.vjp``, whose second result switches the compiler's autograd off, and asks SymPy about shapes."""
     made, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
-    plain, run = (
-        getattr(module, name, None)
-        for module, name in ((eager_transforms, "_autograd_grad"), (autograd_graph, "_engine_run_backward"))
-    )
+    plain = getattr(eager_transforms, "_autograd_grad", None)
+    run = getattr(autograd_graph, "_engine_run_backward", None)
     functions = all(isinstance(f, types.FunctionType) for f in (plain, pull, run))
     if "torch._dynamo" in sys.modules or not functions:  # another PyTorch, which is made otherwise
         return made, pull

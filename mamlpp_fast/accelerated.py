@@ -107,7 +107,7 @@ def _shapes(model: nn.Module) -> _Shapes:
 
 
 def _said(key: list[Any]) -> str:
-    (_, *tensors), _, training, inputs, why, _ = key
+    (_, *tensors), _, training, inputs, why = key
     shown = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in tensors)
     kind = "training" if training else "evaluation"
     beside = ", examples with a gradient" if inputs else ""
@@ -315,9 +315,7 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
     given = tensors_of(x)
     inputs = any(t.requires_grad for t in given)
     devices = frozenset(t.device for t in given)
-    # Last but for the form: what a forward makes is of the process's default type.
-    beside = devices, model.training, inputs, transform, torch.get_default_dtype()
-    key = (_kind(model), form_of_inputs(x), *beside, form)
+    key = (_kind(model), form_of_inputs(x), devices, model.training, inputs, transform, form)
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -81,6 +82,7 @@ class Glance:
         self.rows = [
             _Row(m, children, modules[0].training) for m, children in zip(modules, places, strict=True)
         ]
+        self.default = torch.get_default_dtype()
         self.forwards = [(cls, forward_of(cls)) for cls in {row.cls for row in self.rows}]
         self.tensors = _shapes(tensors)
         self.graphs = [b is not None and b.requires_grad for m in modules for b in m._buffers.values()]
@@ -109,6 +111,8 @@ class Glance:
     def fits(self, model: nn.Module) -> bool:
         """Whether the model's form is this one."""
         if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+            return False
+        if torch.get_default_dtype() is not self.default:
             return False
         training, queue = model.training, [model]
         tensors: list[Tensor | None] = []
