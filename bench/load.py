@@ -8,7 +8,7 @@ Both engines' meta-gradients are checked first, as in `bench.iterations`. A busy
 
 from __future__ import annotations
 
-import signal
+import os
 import subprocess
 import sys
 import time
@@ -23,18 +23,21 @@ from mamlpp_fast.workloads import WORKLOADS, Workload
 ENGINES = ("reference", "fused")
 
 
-class Neighbours:
-    """Busy processes, of which as many as wanted go on and the others rest."""
+# Ends by itself once the process that started it is gone: a benchmark that is killed leaves nothing computing.
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
 
-    def __init__(self, most: int) -> None:
-        self._processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(most)]
+
+class Neighbours:
+    """Busy processes, as many as wanted."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
 
     def set_busy(self, count: int) -> None:
-        for i, process in enumerate(self._processes):
-            process.send_signal(signal.SIGCONT if i < count else signal.SIGSTOP)
-
-    def end(self) -> None:
-        for process in self._processes:
+        while len(self._processes) < count:
+            self._processes.append(subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]))
+        while len(self._processes) > count:
+            process = self._processes.pop()
             process.kill()
             process.wait()
 
@@ -51,7 +54,7 @@ def under_load(workload: Workload, busy: Sequence[int], rounds: int) -> list[dic
     jobs = {name: job(learner_of(workload, name, "cpu"), workload) for name in ENGINES}
     interleaved(jobs, 0.0, at_least=0)  # two rounds that warm up, none timed
     times = {(count, name): Times() for count in busy for name in ENGINES}
-    neighbours = Neighbours(max(busy))
+    neighbours = Neighbours()
     try:
         for _ in range(rounds):
             for count in busy:
@@ -61,7 +64,7 @@ def under_load(workload: Workload, busy: Sequence[int], rounds: int) -> list[dic
                     jobs[name]()
                     times[count, name].seconds.append(time.perf_counter() - start)
     finally:
-        neighbours.end()
+        neighbours.set_busy(0)
     rows = []
     for count in busy:
         row: dict[str, Any] = {"workload": workload.name, "busy": count}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tarfile
 import venv
 from pathlib import Path
@@ -197,6 +198,13 @@ def test_iterations_are_timed_beside_busy_processes() -> None:
     assert rows[0]["fused_growth"] == rows[0]["growth_ratio"] == 1
     assert all(row["fused_ms"][1] > 0 for row in rows)
     assert "tiny, 1 busy" in load.describe(rows)
+
+
+def test_a_busy_process_outlives_no_benchmark_that_is_killed() -> None:
+    code = "import os\nfrom bench.load import Neighbours\nNeighbours().set_busy(2)\nos._exit(7)"
+    # Its output ends only when the last process that holds it, the busy ones among them, has ended.
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 7, done.stderr
 
 
 def test_the_page_shows_a_ratio_beside_that_of_the_second_run(
