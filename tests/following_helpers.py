@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from helpers import noise
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -52,13 +53,10 @@ def around_a_change(
     engine: Any, kind: Callable[[], nn.Module], shape: tuple[int, ...], loss: Any, change: Callable[[], Any]
 ) -> list[Any]:
     """A learner's losses before and after a change of what its loss names, and the meta-gradient after it."""
-    g = torch.Generator().manual_seed(0)
-    x, q = (torch.randn(2, 6, *shape, dtype=torch.float64, generator=g) for _ in range(2))
-    y = torch.arange(6).remainder(3).repeat(2, 1)
     torch.manual_seed(0)
     config = mf.MAMLConfig.maml(steps=2, inner_lr=0.1)
     learner = mf.MAMLPlusPlus(kind(), config, engine=engine, precision="float64", loss_fn=loss)
-    batch = mf.EpisodeBatch(x, y, q, y)
+    batch = noise(*shape)
     before = learner.meta_gradient(batch).loss
     change()
     after = learner.meta_gradient(batch).loss

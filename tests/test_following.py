@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import noise
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -43,10 +44,7 @@ class Net(nn.Module):
 
 
 def batch(ways: int = 5, seed: int = 1) -> mf.EpisodeBatch:
-    g = torch.Generator().manual_seed(seed)
-    x, q = (torch.randn(2, ways, 10, dtype=torch.float64, generator=g) for _ in range(2))
-    labels = torch.arange(ways).repeat(2, 1)
-    return mf.EpisodeBatch(x, labels, q, labels)
+    return noise(10, images=ways, ways=ways, seed=seed)
 
 
 def new(engine: str, model: nn.Module | None = None, config: mf.MAMLConfig = CONFIG) -> mf.MAMLPlusPlus:
