@@ -139,7 +139,7 @@ def _batch_norm(
     names = [None if p is None else low.parameter(p) for p in (weight, bias)]
     slots = [None if n is None else low.vector(n) for n in names]
     adapting = bool(low.adapted.intersection(names))
-    shared = Rows(low.name, names[0], names[1], rows, rows > 1, shape[2])
+    shared = Rows(low.name, names[0], names[1], rows, shape[2])
     statistics = None
     if running_mean is not None:
         for buffer in (running_mean, running_var):
