@@ -47,6 +47,12 @@ def noise(*shape: int, images: int = 6, ways: int = 3, seed: int = 0) -> mf.Epis
     return mf.EpisodeBatch(x, labels, q, labels)
 
 
+def moved(loss: Tensor, weights: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+    """The weights after a textbook's step on a loss of them, differentiable."""
+    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    return {n: p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+
+
 def jittered(model: nn.Module) -> nn.Module:
     """In float64, with every parameter off the value that would hide an error."""
     model = model.double()
