@@ -162,33 +162,30 @@ def forward(
     x: Tensor, w: Tensor, x2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d`` of ``mamlpp_fast.ops``; all tensors contiguous."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(x, w, out, padding)
-    tensors, pairs = _operands(x, w, x2, w2, out)
-    sizes = (pairs, images * oh * ow, oh, ow, height, width, ci, co, kw, taps, stride, *pads)
-    _launch_product(tensors, out, sizes, tasks, len(w), transposed=False)
+    _product(x, w, x2, w2, stride, _geometry(x, w, out, padding), out, transposed=False)
 
 
 def to_input(
     g: Tensor, w: Tensor, g2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
 ) -> None:
     """``task_conv2d_to_input``."""
-    tasks, images, height, width, ci, oh, ow, co, kw, taps, *pads = _geometry(out, w, g, padding)
-    tensors, pairs = _operands(g, w, g2, w2, out)
-    sizes = (pairs, images * height * width, height, width, oh, ow, co, ci, kw, taps, stride, *pads)
-    _launch_product(tensors, out, sizes, tasks, len(w), transposed=True)
+    _product(g, w, g2, w2, stride, _geometry(out, w, g, padding), out, transposed=True)
 
 
-def _launch_product(
-    tensors: list[Tensor], out: Tensor, sizes: tuple[int, ...], tasks: int, weights: int, *, transposed: bool
-) -> None:
-    dtype, arch = tensors[0].dtype, _arch()
-    rows, channels = sizes[1], sizes[7]
-    dense = _dense(sizes[6], channels)
+def _product(
+    a: Tensor, w: Tensor, a2: Tensor | None, w2: Tensor | None, stride: int, geometry: tuple[int, ...], out: Tensor, *,
+    transposed: bool,
+) -> None:  # fmt: skip
+    """Images by weights: those in front of the convolution, or behind it and the weights ``transposed``."""
+    tasks, images, *_, kw, taps, pad_y, pad_x = geometry
+    tensors, pairs = _operands(a, w, a2, w2, out)
+    (height, width, ci), (oh, ow, co) = a.shape[2:], out.shape[2:]
+    rows, dense, dtype, arch = images * oh * ow, _dense(ci, co), tensors[0].dtype, _arch()
     tile = _tile(dtype, dense, _precision(dtype, dense, arch), weight=False, arch=arch)
-    grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(channels, tile.constants["BN"]), tasks)
+    grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(co, tile.constants["BN"]), tasks)
     kernels._product[grid](
-        *tensors, out, *sizes[:6], sizes[9], weights, *sizes[6:], TRANSPOSED=transposed, **tile.constants,
-        **_unrolling(tile, sizes[6], arch), **tile.options,
+        *tensors, out, pairs, rows, oh, ow, height, width, taps, len(w), ci, co, kw, taps, stride, pad_y, pad_x,
+        TRANSPOSED=transposed, **tile.constants, **_unrolling(tile, ci, arch), **tile.options,
     )  # fmt: skip
 
 

@@ -57,14 +57,12 @@ class NativeStatus:
         reason: why not; empty when loaded.
         path: the library file, when there is one.
         isa: instruction set in use (``portable``, ``avx2``, ``avx512``, ``avx512bf16``, ``amxbf16``), when loaded.
-        torch_version: the torch it was built for, when there is a library.
     """
 
     loaded: bool
     reason: str
     path: Path | None = None
     isa: str | None = None
-    torch_version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def _open(path: Path) -> NativeStatus:
     isa, _set_threads = library.mamlpp_fast_isa, library.mamlpp_fast_set_threads
     isa.restype = ctypes.c_char_p
     _set_threads.argtypes, _set_threads.restype = [ctypes.c_int], None
-    return NativeStatus(True, "", path, isa().decode(), torch.__version__)
+    return NativeStatus(True, "", path, isa().decode())
 
 
 def _shipped() -> Path:

@@ -348,17 +348,6 @@ class MAMLPlusPlus:
             (self.optimizer.step if step is None else step)()
         self.iteration += 1
 
-    def check_finite(self, task_losses: Tensor) -> None:
-        """Raises when a task's loss of the last step is not finite (reads from the device).
-
-        Raises:
-            NonFiniteLossError: names epoch, iteration and task.
-        """
-        bad = (~torch.isfinite(task_losses)).nonzero()
-        if len(bad):
-            last = self.iteration - 1
-            raise NonFiniteLossError(last, last // self.config.iterations_per_epoch, int(bad[0]))
-
     @undisturbed()
     def adapt(self, support_x: reference.Inputs, support_y: Tensor, *, steps: int | None = None) -> Predictor:
         """Adapts to one support set, for inference.

@@ -39,15 +39,34 @@ def random_batch(
     return mf.EpisodeBatch(*side(shots), *side(targets))
 
 
-def small_conv4(steps: int = 3, *, seed: int = 0, **changes: object) -> mf.Conv4:
-    """A two-stage Conv4 whose every parameter is moved off the value that would hide an error."""
-    torch.manual_seed(seed)
-    arguments = {"image_size": 12, "filters": 4, "stages": 2, "num_steps": steps} | changes
-    model = mf.Conv4(1, 3, **arguments).double()  # type: ignore[arg-type]
+def noise(*shape: int, images: int = 6, ways: int = 3, seed: int = 0) -> mf.EpisodeBatch:
+    """Two tasks of random examples of this shape, the classes in turn, in support and targets alike; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x, q = (torch.randn(2, images, *shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    labels = torch.arange(images).remainder(ways).repeat(2, 1)
+    return mf.EpisodeBatch(x, labels, q, labels)
+
+
+def moved(loss: Tensor, weights: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+    """The weights after a textbook's step on a loss of them, differentiable."""
+    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    return {n: p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+
+
+def jittered(model: nn.Module) -> nn.Module:
+    """In float64, with every parameter off the value that would hide an error."""
+    model = model.double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.1)
     return model
+
+
+def small_conv4(steps: int = 3, *, seed: int = 0, **changes: object) -> mf.Conv4:
+    """A two-stage Conv4, :func:`jittered`."""
+    torch.manual_seed(seed)
+    arguments = {"image_size": 12, "filters": 4, "stages": 2, "num_steps": steps} | changes
+    return jittered(mf.Conv4(1, 3, **arguments))  # type: ignore[arg-type, return-value]
 
 
 def small_learner(

@@ -80,13 +80,14 @@ def both(make: Callable[[], nn.Module], use: Callable[[nn.Module], dict[str, Ten
     assert not module._routes
     found = use(model)
     assert served()
+    same(found, expected, 1e-12, **CLOSE)
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], noise: float, **close: float) -> None:
     # A bias in front of batch norm has zeros for a gradient, or none, and rounding noise in plain PyTorch.
-    noise = {n for n, g in expected.items() if not n.startswith("buffer") and float(g.abs().max()) < 1e-12}
-    torch.testing.assert_close(
-        {n: g for n, g in found.items() if n not in noise},
-        {n: g for n, g in expected.items() if n not in noise},
-        **CLOSE,
-    )
+    left = [n for n, g in expected.items() if not n.startswith("buffer") and float(g.abs().max()) < noise]
+    ours, theirs = ({n: g for n, g in side.items() if n not in left} for side in (found, expected))
+    torch.testing.assert_close(ours, theirs, **close)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -235,13 +236,8 @@ def test_higher(name: str, kind: str, again: bool) -> None:
     assert not module._routes
     found = script(model, True, kind, again)
     assert served()
-    noise = {n for n, g in expected.items() if not n.startswith("buffer") and float(g.abs().max()) < 1e-9}
     close = {"rtol": 1e-7, "atol": 1e-9} if kind == "Adam" else CLOSE  # Adam divides by small gradients
-    torch.testing.assert_close(
-        {n: g for n, g in found.items() if n not in noise},
-        {n: g for n, g in expected.items() if n not in noise},
-        **close,
-    )
+    same(found, expected, 1e-9, **close)
 
 
 def test_higher_has_one_program_for_all_tasks_and_steps_and_none_unfused() -> None:

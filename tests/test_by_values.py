@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import gradients
+from helpers import gradients, noise
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -57,10 +57,7 @@ def columns(model: Changed, h: Tensor) -> None:
 
 
 def batch(seed: int) -> mf.EpisodeBatch:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    labels = torch.arange(3).repeat(2, 2)
-    return mf.EpisodeBatch(x, labels, y, labels)
+    return noise(4, seed=seed)
 
 
 def learner(model: nn.Module, engine: str, **settings: object) -> mf.MAMLPlusPlus:

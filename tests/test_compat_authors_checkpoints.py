@@ -154,20 +154,29 @@ def test_recorded_parameters_evaluate_as_recorded(
 # Adam -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["reference", "fused"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_training_goes_on_as_theirs_would(tmp_path: Path, variant: str, engine: EngineName) -> None:
-    experiment = tiny_experiment(tmp_path, **VARIANTS[variant])
+def _their_system(experiment: Experiment) -> TheirSystem:
     config = experiment.config
-    theirs = TheirSystem(config, gamma=config.learn_gamma, beta=config.learn_beta)
-    batches = list(their_batches(6))
+    return TheirSystem(config, gamma=config.learn_gamma, beta=config.learn_beta)
+
+
+def _half_way(tmp_path: Path, variant: str, engine: EngineName) -> tuple[Experiment, TheirSystem, list[Any]]:
+    """Their system after three of six batches, of which an imported run lies in ``run``; and the other three."""
+    experiment = tiny_experiment(tmp_path, **VARIANTS[variant])
+    theirs, batches = _their_system(experiment), list(their_batches(6))
     for batch in batches[:3]:
         theirs.step(batch)
     torch.save(theirs.state([0.5]), tmp_path / "train_model_1")
     import_checkpoints([tmp_path / "train_model_1"], experiment, tmp_path / "run", engine=engine)
+    return experiment, theirs, batches[3:]
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_goes_on_as_theirs_would(tmp_path: Path, variant: str, engine: EngineName) -> None:
+    experiment, theirs, rest = _half_way(tmp_path, variant, engine)
     learner = stored(tmp_path / "run", experiment, engine)
     assert learner.iteration == 3
-    for batch in batches[3:]:
+    for batch in rest:
         loss = theirs.step(batch)
         assert float(learner.meta_step(batch).loss) == pytest.approx(loss, rel=1e-9)
     near(learner, theirs, tmp_path, experiment)
@@ -175,20 +184,14 @@ def test_training_goes_on_as_theirs_would(tmp_path: Path, variant: str, engine: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_their_training_goes_on_as_ours_would(tmp_path: Path, variant: str) -> None:
-    experiment = tiny_experiment(tmp_path, **VARIANTS[variant])
-    config = experiment.config
-    theirs, again = (TheirSystem(config, gamma=config.learn_gamma, beta=config.learn_beta) for _ in range(2))
-    batches = list(their_batches(6))
-    for batch in batches[:3]:
-        theirs.step(batch)
-    torch.save(theirs.state([0.5]), tmp_path / "train_model_1")
-    import_checkpoints([tmp_path / "train_model_1"], experiment, tmp_path / "run", engine="reference")
+    experiment, theirs, rest = _half_way(tmp_path, variant, "reference")
+    again = _their_system(experiment)
     export_checkpoint(tmp_path / "run", tmp_path / "back")
     state = torch.load(tmp_path / "back")
     again.load_state_dict(state["network"])
     again.optimizer.load_state_dict(state["optimizer"])
     again.iteration = state["current_iter"]
-    for batch in batches[3:]:
+    for batch in rest:
         assert again.step(batch) == theirs.step(batch)
     same_tensors(again.state_dict(), theirs.state_dict())
 

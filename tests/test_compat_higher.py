@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
@@ -281,9 +282,7 @@ def test_recurrent_layers(kind: type[nn.RNNBase]) -> None:
     with higher.innerloop_ctx(layer, opt, copy_initial_weights=False) as (flayer, diffopt):
         diffopt.step(flayer(x)[0].square().sum())
     own = dict(layer.named_parameters())
-    grads = torch.autograd.grad(layer(x)[0].square().sum(), list(own.values()), create_graph=True)
-    moved = {n: p - RATE * g for (n, p), g in zip(own.items(), grads, strict=True)}
-    expected = functional_call(layer, moved, (x,))[0]
+    expected = functional_call(layer, moved(layer(x)[0].square().sum(), own, RATE), (x,))[0]
     assert_close(flayer(x)[0], expected)
     assert_close(
         torch.autograd.grad(flayer(x)[0].sum(), list(own.values())),

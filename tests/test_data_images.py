@@ -114,7 +114,6 @@ def test_mini_protocol(tmp_path: Path) -> None:
     write_npz(tmp_path)
     data = load("miniimagenet", tmp_path)
     assert (data.mean, data.std, data.divisor) == (IMAGENET_MEAN, IMAGENET_STD, 255.0)
-    assert data.is_imagenet
     assert not data.rotate_train_classes
     assert (data.channels, data.image_size) == (3, 84)
     assert load("miniimagenet", tmp_path, protocol="unnormalised").mean == ()

@@ -22,7 +22,6 @@ def test_sizes_and_protocol(strokes: FewShotData) -> None:
     assert [strokes.split(s).image_shape for s in ("train", "val", "test")] == [(1, 28, 28)] * 3
     assert (strokes.image_size, strokes.channels, strokes.divisor) == (28, 1, 255.0)
     assert strokes.rotate_train_classes
-    assert not strokes.is_imagenet
     assert not load("strokes", protocol="upright").rotate_train_classes
     assert {int(n) for n in strokes.train.class_count} == {20}
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved, noise
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -43,10 +44,7 @@ class Net(nn.Module):
 
 
 def batch(ways: int = 5, seed: int = 1) -> mf.EpisodeBatch:
-    g = torch.Generator().manual_seed(seed)
-    x, q = (torch.randn(2, ways, 10, dtype=torch.float64, generator=g) for _ in range(2))
-    labels = torch.arange(ways).repeat(2, 1)
-    return mf.EpisodeBatch(x, labels, q, labels)
+    return noise(10, images=ways, ways=ways, seed=seed)
 
 
 def new(engine: str, model: nn.Module | None = None, config: mf.MAMLConfig = CONFIG) -> mf.MAMLPlusPlus:
@@ -174,8 +172,7 @@ def test_freezing_and_thawing_is_what_plain_pytorch_does(engine: str) -> None:
             fast = dict(own)
             for _ in range(2):
                 loss = F.cross_entropy(mf.functional_call(model, fast, task.support_x), task.support_y)
-                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-                fast = {n: p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+                fast = moved(loss, fast, 0.1)
             loss = F.cross_entropy(mf.functional_call(model, fast, task.target_x), task.target_y)
             (loss / 2).backward()
         adam.step()

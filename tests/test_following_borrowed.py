@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
@@ -116,9 +117,7 @@ def meta_gradient(model: nn.Module) -> list[Tensor]:
     x = torch.randn(4, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 1, 1, 0])
     weights: dict[str, Any] = dict(model.named_parameters())
-    loss = F.cross_entropy(model(x), y)
-    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-    fast = {n: p - 0.5 * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+    fast = moved(F.cross_entropy(model(x), y), weights, 0.5)
     loss = F.cross_entropy(mf.functional_call(model, fast, (x,)), y)
     return [loss, *torch.autograd.grad(loss, list(weights.values()))]
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import types
 from collections.abc import Callable
 from typing import Any
 
+import following_helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from following_helpers import Settings, around_a_change, assert_model_followed
 from torch import Tensor, nn
 from torch.testing import assert_close
-
-import mamlpp_fast as mf
 
 scale = 1.0
 act: Callable[[Tensor], Tensor] = F.softsign
 
 
-class Base(nn.Module):
+class Base(following_helpers.Base):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(1, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.Linear(3, 3)
@@ -29,12 +28,6 @@ class Base(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(F.gelu(self.norm(self.conv(x))).mean((2, 3)))
         return y
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) * self.factor()
-
-    def factor(self) -> float:
-        return 1.0
 
 
 class ByProperty(Base):
@@ -46,22 +39,23 @@ class ByProperty(Base):
         return self.now
 
 
-class ByStaticMethod(Base):
+class ByMethod(Base):
+    now: Callable[[], float]
+
+    def factor(self) -> float:
+        return self.now()
+
+
+class ByStaticMethod(ByMethod):
     @staticmethod
     def now() -> float:
         return scale
 
-    def factor(self) -> float:
-        return self.now()
 
-
-class ByClassMethod(Base):
+class ByClassMethod(ByMethod):
     @classmethod
     def now(cls) -> float:
         return scale
-
-    def factor(self) -> float:
-        return self.now()
 
 
 class Within(Base):
@@ -95,17 +89,12 @@ class ByDefault(Base):
         return self.body(x) * by
 
 
-class Settings:
-    """Holds a tensor as well, so that it is no plain record."""
-
-    def __init__(self) -> None:
-        self.scale, self.other = 1.0, torch.ones(2)
-
+class Twice(Settings):
     def twice(self) -> float:
         return 2 * self.scale
 
 
-class Inherited(Settings):
+class Inherited(Twice):
     """Has the method of its base."""
 
 
@@ -177,13 +166,10 @@ class Bound:
         return functools.partial(self.function, instance)
 
 
-class ByDecorator(Base):
+class ByDecorator(ByMethod):
     @Bound
     def now(self) -> float:
         return scale
-
-    def factor(self) -> float:
-        return self.now()
 
 
 class ByPartialMethod(Base):
@@ -247,18 +233,12 @@ def change(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_an_accelerated_model(kind: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
+def test_an_accelerated_model(
+    kind: type[Base], monkeypatch: pytest.MonkeyPatch, nothing_accelerated: None
+) -> None:
     kept.cache_clear()
-    plain, x = kind().double(), torch.randn(4, 1, 5, 5, dtype=torch.float64)
-    ours = mf.accelerate(copy.deepcopy(plain))
-    before = plain(x)
-    for _ in range(2):
-        assert_close(ours(x), before)
-    for model in (plain, ours):
-        change(model, monkeypatch)
-    assert not torch.allclose(plain(x), before, rtol=1e-2)
-    assert_close(ours(x), plain(x))
+    x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    plain, ours = assert_model_followed(kind, x, lambda model: change(model, monkeypatch))
     assert_close(torch.func.vmap(ours)(x[None])[0], plain(x))
 
 
@@ -311,18 +291,8 @@ def change_loss(loss: Any) -> None:
 @pytest.mark.parametrize("engine", ["auto", "autograd"])
 @pytest.mark.parametrize("make", [of_settings, of_itself, of_a_default, of_a_module])
 def test_a_loss(make: Callable[[], Any], engine: str) -> None:
-    g = torch.Generator().manual_seed(0)
-    x, q = (torch.randn(2, 6, 1, 5, 5, dtype=torch.float64, generator=g) for _ in range(2))
-    y = torch.arange(6).remainder(3).repeat(2, 1)
-    batch, found = mf.EpisodeBatch(x, y, q, y), []
+    found = []
     for name in ("reference", engine):
-        torch.manual_seed(0)
         loss = make()
-        config = mf.MAMLConfig.maml(steps=2, inner_lr=0.1)
-        learner = mf.MAMLPlusPlus(Base().double(), config, engine=name, precision="float64", loss_fn=loss)  # type: ignore[arg-type]
-        before = learner.meta_gradient(batch).loss
-        change_loss(loss)
-        after = learner.meta_gradient(batch).loss
-        assert abs(after - before) > 0.1
-        found.append([before, after, *(p.grad for p in learner.model.parameters())])
+        found.append(around_a_change(name, Base, (1, 5, 5), loss, lambda loss=loss: change_loss(loss)))
     assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)

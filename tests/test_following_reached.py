@@ -13,10 +13,12 @@ from pathlib import Path
 from random import random  # a builtin method, which belongs to no module
 from typing import Any
 
+import following_helpers
 import named_helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from following_helpers import Settings, around_a_change, assert_model_followed
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -28,20 +30,15 @@ context = contextvars.ContextVar("context", default=1.0)
 D = torch.float64
 
 
-class Settings:
-    """Holds a tensor as well, so that it is no plain record."""
-
-    def __init__(self) -> None:
-        self.scale, self.other = 1.0, torch.ones(2)
-
+class Own(Settings):
     def own(self) -> float:
         return self.scale
 
 
-bound = Settings().own
+bound = Own().own
 
 
-class Base(nn.Module):
+class Base(following_helpers.Base):
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.head = nn.GroupNorm(1, 3), nn.Linear(3, 3)
@@ -51,30 +48,24 @@ class Base(nn.Module):
         y: Tensor = self.head(self.norm(x))
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) * self.by()
-
-    def by(self) -> Any:
-        return 1.0
-
 
 class ThroughAModule(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return named_helpers.factor()
 
 
 class ConstantOfAModule(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return named_helpers.scale
 
 
 class TableOfAModule(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return named_helpers.settings["scale"]
 
 
 class ClassOfAModule(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return named_helpers.Settings.scale
 
 
@@ -84,55 +75,55 @@ class OtherOfAModule(Base):
 
 
 class ImportedWithin(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         from named_helpers import scale as own
 
         return own
 
 
 class ByGetattr(Base):
-    def by(self) -> Any:
+    def factor(self) -> Any:
         return getattr(named_helpers, "scale")  # noqa: B009
 
 
 class EnvironmentByGetattr(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return float(getattr(os, "environ").get("SCALE", "1"))  # noqa: B009
 
 
 class ObjectByGetattr(Base):
-    def by(self) -> Any:
+    def factor(self) -> Any:
         return getattr(self.settings, "scale")  # noqa: B009
 
 
 class ByAttrgetter(Base):
-    def by(self) -> Any:
+    def factor(self) -> Any:
         return operator.attrgetter("settings.scale")(self)
 
 
 class ByGlobals(Base):
-    def by(self) -> Any:
+    def factor(self) -> Any:
         return globals()["scale"]
 
 
 class ByContext(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return context.get()
 
 
 class ByABoundMethod(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return bound()
 
 
 class Parent(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return scale
 
 
 class BySuper(Parent):
-    def by(self) -> float:
-        return super().by()
+    def factor(self) -> float:
+        return super().factor()
 
 
 class BySuperForward(Parent):
@@ -150,7 +141,7 @@ class ByAnotherModule(Base):
         super().__init__()
         self.child = Child()
 
-    def by(self) -> float:
+    def factor(self) -> float:
         return self.child.helper()
 
 
@@ -165,7 +156,7 @@ deep = nested(12)
 
 
 class Deep(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return deep()
 
 
@@ -173,7 +164,7 @@ class ByIndex(Base):
     def __getitem__(self, name: str) -> float:
         return scale
 
-    def by(self) -> float:
+    def factor(self) -> float:
         return self["scale"]
 
 
@@ -181,7 +172,7 @@ class ByMissing(Base):
     def __getattr__(self, name: str) -> Any:
         return scale if name == "missing" else super().__getattr__(name)
 
-    def by(self) -> Any:
+    def factor(self) -> Any:
         return self.missing
 
 
@@ -195,7 +186,7 @@ class ByOperator(Base):
         super().__init__()
         self.times = Times()
 
-    def by(self) -> Any:
+    def factor(self) -> Any:
         return self.times
 
 
@@ -207,7 +198,7 @@ class Entered:
 
 
 class ByWith(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         with Entered() as own:
             return own
 
@@ -256,24 +247,14 @@ MODELS: dict[type[Base], Change] = {
 def test_an_accelerated_model(
     kind: type[Base], monkeypatch: pytest.MonkeyPatch, nothing_accelerated: None
 ) -> None:
-    def run() -> None:
-        torch.manual_seed(0)
-        plain, x = kind().double(), torch.randn(4, 3, dtype=D)
-        ours = mf.accelerate(copy.deepcopy(plain))
-        before = plain(x)
-        for _ in range(2):
-            assert_close(ours(x), before)
-        assert "one operation" in mf.acceleration(ours)
-        for model in (plain, ours):
-            MODELS[kind](model, monkeypatch)
-        assert not torch.allclose(plain(x), before, rtol=1e-2)
-        assert_close(ours(x), plain(x))
-
-    contextvars.copy_context().run(run)
+    x = torch.randn(4, 3, dtype=D)
+    contextvars.copy_context().run(
+        assert_model_followed, kind, x, lambda model: MODELS[kind](model, monkeypatch)
+    )
 
 
 class Drawing(Base):
-    def by(self) -> float:
+    def factor(self) -> float:
         return random()
 
 
@@ -287,7 +268,7 @@ def test_what_libraries_do_is_not_followed() -> None:
     """A function of Python's own names hundreds of others."""
 
     class Net(Base):
-        def by(self) -> float:
+        def factor(self) -> float:
             return len(copy.deepcopy([1.0]))
 
     model = Net()
@@ -335,23 +316,13 @@ def of_a_context(y: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("engine", ["auto", "autograd"])
 @pytest.mark.parametrize("loss", [of_a_module, of_a_context])
 def test_a_loss(loss: Any, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    g = torch.Generator().manual_seed(0)
-    x, q = (torch.randn(2, 6, 3, dtype=D, generator=g) for _ in range(2))
-    y = torch.arange(6).remainder(3).repeat(2, 1)
-    batch, found = mf.EpisodeBatch(x, y, q, y), list[Any]()
-
-    def run(name: str) -> None:
-        torch.manual_seed(0)
-        config = mf.MAMLConfig.maml(steps=2, inner_lr=0.1)
-        learner = mf.MAMLPlusPlus(Base(), config, engine=name, precision="float64", loss_fn=loss)  # type: ignore[arg-type]
-        before = learner.meta_gradient(batch).loss
-        with monkeypatch.context() as patch:
-            _module(learner.model, patch)
-            context.set(3.0)
-            after = learner.meta_gradient(batch).loss
-        assert abs(after - before) > 0.1
-        found.append([before, after, *(p.grad for p in learner.model.parameters())])
-
+    found = []
     for name in ("reference", engine):
-        contextvars.copy_context().run(run, name)
+        with monkeypatch.context() as patch:
+
+            def change(patch: pytest.MonkeyPatch = patch) -> None:
+                patch.setattr(named_helpers, "scale", 3.0)
+                context.set(3.0)
+
+            found.append(contextvars.copy_context().run(around_a_change, name, Base, (3,), loss, change))
     assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)

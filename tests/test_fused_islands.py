@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_batch
-from test_fused_sweep import FORMS, assert_same, compare, engines, jittered, step_weights
+from helpers import jittered, random_batch
+from test_fused_sweep import FORMS, assert_same, compare, engines, step_weights
 from torch import Tensor, nn
 
 from mamlpp_fast.engine.fused import FusedEngine

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import kept_threads, random_batch, small_conv4
+from helpers import jittered, kept_threads, random_batch, small_conv4
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
@@ -81,15 +81,6 @@ def compare(
         assert_same(grad, torch.zeros_like(p) if p.grad is None else p.grad, f"gradient of {name}", floor)
     for (name, b), own in zip(pair[0].model.named_buffers(), pair[1].model.buffers(), strict=True):
         assert_same(own.double(), b.double(), name)
-
-
-def jittered(model: nn.Module) -> nn.Module:
-    """In float64, with every parameter off the value that would hide an error."""
-    model = model.double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.1)
-    return model
 
 
 FORMS = {

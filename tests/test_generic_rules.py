@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from mamlpp_fast.engine.fused.composites import COMPOSITES
 from mamlpp_fast.engine.fused.masks import PassMasks
 from mamlpp_fast.engine.fused.program import Emitter, Ref, Workspace
-from mamlpp_fast.engine.fused.steps import Generic, Slot
+from mamlpp_fast.engine.fused.steps import Generic, Slot, Step
 from mamlpp_fast.engine.fused.steps.base import Gradients, Pass, aten
 from mamlpp_fast.engine.fused.steps.generic import Recorded
 from mamlpp_fast.engine.operation import Operation, Parameter, Value
@@ -34,7 +34,7 @@ def step_of(function: Callable[..., Tensor], forms: list[Form], weights: list[Fo
 
 
 def rules(
-    step: Generic,
+    step: Step,
     tasks: int,
     values: Mapping[Any, Tensor],
     moving: Mapping[Any, Tensor],
@@ -111,6 +111,38 @@ def autograd(
     return found | {f"g_dot {n}": g for n, g in zip(names, dots, strict=True)}
 
 
+def assert_four_rules(
+    step: Step,
+    function: Callable[..., Tensor],
+    shapes: Mapping[Any, Form],
+    tasks: int,
+    still: Collection[Any],
+    rtol: float,
+    atol: float,
+) -> None:
+    """Holds a step's rules against autograd.
+
+    Args:
+        function: what the step computes of one task.
+        shapes: of inputs, by number and with the examples, and of parameters, by name.
+        still: those that have no direction.
+    """
+    values, directions = (
+        {n: torch.randn(tasks, *form, dtype=torch.float64) for n, form in shapes.items()} for _ in range(2)
+    )
+    directions = {n: d for n, d in directions.items() if n not in still}
+    like = function(*(v[0] for v in values.values()))
+    gy, gy_dot = (torch.randn(tasks, *like.shape, dtype=torch.float64) for _ in range(2))
+    found = rules(step, tasks, values, directions, gy, gy_dot)
+    for t in range(tasks):
+        own = ({n: v[t] for n, v in given.items()} for given in (values, directions))
+        for name, expected in autograd(function, *own, gy[t], gy_dot[t]).items():
+            result = found[name][t] if name in found else torch.zeros_like(expected)
+            assert_close(
+                result, expected, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
 def _scan(x: Tensor, h: Tensor, *params: Tensor) -> Tensor:
     return COMPOSITES[torch.gru](x, h, params, True, 1, 0.0, True, False, True)[0]  # type: ignore[no-any-return]
 
@@ -168,40 +200,26 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Form], list[Form]]] = {
 }
 
 
-@pytest.mark.parametrize("tasks", [1, 3])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_four_rules(name: str, tasks: int) -> None:
-    function, forms, weights = FUNCTIONS[name]
-    _check(function, forms, weights, tasks, lambda n: True)
-
-
-@pytest.mark.parametrize("still", [0, 1, "w0"])
-def test_inputs_without_a_direction(still: int | str) -> None:
-    _check(lambda x, y, w: F.silu(x * y @ w) + y, [(N, 5), (N, 5)], [(5, 5)], 2, lambda n: n != still)
-
-
 def _check(
     function: Callable[..., Tensor],
     forms: list[Form],
     weights: list[Form],
     tasks: int,
-    moves: Callable[[Any], bool],
+    still: Collection[Any] = (),
 ) -> None:
     shapes: dict[Any, Form] = dict(enumerate(forms)) | {f"w{i}": form for i, form in enumerate(weights)}
-    values, directions = (
-        {n: torch.randn(tasks, *form, dtype=torch.float64) for n, form in shapes.items()} for _ in range(2)
-    )
-    directions = {n: d for n, d in directions.items() if moves(n)}
-    like = function(*(v[0] for v in values.values()))
-    gy, gy_dot = (torch.randn(tasks, *like.shape, dtype=torch.float64) for _ in range(2))
-    found = rules(step_of(function, forms, weights), tasks, values, directions, gy, gy_dot)
-    for t in range(tasks):
-        own = ({n: v[t] for n, v in given.items()} for given in (values, directions))
-        for name, expected in autograd(function, *own, gy[t], gy_dot[t]).items():
-            result = found[name][t] if name in found else torch.zeros_like(expected)
-            assert_close(
-                result, expected, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
-            )
+    assert_four_rules(step_of(function, forms, weights), function, shapes, tasks, still, 1e-10, 1e-12)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_four_rules(name: str, tasks: int) -> None:
+    _check(*FUNCTIONS[name], tasks)
+
+
+@pytest.mark.parametrize("still", [0, 1, "w0"])
+def test_inputs_without_a_direction(still: int | str) -> None:
+    _check(lambda x, y, w: F.silu(x * y @ w) + y, [(N, 5), (N, 5)], [(5, 5)], 2, [still])
 
 
 @pytest.mark.parametrize("tasks", [1, 3])

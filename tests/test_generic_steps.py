@@ -99,208 +99,72 @@ def flat(*inner: nn.Module, features: int, size: int) -> nn.Module:
 
 
 FEATURES, SEQUENCE, IMAGES, TOKENS = (4,), (5, 4), (2, 6, 6), (7,)
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "softplus": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, WAYS)), FEATURES),
-    "gelu": (lambda: nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, WAYS)), FEATURES),
-    "siren": (
-        lambda: Calls(
+# By the shape of an example.
+_MADE: dict[tuple[int, ...], dict[str, Callable[[], nn.Module]]] = {
+    FEATURES: {
+        "softplus": lambda: nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Linear(8, WAYS)),
+        "gelu": lambda: nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, WAYS)),
+        "siren": lambda: Calls(
             lambda m, x: m.c(torch.sin(3 * m.b(torch.sin(3 * m.a(x))))),
             a=nn.Linear(4, 6),
             b=nn.Linear(6, 6),
             c=nn.Linear(6, WAYS),
         ),
-        FEATURES,
-    ),
-    "pointwise": (
-        lambda: Calls(
+        "pointwise": lambda: Calls(
             lambda m, x: m.b(F.softplus(h := m.a(x)) * h.sigmoid() + F.elu(h).square().clamp(max=1) / 2),
             a=nn.Linear(4, 6),
             b=nn.Linear(6, WAYS),
         ),
-        FEATURES,
-    ),
-    "context": (
-        lambda: Calls(
+        "context": lambda: Calls(
             lambda m, x: m.b(torch.tanh(m.a(torch.cat([x, m.context.expand(len(x), 2)], 1)))),
             a=nn.Linear(6, 5),
             b=nn.Linear(5, WAYS),
             context=nn.Parameter(torch.tensor([0.3, -0.2])),
         ),
-        FEATURES,
-    ),
-    "batchnorm1d": (
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, WAYS)),
-        FEATURES,
-    ),
-    "conv1d": (
-        lambda: nn.Sequential(
-            *(nn.Conv1d(5, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.MaxPool1d(2)),
-            *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, WAYS)),
+        "batchnorm1d": lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, WAYS)
         ),
-        SEQUENCE,
-    ),
-    "gru": (lambda: _rnn(nn.GRU, batch_first=True), SEQUENCE),
-    "gru-2-layers-both-ways": (
-        lambda: Calls(
-            lambda m, x: m.head(m.rnn(x.transpose(0, 1))[1].transpose(0, 1).flatten(1)),
-            rnn=nn.GRU(4, 3, num_layers=2, bidirectional=True),
-            head=nn.Linear(12, WAYS),
-        ),
-        SEQUENCE,
-    ),
-    "lstm": (lambda: _rnn(nn.LSTM, batch_first=True), SEQUENCE),
-    "lstm-projected": (
-        lambda: Calls(
-            lambda m, x: m.head(m.rnn(x)[0].mean(1)),
-            rnn=nn.LSTM(4, 5, batch_first=True, proj_size=3, bias=False),
-            head=nn.Linear(3, WAYS),
-        ),
-        SEQUENCE,
-    ),
-    "rnn": (lambda: _rnn(nn.RNN, batch_first=True), SEQUENCE),
-    "attention": (Attention, (5, 6)),
-    "encoder-layer": (
-        lambda: Calls(
-            lambda m, x: m.head(m.layer(x).mean(1)),
-            layer=nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, activation="gelu"),
-            head=nn.Linear(4, WAYS),
-        ),
-        SEQUENCE,
-    ),
-    "embedding": (
-        lambda: Calls(
-            lambda m, x: m.head(m.table(x).mean(1)), table=nn.Embedding(9, 4), head=nn.Linear(4, WAYS)
-        ),
-        TOKENS,
-    ),
-    "conv5x5": (
-        lambda: flat(
-            nn.Conv2d(2, 4, 5, padding=2), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), features=4, size=3
-        ),
-        IMAGES,
-    ),
-    "dilated": (
-        lambda: flat(nn.Conv2d(2, 3, 3, dilation=2, padding=2), nn.GELU(), features=3, size=6),
-        IMAGES,
-    ),
-    "depthwise": (
-        lambda: flat(
-            nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU(), features=4, size=6
-        ),
-        IMAGES,
-    ),
-    "transposed": (
-        lambda: flat(
-            nn.ConvTranspose2d(2, 3, 2, 2), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1), features=3, size=6
-        ),
-        IMAGES,
-    ),
-    "groupnorm": (
-        lambda: flat(nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), features=4, size=6),
-        IMAGES,
-    ),
-    "instancenorm": (
-        lambda: flat(
-            nn.Conv2d(2, 4, 3),
-            nn.InstanceNorm2d(4, affine=True),
-            nn.ELU(),
-            nn.AvgPool2d(2),
-            features=4,
-            size=2,
-        ),
-        IMAGES,
-    ),
-    "unet": (
-        lambda: Calls(
-            _unet,
-            down=nn.Conv2d(2, 3, 3, padding=1),
-            deep=nn.Conv2d(3, 4, 3, padding=1),
-            last=nn.Conv2d(7, WAYS, 1),
-        ),
-        IMAGES,
-    ),
-    "tied": (_tied, FEATURES),
-    "computed-weights": (
-        lambda: Calls(
+        "tied": _tied,
+        "computed-weights": lambda: Calls(
             lambda m, x: m.head(F.softplus(F.linear(x, m.scale * F.normalize(m.v, dim=1), m.scale[:, 0]))),
             v=nn.Parameter(torch.randn(6, 4)),
             scale=nn.Parameter(torch.rand(6, 1) + 0.5),
             head=nn.Linear(6, WAYS),
         ),
-        FEATURES,
-    ),
-    "in-place": (lambda: Calls(_in_place, first=nn.Linear(4, 6), last=nn.Linear(6, WAYS)), FEATURES),
-    "examples-mixed": (
-        lambda: Calls(
+        "in-place": lambda: Calls(_in_place, first=nn.Linear(4, 6), last=nn.Linear(6, WAYS)),
+        "examples-mixed": lambda: Calls(
             lambda m, x: m.b(h - h.mean(0) * len(x) if (h := torch.tanh(m.a(x))) is not None else h),
             a=nn.Linear(4, 6),
             b=nn.Linear(6, WAYS),
         ),
-        FEATURES,
-    ),
-    "detached": (
-        lambda: Calls(
+        "detached": lambda: Calls(
             lambda m, x: m.b(torch.tanh(h := m.a(x)) * h.detach().cos() + h.abs().sign()),
             a=nn.Linear(4, 6),
             b=nn.Linear(6, WAYS),
         ),
-        FEATURES,
-    ),
-    "constants": (
-        lambda: Calls(
+        "constants": lambda: Calls(
             lambda m, x: m.b(torch.tanh(m.a(x) * torch.arange(6.0) + torch.full((len(x), 1), 0.5))),
             a=nn.Linear(4, 6),
             b=nn.Linear(6, WAYS),
         ),
-        FEATURES,
-    ),
-    "positions": (Positions, SEQUENCE),
-    "several-results": (
-        lambda: Calls(
-            lambda m, x: m.h(
-                m.a(x).max(1)[0] + m.b(x).topk(2, 1).values.sum(1) + torch.stack(x.unbind(1)).mean(0)
-            ),
-            a=nn.Linear(4, 4),
-            b=nn.Linear(4, 4),
-            h=nn.Linear(4, WAYS),
-        ),
-        SEQUENCE,
-    ),
-    "chosen": (
-        lambda: Calls(
+        "chosen": lambda: Calls(
             lambda m, x: m.h(torch.where((a := m.a(x)) > 0, a.exp(), x).masked_fill(x > 1, 0.0)),
             a=nn.Linear(4, 4),
             h=nn.Linear(4, WAYS),
         ),
-        FEATURES,
-    ),
-    "solved": (
-        lambda: Calls(
+        "solved": lambda: Calls(
             lambda m, x: m.h(torch.linalg.solve(torch.eye(4, dtype=x.dtype) * 3 + m.w, x.T).T),
             w=nn.Parameter(torch.randn(4, 4) / 2),
             h=nn.Linear(4, WAYS),
         ),
-        FEATURES,
-    ),
-    "written-into": (lambda: Calls(_written_into, a=nn.Linear(4, 6), b=nn.Linear(8, WAYS)), FEATURES),
-    "counted-into": (
-        lambda: Calls(
-            lambda m, x: m.b(torch.zeros(len(x), 9, dtype=m.b.weight.dtype).scatter_(1, x, 1.0)),
-            b=nn.Linear(9, WAYS),
-        ),
-        TOKENS,
-    ),
-    "arguments-returned": (
-        lambda: Calls(
+        "written-into": lambda: Calls(_written_into, a=nn.Linear(4, 6), b=nn.Linear(8, WAYS)),
+        "arguments-returned": lambda: Calls(
             lambda m, x: m.b(torch.mul(*torch.broadcast_tensors(torch.tanh(m.a(x)), m.scale))),
             a=nn.Linear(4, 6),
             scale=nn.Parameter(torch.rand(6)),
             b=nn.Linear(6, WAYS),
         ),
-        FEATURES,
-    ),
-    "scatter": (
-        lambda: Calls(
+        "scatter": lambda: Calls(
             lambda m, x: m.b(
                 torch.zeros(len(x), 8, dtype=x.dtype)
                 .index_add(1, torch.tensor([0, 3, 3, 7, 1, 5]), m.a(x))
@@ -309,9 +173,81 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
             a=nn.Linear(4, 6),
             b=nn.Linear(8, WAYS),
         ),
-        FEATURES,
-    ),
+    },
+    SEQUENCE: {
+        "conv1d": lambda: nn.Sequential(
+            *(nn.Conv1d(5, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.MaxPool1d(2)),
+            *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, WAYS)),
+        ),
+        "gru": lambda: _rnn(nn.GRU, batch_first=True),
+        "gru-2-layers-both-ways": lambda: Calls(
+            lambda m, x: m.head(m.rnn(x.transpose(0, 1))[1].transpose(0, 1).flatten(1)),
+            rnn=nn.GRU(4, 3, num_layers=2, bidirectional=True),
+            head=nn.Linear(12, WAYS),
+        ),
+        "lstm": lambda: _rnn(nn.LSTM, batch_first=True),
+        "lstm-projected": lambda: Calls(
+            lambda m, x: m.head(m.rnn(x)[0].mean(1)),
+            rnn=nn.LSTM(4, 5, batch_first=True, proj_size=3, bias=False),
+            head=nn.Linear(3, WAYS),
+        ),
+        "rnn": lambda: _rnn(nn.RNN, batch_first=True),
+        "encoder-layer": lambda: Calls(
+            lambda m, x: m.head(m.layer(x).mean(1)),
+            layer=nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, activation="gelu"),
+            head=nn.Linear(4, WAYS),
+        ),
+        "positions": Positions,
+        "several-results": lambda: Calls(
+            lambda m, x: m.h(
+                m.a(x).max(1)[0] + m.b(x).topk(2, 1).values.sum(1) + torch.stack(x.unbind(1)).mean(0)
+            ),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 4),
+            h=nn.Linear(4, WAYS),
+        ),
+    },
+    (5, 6): {"attention": Attention},
+    TOKENS: {
+        "embedding": lambda: Calls(
+            lambda m, x: m.head(m.table(x).mean(1)), table=nn.Embedding(9, 4), head=nn.Linear(4, WAYS)
+        ),
+        "counted-into": lambda: Calls(
+            lambda m, x: m.b(torch.zeros(len(x), 9, dtype=m.b.weight.dtype).scatter_(1, x, 1.0)),
+            b=nn.Linear(9, WAYS),
+        ),
+    },
+    IMAGES: {
+        "conv5x5": lambda: flat(
+            nn.Conv2d(2, 4, 5, padding=2), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), features=4, size=3
+        ),
+        "dilated": lambda: flat(nn.Conv2d(2, 3, 3, dilation=2, padding=2), nn.GELU(), features=3, size=6),
+        "depthwise": lambda: flat(
+            nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU(), features=4, size=6
+        ),
+        "transposed": lambda: flat(
+            nn.ConvTranspose2d(2, 3, 2, 2), nn.LeakyReLU(), nn.MaxPool2d(3, 2, 1), features=3, size=6
+        ),
+        "groupnorm": lambda: flat(
+            nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), features=4, size=6
+        ),
+        "instancenorm": lambda: flat(
+            nn.Conv2d(2, 4, 3),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.ELU(),
+            nn.AvgPool2d(2),
+            features=4,
+            size=2,
+        ),
+        "unet": lambda: Calls(
+            _unet,
+            down=nn.Conv2d(2, 3, 3, padding=1),
+            deep=nn.Conv2d(3, 4, 3, padding=1),
+            last=nn.Conv2d(7, WAYS, 1),
+        ),
+    },
 }
+NETWORKS = {name: (make, shape) for shape, made in _MADE.items() for name, make in made.items()}
 # Networks all of whose operations have rules of their own by now: the textbook holds for these as well.
 RULED = {"gelu", "siren", "batchnorm1d", "conv1d", "conv5x5", "transposed", "groupnorm", "instancenorm"}
 SETTINGS = MAMLPP | {"bnwb": False, "bnrs": False}

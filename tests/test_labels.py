@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_batch, small_learner
+from helpers import moved, random_batch, small_learner
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -30,9 +30,7 @@ def plain(
     for task in zip(*fields, strict=True):
         fast = dict(model.named_parameters())
         for _ in range(2):
-            loss = loss_fn(mf.functional_call(model, fast, task[0]), task[1])
-            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-            fast = {n: p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+            fast = moved(loss_fn(mf.functional_call(model, fast, task[0]), task[1]), fast, 0.1)
         prediction = mf.functional_call(model, fast, task[2])
         loss = loss_fn(prediction, task[3])
         (loss / len(fields[0])).backward()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_generic_rules import N, autograd, rules
+from test_generic_rules import N, assert_four_rules
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -40,19 +40,8 @@ def test_the_four_rules(
     monkeypatch.setattr(attention, "_AT_ONCE", at_once)
     keys = LENGTH if causal else KEYS
     step = Attention("f", (0, 1, 2), 3, (HEADS, LENGTH, 2), keys, 0.5, causal)
-    shapes = {0: (HEADS, LENGTH, 4), 1: (HEADS, keys, 4), 2: (HEADS, keys, 2)}
-    values, directions = (
-        {n: torch.randn(TASKS, N, *shape, dtype=D) for n, shape in shapes.items()} for _ in range(2)
-    )
-    directions = {n: d for n, d in directions.items() if n not in still}
-    gy, gy_dot = (torch.randn(TASKS, N, HEADS, LENGTH, 2, dtype=D) for _ in range(2))
-    found = rules(step, TASKS, values, directions, gy, gy_dot)  # type: ignore[arg-type]
-    for t in range(TASKS):
-        own = ({n: v[t] for n, v in given.items()} for given in (values, directions))
-        for name, expected in autograd(plain(causal), *own, gy[t], gy_dot[t]).items():
-            assert_close(
-                found[name][t], expected, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
-            )
+    shapes = {0: (N, HEADS, LENGTH, 4), 1: (N, HEADS, keys, 4), 2: (N, HEADS, keys, 2)}
+    assert_four_rules(step, plain(causal), shapes, TASKS, still, rtol=1e-9, atol=1e-10)
 
 
 class Net(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
@@ -335,9 +336,7 @@ def test_models_that_take_keywords_and_give_containers(kind: type, library: str)
         own = dict(model.named_parameters())
         fast: dict[str, Tensor] = own
         for _ in range(STEPS):
-            inner = mf.functional_call(model, fast, (), support)[key]
-            grads = torch.autograd.grad(inner, list(fast.values()), create_graph=True)
-            fast = {n: p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+            fast = moved(mf.functional_call(model, fast, (), support)[key], fast, RATE)
         wanted = mf.functional_call(model, fast, (), target)[key]
         if library == "learn2learn":
             clone = maml.clone()
@@ -366,8 +365,7 @@ def test_freezing_and_thawing_between_iterations(library: str) -> None:
         fast = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for _ in range(STEPS):
             inner = F.cross_entropy(mf.functional_call(model, fast, (data[0],)), data[1])
-            grads = torch.autograd.grad(inner, list(fast.values()), create_graph=True)
-            fast = {n: p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+            fast = moved(inner, fast, RATE)
         wanted = F.cross_entropy(mf.functional_call(model, fast, (data[2],)), data[3])
         if library == "learn2learn":
             loss = learned(maml)(data)

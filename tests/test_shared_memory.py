@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import noise
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -128,13 +129,6 @@ def by_the_mode(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda y, labels: F.cross_entropy(y, labels, label_smoothing=0.4 if model.training else 0.0)
 
 
-def batch() -> mf.EpisodeBatch:
-    g = torch.Generator().manual_seed(0)
-    x, q = (torch.randn(2, 6, 1, 4, 4, dtype=D, generator=g) for _ in range(2))
-    y = torch.arange(6).remainder(3).repeat(2, 1)
-    return mf.EpisodeBatch(x, y, q, y)
-
-
 def left(
     engine: str, kind: type[Base], loss: Callable[[Any], Any] | None, **settings: Any
 ) -> tuple[dict[str, Any], str]:
@@ -147,9 +141,9 @@ def left(
     found: dict[str, Any] = {}
     said = []
     for i in range(2):
-        found[f"loss {i}"] = learner.meta_step(batch()).task_losses
+        found[f"loss {i}"] = learner.meta_step(noise(1, 4, 4)).task_losses
         said.append(learner.explain())
-    found["logits"] = learner.evaluate(batch()).logits
+    found["logits"] = learner.evaluate(noise(1, 4, 4)).logits
     grads = {f"{n}'s gradient": p.grad for n, p in learner.model.named_parameters()}
     return found | grads | learner.model.state_dict(), said[0]
 
@@ -204,7 +198,7 @@ def test_by_the_mode_without_a_check(own_threads: None) -> None:
 def test_accelerated(kind: type[Base], nothing_accelerated: None) -> None:
     """Between two calls the memory is written through its own name."""
     torch.manual_seed(0)
-    plain, x = kind(), batch().support_x[0]
+    plain, x = kind(), noise(1, 4, 4).support_x[0]
     ours = kind()
     ours.load_state_dict(plain.state_dict())
     mf.accelerate(ours)
@@ -227,5 +221,5 @@ def test_separate_pieces_of_one_memory(nothing_accelerated: None) -> None:
     for t in (*model.parameters(), *model.buffers()):
         t.data = flat[at : at + t.numel()].view(t.shape)
         at += t.numel()
-    mf.accelerate(model)(batch().support_x[0])
+    mf.accelerate(model)(noise(1, 4, 4).support_x[0])
     assert "one operation" in mf.acceleration(model)

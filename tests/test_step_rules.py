@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 import torch.nn.functional as F
 from op_helpers import pointwise_functions
-from test_generic_rules import N, autograd, rules
+from test_generic_rules import N, assert_four_rules
 from torch import Tensor
-from torch.testing import assert_close
 
 from mamlpp_fast.engine.fused.steps import (
     AveragePool,
@@ -144,15 +142,5 @@ def test_the_four_rules(name: str, still: str) -> None:
     shapes: dict[int | str, Form] = {0: (N, *form)} | {f"w{i}": w for i, w in enumerate(weights)}
     if still != "none" and (still != "x" or not weights) and still not in shapes:
         pytest.skip("has no such input, or nothing else that moves")
-    values, directions = (
-        {n: torch.randn(TASKS, *shape, dtype=torch.float64) for n, shape in shapes.items()} for _ in range(2)
-    )
-    directions = {n: d for n, d in directions.items() if n != (0 if still == "x" else still)}
-    like = function(*(v[0] for v in values.values()))
-    gy, gy_dot = (torch.randn(TASKS, *like.shape, dtype=torch.float64) for _ in range(2))
-    found = rules(step, TASKS, values, directions, gy, gy_dot)  # type: ignore[arg-type]
-    for t in range(TASKS):
-        own = ({n: v[t] for n, v in given.items()} for given in (values, directions))
-        for key, expected in autograd(function, *own, gy[t], gy_dot[t]).items():
-            result = found[key][t] if key in found else torch.zeros_like(expected)
-            assert_close(result, expected, rtol=1e-9, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+    without = 0 if still == "x" else still
+    assert_four_rules(step, function, shapes, TASKS, [without], rtol=1e-9, atol=1e-10)

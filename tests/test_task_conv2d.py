@@ -157,6 +157,10 @@ def relative(result: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def within_rounding(result: Tensor, exact: Tensor) -> None:
+    assert relative(result, exact) < 3e-6
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_float64_is_exact(backend: str, name: str) -> None:
     def check(result: Tensor, exact: Tensor) -> None:
@@ -167,18 +171,12 @@ def test_float64_is_exact(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_float32_error_is_rounding(backend: str, name: str) -> None:
-    def check(result: Tensor, exact: Tensor) -> None:
-        assert relative(result, exact) < 3e-6
-
-    Case(SHAPES[name], torch.float32).compare(check)
+    Case(SHAPES[name], torch.float32).compare(within_rounding)
 
 
 @pytest.mark.parametrize("name", BFLOAT16_SHAPES)
 def test_bfloat16_operands_are_summed_in_float32(backend: str, name: str) -> None:
-    def check(result: Tensor, exact: Tensor) -> None:
-        assert relative(result, exact) < 3e-6
-
-    Case(BFLOAT16_SHAPES[name], torch.bfloat16).compare(check)
+    Case(BFLOAT16_SHAPES[name], torch.bfloat16).compare(within_rounding)
 
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")

@@ -256,8 +256,9 @@ def test_a_non_finite_loss_names_the_place_and_keeps_the_last_good_checkpoint(
         return metrics
 
     monkeypatch.setattr(MAMLPlusPlus, "meta_step", diverging)
-    with pytest.raises(NonFiniteLossError, match="epoch 1, iteration 4, task 1"):
+    with pytest.raises(NonFiniteLossError, match="epoch 1, iteration 4, task 1") as error:
         run(tmp_path, data)
+    assert (error.value.epoch, error.value.iteration, error.value.task) == (1, 4, 1)
     content = load_checkpoint(tmp_path / "checkpoints" / "latest.pt", "training")
     assert content["learner"]["iteration"] == 3
     assert all(bool(torch.isfinite(t).all()) for t in content["learner"]["model"].values())

@@ -51,8 +51,8 @@ def learner(engine: str = "auto", *, precision: str = "float64", **options: Any)
 
 
 def _wrong_slope(patch: pytest.MonkeyPatch) -> None:
-    def rule(low: Any, call: Any, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> None:
-        rules._activation(low, call, input, 0.9 * negative_slope)
+    def rule(low: Any, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> None:
+        rules._activation(low, input, 0.9 * negative_slope)
 
     patch.setitem(lowering._RULES, F.leaky_relu, rule)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved, noise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -47,31 +48,26 @@ def written_out(held: dict[str, Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def expected(model: nn.Module, batch: mf.EpisodeBatch) -> dict[str, Tensor]:
+def expected(
+    model: nn.Module,
+    batch: mf.EpisodeBatch,
+    call: Callable[[dict[str, Tensor], Tensor], Tensor] = written_out,
+) -> dict[str, Tensor]:
     own = dict(model.named_parameters())
     total = torch.zeros((), dtype=torch.float64)
     for task in batch:
         fast = dict(own)
         for _ in range(STEPS):
-            loss = F.cross_entropy(written_out(fast, task.support_x), task.support_y)
-            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-            fast = {n: p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-        total = total + F.cross_entropy(written_out(fast, task.target_x), task.target_y)
+            fast = moved(F.cross_entropy(call(fast, task.support_x), task.support_y), fast, RATE)
+        total = total + F.cross_entropy(call(fast, task.target_x), task.target_y)
     grads = torch.autograd.grad(total / batch.num_tasks, list(own.values()))
     return dict(zip(own, grads, strict=True))
-
-
-def batch_of() -> mf.EpisodeBatch:
-    torch.manual_seed(1)
-    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
-    y = torch.arange(6).remainder(3).expand(2, 6)
-    return mf.EpisodeBatch(x[0], y, x[1], y)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("engine", ["reference", "autograd", "auto"])
 def test_engines(norm: str, engine: str) -> None:
-    model, batch = model_of(norm), batch_of()
+    model, batch = model_of(norm), noise(6)
     config = mf.MAMLConfig(steps=STEPS, inner_lr=RATE, msl=False, lslr=False)
     own = mf.MAMLPlusPlus(model_of(norm), config, engine=engine, precision="float64", device="cpu")  # type: ignore[arg-type]
     own.meta_gradient(batch)
@@ -81,7 +77,7 @@ def test_engines(norm: str, engine: str) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_adapt(norm: str) -> None:
-    model, batch = model_of(norm), batch_of()
+    model, batch = model_of(norm), noise(6)
     for task in batch:
         fast = mf.adapt(model, task.support_x, task.support_y, RATE, steps=STEPS)
         loss = F.cross_entropy(mf.functional_call(model, fast, (task.target_x,)), task.target_y)
@@ -91,17 +87,8 @@ def test_adapt(norm: str) -> None:
 
 
 def test_accelerate() -> None:
-    model, batch = model_of("parametrization"), batch_of()
+    model, batch = model_of("parametrization"), noise(6)
     fast = mf.accelerate(copy.deepcopy(model))
-    own = dict(fast.named_parameters())
-    total = torch.zeros((), dtype=torch.float64)
-    for task in batch:
-        held = dict(own)
-        for _ in range(STEPS):
-            loss = F.cross_entropy(mf.functional_call(fast, held, (task.support_x,)), task.support_y)
-            grads = torch.autograd.grad(loss, list(held.values()), create_graph=True)
-            held = {n: p - RATE * g for (n, p), g in zip(held.items(), grads, strict=True)}
-        total = total + F.cross_entropy(mf.functional_call(fast, held, (task.target_x,)), task.target_y)
-    found = dict(zip(own, torch.autograd.grad(total / batch.num_tasks, list(own.values())), strict=True))
+    found = expected(fast, batch, lambda held, x: mf.functional_call(fast, held, (x,)))
     assert "one operation" in mf.acceleration(fast), mf.acceleration(fast)
     torch.testing.assert_close(found, expected(model, batch), rtol=1e-9, atol=1e-12)

@@ -226,9 +226,12 @@ struct Saved {
     check_shape("rstd", rstd, {p.tasks, p.shape.channels});
     if (p.shape.pool) positions = index.const_data_ptr<uint8_t>();
   }
-  /// Fills row 0 of a task's scratch with scale = gamma / sigma.
-  void scale(const Scratch<T>& scratch, int64_t task) const {
-    for (int64_t c = 0; c < p.shape.channels; ++c) scratch.row(task, 0)[c] = gamma.row(task)[c] * rstd.row(task)[c];
+  /// Memory whose row 0 is a task's scale = gamma / sigma.
+  Scratch<T> scratch(int64_t sums, int64_t rows) const {
+    const Scratch<T> made(p, sums, rows);
+    for (int64_t t = 0; t < p.tasks; ++t)
+      for (int64_t c = 0; c < p.shape.channels; ++c) made.row(t, 0)[c] = gamma.row(t)[c] * rstd.row(t)[c];
+    return made;
   }
   NormRows<T> rows(const Scratch<T>& scratch, int64_t task) const {
     return {mean.row(task), scratch.row(task, 0), beta.row(task), slope};
@@ -251,8 +254,7 @@ void backward(const Problem& p, const Tensor& gy_, const Saved<T>& saved, Tensor
   const In<T> gy(gy_);
   const Out<T> gz(gz_), ggamma(ggamma_), gbeta(gbeta_);
   const int64_t channels = p.shape.channels;
-  const Scratch<T> scratch(p, 2, 3);
-  for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
+  const Scratch<T> scratch = saved.scratch(2, 3);
   run(
       p,
       [&](int64_t t, int64_t at) {
@@ -292,8 +294,7 @@ void tangent(const Problem& p, const Tensor& u_, const Saved<T>& saved, const Op
   const auto gamma_dot = direction<T>(p, "gamma_dot", gamma_dot_), beta_dot = direction<T>(p, "beta_dot", beta_dot_);
   const Out<T> uy(uy_), r(r_), t_out(t_);
   const int64_t channels = p.shape.channels;
-  const Scratch<T> scratch(p, 2, 3);
-  for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
+  const Scratch<T> scratch = saved.scratch(2, 3);
   run(
       p,
       [&](int64_t t, int64_t at) {
@@ -335,8 +336,7 @@ void backward_tangent(const Problem& p, const Tensor& gy_dot_, const Tensor& gy_
   const Out<T> gz_dot(gz_dot_), ggamma_dot(ggamma_dot_), gbeta_dot(gbeta_dot_);
   const int64_t channels = p.shape.channels;
   const double m = p.elements();
-  const Scratch<T> scratch(p, 5, 5);
-  for (int64_t t = 0; t < p.tasks; ++t) saved.scale(scratch, t);
+  const Scratch<T> scratch = saved.scratch(5, 5);
   run(
       p,
       [&](int64_t t, int64_t at) {

@@ -213,27 +213,33 @@ auto for_type(at::ScalarType type, F f) {
   return type == at::kDouble ? f(double{}) : type == at::kBFloat16 ? f(Bf16{}) : f(float{});
 }
 
+/// An order's kernels on x, weight and bias; fill(call) names what else they read and write.
+template <typename Fill>
+void compute(const Layout& l, bn::Order order, const Tensor& x, const Tensor& weight, const Tensor& bias, Step step,
+             double slope, const Fill& fill) {
+  const Tensor in = dense(x, l), gamma = rows(weight, l), beta = rows(bias, l);
+  for_type(l.stored, [&](auto zero) {
+    bn::Call<decltype(zero)> p = call<decltype(zero)>(l, in, gamma, beta, step, slope);
+    fill(p);
+    run(p, l, order, x);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias, Step step,
                                                    double eps, double slope) {
   check(x, weight, bias, step);
   const Layout l = layout_of(x);
-  const Tensor in = dense(x, l);
-  const Tensor gamma = rows(weight, l);
-  const Tensor beta = rows(bias, l);
   const Tensor y = result_like(x, l);
   const Tensor mean = statistic(x, l);
   const Tensor rstd = statistic(x, l);
   const Tensor var = statistic(x, l);
-  for_type(l.stored, [&](auto zero) {
-    using S = decltype(zero);
+  compute(l, bn::Order::forward, x, weight, bias, step, slope, [&]<typename S>(bn::Call<S>& p) {
     using T = Compute<S>;
-    bn::Call<S> p = call<S>(l, in, gamma, beta, step, slope);
     p.eps = eps;
     p.mean = mean.mutable_data_ptr<T>();
     p.rstd = rstd.mutable_data_ptr<T>();
     p.var = var.mutable_data_ptr<T>();
     p.out[0] = out<S>(y);
-    run(p, l, bn::Order::forward, x);
   });
   return {narrow(y, x), mean, rstd, var};
 }
@@ -256,24 +262,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
   check_like(gy, x, "gy");
   const Layout l = layout_of(x, {gy});
   check_saved(x, l, mean, rstd);
-  const Tensor in = dense(x, l);
   const Tensor grad = dense(gy, l);
-  const Tensor gamma = rows(weight, l);
-  const Tensor beta = rows(bias, l);
   const Tensor gx = result_like(x, l);
   const AffineGradient ggamma(weight, step, l);
   const AffineGradient gbeta(bias, step, l);
-  for_type(l.stored, [&](auto zero) {
-    using S = decltype(zero);
+  compute(l, bn::Order::backward, x, weight, bias, step, slope, [&]<typename S>(bn::Call<S>& p) {
     using T = Compute<S>;
-    bn::Call<S> p = call<S>(l, in, gamma, beta, step, slope);
     p.gy = images<S>(grad);
     p.mean = const_cast<T*>(mean.const_data_ptr<T>());
     p.rstd = const_cast<T*>(rstd.const_data_ptr<T>());
     p.out[0] = out<S>(gx);
     p.affine[0] = ggamma.data<T>();
     p.affine[1] = gbeta.data<T>();
-    run(p, l, bn::Order::backward, x);
   });
   return {narrow(gx, x), ggamma.result(), gbeta.result()};
 }
@@ -286,14 +286,11 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const OptTensor& u, const Opt
   check_like(gy, x, "gy");
   const Layout l = layout_of(x, {gy, u.value_or(x)});
   check_saved(x, l, mean, rstd);
-  const Tensor in = dense(x, l);
   const Tensor grad = dense(gy, l);
   if (u.has_value()) {
     check_like(*u, x, "u");
   }
   const Tensor tangent = u.has_value() ? dense(*u, l) : result_like(x, l).zero_();
-  const Tensor gamma = rows(weight, l);
-  const Tensor beta = rows(bias, l);
   const auto optional_rows = [&](const OptTensor& t, const char* name) {
     if (!t.has_value()) {
       return Tensor();
@@ -306,10 +303,8 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const OptTensor& u, const Opt
   const Tensor c_gy = result_like(x, l);
   const Tensor c_x = result_like(x, l);
   const AffineGradient c_gamma(weight, step, l);
-  for_type(l.stored, [&](auto zero) {
-    using S = decltype(zero);
+  compute(l, bn::Order::double_backward, x, weight, bias, step, slope, [&]<typename S>(bn::Call<S>& p) {
     using T = Compute<S>;
-    bn::Call<S> p = call<S>(l, in, gamma, beta, step, slope);
     p.gy = images<S>(grad);
     p.u = images<S>(tangent);
     p.a = of_ggamma.defined() ? row<T>(of_ggamma, step, l) : nullptr;
@@ -319,7 +314,6 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const OptTensor& u, const Opt
     p.out[0] = out<S>(c_gy);
     p.out[1] = out<S>(c_x);
     p.affine[0] = c_gamma.data<T>();
-    run(p, l, bn::Order::double_backward, x);
   });
   return {narrow(c_gy, x), narrow(c_x, x), c_gamma.result()};
 }

@@ -133,7 +133,6 @@ class FewShotData:
         mean: subtracted after the division, one value a channel; empty for none.
         std: divided by last, one value a channel; empty for none.
         rotate_train_classes: whether training tasks turn each class by a random multiple of 90 degrees.
-        is_imagenet: whether the authors' code clamps this data set's meta-gradients to [-10, 10].
     """
 
     name: str
@@ -145,7 +144,6 @@ class FewShotData:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     rotate_train_classes: bool = False
-    is_imagenet: bool = False
 
     def __post_init__(self) -> None:
         shapes = {s: self.split(s).image_shape for s in SPLITS}

@@ -80,7 +80,7 @@ def load_miniimagenet(
     assert reader is not None
     train, val, test = (reader(place, split, size) for split in SPLITS)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if protocol == "ravi-larochelle" else ((), ())
-    return FewShotData("miniimagenet", protocol, train, val, test, mean=mean, std=std, is_imagenet=True)
+    return FewShotData("miniimagenet", protocol, train, val, test, mean=mean, std=std)
 
 
 def _probe(root: Path) -> Path | None:

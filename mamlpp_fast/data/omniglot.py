@@ -45,21 +45,18 @@ class _Protocol:
     antialiased: bool
     ink_high: bool
     split: str
-    rotate: bool
     about: str
 
 
 PROTOCOLS = {
-    "maml++": _Protocol(
-        False, False, "authors", True, "MAML++: 1150/50/423 shuffled, binary, paper 1, ink 0"
-    ),
-    "maml++-antialiased": _Protocol(True, True, "authors", True, "the same classes, grey levels, ink 1"),
+    "maml++": _Protocol(False, False, "authors", "MAML++: 1150/50/423 shuffled, binary, paper 1, ink 0"),
+    "maml++-antialiased": _Protocol(True, True, "authors", "the same classes, grey levels, ink 1"),
     "lake": _Protocol(
-        True, True, "lake", True, "background (50 classes kept for validation) / evaluation alphabets"
+        True, True, "lake", "background (50 classes kept for validation) / evaluation alphabets"
     ),
-    "lake-binary": _Protocol(False, False, "lake", True, "the same, binary pixels, paper 1, ink 0"),
+    "lake-binary": _Protocol(False, False, "lake", "the same, binary pixels, paper 1, ink 0"),
     "vinyals": _Protocol(
-        True, True, "vinyals", True, "1200 classes to train (50 of them kept for validation) / 423"
+        True, True, "vinyals", "1200 classes to train (50 of them kept for validation) / 423"
     ),
 }
 
@@ -124,7 +121,7 @@ def load_omniglot(
         drawings.source,
     )
     train, val, test = (everything.select(c, s) for c, s in zip(parts, ("train", "val", "test"), strict=True))
-    return FewShotData("omniglot", protocol, train, val, test, rotate_train_classes=p.rotate)
+    return FewShotData("omniglot", protocol, train, val, test, rotate_train_classes=True)
 
 
 def _sort_as_authors(drawings: _Drawings, folder: Path) -> None:

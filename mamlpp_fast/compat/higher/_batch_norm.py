@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mamlpp_fast import _native, ops
+from mamlpp_fast import _native
+from mamlpp_fast.compat._batch_norm import by_batch, hooked, in_turn, normalises_by_batch
 from mamlpp_fast.ops._library import transformed
 
 __all__ = ["FUSED"]
@@ -25,32 +25,11 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def fused(self, x: Tensor, slope: float | None) -> Tensor:
         """The result, and a leaky ReLU of this slope behind it."""
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        if self.running_mean is None or not self.training:
-            return ops.per_step_batch_norm(x, self.weight, self.bias, eps=self.eps, negative_slope=slope)
-        y, mean, var = ops.per_step_batch_norm_with_stats(
-            x, self.weight, self.bias, eps=self.eps, negative_slope=slope
-        )
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
-        assert self.running_var is not None
-        ops.update_running_stats(
-            self.running_mean,
-            self.running_var,
-            mean,
-            var,
-            count=x.numel() // x.shape[1],
-            momentum=0.0 if momentum is None else momentum,
-        )
-        return y
+        return by_batch(self, x, slope)
 
     def can_fuse(self, x: Tensor) -> bool:
         return (
-            (self.training or self.running_mean is None)
-            and self.weight is not None
-            and x.dim() in (2, 4)
+            normalises_by_batch(self, x)
             # Without the native library the operation's closed form is slower than PyTorch's batch norm on a CPU.
             and (not x.is_cpu or _native.status().loaded)
             # torch.func's transforms and forward mode do not pass through the operation.
@@ -63,40 +42,17 @@ class _FusedSequential(nn.Sequential):
     """Stands in front of ``nn.Sequential``: a ReLU right behind a fused batch norm is computed by its operation."""
 
     def forward(self, x: Any) -> Any:
-        modules = list(self._modules.values())
-        done = 0
-        while done < len(modules):
-            module = modules[done]
-            slope = _slope(modules[done + 1]) if done + 1 < len(modules) else None
-            if (
-                slope is not None
-                and isinstance(module, _FusedBatchNorm)
-                and not _hooked(module, modules[done + 1])
-                and module.can_fuse(x)
-            ):
-                x = module.fused(x, slope)
-                done += 2
-            else:
-                assert module is not None
-                x = module(x)
-                done += 1
-        return x
+        return in_turn(list(self), x, _slope)
 
 
-def _slope(module: nn.Module | None) -> float | None:
-    """Of a ReLU's or leaky ReLU's negative side; None for any other module."""
-    kind = getattr(type(module), "_fast_original", type(module))
-    if kind is nn.ReLU:
-        return 0.0
-    return float(module.negative_slope) if kind is nn.LeakyReLU and module is not None else None  # type: ignore[arg-type]
-
-
-def _hooked(*modules: nn.Module | None) -> bool:
-    return torch.nn.modules.module._has_any_global_hook() or any(
-        m is not None
-        and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        for m in modules
-    )
+def _slope(norm: nn.Module, relu: nn.Module, x: Any) -> float | None:
+    """Of the negative side of a (leaky) ReLU that can be computed with a batch norm."""
+    kind = getattr(type(relu), "_fast_original", type(relu))
+    if kind not in (nn.ReLU, nn.LeakyReLU) or not isinstance(norm, _FusedBatchNorm):
+        return None
+    if hooked(norm, relu) or not norm.can_fuse(x):
+        return None
+    return 0.0 if kind is nn.ReLU else float(relu.negative_slope)  # type: ignore[arg-type]
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
-from mamlpp_fast import ops
+from mamlpp_fast.compat._batch_norm import by_batch, hooked, in_turn, normalises_by_batch
 from mamlpp_fast.engine.fused.derivatives import RECORDED_UNDER, plainly
 
 __all__ = [
@@ -31,56 +30,23 @@ class _Fused(_BatchNorm):
     """
 
     plain: ClassVar[bool] = False
-    dims: ClassVar[int]
 
     def forward(self, input: Tensor) -> Tensor:
         return self.fused(input, None)
 
     def fused(self, x: Tensor, slope: float | None) -> Tensor:
         """The normalised x, with a leaky ReLU of this slope behind it if there is one."""
-        if self._takes(x):
+        if not _Fused.plain and normalises_by_batch(self, x):
             try:
-                return self._batch_statistics(x, slope)
+                return by_batch(self, x, slope)
             except NotImplementedError:  # under torch.func
                 pass
         y = super().forward(x)
         return y if slope is None else nn.functional.leaky_relu(y, slope)
 
-    def _takes(self, x: Tensor) -> bool:
-        return (
-            not _Fused.plain
-            and (self.training or self.running_mean is None)
-            and self.weight is not None
-            and self.bias is not None
-            and x.dim() == self.dims
-            and x.shape[1] == self.num_features
-            and x.is_floating_point()
-            and x.numel() > x.shape[1]
-        )
-
-    def _batch_statistics(self, x: Tensor, slope: float | None) -> Tensor:
-        if not (self.training and self.track_running_stats) or self.running_mean is None:
-            return ops.per_step_batch_norm(x, self.weight, self.bias, eps=self.eps, negative_slope=slope)
-        y, mean, var = ops.per_step_batch_norm_with_stats(
-            x, self.weight, self.bias, eps=self.eps, negative_slope=slope
-        )
-        assert self.running_var is not None
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        count = x.numel() // x.shape[1]
-        ops.update_running_stats(
-            self.running_mean, self.running_var, mean, var, count=count, momentum=momentum or 0.0
-        )
-        return y
-
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
     """``nn.BatchNorm1d``, fused for inputs [N, C]."""
-
-    dims = 2
 
     def _get_name(self) -> str:
         return "BatchNorm1d"
@@ -88,8 +54,6 @@ class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
 
 class FusedBatchNorm2d(_Fused, nn.BatchNorm2d):
     """``nn.BatchNorm2d``, fused for inputs [N, C, H, W]."""
-
-    dims = 4
 
     def _get_name(self) -> str:
         return "BatchNorm2d"
@@ -105,9 +69,9 @@ def normalise_relu(norm: nn.Module, relu: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _slope(norm: nn.Module, relu: nn.Module | None) -> float | None:
+def _slope(norm: nn.Module, relu: nn.Module, x: Any = None) -> float | None:
     """The slope of ``relu`` if it can be fused with ``norm``."""
-    if not isinstance(norm, _Fused) or relu is None or _hooked(norm) or _hooked(relu):
+    if not isinstance(norm, _Fused) or hooked(norm, relu):
         return None
     return 0.0 if type(relu) is nn.ReLU else relu.negative_slope if type(relu) is nn.LeakyReLU else None
 
@@ -119,17 +83,7 @@ class FusedSequential(nn.Sequential):
         return "Sequential"
 
     def forward(self, input: Any) -> Any:
-        children = list(self)
-        skip = False
-        for child, following in zip(children, [*children[1:], None], strict=True):
-            if skip:
-                skip = False
-            elif _slope(child, following) is not None:
-                assert following is not None
-                input, skip = normalise_relu(child, following, input), True
-            else:
-                input = child(input)
-        return input
+        return in_turn(list(self), input, _slope)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -142,16 +96,6 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 def fused_class(module: nn.Module) -> type[nn.Module]:
     """The class of a clone of ``module``: fused for PyTorch's own batch norms and sequences, else the same."""
     return _CLASSES.get(type(module), type(module))
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        _has_any_global_hook()
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 @contextmanager

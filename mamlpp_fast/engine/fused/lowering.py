@@ -1,11 +1,11 @@
 """Lowering: from recorded operations to steps, by a table of the functions that have rules; the others become generic.
 
-A rule is a function of the lowering, the operation and its arguments, under the names that PyTorch gives them::
+A rule is a function of the lowering and the operation's arguments, under the names that PyTorch gives them::
 
     @rule(F.relu, torch.relu, Tensor.relu, Tensor.relu_)
-    def _relu(low, call, input, inplace=False): ...
+    def _relu(low, input, inplace=False): ...
 
-What it cannot take it refuses with ``raise call.refusal(why)``; then the operation is a generic step. Steps of rules
+What it cannot take it refuses with ``raise low.refusal(why)``; then the operation is a generic step. Steps of rules
 have activations in the layout of the kernels, images as [tasks, N, H, W, C], generic ones in the model's own; where one
 reads what the other made, a step of its own is in between, which is a view where it can be. Fusions come after
 (:mod:`mamlpp_fast.engine.fused.fusions`).
@@ -107,9 +107,11 @@ def lower_loss(recording: Recording, module: nn.Module, dtype: torch.dtype) -> N
 
 
 class Lowering:
-    """The network under construction.
+    """The network under construction, at one operation of the recording.
 
     Attributes:
+        op: the operation; ``other`` is the same for another number of examples.
+        where: name of the module that owns its parameters, or that makes the call.
         shapes: of the network's values, by its own numbers.
         grids: of flattened images, which are [H, W, C] here and [C, H, W] in the model.
     """
@@ -145,6 +147,12 @@ class Lowering:
             shape = recording.shapes.get(i, ())
             self.shapes[i] = (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
+    def _begin(self, op: Operation, other: Operation) -> None:
+        self.op, self.other = op, other
+        owners = [r.name.rpartition(".")[0] for r in op.inputs() if isinstance(r, (Parameter, Buffer))]
+        self.where = (owners[0] if owners and owners[0] else op.where) or op.name
+        self._name: str | None = None
+
     def run(self) -> Network:
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
             self._lower(op, other)
@@ -154,10 +162,9 @@ class Lowering:
         shape = self.recording.shapes.get(self.recording.output)
         if shape is None:
             raise Unsupported("output", "expected predictions [N, ...], of each example as many")
-        last = Call(self.recording.operations[-1], self)
-        output = self.value(last, Value(self.recording.output)) if len(shape) == 1 else None
+        output = self.value(Value(self.recording.output)) if len(shape) == 1 else None
         if output is None or output in self.grids:
-            output = self.settled(last, self.native(last, self.recording.output))
+            output = self.settled(self.native(self.recording.output))
         return Network(
             self._read(output),
             self.shapes,
@@ -170,7 +177,8 @@ class Lowering:
     def run_loss(self) -> Network:
         self._values, self._natives = {}, self._values
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
-            self._generic(Call(op, self, other), op, other)
+            self._begin(op, other)
+            self._generic()
         output = self._natives[self.recording.output]
         asked = tuple((self._natives[value], answer) for value, answer in self.recording.asked)
         steps = self._read(output, *(value for value, _ in asked))
@@ -189,46 +197,49 @@ class Lowering:
         return tuple(reversed(kept))
 
     def _lower(self, op: Operation, other: Operation) -> None:
+        self._begin(op, other)
         fn = _RULES.get(op.function)
-        call = Call(op, self, other)
+        if fn is not None and not self._regular():
+            fn = None
         refusal: Unsupported | None = None
-        if fn is not None and self._regular(op, other):
+        if fn is not None:
             before = {name: _copied(value) for name, value in vars(self).items()}
             try:
-                fn(self, call, *op.args, **op.kwargs)
+                fn(self, *op.args, **op.kwargs)
             except Unsupported as error:
                 refusal = error.with_traceback(None)  # whose frames hold this one, and all above
             except (TypeError, ValueError) as error:  # arguments that the rule does not foresee
-                refusal = call.refusal(f"{op.name}: {error}")
+                refusal = self.refusal(f"{op.name}: {error}")
             if refusal is not None:
                 vars(self).update(before)
-                call = Call(op, self, other)
-        if fn is None or not self._regular(op, other) or refusal is not None:
+        if fn is None or refusal is not None:
             if op.function in _ALONE:
-                raise refusal or call.refusal(f"{op.name}: expected examples along the first axis")
-            self._generic(call, op, other)
+                raise refusal or self.refusal(f"{op.name}: expected examples along the first axis")
+            self._generic()
         elif op.constant and op.output is not None:
             for table in (self._values, self._natives):
                 if (value := table.get(op.output)) is not None:
                     grid = self.grids.get(value)
-                    table[op.output] = self._add(Detach, call, (value,), self.shapes[value], grid=grid)
+                    table[op.output] = self._add(Detach, (value,), self.shapes[value], grid=grid)
 
-    def _regular(self, op: Operation, other: Operation) -> bool:
-        """Whether an operation is the same for each number of examples, which are the first axis of what it reads."""
+    def _regular(self) -> bool:
+        """Whether the operation is the same for each number of examples, which are the first axis of what it reads."""
+        op, other = self.op, self.other
         values = [r.index for r in op.inputs() if isinstance(r, Value)]
         regular = op.output is not None and all(i in self.recording.shapes for i in (*values, op.output))
         return regular and (op.function in TAKE_SIZES or (op.args, op.kwargs) == (other.args, other.kwargs))
 
-    def _generic(self, call: Call, op: Operation, other: Operation) -> None:
+    def _generic(self) -> None:
+        op = self.op
         if not op.outputs:
-            raise call.refusal(f"{op.name} has no fused rules")
+            raise self.refusal(f"{op.name} has no fused rules")
         if any(dtype.is_complex for _, dtype in op.tensors):
-            raise call.refusal(f"{op.name} computes in complex numbers")
+            raise self.refusal(f"{op.name} computes in complex numbers")
         values = dict.fromkeys(r.index for r in op.inputs() if isinstance(r, Value))
-        natives = {i: self.native(call, i) for i in values}
-        dense = op.function in DENSE and self._regular(op, other)
+        natives = {i: self.native(i) for i in values}
+        dense = op.function in DENSE and self._regular()
         if dense:
-            natives = {i: self._plain(call, value, (True, False)) for i, value in natives.items()}
+            natives = {i: self._plain(value, (True, False)) for i, value in natives.items()}
         smooth = {i: self.recording.dtypes[i].is_floating_point for i in values}
         names = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and not r.detached)
         fixed = dict.fromkeys(r.name for r in op.inputs() if isinstance(r, Parameter) and r.detached)
@@ -237,14 +248,13 @@ class Lowering:
             shape = tuple(self.parameters[name].shape)
             slots[name] = Slot(name, shape, shape, tuple(range(len(shape))))
         buffers = {r.name: self.buffers[r.name] for r in op.inputs() if isinstance(r, Buffer)}
-        examples = dict(zip(self.recording.examples, (op, other), strict=True))
+        examples = dict(zip(self.recording.examples, (op, self.other), strict=True))
         recorded = Recorded(op.name, examples, smooth, self.dtype)
         for i, (index, (shape, dtype)) in enumerate(zip(op.outputs, op.tensors, strict=True)):
             shown = self.recording.shapes.get(index, shape)
             constant = op.constant or not dtype.is_floating_point
             result = self._add(
                 Generic,
-                call,
                 tuple(natives.values()),
                 shown,
                 recorded,
@@ -255,75 +265,95 @@ class Lowering:
                 buffers,
                 constant,
             )
-            self._natives[index] = self._plain(call, result, (False, True)) if dense else result
+            self._natives[index] = self._plain(result, (False, True)) if dense else result
 
     # For the rules
 
-    def value(self, call: Call, argument: Any) -> int:
+    @property
+    def name(self) -> str:
+        """Name of the steps that the operation becomes."""
+        if self._name is None:
+            self._name = self.unique(self.where)
+        return self._name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output, as recorded, without examples."""
+        assert self.op.output is not None
+        return self.recording.shapes[self.op.output]
+
+    def index(self, argument: Any) -> int:
+        """The recorded value that an argument is."""
+        if not isinstance(argument, Value):
+            raise self.refusal(f"{self.op.name}: expected an activation, got {said(argument)}")
+        return argument.index
+
+    def refusal(self, why: str) -> Unsupported:
+        return Unsupported(self.op.where or self.root, why)
+
+    def value(self, argument: Any) -> int:
         """The value that an argument is, in the kernels' layout."""
-        index = call.index(argument)
+        index = self.index(argument)
         if index not in self._values:
             shape = self.recording.shapes.get(index)
             if shape is None or len(shape) != 1:
-                raise call.refusal(f"{call.op.name}: expected features of examples, got {shape}")
-            self._values[index] = self.settled(call, self._natives[index])
+                raise self.refusal(f"{self.op.name}: expected features of examples, got {shape}")
+            self._values[index] = self.settled(self._natives[index])
         return self._values[index]
 
-    def settled(self, call: Call, native: int) -> int:
+    def settled(self, native: int) -> int:
         """Features that lie side by side in memory."""
-        return self._plain(call, native, (True, False))
+        return self._plain(native, (True, False))
 
-    def _plain(self, call: Call, value: int, settle: tuple[bool, bool]) -> int:
+    def _plain(self, value: int, settle: tuple[bool, bool]) -> int:
         """The same value, side by side in memory itself, or in its gradient."""
         shape = self.shapes[value]
-        return self._add(Relayout, call, (value,), shape, shape, tuple(range(len(shape))), settle)
+        return self._add(Relayout, (value,), shape, shape, tuple(range(len(shape))), settle)
 
-    def images(self, call: Call, argument: Any, axes: tuple[int, ...] = (3,)) -> tuple[int, tuple[int, ...]]:
+    def images(self, argument: Any, axes: tuple[int, ...] = (3,)) -> tuple[int, tuple[int, ...]]:
         """The value that an argument is, and its shape [H, W, C].
 
         Args:
             axes: that it may have in the model beside the examples: features are one pixel, rows have a width of 1.
         """
-        index = call.index(argument)
+        index = self.index(argument)
         shape = self.recording.shapes[index]
         if len(shape) not in axes:
-            raise call.refusal(f"{call.op.name}: expected images, got features of shape {shape}")
+            raise self.refusal(f"{self.op.name}: expected images, got features of shape {shape}")
         if index not in self._values or len(self.shapes[self._values[index]]) != 3:
-            native = self.native(call, index)
+            native = self.native(index)
             channels, *sides = shape
             height = sides[0] if sides else 1
             width = math.prod(sides[1:])
             split = (channels, height, width)
-            value = self._add(
-                Relayout, call, (native,), (height, width, channels), split, (1, 2, 0), (True, False)
-            )
+            value = self._add(Relayout, (native,), (height, width, channels), split, (1, 2, 0), (True, False))
             if len(shape) != 1:
                 self._values[index] = value
             return value, self.shapes[value]
         return self._values[index], self.shapes[self._values[index]]
 
-    def native(self, call: Call, index: int) -> int:
+    def native(self, index: int) -> int:
         """A recorded value in the model's own layout."""
         if index not in self._natives:
             if index not in self._values:
-                raise call.refusal(f"{call.op.name}: reads a value that no operation left alone")
+                raise self.refusal(f"{self.op.name}: reads a value that no operation left alone")
             value = self._values[index]
-            self._natives[index] = self.as_native(call, value, self.recording.shapes[index])
+            self._natives[index] = self.as_native(value, self.recording.shapes[index])
         return self._natives[index]
 
-    def as_native(self, call: Call, value: int, shape: tuple[int, ...]) -> int:
+    def as_native(self, value: int, shape: tuple[int, ...]) -> int:
         """A value in the kernels' layout as one of the model's, of this shape."""
         stored = self.shapes[value]
         grid = self.grids.get(value) or (stored if len(stored) == 3 else None)
         split, order = (stored, tuple(range(len(stored)))) if grid is None else (grid, (2, 0, 1))
-        return self._add(Relayout, call, (value,), shape, split, order, (False, True))
+        return self._add(Relayout, (value,), shape, split, order, (False, True))
 
-    def parameter(self, call: Call, argument: Any) -> str:
+    def parameter(self, argument: Any) -> str:
         """The name of the parameter that an argument is, which no other call has."""
         if not isinstance(argument, Parameter) or argument.detached:
-            raise call.refusal(f"{call.op.name}: expected a parameter as it is, got {said(argument)}")
+            raise self.refusal(f"{self.op.name}: expected a parameter as it is, got {said(argument)}")
         if argument.name in self._shared:
-            raise call.refusal(f"{argument.name} is used more than once in a pass")
+            raise self.refusal(f"{argument.name} is used more than once in a pass")
         return argument.name
 
     def vector(self, name: str) -> Slot:
@@ -331,43 +361,43 @@ class Lowering:
         return Slot(name, shape, shape, (0,))
 
     def step(
-        self, kind: _Kind, call: Call, inputs: _Ints, shape: _Ints, *arguments: Any, grid: _Ints | None = None
+        self, kind: _Kind, inputs: _Ints, shape: _Ints, *arguments: Any, grid: _Ints | None = None
     ) -> int:
         """Adds a step; the operation's value is what the last one leaves."""
         if any(size < 1 for size in shape):
-            raise call.refusal(f"{call.op.name}: the image is too small, its output would be {shape}")
-        output = self._add(kind, call, inputs, shape, *arguments, grid=grid)
-        self.alias(call, output)
+            raise self.refusal(f"{self.op.name}: the image is too small, its output would be {shape}")
+        output = self._add(kind, inputs, shape, *arguments, grid=grid)
+        self.alias(output)
         return output
 
-    def native_step(self, kind: _Kind, call: Call, inputs: _Ints, shape: _Ints, *arguments: Any) -> None:
+    def native_step(self, kind: _Kind, inputs: _Ints, shape: _Ints, *arguments: Any) -> None:
         """Adds a step on values in the model's own layout, which leaves such a one."""
-        assert call.op.output is not None
-        self._natives[call.op.output] = self._add(kind, call, inputs, shape, *arguments)
+        assert self.op.output is not None
+        self._natives[self.op.output] = self._add(kind, inputs, shape, *arguments)
 
     def _add(
-        self, kind: _Kind, call: Call, inputs: _Ints, shape: _Ints, *arguments: Any, grid: _Ints | None = None
+        self, kind: _Kind, inputs: _Ints, shape: _Ints, *arguments: Any, grid: _Ints | None = None
     ) -> int:
         output, self._count = self._count, self._count + 1
-        name = self.unique(f"{call.where} layout") if kind is Relayout else call.name
+        name = self.unique(f"{self.where} layout") if kind is Relayout else self.name
         self.steps.append(kind(name, inputs, output, shape, *arguments))
         self.shapes[output] = shape
         if grid is not None:
             self.grids[output] = grid
         return output
 
-    def alias(self, call: Call, value: int) -> None:
+    def alias(self, value: int) -> None:
         """Makes ``value`` what the operation leaves."""
-        assert call.op.output is not None
-        self._values[call.op.output] = value
+        assert self.op.output is not None
+        self._values[self.op.output] = value
 
-    def same(self, call: Call, argument: Any) -> None:
+    def same(self, argument: Any) -> None:
         """Makes an activation what the operation leaves, in the layouts that there are."""
-        index = call.index(argument)
-        assert call.op.output is not None
+        index = self.index(argument)
+        assert self.op.output is not None
         for table in (self._values, self._natives):
             if index in table:
-                table[call.op.output] = table[index]
+                table[self.op.output] = table[index]
 
     def unique(self, name: str) -> str:
         """``name``, or with a number behind it where a step has it already."""
@@ -377,40 +407,6 @@ class Lowering:
             found = f"{name} {number}"
         self._names.add(found)
         return found
-
-
-class Call:
-    """An operation that is being lowered; ``other`` is the same for another number of examples."""
-
-    def __init__(self, op: Operation, low: Lowering, other: Operation | None = None) -> None:
-        self.op = op
-        self.other = op if other is None else other
-        self.low = low
-        owners = [r.name.rpartition(".")[0] for r in op.inputs() if isinstance(r, (Parameter, Buffer))]
-        self.where = (owners[0] if owners and owners[0] else op.where) or op.name
-        self._name: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the steps it becomes: of the module that owns its parameters, or that makes the call."""
-        if self._name is None:
-            self._name = self.low.unique(self.where)
-        return self._name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the output, as recorded, without examples."""
-        assert self.op.output is not None
-        return self.low.recording.shapes[self.op.output]
-
-    def index(self, argument: Any) -> int:
-        """The recorded value that an argument is."""
-        if not isinstance(argument, Value):
-            raise self.refusal(f"{self.op.name}: expected an activation, got {said(argument)}")
-        return argument.index
-
-    def refusal(self, why: str) -> Unsupported:
-        return Unsupported(self.op.where or self.low.root, why)
 
 
 def _copied(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mamlpp_fast.engine.fused.window_rules  # noqa: F401 - the other rules
 from mamlpp_fast import reference
-from mamlpp_fast.engine.fused.lowering import Call, Lowering, rule, said
+from mamlpp_fast.engine.fused.lowering import Lowering, rule, said
 from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import (
     Activation,
@@ -46,20 +46,20 @@ _PLAIN = "anywhere"
 
 
 @rule(F.linear, takes="of features [N, F]")
-def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None) -> None:
-    x = low.value(call, input)
-    shape, name = low.shapes[x], low.parameter(call, weight)
+def _linear(low: Lowering, input: Any, weight: Any, bias: Any = None) -> None:
+    x = low.value(input)
+    shape, name = low.shapes[x], low.parameter(weight)
     outputs, features = low.parameters[name].shape
     if len(shape) != 1:
-        raise call.refusal(f"linear: expected features [N, {features}], got {shape}")
+        raise low.refusal(f"linear: expected features [N, {features}], got {shape}")
     grid = low.grids.get(x)
     if grid is None:
         slot = Slot(name, (features, outputs), (outputs, features), (1, 0))
     else:
         height, width, channels = grid
         slot = Slot(name, (features, outputs), (outputs, channels, height, width), (2, 3, 1, 0))
-    vector = None if bias is None else low.vector(low.parameter(call, bias))
-    low.step(Linear, call, (x,), (outputs,), slot, vector)
+    vector = None if bias is None else low.vector(low.parameter(bias))
+    low.step(Linear, (x,), (outputs,), slot, vector)
 
 
 @rule(
@@ -68,7 +68,6 @@ def _linear(low: Lowering, call: Call, input: Any, weight: Any, bias: Any = None
 )
 def _attention(
     low: Lowering,
-    call: Call,
     query: Any,
     key: Any,
     value: Any,
@@ -78,16 +77,16 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> None:
-    shapes = [_recorded(low, call, argument) for argument in (query, key, value)]
+    shapes = [_recorded(low, argument) for argument in (query, key, value)]
     (heads, length, width), (*_, keys, _) = shapes[:2]
     same = all(len(s) == 3 and s[0] == heads and s[1] == keys for s in shapes[1:])
     if attn_mask is not None or dropout_p or enable_gqa or not same or shapes[1][2] != width:
-        raise call.refusal("attention: expected as many heads of keys as of queries, no mask and no dropout")
+        raise low.refusal("attention: expected as many heads of keys as of queries, no mask and no dropout")
     if heads * length * keys < attention.LONG:
-        raise call.refusal("attention: expected long sequences")
-    inputs = tuple(low.native(call, argument.index) for argument in (query, key, value))
+        raise low.refusal("attention: expected long sequences")
+    inputs = tuple(low.native(argument.index) for argument in (query, key, value))
     factor = 1 / math.sqrt(width) if scale is None else float(scale)
-    low.native_step(Attention, call, inputs, call.shape, keys, factor, is_causal)
+    low.native_step(Attention, inputs, low.shape, keys, factor, is_causal)
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -96,7 +95,6 @@ def _attention(
 @rule(reference.per_step_norm, takes=_BATCH_NORMS, alone=True)
 def _per_step_norm(
     low: Lowering,
-    call: Call,
     input: Any,
     *,
     num_steps: int,
@@ -111,7 +109,6 @@ def _per_step_norm(
         tensors |= {"running_mean": None, "running_var": None}
     _batch_norm(
         low,
-        call,
         input,
         training=by_batch,
         rows=num_steps if per_step_affine else 1,
@@ -119,13 +116,13 @@ def _per_step_norm(
         **tensors,
     )
     if negative_slope is not None:
-        _activation(low, call, Value(_output(call)), negative_slope)
+        assert low.op.output is not None
+        _activation(low, Value(low.op.output), negative_slope)
 
 
 @rule(F.batch_norm, takes=_BATCH_NORMS, alone=True)
 def _batch_norm(
     low: Lowering,
-    call: Call,
     input: Any,
     running_mean: Any,
     running_var: Any,
@@ -138,21 +135,21 @@ def _batch_norm(
     rows: int = 1,
     statistics_rows: int = 1,
 ) -> None:
-    x, shape = low.images(call, input, axes=(1, 2, 3, 4))
-    names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
+    x, shape = low.images(input, axes=(1, 2, 3, 4))
+    names = [None if p is None else low.parameter(p) for p in (weight, bias)]
     slots = [None if n is None else low.vector(n) for n in names]
     adapting = bool(low.adapted.intersection(names))
-    shared = Rows(call.name, names[0], names[1], rows, rows > 1, shape[2])
+    shared = Rows(low.name, names[0], names[1], rows, shape[2])
     statistics = None
     if running_mean is not None:
         for buffer in (running_mean, running_var):
             if not isinstance(buffer, Buffer):
-                raise call.refusal(f"batch norm: expected buffers as running statistics, got {said(buffer)}")
+                raise low.refusal(f"batch norm: expected buffers as running statistics, got {said(buffer)}")
         known = (n.statistics for n in low.norms.values() if n.statistics is not None)
         if training and any(running_mean.name == s.mean or running_var.name == s.var for s in known):
-            raise call.refusal(f"shares {running_mean.name} with another call")
+            raise low.refusal(f"shares {running_mean.name} with another call")
         if momentum is None:
-            raise call.refusal("expected a momentum, got a cumulative average (momentum=None)")
+            raise low.refusal("expected a momentum, got a cumulative average (momentum=None)")
         counted = f"{running_mean.name.rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
         statistics = Statistics(
             running_mean.name,
@@ -163,51 +160,49 @@ def _batch_norm(
             eps,
         )
     if training:
-        low.norms[call.name] = Norm(shape[0] * shape[1], statistics)
+        low.norms[low.name] = Norm(shape[0] * shape[1], statistics)
         affine: Rows | Scaling | None = None if weight is None and bias is None else shared
         if adapting:
             affine = None if slots[0] is None or slots[1] is None else Scaling(slots[0], slots[1])
-        x = low.step(NormActPool, call, (x,), shape, affine, eps, 1.0, False, False, call.name)
+        x = low.step(NormActPool, (x,), shape, affine, eps, 1.0, False, False, low.name)
     else:
         assert statistics is not None
-        low.frozen[call.name] = statistics
+        low.frozen[low.name] = statistics
         affine = shared
-        x = low.step(FrozenNorm, call, (x,), shape, shared, not adapting, eps)
+        x = low.step(FrozenNorm, (x,), shape, shared, not adapting, eps)
     if adapting and not isinstance(affine, Scaling):
-        x = low.step(ScaleShift, call, (x,), shape, *slots)
-    if len(call.shape) == 1:  # features, not images of one pixel
-        low.step(Flatten, call, (x,), call.shape)
+        x = low.step(ScaleShift, (x,), shape, *slots)
+    if len(low.shape) == 1:  # features, not images of one pixel
+        low.step(Flatten, (x,), low.shape)
 
 
 @rule(F.layer_norm, takes="over [C, H, W] of images or [F] of features")
 def _layer_norm(
     low: Lowering,
-    call: Call,
     input: Any,
     normalized_shape: Sequence[int],
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
 ) -> None:
-    x = low.value(call, input)
+    x = low.value(input)
     shape = low.shapes[x]
     # Of images, stored [H, W, C], or of features.
     split, order = ((shape[2], *shape[:2]), (1, 2, 0)) if len(shape) == 3 else (shape, (0,))
     if x in low.grids:
-        raise call.refusal("layer norm: expected images or features, got flattened images")
+        raise low.refusal("layer norm: expected images or features, got flattened images")
     if tuple(normalized_shape) != split:
-        raise call.refusal(f"layer norm: expected normalized_shape {split}, got {tuple(normalized_shape)}")
-    names = [None if p is None else low.parameter(call, p) for p in (weight, bias)]
+        raise low.refusal(f"layer norm: expected normalized_shape {split}, got {tuple(normalized_shape)}")
+    names = [None if p is None else low.parameter(p) for p in (weight, bias)]
     slots = [None if n is None else Slot(n, shape, split, order) for n in names]
-    x = low.step(NormActPool, call, (x,), shape, None, eps, 1.0, False, True)
+    x = low.step(NormActPool, (x,), shape, None, eps, 1.0, False, True)
     if any(s is not None for s in slots):
-        low.step(ScaleShift, call, (x,), shape, *slots)
+        low.step(ScaleShift, (x,), shape, *slots)
 
 
 @rule(F.group_norm, torch.group_norm, takes=_GROUP_NORMS)
 def _group_norm(
     low: Lowering,
-    call: Call,
     input: Any,
     num_groups: int,
     weight: Any = None,
@@ -215,21 +210,20 @@ def _group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> None:
-    slots = [None if p is None else low.vector(low.parameter(call, p)) for p in (weight, bias)]
-    x, shape = low.images(call, input, axes=(2, 3, 4))
+    slots = [None if p is None else low.vector(low.parameter(p)) for p in (weight, bias)]
+    x, shape = low.images(input, axes=(2, 3, 4))
     both = None if slots[0] is None or slots[1] is None else Scaling(slots[0], slots[1])
     group = shape[2] // num_groups
     if group * shape[0] * shape[1] < 2:
-        raise call.refusal("group norm: expected more than one value a group")
-    x = low.step(NormActPool, call, (x,), shape, both, eps, 1.0, False, False, "", group)
+        raise low.refusal("group norm: expected more than one value a group")
+    x = low.step(NormActPool, (x,), shape, both, eps, 1.0, False, False, "", group)
     if both is None and any(slot is not None for slot in slots):
-        low.step(ScaleShift, call, (x,), shape, *slots)
+        low.step(ScaleShift, (x,), shape, *slots)
 
 
 @rule(F.instance_norm, takes=_GROUP_NORMS)
 def _instance_norm(
     low: Lowering,
-    call: Call,
     input: Any,
     running_mean: Any = None,
     running_var: Any = None,
@@ -240,72 +234,65 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> None:
     if not use_input_stats or running_mean is not None:
-        raise call.refusal("instance norm: expected statistics of the input alone")
-    channels = _recorded(low, call, input)[0]
-    _group_norm(low, call, input, channels, weight, bias, eps)
+        raise low.refusal("instance norm: expected statistics of the input alone")
+    channels = _recorded(low, input)[0]
+    _group_norm(low, input, channels, weight, bias, eps)
 
 
-def _recorded(low: Lowering, call: Call, input: Any) -> tuple[int, ...]:
+def _recorded(low: Lowering, input: Any) -> tuple[int, ...]:
     """The shape of an activation in the model, without the examples."""
-    return low.recording.shapes[call.index(input)]
+    return low.recording.shapes[low.index(input)]
 
 
 # Pointwise -----------------------------------------------------------------------------------------------------------
 
 
-def _output(call: Call) -> int:
-    assert call.op.output is not None
-    return call.op.output
-
-
-def _activation(low: Lowering, call: Call, input: Any, slope: float) -> None:
+def _activation(low: Lowering, input: Any, slope: float) -> None:
     # Images of a generic step go over to the kernels here: pools and convolutions follow as a rule.
     images = isinstance(input, Value) and len(low.recording.shapes[input.index]) == 3
-    x = low.images(call, input)[0] if images else low.value(call, input)
-    low.step(Activation, call, (x,), low.shapes[x], slope, grid=low.grids.get(x))
+    x = low.images(input)[0] if images else low.value(input)
+    low.step(Activation, (x,), low.shapes[x], slope, grid=low.grids.get(x))
 
 
 @rule(F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, takes=_POINTWISE)
-def _relu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
-    _activation(low, call, input, 0.0)
+def _relu(low: Lowering, input: Any, inplace: bool = False) -> None:
+    _activation(low, input, 0.0)
 
 
 @rule(F.leaky_relu, F.leaky_relu_, takes=_POINTWISE)
-def _leaky_relu(
-    low: Lowering, call: Call, input: Any, negative_slope: float = 0.01, inplace: bool = False
-) -> None:
-    _activation(low, call, input, float(negative_slope))
+def _leaky_relu(low: Lowering, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> None:
+    _activation(low, input, float(negative_slope))
 
 
-def _floating(low: Lowering, call: Call, input: Any) -> int:
-    x = low.value(call, input)
+def _floating(low: Lowering, input: Any) -> int:
+    x = low.value(input)
     if not low.recording.dtypes[input.index].is_floating_point:
-        raise call.refusal(f"{call.op.name}: expected real numbers")
+        raise low.refusal(f"{low.op.name}: expected real numbers")
     return x
 
 
-def _smooth(low: Lowering, call: Call, input: Any, name: str, a: float = 0.0) -> None:
-    x = _floating(low, call, input)
-    low.step(Smooth, call, (x,), low.shapes[x], FUNCTIONS.index(name), a, grid=low.grids.get(x))
+def _smooth(low: Lowering, input: Any, name: str, a: float = 0.0) -> None:
+    x = _floating(low, input)
+    low.step(Smooth, (x,), low.shapes[x], FUNCTIONS.index(name), a, grid=low.grids.get(x))
 
 
 @rule(F.gelu, takes=_POINTWISE)
-def _gelu(low: Lowering, call: Call, input: Any, *, approximate: str = "none") -> None:
-    _smooth(low, call, input, "gelu" if approximate == "none" else "gelu_tanh")
+def _gelu(low: Lowering, input: Any, *, approximate: str = "none") -> None:
+    _smooth(low, input, "gelu" if approximate == "none" else "gelu_tanh")
 
 
 @rule(F.silu, takes=_POINTWISE)
-def _silu(low: Lowering, call: Call, input: Any, inplace: bool = False) -> None:
-    _smooth(low, call, input, "silu")
+def _silu(low: Lowering, input: Any, inplace: bool = False) -> None:
+    _smooth(low, input, "silu")
 
 
 @rule(F.elu, F.elu_, takes=_POINTWISE)
-def _elu(low: Lowering, call: Call, input: Any, alpha: float = 1.0, inplace: bool = False) -> None:
-    _smooth(low, call, input, "elu", float(alpha))
+def _elu(low: Lowering, input: Any, alpha: float = 1.0, inplace: bool = False) -> None:
+    _smooth(low, input, "elu", float(alpha))
 
 
-def _named(name: str, a: float = 0.0) -> Callable[[Lowering, Call, Any], None]:
-    return lambda low, call, input: _smooth(low, call, input, name, a)
+def _named(name: str, a: float = 0.0) -> Callable[[Lowering, Any], None]:
+    return lambda low, input: _smooth(low, input, name, a)
 
 
 for _name, _number in (("sigmoid", 0.0), ("tanh", 0.0), ("sin", 1.0), ("cos", 1.0)):
@@ -322,11 +309,11 @@ for _name, _number in (("sigmoid", 0.0), ("tanh", 0.0), ("sin", 1.0), ("cos", 1.
     Tensor.__imul__,
     takes="with a number",
 )
-def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
-    x = _floating(low, call, input)
+def _mul(low: Lowering, input: Any, other: Any) -> None:
+    x = _floating(low, input)
     if isinstance(other, bool) or not isinstance(other, (int, float)):
-        raise call.refusal(f"product: expected a number, got {said(other)}")
-    low.step(Times, call, (x,), low.shapes[x], float(other), grid=low.grids.get(x))
+        raise low.refusal(f"product: expected a number, got {said(other)}")
+    low.step(Times, (x,), low.shapes[x], float(other), grid=low.grids.get(x))
 
 
 @rule(
@@ -338,17 +325,17 @@ def _mul(low: Lowering, call: Call, input: Any, other: Any) -> None:
     Tensor.__iadd__,
     takes="of two activations of one shape",
 )
-def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -> None:
-    x, y = low.value(call, input), low.value(call, other)
+def _add(low: Lowering, input: Any, other: Any, *, alpha: Any = 1) -> None:
+    x, y = low.value(input), low.value(other)
     if alpha != 1:
-        raise call.refusal(f"sum: expected alpha 1, got {alpha}")
+        raise low.refusal(f"sum: expected alpha 1, got {alpha}")
     recorded = low.recording.shapes
     same = recorded[input.index] == recorded[other.index]
     if not same or low.shapes[x] != low.shapes[y] or low.grids.get(x) != low.grids.get(y):
-        raise call.refusal(
+        raise low.refusal(
             f"sum: expected two activations of one shape, got {low.shapes[x]} and {low.shapes[y]}"
         )
-    low.step(Add, call, (x, y), low.shapes[x], grid=low.grids.get(x))
+    low.step(Add, (x, y), low.shapes[x], grid=low.grids.get(x))
 
 
 @rule(
@@ -362,7 +349,6 @@ def _add(low: Lowering, call: Call, input: Any, other: Any, *, alpha: Any = 1) -
 )
 def _dropout(
     low: Lowering,
-    call: Call,
     input: Any,
     p: float = 0.5,
     training: bool = True,
@@ -371,40 +357,40 @@ def _dropout(
     train: bool = True,
 ) -> None:
     if p == 0 or not (training and train):
-        low.same(call, input)
+        low.same(input)
         return
-    x, shape = low.value(call, input), low.recording.shapes[input.index]
-    draws = {n: op.draws for n, op in zip(low.recording.examples, (call.op, call.other), strict=True)}
+    x, shape = low.value(input), low.recording.shapes[input.index]
+    draws = {n: op.draws for n, op in zip(low.recording.examples, (low.op, low.other), strict=True)}
     masks = [(n, [d.shape for d in found]) for n, found in draws.items()]
     whole = all(shapes == [(n, *shape)] for n, shapes in masks)
     if not whole and any(shapes != [(n, shape[0], *[1] * (len(shape) - 1))] for n, shapes in masks):
-        raise call.refusal("dropout: expected a number for each element, or for each channel of each example")
+        raise low.refusal("dropout: expected a number for each element, or for each channel of each example")
     stored = low.shapes[x]
     grid = low.grids.get(x) or (stored if len(stored) == 3 else None)
     if not whole and (grid is None or x in low.grids):
-        raise call.refusal("dropout: expected images, got features")
+        raise low.refusal("dropout: expected images, got features")
     by_examples = {n: found[0] for n, found in draws.items()}
-    low.step(Dropout, call, (x,), stored, by_examples, 1 / (1 - p), grid, whole, grid=low.grids.get(x))
+    low.step(Dropout, (x,), stored, by_examples, 1 / (1 - p), grid, whole, grid=low.grids.get(x))
 
 
 @rule(F.alpha_dropout, takes="of rate 0, or in evaluation")
 def _alpha_dropout(
-    low: Lowering, call: Call, input: Any, p: float = 0.5, training: bool = False, inplace: bool = False
+    low: Lowering, input: Any, p: float = 0.5, training: bool = False, inplace: bool = False
 ) -> None:
     if p != 0 and training:
-        raise call.refusal("alpha dropout: expected none of it")
-    low.same(call, input)
+        raise low.refusal("alpha dropout: expected none of it")
+    low.same(input)
 
 
 @rule(Tensor.contiguous, Tensor.clone, torch.clone, takes=_PLAIN)
-def _same(low: Lowering, call: Call, input: Any, *, memory_format: Any = None) -> None:
-    low.same(call, input)
+def _same(low: Lowering, input: Any, *, memory_format: Any = None) -> None:
+    low.same(input)
 
 
 @rule(Tensor.detach, torch.detach, Tensor.data.__get__, takes=_PLAIN)  # type: ignore[attr-defined]
-def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
+def _detach(low: Lowering, input: Any, *_: Any) -> None:
     # What takes part in no gradient becomes a step of its own for every operation (`constant`).
-    low.same(call, input)
+    low.same(input)
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------
@@ -418,15 +404,15 @@ def _detach(low: Lowering, call: Call, input: Any, *_: Any) -> None:
     torch.reshape,
     takes="of all but the examples",
 )
-def _reshape(low: Lowering, call: Call, input: Any, *_: Any, **__: Any) -> None:
-    x = low.value(call, input)
+def _reshape(low: Lowering, input: Any, *_: Any, **__: Any) -> None:
+    x = low.value(input)
     before = low.recording.shapes[input.index]
-    if call.shape == before:
-        low.same(call, input)
+    if low.shape == before:
+        low.same(input)
         return
-    if len(call.shape) != 1:
-        raise call.refusal(
-            f"{call.op.name}: expected to flatten all but the examples, got {before} to {call.shape}"
+    if len(low.shape) != 1:
+        raise low.refusal(
+            f"{low.op.name}: expected to flatten all but the examples, got {before} to {low.shape}"
         )
     shape = low.shapes[x]
-    low.step(Flatten, call, (x,), (math.prod(shape),), grid=shape if len(shape) == 3 else low.grids.get(x))
+    low.step(Flatten, (x,), (math.prod(shape),), grid=shape if len(shape) == 3 else low.grids.get(x))

@@ -70,8 +70,9 @@ class _Writer:
         """Shapes of what a group leaves."""
         raise NotImplementedError
 
-    def _zeros(self, name: str, *shape: int, each: bool = False) -> Ref:
-        return self.em.own(name, torch.zeros(shape, dtype=self.em.dtype, device=self.em.device), each=each)
+    def _zeros(self, name: str, *shape: int, dtype: torch.dtype | None = None, each: bool = False) -> Ref:
+        stored = torch.zeros(shape, dtype=dtype or self.em.dtype, device=self.em.device)
+        return self.em.own(name, stored, each=each)
 
     def _memory(self) -> Memory:
         f, net = self.form, self.net
@@ -126,17 +127,18 @@ class _Writer:
 
     def _labels(self, name: str, outputs: tuple[int, ...], labels: tuple[int, ...], tasks: int) -> Ref:
         shape, dtype = self.loss.stored(outputs, labels, self.form.label_dtype, self.em.dtype)
-        stored = torch.zeros(tasks, *shape, dtype=dtype, device=self.em.device)
-        return self.em.own(name, stored, each=True)
+        return self._zeros(name, tasks, *shape, dtype=dtype, each=True)
 
     def _examples(self, side: str, count: int, tasks: int) -> tuple[Ref, ...]:
-        found = []
-        for i, kind in enumerate(self.net.inputs):
-            dtype = self.em.dtype if kind.is_floating_point else kind
-            shape = tasks, count, *self.net.shapes[i]
-            x = torch.zeros(shape, dtype=dtype, device=self.em.device)
-            found.append(self.em.own(f"{side} images", x, each=True))
-        return tuple(found)
+        return tuple(
+            self._zeros(
+                f"{side} images",
+                *(tasks, count, *self.net.shapes[i]),
+                dtype=None if kind.is_floating_point else kind,
+                each=True,
+            )
+            for i, kind in enumerate(self.net.inputs)
+        )
 
     def _rates_shape(self) -> tuple[int, int]:
         f = self.form
@@ -363,10 +365,11 @@ class _MetaGradient(_Writer):
         if goal.loss is None:
             first = k == 0 or not self.form.multi_step
             em.call(aten.copy_.default if first else aten.add_.Tensor, self.left["losses"], value.loss)
-        if k == self.form.steps - 1:
+        at = k, 0
+        if k == self.form.steps - 1:  # whose gradient is λ as it is
             self.leave(self.left["logits"], ps.values[self.net.output])
-        last = k == self.form.steps - 1  # whose gradient is λ as it is
-        flat = self._place("target gradient", k - 1, 2) if last else self._place("target gradient", k, 0)
+            at = k - 1, 2
+        flat = self._place("target gradient", *at)
         out = self._meta_gradients(flat, k, 0)
         write_backward(self.em, self.net, ps, value.grad, out)
         clear_missing(self.em, out)
@@ -444,18 +447,9 @@ class _MetaGradient(_Writer):
         """−v = −α_k ∘ λ, the derivative of the update by its gradient; leaves ∂L/∂α_k = −⟨g_k, λ⟩."""
         direction = self.inner_layout.new(self.em, "direction")
         inner = adjoint[: self.inner_layout.size]
-        self.em.call(
-            ops.lslr_update_backward_out.default,
-            *(
-                inner,
-                grads,
-                self.memory.rates,
-                self.segments,
-                self.rate_row(k),
-                direction,
-                self.left["rates"],
-            ),
-        )
+        results = direction, self.left["rates"]
+        rates = self.memory.rates, self.segments, self.rate_row(k)
+        self.em.call(ops.lslr_update_backward_out.default, inner, grads, *rates, *results)
         return direction
 
 

@@ -53,7 +53,6 @@ class Rows:
     weight: str | None
     bias: str | None
     rows: int
-    per_step: bool
     channels: int
 
 
