@@ -160,7 +160,7 @@ int64_t chunk_tiles(const Problem& p) {
 
 /// [panel][channel][panel width] for every point: weights of one task, transformed.
 template <int M>
-void transform_weights(const Problem& p, const float* w, float* to, int64_t to_stride, float* turned, Ahead& ahead) {
+void transform_weights(const Problem& p, const float* w, float* to, int64_t to_stride, float* turned) {
   using S = Sizes<M>;
   const int64_t ci = p.ci, co = p.co, stride = ci * co;
   if (p.transposed) {
@@ -172,7 +172,6 @@ void transform_weights(const Problem& p, const float* w, float* to, int64_t to_s
     const int64_t width = panels.width(panel), o = panels.begin(panel);
     for (int64_t c = 0; c < ci; ++c)
       for (int64_t v = 0; v < width; v += W) {
-        ahead.fetch();
         const float* from = w + c * co + o + v;
         float* place = to + o * ci + c * width + v;
         both_axes<3, S::side, Transform<M>::filter>(
@@ -203,13 +202,11 @@ void transform_patches(const float* images, int64_t height, int64_t width, int64
     for (int64_t v = 0; v < channel_count; v += W) {
       const int64_t g = v / group * group, own = channel_count - g < group ? channel_count - g : group;
       float* place = to + g * tiles + t * own + v - g;
-      both_axes<From, To, line>(
-          [&](int r, int c) {
-            // What the next patch has and this one has not; in vain behind the last one of a row.
-            if (c >= From - Step) __builtin_prefetch(pixel[r][c] + v + Step * channels);
-            return V::load(pixel[r][c] + v);
-          },
-          [=](int r, int c, V x) { x.store(place + (r * To + c) * stride); });
+      // What the next patch has and this one has not; in vain behind the last one of a row.
+      for (int r = 0; r < From; ++r)
+        for (int c = From - Step; c < From; ++c) __builtin_prefetch(pixel[r][c] + v + Step * channels);
+      both_axes<From, To, line>([&](int r, int c) { return V::load(pixel[r][c] + v); },
+                                [=](int r, int c, V x) { x.store(place + (r * To + c) * stride); });
     }
   }
 }
@@ -264,35 +261,28 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   int64_t ready = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
-    const int64_t total = p.images * sizes.per_image;
-    const int64_t first = part * total / p.parts, last = (part + 1) * total / p.parts;
-    const float* images[2] = {};
-    for (int pair = 0; pair < p.pairs; ++pair)
-      images[pair] = static_cast<const float*>(p.a[pair]) + task * p.images * source_image;
-    float* out = static_cast<float*>(p.out) + task * p.images * out_image;
-    const auto count_at = [=](int64_t at) { return last - at < tiles ? last - at : tiles; };
-    const auto add_patches = [&](Ahead& ahead, int64_t at) {
-      for (int pair = 0; pair < p.pairs; ++pair)
-        add_tiles<M>(ahead, sizes, images[pair], p.height, p.width * ci, at, count_at(at), -p.pad_y, side - p.pad_y);
-    };
     if (task != ready) {
-      Ahead ahead;
-      add_patches(ahead, first);
-      ahead.spread(p.pairs * divide_up(weights, W));
       for (int pair = 0; pair < p.pairs; ++pair)
         transform_weights<M>(p, static_cast<const float*>(p.b[pair]) + task * 9 * weights,
-                             filters + pair * points * filter_stride, filter_stride, turned, ahead);
+                             filters + pair * points * filter_stride, filter_stride, turned);
       ready = task;
     }
+    const int64_t total = p.images * sizes.per_image;
+    const int64_t first = part * total / p.parts, last = (part + 1) * total / p.parts;
+    const auto images = [&](int pair) { return static_cast<const float*>(p.a[pair]) + task * p.images * source_image; };
+    const auto count_at = [=](int64_t at) { return last - at < tiles ? last - at : tiles; };
+    float* out = static_cast<float*>(p.out) + task * p.images * out_image;
     for (int64_t at = first; at < last; at += tiles) {
-      const int64_t count = count_at(at);
-      for (int pair = 0; pair < p.pairs; ++pair)
-        transform_patches<side, side, M, Transform<M>::data>(
-            images[pair], p.height, p.width, ci, p.pad_y, sizes.columns, sizes.per_image, at, count, 0, ci, zeros,
-            data + pair * points * data_stride, data_stride, ci, tiles);
+      const int64_t count = count_at(at), next = at + count;
       Ahead ahead;
       add_tiles<M>(ahead, sizes, out, p.out_height, p.out_width * co, at, count, 0, M);
-      add_patches(ahead, at + count);
+      for (int pair = 0; pair < p.pairs; ++pair) {
+        transform_patches<side, side, M, Transform<M>::data>(
+            images(pair), p.height, p.width, ci, p.pad_y, sizes.columns, sizes.per_image, at, count, 0, ci, zeros,
+            data + pair * points * data_stride, data_stride, ci, tiles);
+        add_tiles<M>(ahead, sizes, images(pair), p.height, p.width * ci, next, count_at(next), -p.pad_y,
+                     side - p.pad_y);
+      }
       ahead.spread(chains(count, ci) * points * panels.count * p.pairs);
       for (int k = 0; k < points; ++k)
         for (int64_t panel = 0; panel < panels.count; ++panel) {

@@ -110,25 +110,31 @@ struct Transform<3> {
 using Line = void (*)(const V*, V*);
 
 /// Applies a one-dimensional transform from I to O points along both axes of a tile: reads `load(row, column)` once
-/// each, gives every result to `store(row, column, value)`. Neither tile is held as a whole: registers are few.
+/// each, or once a part, gives every result to `store(row, column, value)`. Between the axes are O x I values: 36 are
+/// too many for 32 registers, so they are made in two parts. Of 16 registers two parts are too many as well, and cost.
 template <int I, int O, Line line, class Load, class Store>
 MF_INLINE void both_axes(const Load& load, const Store& store) {
-  V half[O][I];
+  constexpr int parts = MF_VECTOR_BYTES == 64 && O * I > 32 ? 2 : 1, own = O / parts;
+  static_assert(O % parts == 0);
+#pragma GCC unroll 2
+  for (int begin = 0; begin < O; begin += own) {
+    V half[own][I];
 #pragma GCC unroll 8
-  for (int c = 0; c < I; ++c) {
-    V column[I], result[O];
+    for (int c = 0; c < I; ++c) {
+      V column[I], result[O];
 #pragma GCC unroll 8
-    for (int r = 0; r < I; ++r) column[r] = load(r, c);
-    line(column, result);
+      for (int r = 0; r < I; ++r) column[r] = load(r, c);
+      line(column, result);
 #pragma GCC unroll 8
-    for (int r = 0; r < O; ++r) half[r][c] = result[r];
-  }
+      for (int r = 0; r < own; ++r) half[r][c] = result[begin + r];
+    }
 #pragma GCC unroll 8
-  for (int r = 0; r < O; ++r) {
-    V result[O];
-    line(half[r], result);
+    for (int r = 0; r < own; ++r) {
+      V result[O];
+      line(half[r], result);
 #pragma GCC unroll 8
-    for (int c = 0; c < O; ++c) store(r, c, result[c]);
+      for (int c = 0; c < O; ++c) store(begin + r, c, result[c]);
+    }
   }
 }
 
