@@ -6,138 +6,14 @@
 
 #include "conv_kernels.h"
 #include "conv_micro.h"
+#include "winograd_transforms.h"
 
 namespace mf::MF_ISA::conv {
 namespace {
 
-using V = Vec<float>;
+using namespace winograd;
 using Problem = mf::conv::Winograd;
 constexpr int W = kLanes<float>;
-
-MF_INLINE V times(float c, V x) { return V::broadcast(c) * x; }
-/// c * x + y
-MF_INLINE V plus(float c, V x, V y) { return fma(V::broadcast(c), x, y); }
-
-/// One-dimensional transforms of F(m, 3), named as in the derivation: B^T on data, G on filters, A^T on products, and
-/// the transposed A and G^T of the weight gradient.
-template <int M>
-struct Transform;
-
-/// Points 0, 2/3, -2/3, 3/2, -3/2 and infinity: less than half the rounding error of 0, 1, -1, 2, -2 and infinity. The
-/// pairs share their even and odd parts; the product of their squares is 1.
-template <>
-struct Transform<4> {
-  static constexpr float a = 2.f / 3, b = 3.f / 2, aa = 4.f / 9, bb = 9.f / 4, aaa = 8.f / 27, bbb = 27.f / 8;
-  static constexpr float both = 97.f / 36;                 // aa + bb
-  static constexpr float na = -81.f / 130, nb = 8.f / 65;  // 1 / (2 aa (aa - bb)), 1 / (2 bb (bb - aa))
-
-  static MF_INLINE void data(const V* d, V* t) {
-    t[0] = plus(-both, d[2], d[0] + d[4]);
-    t[5] = plus(-both, d[3], d[1] + d[5]);
-    const V even_a = plus(-bb, d[2], d[4]), odd_a = plus(-bb, d[1], d[3]);
-    t[1] = plus(a, odd_a, even_a);
-    t[2] = plus(-a, odd_a, even_a);
-    const V even_b = plus(-aa, d[2], d[4]), odd_b = plus(-aa, d[1], d[3]);
-    t[3] = plus(b, odd_b, even_b);
-    t[4] = plus(-b, odd_b, even_b);
-  }
-  static MF_INLINE void filter(const V* g, V* t) {
-    const V even_a = times(na, plus(aa, g[2], g[0])), even_b = times(nb, plus(bb, g[2], g[0]));
-    t[0] = g[0];
-    t[1] = plus(na * a, g[1], even_a);
-    t[2] = plus(-na * a, g[1], even_a);
-    t[3] = plus(nb * b, g[1], even_b);
-    t[4] = plus(-nb * b, g[1], even_b);
-    t[5] = g[2];
-  }
-  static MF_INLINE void output(const V* t, V* y) {
-    const V even_a = t[1] + t[2], odd_a = t[1] - t[2], even_b = t[3] + t[4], odd_b = t[3] - t[4];
-    y[0] = t[0] + even_a + even_b;
-    y[1] = plus(b, odd_b, times(a, odd_a));
-    y[2] = plus(bb, even_b, times(aa, even_a));
-    y[3] = plus(bbb, odd_b, plus(aaa, odd_a, t[5]));
-  }
-  static MF_INLINE void gradient(const V* y, V* t) {
-    const V even_a = plus(aa, y[2], y[0]), odd_a = plus(aaa, y[3], times(a, y[1]));
-    const V even_b = plus(bb, y[2], y[0]), odd_b = plus(bbb, y[3], times(b, y[1]));
-    t[0] = y[0];
-    t[1] = even_a + odd_a;
-    t[2] = even_a - odd_a;
-    t[3] = even_b + odd_b;
-    t[4] = even_b - odd_b;
-    t[5] = y[3];
-  }
-  static MF_INLINE void filter_gradient(const V* t, V* g) {
-    const V even_a = times(na, t[1] + t[2]), odd_a = t[1] - t[2], even_b = times(nb, t[3] + t[4]), odd_b = t[3] - t[4];
-    g[0] = t[0] + even_a + even_b;
-    g[1] = plus(nb * b, odd_b, times(na * a, odd_a));
-    g[2] = plus(bb, even_b, plus(aa, even_a, t[5]));
-  }
-};
-
-/// Points 0, 1, -1/2, -3/2 and infinity.
-template <>
-struct Transform<3> {
-  static constexpr float n0 = -4.f / 3, n1 = 4.f / 15, n2 = 4.f / 3, n3 = -4.f / 15;
-
-  static MF_INLINE void data(const V* d, V* t) {
-    t[0] = plus(-0.75f, d[0], plus(-1.25f, d[1], d[2] + d[3]));
-    t[1] = plus(0.75f, d[1], plus(2.f, d[2], d[3]));
-    t[2] = plus(-1.5f, d[1], plus(0.5f, d[2], d[3]));
-    t[3] = plus(-0.5f, d[1] + d[2], d[3]);
-    t[4] = plus(-0.75f, d[1], plus(-1.25f, d[2], d[3] + d[4]));
-  }
-  static MF_INLINE void filter(const V* g, V* t) {
-    t[0] = times(n0, g[0]);
-    t[1] = times(n1, g[0] + g[1] + g[2]);
-    t[2] = times(n2, plus(0.25f, g[2], plus(-0.5f, g[1], g[0])));
-    t[3] = times(n3, plus(2.25f, g[2], plus(-1.5f, g[1], g[0])));
-    t[4] = g[2];
-  }
-  static MF_INLINE void output(const V* t, V* y) {
-    y[0] = (t[0] + t[1]) + (t[2] + t[3]);
-    y[1] = plus(-1.5f, t[3], plus(-0.5f, t[2], t[1]));
-    y[2] = plus(2.25f, t[3], plus(0.25f, t[2], t[1] + t[4]));
-  }
-  static MF_INLINE void gradient(const V* y, V* t) {
-    t[0] = y[0];
-    t[1] = y[0] + y[1] + y[2];
-    t[2] = plus(0.25f, y[2], plus(-0.5f, y[1], y[0]));
-    t[3] = plus(2.25f, y[2], plus(-1.5f, y[1], y[0]));
-    t[4] = y[2];
-  }
-  static MF_INLINE void filter_gradient(const V* t, V* g) {
-    const V u1 = times(n1, t[1]), u2 = times(n2, t[2]), u3 = times(n3, t[3]);
-    g[0] = plus(n0, t[0], u1 + (u2 + u3));
-    g[1] = plus(-1.5f, u3, plus(-0.5f, u2, u1));
-    g[2] = plus(2.25f, u3, plus(0.25f, u2, u1 + t[4]));
-  }
-};
-
-using Line = void (*)(const V*, V*);
-
-/// Applies a one-dimensional transform from I to O points along both axes of a tile: reads `load(row, column)` once
-/// each, gives every result to `store(row, column, value)`. Neither tile is held as a whole: registers are few.
-template <int I, int O, Line line, class Load, class Store>
-MF_INLINE void both_axes(const Load& load, const Store& store) {
-  V half[O][I];
-#pragma GCC unroll 8
-  for (int c = 0; c < I; ++c) {
-    V column[I], result[O];
-#pragma GCC unroll 8
-    for (int r = 0; r < I; ++r) column[r] = load(r, c);
-    line(column, result);
-#pragma GCC unroll 8
-    for (int r = 0; r < O; ++r) half[r][c] = result[r];
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < O; ++r) {
-    V result[O];
-    line(half[r], result);
-#pragma GCC unroll 8
-    for (int c = 0; c < O; ++c) store(r, c, result[c]);
-  }
-}
 
 template <int M>
 struct Sizes {
@@ -150,8 +26,49 @@ struct Sizes {
 };
 
 /// Products summed one after the other before they join the rest: sums of sums round less. Twice as long, a random
-/// network's meta-gradient errs twice as much; an iteration takes 2 % less.
+/// network's meta-gradient errs twice as much, for 1 % less time; half as long, products take 2 to 5 % more.
 constexpr int64_t kChain = 16;
+
+/// Memory that is wanted soon, brought into the second-level cache beside products, which leave the ways to memory
+/// idle: a few lines with each chain, since lines asked for all at once would stall the products.
+struct Ahead {
+  static constexpr int64_t kLine = 64 / sizeof(float);
+
+  void add(const float* begin, const float* end) {
+    from[count] = begin;
+    to[count++] = end;
+    lines += divide_up(end - begin, kLine);
+  }
+  /// Shares what was added among so many calls of fetch.
+  void spread(int64_t visits) { each = divide_up(lines, visits); }
+  MF_INLINE void fetch() {
+    for (int64_t n = each; n > 0; --n) {
+      while (now < count && from[now] >= to[now]) ++now;
+      if (now == count) {
+        each = 0;
+        return;
+      }
+      __builtin_prefetch(from[now], 0, 2);
+      from[now] += kLine;
+    }
+  }
+
+  const float *from[3] = {}, *to[3] = {};
+  int count = 0, now = 0;
+  int64_t lines = 0, each = 0;
+};
+
+/// Adds the pixel rows, of `row` elements, that tiles [first, first + count) cover with `above` to `below` of their own
+/// first one.
+template <int M>
+void add_tiles(Ahead& ahead, const Sizes<M>& sizes, const float* images, int64_t height, int64_t row, int64_t first,
+               int64_t count, int64_t above, int64_t below) {
+  const auto at = [&](int64_t tile, int64_t offset) {
+    const int64_t y = tile % sizes.per_image / sizes.columns * M + offset;
+    return images + (tile / sizes.per_image * height + (y < 0 ? 0 : y > height ? height : y)) * row;
+  };
+  if (count > 0) ahead.add(at(first, above), at(first + count - 1, below));
+}
 
 /// acc[i][v] += sum over k < length of a(i, k) * b[k][v], b [length, NV vectors]. a(i, k) is a[i * pitch + k];
 /// `Turned`, a[k * pitch + i].
@@ -172,9 +89,10 @@ MF_INLINE void accumulate_chain(V (&acc)[MR][NV], const float* a, int64_t pitch,
 /// and not to the caller of a block: a sixth less time than one call a chain.
 template <int MR, int NV, bool Turned>
 void product_blocks(const float* a, int64_t pitch, const float* b, int64_t length, float* out, int64_t out_pitch,
-                    int64_t blocks, bool accumulate) {
+                    int64_t blocks, bool accumulate, Ahead& ahead) {
   for (int64_t n = 0; n < blocks; ++n) {
     for (int64_t k = 0; k < length; k += kChain) {
+      ahead.fetch();
       V acc[MR][NV];
       for (int i = 0; i < MR; ++i)
         for (int v = 0; v < NV; ++v) acc[i][v] = V::zero();
@@ -200,17 +118,20 @@ void product_blocks(const float* a, int64_t pitch, const float* b, int64_t lengt
 /// The product of one point and one panel of NV vectors: `rows` rows, the last of them in a block of their own.
 template <int NV, bool Turned>
 void product(const float* a, int64_t pitch, const float* b, int64_t length, float* out, int64_t out_pitch, int64_t rows,
-             bool accumulate) {
+             bool accumulate, Ahead& ahead) {
   const int64_t blocks = rows / kMaxRows, done = blocks * kMaxRows;
-  product_blocks<kMaxRows, NV, Turned>(a, pitch, b, length, out, out_pitch, blocks, accumulate);
+  product_blocks<kMaxRows, NV, Turned>(a, pitch, b, length, out, out_pitch, blocks, accumulate, ahead);
   constexpr decltype(&product_blocks<1, NV, Turned>) last[] = {
       product_blocks<1, NV, Turned>, product_blocks<2, NV, Turned>, product_blocks<3, NV, Turned>,
       product_blocks<4, NV, Turned>, product_blocks<5, NV, Turned>};
   static_assert(kMaxRows == 6);
   if (done < rows)
     last[rows - done - 1](a + (Turned ? done : done * pitch), pitch, b, length, out + done * out_pitch, out_pitch, 1,
-                          accumulate);
+                          accumulate, ahead);
 }
+
+/// Chains of a product, each of which fetches ahead.
+inline int64_t chains(int64_t rows, int64_t length) { return divide_up(rows, kMaxRows) * divide_up(length, kChain); }
 
 template <bool Turned>
 auto pick_product(int vectors) {
@@ -260,18 +181,16 @@ void transform_weights(const Problem& p, const float* w, float* to, int64_t to_s
   }
 }
 
-constexpr int64_t kAhead = 16;  // channels: the next cache line of each pixel, which no hardware prefetcher expects
-
-/// Transforms patches of side `From` at `step` pixels into planes [points][channel group][tile][channel of the group];
-/// pixels outside read zeros.
-template <int From, int To, Line line>
-void transform_patches(const float* images, int64_t height, int64_t width, int64_t channels, int64_t step,
-                       int64_t padding, int64_t columns, int64_t per_image, int64_t first, int64_t count,
-                       int64_t channel_begin, int64_t channel_count, const float* zeros, float* to, int64_t stride,
-                       int64_t group, int64_t tiles) {
+/// Transforms patches of side `From`, `Step` pixels apart, into planes [points][channel group][tile][channel of the
+/// group]; pixels outside read zeros.
+template <int From, int To, int Step, Line line>
+void transform_patches(const float* images, int64_t height, int64_t width, int64_t channels, int64_t padding,
+                       int64_t columns, int64_t per_image, int64_t first, int64_t count, int64_t channel_begin,
+                       int64_t channel_count, const float* zeros, float* to, int64_t stride, int64_t group,
+                       int64_t tiles) {
   for (int64_t t = 0; t < count; ++t) {
     const int64_t image = (first + t) / per_image, tile = (first + t) % per_image;
-    const int64_t y0 = tile / columns * step - padding, x0 = tile % columns * step - padding;
+    const int64_t y0 = tile / columns * Step - padding, x0 = tile % columns * Step - padding;
     const float* origin = images + image * height * width * channels + channel_begin;
     const float* pixel[From][From];
     for (int r = 0; r < From; ++r)
@@ -283,12 +202,11 @@ void transform_patches(const float* images, int64_t height, int64_t width, int64
     for (int64_t v = 0; v < channel_count; v += W) {
       const int64_t g = v / group * group, own = channel_count - g < group ? channel_count - g : group;
       float* place = to + g * tiles + t * own + v - g;
-      both_axes<From, To, line>(
-          [&](int r, int c) {
-            __builtin_prefetch(pixel[r][c] + v + kAhead);
-            return V::load(pixel[r][c] + v);
-          },
-          [=](int r, int c, V x) { x.store(place + (r * To + c) * stride); });
+      // What the next patch has and this one has not; in vain behind the last one of a row.
+      for (int r = 0; r < From; ++r)
+        for (int c = From - Step; c < From; ++c) __builtin_prefetch(pixel[r][c] + v + Step * channels);
+      both_axes<From, To, line>([&](int r, int c) { return V::load(pixel[r][c] + v); },
+                                [=](int r, int c, V x) { x.store(place + (r * To + c) * stride); });
     }
   }
 }
@@ -351,30 +269,36 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     }
     const int64_t total = p.images * sizes.per_image;
     const int64_t first = part * total / p.parts, last = (part + 1) * total / p.parts;
-    const int64_t chunks = divide_up(last - first, tiles);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t at = first + chunk * tiles, count = last - at < tiles ? last - at : tiles;
-      for (int pair = 0; pair < p.pairs; ++pair)
-        transform_patches<side, side, Transform<M>::data>(
-            static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.pad_y,
-            sizes.columns, sizes.per_image, at, count, 0, ci, zeros, data + pair * points * data_stride, data_stride,
-            ci, tiles);
+    const auto images = [&](int pair) { return static_cast<const float*>(p.a[pair]) + task * p.images * source_image; };
+    const auto count_at = [=](int64_t at) { return last - at < tiles ? last - at : tiles; };
+    float* out = static_cast<float*>(p.out) + task * p.images * out_image;
+    for (int64_t at = first; at < last; at += tiles) {
+      const int64_t count = count_at(at), next = at + count;
+      Ahead ahead;
+      add_tiles<M>(ahead, sizes, out, p.out_height, p.out_width * co, at, count, 0, M);
+      for (int pair = 0; pair < p.pairs; ++pair) {
+        transform_patches<side, side, M, Transform<M>::data>(
+            images(pair), p.height, p.width, ci, p.pad_y, sizes.columns, sizes.per_image, at, count, 0, ci, zeros,
+            data + pair * points * data_stride, data_stride, ci, tiles);
+        add_tiles<M>(ahead, sizes, images(pair), p.height, p.width * ci, next, count_at(next), -p.pad_y,
+                     side - p.pad_y);
+      }
+      ahead.spread(chains(count, ci) * points * panels.count * p.pairs);
       for (int k = 0; k < points; ++k)
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t o = panels.begin(panel);
           for (int pair = 0; pair < p.pairs; ++pair)
             pick_product<false>(panels.vectors(panel))(data + (pair * points + k) * data_stride, ci,
                                                        filters + (pair * points + k) * filter_stride + o * ci, ci,
-                                                       products + k * product_stride + o, co, count, pair > 0);
+                                                       products + k * product_stride + o, co, count, pair > 0, ahead);
         }
-      store_outputs<M>(p, sizes, products, product_stride, static_cast<float*>(p.out) + task * p.images * out_image, at,
-                       count);
+      store_outputs<M>(p, sizes, products, product_stride, out, at, count);
     }
   }
 }
 
-/// Tiles one visit of an accumulator block reduces; fixed, because the order of summation follows it.
-constexpr int64_t kWeightTiles = 4 * kChain;
+/// Tiles worked on at a time; in whole chains, so that the order of summation does not follow it.
+constexpr int64_t kWeightTiles = 2 * kChain;
 
 /// Weight gradient: G^T [ sum over tiles (B^T x B) * (A g A^T) ] G, channels of g in ranges of 16.
 template <int M>
@@ -400,22 +324,34 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     float* grads = data + points * data_stride;
     float* sums = grads + points * grad_stride;
     const Panels<float> panels(own);
-    const int64_t total = p.images * sizes.per_image, chunks = divide_up(total, tiles);
+    const int64_t total = p.images * sizes.per_image;
+    const auto count_at = [=](int64_t at) { return total - at < tiles ? total - at : tiles; };
+    const auto images = [&](int pair) { return static_cast<const float*>(p.a[pair]) + task * p.images * source_image; };
+    const auto outputs = [&](int pair) { return static_cast<const float*>(p.b[pair]) + task * p.images * out_image; };
     for (int pair = 0; pair < p.pairs; ++pair)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t at = chunk * tiles, count = total - at < tiles ? total - at : tiles;
-        transform_patches<side, side, Transform<M>::data>(
-            static_cast<const float*>(p.a[pair]) + task * p.images * source_image, p.height, p.width, ci, M, p.pad_y,
-            sizes.columns, sizes.per_image, at, count, 0, ci, memory, data, data_stride, ci, tiles);
-        transform_patches<M, side, Transform<M>::gradient>(
-            static_cast<const float*>(p.b[pair]) + task * p.images * out_image, p.out_height, p.out_width, co, M, 0,
-            sizes.columns, sizes.per_image, at, count, o, own, memory, grads, grad_stride, kPanel<float>, tiles);
+      for (int64_t at = 0; at < total; at += tiles) {
+        const int64_t count = count_at(at);
+        transform_patches<side, side, M, Transform<M>::data>(images(pair), p.height, p.width, ci, p.pad_y,
+                                                             sizes.columns, sizes.per_image, at, count, 0, ci, memory,
+                                                             data, data_stride, ci, tiles);
+        transform_patches<M, side, M, Transform<M>::gradient>(outputs(pair), p.out_height, p.out_width, co, 0,
+                                                              sizes.columns, sizes.per_image, at, count, o, own, memory,
+                                                              grads, grad_stride, kPanel<float>, tiles);
+        const int64_t next = at + count < total ? at + count : 0;
+        const int of = next > 0 ? pair : pair + 1;
+        Ahead ahead;
+        if (of < p.pairs) {
+          add_tiles<M>(ahead, sizes, images(of), p.height, p.width * ci, next, count_at(next), -p.pad_y,
+                       side - p.pad_y);
+          add_tiles<M>(ahead, sizes, outputs(of), p.out_height, p.out_width * co, next, count_at(next), 0, M);
+          ahead.spread(chains(ci, count) * points * panels.count);
+        }
         for (int k = 0; k < points; ++k)
           for (int64_t panel = 0; panel < panels.count; ++panel) {
             const int64_t column = panels.begin(panel);
             pick_product<true>(panels.vectors(panel))(data + k * data_stride, ci,
                                                       grads + k * grad_stride + column * tiles, count,
-                                                      sums + k * sum_stride + column, own, ci, pair + chunk > 0);
+                                                      sums + k * sum_stride + column, own, ci, pair + at > 0, ahead);
           }
       }
     float* out = static_cast<float*>(p.out) + task * 9 * ci * co + o;
