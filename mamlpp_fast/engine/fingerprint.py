@@ -25,6 +25,7 @@ from mamlpp_fast.engine.named import (
     LIBRARIES,
     MADE_BY,
     attributes_of,
+    beyond,
     from_library,
     function_of,
     functions_of,
@@ -42,6 +43,7 @@ from mamlpp_fast.engine.objects import (
     ENTRIES,
     attributes_held,
     is_record,
+    is_weak,
     pickled,
     place,
     plain_settings,
@@ -49,7 +51,7 @@ from mamlpp_fast.engine.objects import (
 )
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
+__all__ = ["Fingerprint", "fingerprint", "form_of"]
 
 _CODE = (
     types.FunctionType,
@@ -78,7 +80,7 @@ class Fingerprint:
         of_a_thread: whether values of the calling thread (``threading.local``) are among what it looks at.
     """
 
-    __slots__ = ("_hash", "_held", "_key", "_opaque", "of_a_thread")
+    __slots__ = ("_functions", "_hash", "_held", "_key", "_opaque", "_weak", "of_a_thread")
 
     def __init__(self, reader: _Reader) -> None:
         self.of_a_thread = reader.of_a_thread
@@ -86,6 +88,15 @@ class Fingerprint:
         self._hash: int | None = None
         self._held = reader.held
         self._opaque = reader.opaque
+        self._functions = reader.own
+        self._weak = [name for name in reader.weak if name is None or name in reader.called]
+
+    def unfollowed(self) -> str | None:
+        """What the code does of which a recording, or a change, would tell nothing; None where there is nothing."""
+        for function in self._functions:
+            if (why := beyond(function)) is not None:
+                return why
+        return "reads a weak reference, behind which changes are not followed" if self._weak else None
 
     def states(self) -> list[bytes]:
         """The insides, where they can be pickled, of objects known by identity: costly, to be read around one pass."""
@@ -114,10 +125,16 @@ class _Reader:
         self.tensors: dict[int, int] = {}
         self.followed: set[tuple[int, types.CodeType]] = set()
         self.functions: set[int] = set()
+        self.own: list[types.FunctionType] = []
         self.classes: set[type] = set()
         # Names of attributes that any function followed so far reads, of whatever object.
         self.called: set[str] = set()
         self.of_a_thread = False
+        # Tensors that the model holds, whose own attributes count where one of those functions reads such a name.
+        self.with_attributes: list[Tensor] = []
+        # Of modules' attributes in or behind which a weak reference was met, the names; None behind others.
+        self.weak: list[str | None] = []
+        self.attribute: str | None = None
         # Installed packages of which the model or what counts beside it is: others are libraries.
         self.home: set[str] = set()
 
@@ -142,12 +159,16 @@ class _Reader:
                 self.identities(name, state[name].values())
         for name, p in state["_parameters"].items():
             key.append(name)
+            if p is not None and p.__dict__:
+                self.with_attributes.append(p)
             if p is not None and self.form:
                 key += (self.tensors.setdefault(id(p), len(self.tensors)), *traits(p))
             elif p is not None:
                 self.parameter(p)
         for name, buffer in state["_buffers"].items():
             key.append(name)
+            if buffer is not None and buffer.__dict__:
+                self.with_attributes.append(buffer)
             if buffer is not None and self.form:
                 key += (self.tensors.setdefault(id(buffer), len(self.tensors)), *traits(buffer))
                 key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
@@ -171,7 +192,9 @@ class _Reader:
         else:
             for name, value in zip(names, values, strict=True):
                 key.append(name)
+                self.attribute = name
                 self.value(value, 0)
+            self.attribute = None
         for value in self.opaque[opaque:]:
             for function in functions:
                 self.named_of(value, function.__code__, 1)
@@ -200,7 +223,11 @@ class _Reader:
         kind = type(value)
         if kind in PLAIN:
             key += (kind, told(value))
+        elif is_weak(kind):
+            self.weak.append(self.attribute)
         elif isinstance(value, Tensor):
+            if value.__dict__:
+                self.with_attributes.append(value)
             version = 0 if value.is_inference() else value._version
             key += (id(value), version, value.requires_grad, value.shape, small_values(value))
             if value.is_leaf:  # another one carries a graph, which is not to be kept alive
@@ -312,6 +339,7 @@ class _Reader:
         code = function.__code__
         found: list[Any] = []
         if not self.foreign(written_in(function)):
+            self.own.append(function)
             self.called.update(attributes_of(code))
             if reads_environment(code):
                 self.environment()
@@ -335,6 +363,9 @@ class _Reader:
 
     def named(self, value: Any, code: types.CodeType, depth: int) -> None:
         """A value that a function names."""
+        if is_weak(type(value)):
+            self.weak.append(None)
+            return
         if (
             type(value) in PLAIN
             or isinstance(value, (*CONTAINERS, types.MappingProxyType))
@@ -372,6 +403,14 @@ class _Reader:
         else:
             self.of_a_thread |= isinstance(value, threading.local)
             self.named_of(value, code, depth)
+
+    def of_tensors(self) -> None:
+        """Last of all, attributes of tensors that are named."""
+        for t in self.with_attributes:  # grows meanwhile
+            for name, value in tuple(t.__dict__.items()):
+                if name in self.called:
+                    self.key.append(name)
+                    self.value(value, 1)
 
     def environment(self) -> None:
         self.key += os.environ.items()
@@ -453,33 +492,6 @@ def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = Fals
     queue, training = reader.queue, model.training
     for module in queue:  # grows meanwhile
         reader.module(module, training)
+    if reader.with_attributes:
+        reader.of_tensors()
     return Fingerprint(reader)
-
-
-class Watch:
-    """Tells whether a model has changed since it was last looked at, in training and in evaluation mode.
-
-    Both are looked at together: a module may set other attributes in one than in the other.
-
-    Args:
-        model: left in the mode it is in.
-        beside: what else counts, the loss say.
-    """
-
-    def __init__(self, model: nn.Module, *beside: object) -> None:
-        self._beside = beside
-        self._known: dict[bool, Fingerprint] = {}
-        self.look(model)
-
-    def look(self, model: nn.Module) -> None:
-        """Takes the model as it is for what is known."""
-        flags, mode = [(module, module.training) for module in model.modules()], model.training
-        for training in (not mode, mode):  # back by its own `train`, which may do more than set flags
-            model.train(training)
-            self._known[training] = fingerprint(model, *self._beside)
-        for module, training in flags:
-            module.training = training
-
-    def changed(self, model: nn.Module) -> bool:
-        """Whether the model is another than when it was last looked at."""
-        return self._known[model.training] != fingerprint(model, *self._beside)

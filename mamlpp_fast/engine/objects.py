@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import pickle
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from mamlpp_fast.engine.fragments import PLAIN
 
@@ -19,6 +23,7 @@ __all__ = [
     "ENTRIES",
     "attributes_held",
     "is_record",
+    "is_weak",
     "pickled",
     "place",
     "plain_settings",
@@ -29,6 +34,19 @@ CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 ENTRIES = 1000
 """Containers and tensors of more are compared by identity, and length or version."""
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
+
+_WEAK = (
+    *(weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, weakref.WeakSet),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, TensorWeakRef, WeakIdKeyDictionary),
+)
+
+
+def _refers_weakly(kind: type) -> bool:
+    """Whether objects of this type refer to others without keeping them. A proxy says that it is of another type."""
+    return issubclass(kind, _WEAK)
+
+
+is_weak: Callable[[Any], bool] = functools.lru_cache(maxsize=1000)(_refers_weakly)
 
 
 def pickled(value: object) -> bytes:
