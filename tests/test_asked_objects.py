@@ -1,14 +1,17 @@
-"""Forwards that ask which objects they are given, read what is set on tensors or hides behind weak references, or run
-texts: every loop has PyTorch's result, whatever changes between its iterations."""
+"""Forwards that ask which objects they are given, run texts, or read what is set on tensors, lies deep in objects or
+hides behind weak references: every loop has PyTorch's result, whatever changes between its iterations."""
 
 from __future__ import annotations
 
 import builtins
 import copy
+import ctypes
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,8 +48,29 @@ class Settings:
         return self.by
 
 
-SETTINGS = Settings()
+class Deep(Settings):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Settings()
+
+
+def _ever() -> Iterator[float]:
+    while True:
+        yield scale
+
+
+SETTINGS, DEEP, EVER = Settings(), Deep(), _ever()
+BYTES, NUMBER, ARRAY = bytearray(1), ctypes.c_double(), np.ones(1)
 REFERENCE, PROXY = weakref.ref(SETTINGS), weakref.proxy(SETTINGS)
+
+
+def _of_a_frame(m: Any) -> float:
+    by: float = sys._getframe().f_globals["scale"]
+    return by
+
+
+def _set_precision(m: Any, value: float) -> None:
+    torch.set_float32_matmul_precision("high" if value == 3 else "highest")
 
 
 def built(how: How) -> nn.Module:
@@ -58,7 +82,7 @@ def built(how: How) -> nn.Module:
         head=nn.Linear(4, CLASSES),
     ).double()
     model.register_buffer("buffer", torch.ones(1, dtype=torch.float64))
-    model.attribute = torch.ones(1, dtype=torch.float64)
+    model.attribute, model.table = torch.ones(1, dtype=torch.float64), {"deep": Deep()}
     return model
 
 
@@ -148,6 +172,18 @@ CASES: dict[str, tuple[How, Change, str]] = {
     "a weak reference": (_of_a_reference, _weakly, REFERRED),
     "a global weak reference": (lambda m: REFERENCE().by, _set_settings, REFERRED),
     "a global proxy": (lambda m: PROXY.get(), _set_settings, REFERRED),
+    "deep in an object": (lambda m: DEEP.inner.by, _put("by", lambda m: DEEP.inner), SERVED),
+    "deep in a table": (
+        lambda m: m.table["deep"].inner.get(),
+        _put("by", lambda m: m.table["deep"].inner),
+        SERVED,
+    ),
+    "bytes": (lambda m: BYTES[0], lambda m, value: BYTES.__setitem__(0, int(value)), SERVED),
+    "a number of C": (lambda m: NUMBER.value, _put("value", lambda m: NUMBER), SERVED),
+    "an array": (lambda m: float(ARRAY[0]), lambda m, value: ARRAY.fill(value), SERVED),
+    "an iterator": (lambda m: next(EVER), _set_global, "reads an iterator"),
+    "a frame": (_of_a_frame, _set_global, "looks for objects by their names or frames"),
+    "a setting of PyTorch's": (lambda m: len(torch.get_float32_matmul_precision()), _set_precision, SERVED),
 }
 
 
@@ -180,10 +216,13 @@ def run(model: nn.Module, loop: Callable[[nn.Module], Loss], change: Change) -> 
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(globals(), "scale", 1.0)
     monkeypatch.setattr(SETTINGS, "by", 1.0)
     monkeypatch.setattr(BESIDE, "tag", 1.0, raising=False)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

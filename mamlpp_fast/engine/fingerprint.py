@@ -9,7 +9,7 @@ import itertools
 import os
 import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,11 @@ from mamlpp_fast.engine.named import (
     written_in,
 )
 from mamlpp_fast.engine.objects import (
+    BUFFERS,
     CONTAINERS,
     ENTRIES,
     attributes_held,
+    bytes_in,
     is_record,
     is_weak,
     pickled,
@@ -49,6 +51,7 @@ from mamlpp_fast.engine.objects import (
     plain_settings,
     small_values,
 )
+from mamlpp_fast.engine.reached import ITERATOR, REFERENCE, SETTINGS, reach, settings_of
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
 __all__ = ["Fingerprint", "fingerprint", "form_of"]
@@ -80,7 +83,7 @@ class Fingerprint:
         of_a_thread: whether values of the calling thread (``threading.local``) are among what it looks at.
     """
 
-    __slots__ = ("_functions", "_hash", "_held", "_key", "_opaque", "_weak", "of_a_thread")
+    __slots__ = ("_functions", "_hash", "_held", "_key", "_opaque", "_unseen", "of_a_thread")
 
     def __init__(self, reader: _Reader) -> None:
         self.of_a_thread = reader.of_a_thread
@@ -89,14 +92,14 @@ class Fingerprint:
         self._held = reader.held
         self._opaque = reader.opaque
         self._functions = reader.own
-        self._weak = [name for name in reader.weak if name is None or name in reader.called]
+        self._unseen = [why for name, why in reader.unseen if name is None or name in reader.called]
 
     def unfollowed(self) -> str | None:
         """What the code does of which a recording, or a change, would tell nothing; None where there is nothing."""
         for function in self._functions:
             if (why := beyond(function)) is not None:
                 return why
-        return "reads a weak reference, behind which changes are not followed" if self._weak else None
+        return self._unseen[0] if self._unseen else None
 
     def states(self) -> list[bytes]:
         """The insides, where they can be pickled, of objects known by identity: costly, to be read around one pass."""
@@ -130,10 +133,10 @@ class _Reader:
         # Names of attributes that any function followed so far reads, of whatever object.
         self.called: set[str] = set()
         self.of_a_thread = False
-        # Tensors that the model holds, whose own attributes count where one of those functions reads such a name.
-        self.with_attributes: list[Tensor] = []
-        # Of modules' attributes in or behind which a weak reference was met, the names; None behind others.
-        self.weak: list[str | None] = []
+        # Objects, tensors among them, whose attributes count where one of those functions reads such a name.
+        self.objects: list[object] = []
+        # Why something is not followed, with the module's attribute that it is in or behind; None behind others.
+        self.unseen: list[tuple[str | None, str]] = []
         self.attribute: str | None = None
         # Installed packages of which the model or what counts beside it is: others are libraries.
         self.home: set[str] = set()
@@ -160,7 +163,7 @@ class _Reader:
         for name, p in state["_parameters"].items():
             key.append(name)
             if p is not None and p.__dict__:
-                self.with_attributes.append(p)
+                self.objects.append(p)
             if p is not None and self.form:
                 key += (self.tensors.setdefault(id(p), len(self.tensors)), *traits(p))
             elif p is not None:
@@ -168,7 +171,7 @@ class _Reader:
         for name, buffer in state["_buffers"].items():
             key.append(name)
             if buffer is not None and buffer.__dict__:
-                self.with_attributes.append(buffer)
+                self.objects.append(buffer)
             if buffer is not None and self.form:
                 key += (self.tensors.setdefault(id(buffer), len(self.tensors)), *traits(buffer))
                 key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
@@ -224,10 +227,10 @@ class _Reader:
         if kind in PLAIN:
             key += (kind, told(value))
         elif is_weak(kind):
-            self.weak.append(self.attribute)
+            self.unseen.append((self.attribute, REFERENCE))
         elif isinstance(value, Tensor):
             if value.__dict__:
-                self.with_attributes.append(value)
+                self.objects.append(value)
             version = 0 if value.is_inference() else value._version
             key += (id(value), version, value.requires_grad, value.shape, small_values(value))
             if value.is_leaf:  # another one carries a graph, which is not to be kept alive
@@ -279,11 +282,15 @@ class _Reader:
         elif isinstance(value, contextvars.ContextVar):
             if depth < _DEPTH:
                 self.value(value.get(None), depth + 1)
+        elif isinstance(value, BUFFERS):
+            self.key.append(bytes_in(value))
         else:
             self.of_a_thread |= isinstance(value, threading.local)
             self.opaque.append(value)
             self.operators(type(value))
-            if (settings := plain_settings(value)) is not None and depth + 1 < _DEPTH:
+            if (settings := plain_settings(value)) is None or depth + 1 >= _DEPTH:
+                self.objects.append(value)
+            else:
                 self.constants(type(value))
                 self.value(settings, depth + 1)
 
@@ -343,6 +350,8 @@ class _Reader:
             self.called.update(attributes_of(code))
             if reads_environment(code):
                 self.environment()
+            for name in settings_of(code):
+                self.key.append(SETTINGS[name]())
             found = [function.__globals__.get(name) for name in globals_of(code)]
             found += imported(function)
         for given in (function.__defaults__, function.__kwdefaults__, function.__dict__):
@@ -364,7 +373,7 @@ class _Reader:
     def named(self, value: Any, code: types.CodeType, depth: int) -> None:
         """A value that a function names."""
         if is_weak(type(value)):
-            self.weak.append(None)
+            self.unseen.append((None, REFERENCE))
             return
         if (
             type(value) in PLAIN
@@ -391,7 +400,10 @@ class _Reader:
         elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES) and of_library(
             value if isinstance(value, type) else type(value)
         ):
-            return
+            if isinstance(value, (np.ndarray, *BUFFERS)):
+                self.value(value, depth)
+            elif isinstance(value, Iterator):
+                self.unseen.append((None, ITERATOR))
         elif isinstance(value, type):
             if not self.foreign(written_in(value)):
                 self.constants(value)  # a namespace of settings, say
@@ -402,15 +414,8 @@ class _Reader:
             self.named_of(value, code, depth)
         else:
             self.of_a_thread |= isinstance(value, threading.local)
+            self.objects.append(value)
             self.named_of(value, code, depth)
-
-    def of_tensors(self) -> None:
-        """Last of all, attributes of tensors that are named."""
-        for t in self.with_attributes:  # grows meanwhile
-            for name, value in tuple(t.__dict__.items()):
-                if name in self.called:
-                    self.key.append(name)
-                    self.value(value, 1)
 
     def environment(self) -> None:
         self.key += os.environ.items()
@@ -492,6 +497,6 @@ def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = Fals
     queue, training = reader.queue, model.training
     for module in queue:  # grows meanwhile
         reader.module(module, training)
-    if reader.with_attributes:
-        reader.of_tensors()
+    if reader.objects:
+        reach(reader)
     return Fingerprint(reader)

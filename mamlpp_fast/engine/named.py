@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
+import importlib
+import inspect
 import itertools
 import sys
 import sysconfig
@@ -55,6 +58,10 @@ _BY_TEXT = frozenset(
     {"getattr", "hasattr", "attrgetter", "methodcaller", "vars", "globals", "__dict__", "__getattribute__"}
 )
 _OF_BUILTINS = frozenset({"eval", "exec", "id", "hash"})
+_BY_WAYS = (
+    *(sys.modules, sys._getframe, inspect.currentframe, inspect.stack, importlib.import_module),
+    *(gc.get_objects, gc.get_referrers),
+)
 _COMPILED = ("torch._higher_order_ops.", "torch.nn.attention.flex_attention")
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "IMPORT_FROM")
 _DEPTH = 6  # of functions that name functions
@@ -117,6 +124,8 @@ def beyond(function: types.FunctionType) -> str | None:
         if isinstance(owner := space.get(module), types.ModuleType):
             found.append(getattr(owner, name, None))
     for value in found:
+        if any(value is way for way in _BY_WAYS):
+            return "looks for objects by their names or frames (sys.modules, inspect), which is not followed"
         # Run once under a dispatch mode it fails in every later call of the process (torch 2.13).
         if isinstance(value, types.FunctionType) and module_of(value.__globals__).startswith(_COMPILED):
             return f"computes by {value.__name__}, which compiles what it is given"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import array
 import collections
+import ctypes
 import dataclasses
 import functools
 import pickle
@@ -19,9 +21,11 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 from mamlpp_fast.engine.fragments import PLAIN
 
 __all__ = [
+    "BUFFERS",
     "CONTAINERS",
     "ENTRIES",
     "attributes_held",
+    "bytes_in",
     "is_record",
     "is_weak",
     "pickled",
@@ -33,6 +37,8 @@ __all__ = [
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 ENTRIES = 1000
 """Containers and tensors of more are compared by identity, and length or version."""
+BUFFERS = (bytearray, memoryview, array.array, ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
+"""Of the interpreter's own: bytes that are written to."""
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 
 _WEAK = (
@@ -54,6 +60,12 @@ def pickled(value: object) -> bytes:
         return pickle.dumps(value)
     except Exception:  # whatever a class of the user's raises
         return b""
+
+
+def bytes_in(value: Any) -> bytes | int:
+    """What is in a small buffer; of a large one how much it is."""
+    view = memoryview(value)
+    return view.tobytes() if view.nbytes <= 8 * ENTRIES else view.nbytes
 
 
 def is_record(value: object) -> bool:
