@@ -223,6 +223,8 @@ def _served(
     kwargs: Mapping[str, Any],
     plain: Callable[[], nn.Module] | None = None,
 ) -> Tensor | None:
+    if paused():
+        return None
     # Without a look at the call or the form, which plain PyTorch does not need.
     if (before := _resting.get(model)) is not None:
         if before.resting():
@@ -286,6 +288,8 @@ def _unfit(x: Tensor | Call) -> str | None:
     first = given[0]
     if any(type(t) is not Tensor or t.layout is not torch.strided for t in given):
         return "an argument is no plain tensor"
+    if any(t.__dict__ for t in given):
+        return "an argument has attributes of its own, which a forward may read"
     if first.ndim < (2 if len(given) == 1 else 1):
         return f"its examples have {first.ndim} axes"
     if len(first) == 0:
@@ -303,7 +307,7 @@ def _unfit(x: Tensor | Call) -> str | None:
     # A checkpoint's: what it saves has to be the same in its second pass, whatever was prepared meanwhile.
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "under hooks on saved tensors"
-    if paused() or watched():
+    if watched():
         return "something watches the calling thread: a mode, or the profiler"
     return None
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mamlpp_fast import labels
 from mamlpp_fast.engine import Engine, EngineChoice, EngineName
 from mamlpp_fast.engine.deterministic import one_thread
-from mamlpp_fast.engine.fingerprint import Watch
 from mamlpp_fast.engine.fused import Unsupported
+from mamlpp_fast.engine.watch import Watch
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.inputs import named
 from mamlpp_fast.reference import LossFn, called

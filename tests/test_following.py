@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
-from mamlpp_fast.engine.fingerprint import Watch, fingerprint
+from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.watch import Watch
 
 ENGINES = ("reference", "autograd", "auto")
 CONFIG = mf.MAMLConfig.maml(steps=2, lslr=True, inner_lr=0.1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
-from mamlpp_fast.engine.fingerprint import Watch
+from mamlpp_fast.engine.watch import Watch
 from tests.front_end_helpers import AUTOGRAD, FUSED, Net, batch, compare, pair
 
 # Gradients that are taken, or not ------------------------------------------------------------------------------------

@@ -190,6 +190,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Form], list[Form]]] = {
     "no-forward-formula": (lambda x, w, b: F.group_norm(x, 2, w, b), [(N, 4, 3)], [(4,), (4,)]),
     "solve": (lambda x, w: torch.linalg.solve(w, x.T), [(N, 4)], [(4, 4)]),
     "norm": (lambda x: torch.linalg.vector_norm(x, dim=1), [(N, 4)], []),
+    "norm-of-order-3": (lambda x: torch.linalg.vector_norm(x, 3, dim=1), [(N, 4)], []),
+    "powers-in-place": (
+        lambda x: (
+            (x * x + 1).pow_(3) + (x * x + 1).float_power_(0.5) + (x * x + 1).ldexp_(torch.full((3,), 2))
+        ),
+        [(N, 3)],
+        [],
+    ),
     "examples-mixed": (lambda x: torch.tanh(x @ x.T) @ x, [(N, 3)], []),
     "repeated": (
         lambda x, w: (x.mean(1) * 3 + w).exp() / 7 + (x.sum(1, keepdim=True) * w).mean(1),

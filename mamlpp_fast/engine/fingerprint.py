@@ -9,7 +9,7 @@ import itertools
 import os
 import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from mamlpp_fast.engine.named import (
     LIBRARIES,
     MADE_BY,
     attributes_of,
+    beyond,
     from_library,
     function_of,
     functions_of,
@@ -38,18 +39,22 @@ from mamlpp_fast.engine.named import (
     written_in,
 )
 from mamlpp_fast.engine.objects import (
+    BUFFERS,
     CONTAINERS,
     ENTRIES,
     attributes_held,
+    bytes_in,
     is_record,
+    is_weak,
     pickled,
     place,
     plain_settings,
     small_values,
 )
+from mamlpp_fast.engine.reached import ITERATOR, REFERENCE, SETTINGS, reach, settings_of
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "Watch", "fingerprint", "form_of"]
+__all__ = ["Fingerprint", "fingerprint", "form_of"]
 
 _CODE = (
     types.FunctionType,
@@ -78,7 +83,7 @@ class Fingerprint:
         of_a_thread: whether values of the calling thread (``threading.local``) are among what it looks at.
     """
 
-    __slots__ = ("_hash", "_held", "_key", "_opaque", "of_a_thread")
+    __slots__ = ("_functions", "_hash", "_held", "_key", "_opaque", "_unseen", "of_a_thread")
 
     def __init__(self, reader: _Reader) -> None:
         self.of_a_thread = reader.of_a_thread
@@ -86,6 +91,15 @@ class Fingerprint:
         self._hash: int | None = None
         self._held = reader.held
         self._opaque = reader.opaque
+        self._functions = reader.own
+        self._unseen = [why for name, why in reader.unseen if name is None or name in reader.called]
+
+    def unfollowed(self) -> str | None:
+        """What the code does of which a recording, or a change, would tell nothing; None where there is nothing."""
+        for function in self._functions:
+            if (why := beyond(function)) is not None:
+                return why
+        return self._unseen[0] if self._unseen else None
 
     def states(self) -> list[bytes]:
         """The insides, where they can be pickled, of objects known by identity: costly, to be read around one pass."""
@@ -114,10 +128,16 @@ class _Reader:
         self.tensors: dict[int, int] = {}
         self.followed: set[tuple[int, types.CodeType]] = set()
         self.functions: set[int] = set()
+        self.own: list[types.FunctionType] = []
         self.classes: set[type] = set()
         # Names of attributes that any function followed so far reads, of whatever object.
         self.called: set[str] = set()
         self.of_a_thread = False
+        # Objects, tensors among them, whose attributes count where one of those functions reads such a name.
+        self.objects: list[object] = []
+        # Why something is not followed, with the module's attribute that it is in or behind; None behind others.
+        self.unseen: list[tuple[str | None, str]] = []
+        self.attribute: str | None = None
         # Installed packages of which the model or what counts beside it is: others are libraries.
         self.home: set[str] = set()
 
@@ -142,12 +162,16 @@ class _Reader:
                 self.identities(name, state[name].values())
         for name, p in state["_parameters"].items():
             key.append(name)
+            if p is not None and p.__dict__:
+                self.objects.append(p)
             if p is not None and self.form:
                 key += (self.tensors.setdefault(id(p), len(self.tensors)), *traits(p))
             elif p is not None:
                 self.parameter(p)
         for name, buffer in state["_buffers"].items():
             key.append(name)
+            if buffer is not None and buffer.__dict__:
+                self.objects.append(buffer)
             if buffer is not None and self.form:
                 key += (self.tensors.setdefault(id(buffer), len(self.tensors)), *traits(buffer))
                 key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
@@ -171,7 +195,9 @@ class _Reader:
         else:
             for name, value in zip(names, values, strict=True):
                 key.append(name)
+                self.attribute = name
                 self.value(value, 0)
+            self.attribute = None
         for value in self.opaque[opaque:]:
             for function in functions:
                 self.named_of(value, function.__code__, 1)
@@ -200,7 +226,11 @@ class _Reader:
         kind = type(value)
         if kind in PLAIN:
             key += (kind, told(value))
+        elif is_weak(kind):
+            self.unseen.append((self.attribute, REFERENCE))
         elif isinstance(value, Tensor):
+            if value.__dict__:
+                self.objects.append(value)
             version = 0 if value.is_inference() else value._version
             key += (id(value), version, value.requires_grad, value.shape, small_values(value))
             if value.is_leaf:  # another one carries a graph, which is not to be kept alive
@@ -252,11 +282,15 @@ class _Reader:
         elif isinstance(value, contextvars.ContextVar):
             if depth < _DEPTH:
                 self.value(value.get(None), depth + 1)
+        elif isinstance(value, BUFFERS):
+            self.key.append(bytes_in(value))
         else:
             self.of_a_thread |= isinstance(value, threading.local)
             self.opaque.append(value)
             self.operators(type(value))
-            if (settings := plain_settings(value)) is not None and depth + 1 < _DEPTH:
+            if (settings := plain_settings(value)) is None or depth + 1 >= _DEPTH:
+                self.objects.append(value)
+            else:
                 self.constants(type(value))
                 self.value(settings, depth + 1)
 
@@ -312,9 +346,12 @@ class _Reader:
         code = function.__code__
         found: list[Any] = []
         if not self.foreign(written_in(function)):
+            self.own.append(function)
             self.called.update(attributes_of(code))
             if reads_environment(code):
                 self.environment()
+            for name in settings_of(code):
+                self.key.append(SETTINGS[name]())
             found = [function.__globals__.get(name) for name in globals_of(code)]
             found += imported(function)
         for given in (function.__defaults__, function.__kwdefaults__, function.__dict__):
@@ -335,6 +372,9 @@ class _Reader:
 
     def named(self, value: Any, code: types.CodeType, depth: int) -> None:
         """A value that a function names."""
+        if is_weak(type(value)):
+            self.unseen.append((None, REFERENCE))
+            return
         if (
             type(value) in PLAIN
             or isinstance(value, (*CONTAINERS, types.MappingProxyType))
@@ -360,7 +400,10 @@ class _Reader:
         elif (getattr(value, "__module__", None) or "builtins").startswith(LIBRARIES) and of_library(
             value if isinstance(value, type) else type(value)
         ):
-            return
+            if isinstance(value, (np.ndarray, *BUFFERS)):
+                self.value(value, depth)
+            elif isinstance(value, Iterator):
+                self.unseen.append((None, ITERATOR))
         elif isinstance(value, type):
             if not self.foreign(written_in(value)):
                 self.constants(value)  # a namespace of settings, say
@@ -371,6 +414,7 @@ class _Reader:
             self.named_of(value, code, depth)
         else:
             self.of_a_thread |= isinstance(value, threading.local)
+            self.objects.append(value)
             self.named_of(value, code, depth)
 
     def environment(self) -> None:
@@ -453,33 +497,6 @@ def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = Fals
     queue, training = reader.queue, model.training
     for module in queue:  # grows meanwhile
         reader.module(module, training)
+    if reader.objects:
+        reach(reader)
     return Fingerprint(reader)
-
-
-class Watch:
-    """Tells whether a model has changed since it was last looked at, in training and in evaluation mode.
-
-    Both are looked at together: a module may set other attributes in one than in the other.
-
-    Args:
-        model: left in the mode it is in.
-        beside: what else counts, the loss say.
-    """
-
-    def __init__(self, model: nn.Module, *beside: object) -> None:
-        self._beside = beside
-        self._known: dict[bool, Fingerprint] = {}
-        self.look(model)
-
-    def look(self, model: nn.Module) -> None:
-        """Takes the model as it is for what is known."""
-        flags, mode = [(module, module.training) for module in model.modules()], model.training
-        for training in (not mode, mode):  # back by its own `train`, which may do more than set flags
-            model.train(training)
-            self._known[training] = fingerprint(model, *self._beside)
-        for module, training in flags:
-            module.training = training
-
-    def changed(self, model: nn.Module) -> bool:
-        """Whether the model is another than when it was last looked at."""
-        return self._known[model.training] != fingerprint(model, *self._beside)

@@ -48,7 +48,7 @@ def number_of(names: tuple[str, ...], values: tuple[object, ...]) -> int | None:
 def content(value: object) -> tuple[object, ...] | None:
     """A value with its type, to compare and to hash; None for one that is not plain, or changeable."""
     kind = type(value)
-    if isinstance(value, tuple) and kind is tuple:
+    if kind is tuple and isinstance(value, tuple):  # in this order: a dead proxy has no class
         parts = tuple(map(content, value))
         return None if None in parts else (kind, parts)
     return (kind, told(value)) if kind in PLAIN and kind is not slice else None

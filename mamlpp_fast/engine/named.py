@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
+import importlib
+import inspect
+import itertools
 import sys
 import sysconfig
 import types
@@ -20,6 +24,7 @@ __all__ = [
     "MADE_BY",
     "ROUTED",
     "attributes_of",
+    "beyond",
     "from_library",
     "function_of",
     "functions_of",
@@ -50,8 +55,14 @@ _NOT_IN_USE = MADE_BY | {
 }
 # Of what these are given as a text, the name is a constant of the code.
 _BY_TEXT = frozenset(
-    {"getattr", "attrgetter", "methodcaller", "vars", "globals", "__dict__", "__getattribute__"}
+    {"getattr", "hasattr", "attrgetter", "methodcaller", "vars", "globals", "__dict__", "__getattribute__"}
 )
+_OF_BUILTINS = frozenset({"eval", "exec", "id", "hash"})
+_BY_WAYS = (
+    *(sys.modules, sys._getframe, inspect.currentframe, inspect.stack, importlib.import_module),
+    *(gc.get_objects, gc.get_referrers),
+)
+_COMPILED = ("torch._higher_order_ops.", "torch.nn.attention.flex_attention")
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD", "IMPORT_FROM")
 _DEPTH = 6  # of functions that name functions
 _STDLIB = sysconfig.get_path("stdlib")
@@ -98,6 +109,50 @@ def reads_environment(code: types.CodeType) -> bool:
     return not {"environ", "environb", "expandvars", "getenv"}.isdisjoint(
         (*globals_of(code), *attributes_of(code))
     )
+
+
+def beyond(function: types.FunctionType) -> str | None:
+    """What a function of the user's names that is not followed, or not to be run under a mode; None for nothing."""
+    space = function.__globals__
+    named = _builtins(function.__code__).difference(space)
+    if not named.isdisjoint({"eval", "exec"}):
+        return "runs what a text says (eval, exec), which is not followed"
+    if named and function.__name__ != "__hash__":  # of a frozen dataclass, say
+        return f"asks for the {min(named)} of objects, which copies of it do not share"
+    found = [space.get(name) for name in globals_of(function.__code__)]
+    for module, name in _of_globals(function.__code__):
+        if isinstance(owner := space.get(module), types.ModuleType):
+            found.append(getattr(owner, name, None))
+    for value in found:
+        if any(value is way for way in _BY_WAYS):
+            return "looks for objects by their names or frames (sys.modules, inspect), which is not followed"
+        # Run once under a dispatch mode it fails in every later call of the process (torch 2.13).
+        if isinstance(value, types.FunctionType) and module_of(value.__globals__).startswith(_COMPILED):
+            return f"computes by {value.__name__}, which compiles what it is given"
+    return None
+
+
+@functools.lru_cache(maxsize=1000)
+def _of_globals(code: types.CodeType) -> tuple[tuple[str, str], ...]:
+    """Globals and the attributes of them that a function reads: ``torch.cond``."""
+    both = itertools.pairwise(dis.get_instructions(code))
+    found = [
+        (a.argval, b.argval)
+        for a, b in both
+        if a.opname in ("LOAD_GLOBAL", "LOAD_NAME") and b.opname in _READS
+    ]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found += _of_globals(constant)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=1000)
+def _builtins(code: types.CodeType) -> frozenset[str]:
+    own = {*_named(code, "LOAD_GLOBAL", "LOAD_NAME")}
+    if not {"builtins", "__builtins__"}.isdisjoint((*globals_of(code), *_imports(code))):
+        own.update(attributes_of(code))
+    return _OF_BUILTINS & own
 
 
 @functools.lru_cache(maxsize=1000)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import array
 import collections
+import ctypes
 import dataclasses
+import functools
 import pickle
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from mamlpp_fast.engine.fragments import PLAIN
 
 __all__ = [
+    "BUFFERS",
     "CONTAINERS",
     "ENTRIES",
     "attributes_held",
+    "bytes_in",
     "is_record",
+    "is_weak",
     "pickled",
     "place",
     "plain_settings",
@@ -28,7 +37,22 @@ __all__ = [
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 ENTRIES = 1000
 """Containers and tensors of more are compared by identity, and length or version."""
+BUFFERS = (bytearray, memoryview, array.array, ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
+"""Of the interpreter's own: bytes that are written to."""
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
+
+_WEAK = (
+    *(weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, weakref.WeakSet),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, TensorWeakRef, WeakIdKeyDictionary),
+)
+
+
+def _refers_weakly(kind: type) -> bool:
+    """Whether objects of this type refer to others without keeping them. A proxy says that it is of another type."""
+    return issubclass(kind, _WEAK)
+
+
+is_weak: Callable[[Any], bool] = functools.lru_cache(maxsize=1000)(_refers_weakly)
 
 
 def pickled(value: object) -> bytes:
@@ -36,6 +60,12 @@ def pickled(value: object) -> bytes:
         return pickle.dumps(value)
     except Exception:  # whatever a class of the user's raises
         return b""
+
+
+def bytes_in(value: Any) -> bytes | int:
+    """What is in a small buffer; of a large one how much it is."""
+    view = memoryview(value)
+    return view.tobytes() if view.nbytes <= 8 * ENTRIES else view.nbytes
 
 
 def is_record(value: object) -> bool:

@@ -35,9 +35,9 @@ from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
-from mamlpp_fast.engine.named import tensors_named
+from mamlpp_fast.engine.named import of_library, tensors_named
 from mamlpp_fast.engine.operation import Operation
-from mamlpp_fast.engine.recorder import Recorder
+from mamlpp_fast.engine.recorder import Recorder, as_fast_weight
 from mamlpp_fast.engine.shared import NOTHING, Shared, held, in_memory_of, shared, with_a_graph
 from mamlpp_fast.inputs import examples_of, joined, structure_of, tensors_of
 
@@ -104,6 +104,8 @@ def record(
     if (hook := hooks(model)) is not None:
         raise hook
     original = model if original is None else original
+    if (why := fingerprint(original).unfollowed()) is not None:
+        raise Unsupported(type(model).__name__, why)
     if (name := with_a_graph(original)) is not None:
         raise Unsupported(type(model).__name__, f"the attribute {name} was computed with a gradient")
     places = shared(original)
@@ -120,10 +122,9 @@ def record(
     for recorder in (first, second, third):
         if recorder.problem is not None:
             raise recorder.problem
-    if [(op.function, op.args, op.kwargs) for op in third.operations] != [
-        (op.function, op.args, op.kwargs) for op in second.operations
-    ]:
+    if _calls(third) != _calls(second):
         raise Unsupported(type(model).__name__, "executes other operations where no gradient is taken")
+    _told_by_objects(model, original, other, places, second)
     given = tensors_of(x)
     shapes = {i: tuple(t.shape[1:]) for i, t in enumerate(given)}
     dtypes = {i: t.dtype for i, t in enumerate(given)}
@@ -151,6 +152,43 @@ def record(
         tuple(first.counted),
         asks_gradients=first.asks_gradients,
     )
+
+
+def _calls(recorder: Recorder) -> list[tuple[Any, ...]]:
+    # A norm's settings say how many rows it has, of which a copy may keep one.
+    return [
+        (op.function, op.args, None if op.function is reference.per_step_norm else op.kwargs)
+        for op in recorder.operations
+    ]
+
+
+def _told_by_objects(
+    model: nn.Module, original: nn.Module, x: reference.Inputs, places: Shared, known: Recorder
+) -> None:
+    """Refuses a forward that asks which objects it is given, and not only what is in them.
+
+    An inner loop's first pass has the model's own parameters as a rule, its others have plain tensors without
+    attributes; what is recorded has to hold for both, and for the model as for its copies.
+    """
+    kinds: set[Any] = {type(m) for m in model.modules()}
+    if all(map(of_library, kinds)):
+        return
+    passes = [_watched(original, x, places=places, stand_in=lambda p: p)]
+    if not all(isinstance(p, nn.Parameter) for p in original.parameters()):
+        passes.append(_watched(_own_copy(model), x, places=places, stand_in=_as_parameter))
+    for recorder in passes:
+        if recorder.problem is not None:
+            raise recorder.problem
+        if _calls(recorder) != _calls(known):
+            raise Unsupported(
+                type(model).__name__,
+                "asks which objects it is given: whether a weight is an nn.Parameter, say, its attributes, or whether "
+                "the model is a copy",
+            )
+
+
+def _as_parameter(p: Tensor) -> Tensor:
+    return nn.Parameter(p.detach(), p.requires_grad)
 
 
 _LOSS = "the loss"
@@ -202,6 +240,8 @@ def record_loss(
     module = _Watched(loss_fn)
     if (hook := hooks(module)) is not None:
         raise hook
+    if (why := fingerprint(module).unfollowed()) is not None:
+        raise Unsupported("loss", why)
     probe = _Watched(loss_fn)
     probe.hold()
     if (name := in_memory_of(model, held(probe))) is not None:
@@ -299,9 +339,10 @@ def _watched(
     gradient: bool = True,
     places: Shared = NOTHING,
     answers: bool = False,
+    stand_in: Callable[[Tensor], Tensor] = as_fast_weight,
 ) -> Recorder:
     """Runs one pass under both modes, on stand-ins for the model's tensors."""
-    recorder = Recorder(model, tensors_of(inputs), places, answers)
+    recorder = Recorder(model, tensors_of(inputs), places, answers, stand_in)
     before = fingerprint(model)
     states = before.states()
     with _random_state() as drawn:

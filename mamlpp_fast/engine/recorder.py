@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,12 @@ from mamlpp_fast.engine.questions import OF_A_CALL, asked_by_own_code
 from mamlpp_fast.engine.shared import NOTHING, Shared, held
 from mamlpp_fast.nn import PerStepBatchNorm2d
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "as_fast_weight"]
+
+
+def as_fast_weight(p: Tensor) -> Tensor:
+    """What an inner loop has in a parameter's place: no ``nn.Parameter``, and without attributes of its own."""
+    return p.detach().requires_grad_(p.requires_grad)
 
 
 class Recorder(TorchFunctionMode):
@@ -40,12 +45,18 @@ class Recorder(TorchFunctionMode):
         inputs: the first values; whether one requires a gradient tells what of it is made a constant (``detach``,
             ``no_grad``).
         shared: of the model that this one is a copy of.
+        stand_in: makes what a parameter is called as.
         answers: whether what ``torch.distributions`` asks of its arguments goes to ``asked``, values and the answers
             that they gave; else that is a problem like all questions that decide.
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Sequence[Tensor], shared: Shared = NOTHING, answers: bool = False
+        self,
+        model: nn.Module,
+        inputs: Sequence[Tensor],
+        shared: Shared = NOTHING,
+        answers: bool = False,
+        stand_in: Callable[[Tensor], Tensor] = as_fast_weight,
     ) -> None:
         super().__init__()
         self.root = type(model).__name__
@@ -71,19 +82,23 @@ class Recorder(TorchFunctionMode):
         self._from: dict[int, tuple[bool, frozenset[str]]] = {}
         self._count = 0
         for name, p in model.named_parameters():
-            self.stand_ins[name] = p.detach().requires_grad_(p.requires_grad)
+            self.stand_ins[name] = stand_in(p)
             self._references[id(self.stand_ins[name])] = Parameter(name)
         for name, b in model.named_buffers():
             self.stand_ins[name] = b.detach().clone()
+            self.stand_ins[name].__dict__.update(b.__dict__)
             self._references[id(self.stand_ins[name])] = Buffer(name)
         self._fixed = {_storage(t): name for name, t in self.stand_ins.items()}
         self._shared, self._aliases = shared, dict[int, str]()
         for i, t in enumerate(held(model)):
+            if id(t) in self._references:  # its own stand-in
+                continue
             if not t.requires_grad:
                 self._references[id(t)] = Constant(t)
                 self._fixed[_storage(t)] = "an attribute"
             if i in shared.held:
                 self._aliases[id(t)] = shared.held[i]
+        self._attributes = {name: _identities(t) for name, t in self.stand_ins.items()}
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
         self.counted: list[str] = []
@@ -114,6 +129,11 @@ class Recorder(TorchFunctionMode):
     def finish(self, result: Any) -> None:
         """Looks, after the pass and outside the modes, at what it left and returned."""
         self._nothing_beside()
+        for name, given in self._attributes.items():
+            if _identities(self.stand_ins[name]) != given:
+                self.complain(name, "is given attributes by the forward")
+        if any(t.__dict__ for t in (*self.inputs, result) if isinstance(t, Tensor)):
+            self.complain(self.root, "gives attributes to its input, or to its result")
         for name, before in self._buffers.items():
             if torch.equal(before, self.stand_ins[name]):
                 continue
@@ -399,6 +419,10 @@ _STALE = "reads memory that an operation in place has changed under another name
 
 def _all_constant(references: Iterable[Any]) -> bool:
     return all(isinstance(r, Constant) for r in references)
+
+
+def _identities(t: Tensor) -> list[tuple[str, int]]:
+    return [(name, id(value)) for name, value in t.__dict__.items()]
 
 
 def _of_distributions() -> bool:

@@ -277,9 +277,10 @@ def _numbers(prepared: Prepared) -> AbstractContextManager[object]:
 def _exact(t: Tensor) -> Tensor:
     """A copy in float64 (integers as they are), a leaf of its own."""
     copy = t.detach().clone()
-    if not t.is_floating_point():
-        return copy
-    return copy.to(torch.float64).requires_grad_(t.requires_grad)
+    if t.is_floating_point():
+        copy = copy.to(torch.float64).requires_grad_(t.requires_grad)
+    copy.__dict__.update(t.__dict__)
+    return copy
 
 
 def _or_zero(t: Tensor | None, like: Tensor) -> Tensor:

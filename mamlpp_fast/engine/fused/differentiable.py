@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec
 from mamlpp_fast import reference
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
-from mamlpp_fast.engine.fused.derivatives import Forward, as_recorded, runs
+from mamlpp_fast.engine.fused.derivatives import Forward, as_recorded, plainly, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.lowering import lower
@@ -66,7 +66,8 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
         raise Unsupported(type(model).__name__, "normalises with running statistics")
     keep_one_row(template)
     parameters = dict(template.named_parameters())
-    recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
+    with plainly():  # passes through the model itself are among it
+        recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
     if recording.asks_gradients:
         raise Unsupported(
             type(model).__name__, "asks which tensors take a gradient, which may differ from call to call"

@@ -13,6 +13,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast._modes import float32_products
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.base import Precision, Unsupported, handed_over
+from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.engine.fused.form import Form, Written
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.losses import RecordedLoss, recorded_loss
@@ -312,7 +313,8 @@ class FusedEngine:
             fixed = examples_of(x) == examples_of(other)
             if fixed:
                 other = mapped(lambda t: torch.cat([t, t[:1]]), x)
-            recording = record(self.model, x, other, fixed=fixed)
+            with plainly(), handed_over(self.model):  # passes through the model itself are among it
+                recording = record(self.model, x, other, fixed=fixed)
             if recording.draws is not None and self.device.type != "cpu":
                 # A captured draw there would be another operator's than the one that was recorded.
                 raise Unsupported(type(self.model).__name__, f"{recording.draws}, which is for a CPU alone")

@@ -292,10 +292,17 @@ def packet_of(func: OpOverload) -> str:
 def _functional(func: OpOverload) -> OpOverload:
     """The operator that gives what ``func`` leaves in its first argument."""
     packet = getattr(aten, packet_of(func).removesuffix("_"), None)
-    if func.namespace != "aten" or packet is None or func._overloadname not in packet.overloads():
-        raise Untraceable(f"{packet_of(func)} changes its argument")
-    found: OpOverload = getattr(packet, func._overloadname)
-    return found
+    names = [] if func.namespace != "aten" or packet is None else packet.overloads()
+    # By its arguments, not by its name: `pow_.Scalar` takes a tensor's power, `pow.Scalar` that of a number.
+    for name in sorted(names, key=lambda name: name != func._overloadname):
+        found: OpOverload = getattr(packet, name)
+        if _types_of(found) == _types_of(func):
+            return found
+    raise Untraceable(f"{packet_of(func)} changes its argument")
+
+
+def _types_of(func: OpOverload) -> list[str]:
+    return [str(argument.type) for argument in func._schema.arguments]
 
 
 _Given = Mapping[str, Tensor]
