@@ -5,13 +5,15 @@
 #
 # Parts: first-step omniglot profile equality mini-imagenet kernels train, all without a name; and peers, by name alone.
 # Each writes DIR/PART.log and, where it has numbers, JSON, after each engine; one that fails is reported and the next
-# one runs. DIR/all.tar.gz holds all that there is, made anew after each part. Exit status: parts that failed.
+# one runs, with the time that is left over. DIR/all.tar.gz holds all that there is, made anew after each part. Without
+# --out, where a lent machine names a folder in OUT, only that archive and the summary go there: few files return.
+# Exit status: parts that failed.
 # --data: Omniglot's images, for train, which fails without. A machine without a network has it from a folder that
 # git ignores and that is carried there.
 # --tiny rehearses the script on a CPU: small sizes, Triton's interpreter for the kernels.
 set -u
 cd "$(dirname "$0")/.."
-out=${OUT:-bench/results/gpu}
+out=
 device=cuda
 data=${MAMLPP_FAST_DATA:-}
 tiny=
@@ -28,15 +30,19 @@ while (($#)); do
   shift
 done
 ((${#parts[@]})) || parts=(first-step omniglot profile equality mini-imagenet kernels train)
-mkdir -p "$out"
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+returned=
+[[ $out ]] || returned=${OUT-}
+[[ $returned ]] && out=$site/found
+out=${out:-bench/results/gpu}
+mkdir -p "$out" ${returned:+"$returned"}
 python=${PYTHON:-python3}
 
 # Without an installation: the package with its kernels inside it, as setup.py arranges them. The safe path keeps the
 # checkout, which has no kernels inside the package, from coming first.
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
 cp -r mamlpp_fast "$site/" && rm -rf "$site/mamlpp_fast/kernels" && cp -r kernels "$site/mamlpp_fast/kernels"
-export PYTHONPATH="$site:$PWD" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 [[ $tiny ]] || export MAMLPP_FAST_NATIVE=${MAMLPP_FAST_NATIVE:-0}
 
 # iterations WORKLOAD SECONDS ENGINE...: each by itself, so that the first is written before the second begins
@@ -54,7 +60,7 @@ run_part() {
   case $1 in
     first-step)
       nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv 2>/dev/null
-      "$python" -m mamlpp_fast info && "$python" -m mamlpp_fast info --json >"$out/info.json" &&
+      "$python" -m mamlpp_fast info --json >"$out/info.json" && cat "$out/info.json" &&
         "$python" -m bench.gpu_equality --device "$device" --first ${tiny:+--tiny}
       ;;
     omniglot)
@@ -114,19 +120,26 @@ except (OSError, KeyError, ValueError):
 declare -A limit=([first-step]=50 [omniglot]=130 [profile]=40 [equality]=80 [mini-imagenet]=60 [kernels]=70 [train]=110
   [peers]=240)
 failed=0
+left=0
 summary=
 export -f run_part iterations
 export out device data tiny python
 for part in "${parts[@]}"; do
   echo "== $part"
   began=$SECONDS
-  timeout "${limit[$part]:-120}" bash -c "run_part $part" 2>&1 | tee "$out/$part.log"
+  may=$((${limit[$part]:-120} + left))
+  timeout -k 5 "$may" bash -c "run_part $part" 2>&1 | tee "$out/$part.log"
   status=${PIPESTATUS[0]}
   ((status)) && failed=$((failed + 1))
+  left=$((may - SECONDS + began))
   summary+=$(printf '%-14s %-10s %4d s' "$part" "$( ((status)) && echo "FAILED $status" || echo ok)" $((SECONDS - began)))$'\n'
   printf '%s' "$summary" >"$out/summary.txt"
-  # Few files return from a lent machine.
-  tar -czf "$out/all.tar.gz" -C "$out" --exclude=./all.tar.gz . 2>/dev/null
+  # Whole or not at all, wherever the script is stopped.
+  tar -czf "$site/all.tar.gz" -C "$out" --exclude=./all.tar.gz --exclude=./all.new . 2>/dev/null
+  for folder in "$out" ${returned:+"$returned"}; do
+    cp "$site/all.tar.gz" "$folder/all.new" && mv "$folder/all.new" "$folder/all.tar.gz"
+  done
+  [[ $returned ]] && cp "$out/summary.txt" "$returned/"
 done
 echo "== summary"
 cat "$out/summary.txt"

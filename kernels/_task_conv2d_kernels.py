@@ -58,6 +58,12 @@ def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _wrapped(x, size):
+    """unsigned x < 2 size, modulo size: of x and x - size, which is huge where x is smaller, the smaller one."""
+    return tl.minimum(x, x - size)
+
+
+@triton.jit
 def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, IW, taps, TW, row, column, task,
                   CA: tl.constexpr, CB: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
                   PAD_Y: tl.constexpr, PAD_X: tl.constexpr, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr,
@@ -150,12 +156,13 @@ def _weight_tile(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, p
 
     Where there are several pieces (of `piece` rows), part [S, T, TAPS, CA, CB] takes the sum of each, and the last one
     of a tile adds them up. DENSE: a block is one of a tap and of channels; otherwise taps and channels are one axis.
-    The images' sizes are constants too: every step finds the pixels of its rows.
+    The images' sizes are constants too: where g's pixels are those of x, a row's place in its image goes on from step
+    to step, without a division.
 
-    Three products of TF32 make the transposed tile: Triton copies the left operand of a product from memory by 4 bytes,
-    with an address and a mask for each, and those of g are the cheaper ones; x comes by 16.
+    x is loaded as it is multiplied, channels by pixels: what is transposed after a load, and cut in two for three
+    products, Triton copies by 4 bytes, with an address and a mask for each. Channels past the last are those of the
+    beginning again, which needs no mask: what they give is not written.
     """
-    SWAPPED: tl.constexpr = PRECISION == "tf32x3"
     cb = column * BN + tl.arange(0, BN)
     t = task_and_piece % T
     s = task_and_piece // T
@@ -171,45 +178,46 @@ def _weight_tile(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, p
         tap = k // CA
         c = k % CA
         real = tap < TAPS
-        tap_row = (tap // KW)[None, :]
-        tap_column = (tap % KW)[None, :]
+        tap_row = (tap // KW)[:, None]
+        tap_column = (tap % KW)[:, None]
     same: tl.constexpr = STRIDE == 1 and OH == IH and OW == IW
     images = M // (OH * OW)
     task_x = t.to(tl.int64) * images * IH * IW * CA
     task_g = t.to(tl.int64) * M * CB
     stop = tl.minimum(M, (s + 1) * piece)
-    result = tl.zeros([BN, BM] if SWAPPED else [BM, BN], ACC)
+    result = tl.zeros([BM, BN], ACC)
+    rows = tl.arange(0, BK)
+    left_channel = c % CA
+    right_channel = cb % CB
     for pair in range(pairs):
         x = tl.where(pair == 0, x_ptr, x2_ptr) + task_x
         g = tl.where(pair == 0, g_ptr, g2_ptr) + task_g
+        place = (s * piece + rows).to(tl.uint32) % (OH * OW)
+        across = place % OW * OH  # so that rows and columns have one limit, and one comparison does for both
         for first in range(s * piece, stop, BK):
-            m = first + tl.arange(0, BK)
-            line = (
-                m.to(tl.uint32) // OW
-            )  # a division of what may be negative takes twice as many instructions
-            i, row_inside = _source((line % OH).to(tl.int32)[:, None], tap_row, PAD_Y, STRIDE, IH, False)
-            j, column_inside = _source(
-                (m - line.to(tl.int32) * OW)[:, None], tap_column, PAD_X, STRIDE, IW, False
-            )
-            if same:  # a pixel of x lies as far from that of g for all of them
-                pixel = m[:, None] + ((tap_row - PAD_Y) * IW + tap_column - PAD_X)
+            m = first + rows
+            if same:
+                down = place[None, :] + (tap_row - PAD_Y) * OW
+                inside = tl.maximum(down, across[None, :] + (tap_column - PAD_X) * OH) < OH * OW
+                shift = (tap_row - PAD_Y) * IW + tap_column - PAD_X
+                left_at = x + shift * CA + left_channel[:, None] + m[None, :].to(tl.int64) * CA
+                place = _wrapped(place + BK % (OH * OW), OH * OW)
+                across = _wrapped(across + BK % OW * OH, OH * OW)
             else:
-                pixel = ((m // (OH * OW))[:, None] * IH + i) * IW + j
-            inside = row_inside & column_inside & (m < stop)[:, None]
-            if not DENSE or CA % BM != 0:
-                inside = inside & real[None, :]
-            left = tl.load(x + pixel * CA + c[None, :], mask=inside, other=0.0)
+                line = m.to(tl.uint32) // OW
+                i, row_inside = _source((line % OH).to(tl.int32)[None, :], tap_row, PAD_Y, STRIDE, IH, False)
+                j, column_inside = _source(
+                    (m - line.to(tl.int32) * OW)[None, :], tap_column, PAD_X, STRIDE, IW, False
+                )
+                inside = row_inside & column_inside
+                left_at = x + (((m // (OH * OW))[None, :] * IH + i) * IW + j) * CA + left_channel[:, None]
+            inside = inside & (m < stop)[None, :]
+            if not DENSE:
+                inside = inside & real[:, None]
+            left = tl.load(left_at, mask=inside, other=0.0)
             row = tl.minimum(m, stop - 1)  # what comes after the last row is zero in x
-            if CB % BN == 0:
-                right = tl.load(g + row[:, None] * CB + cb[None, :])
-            else:
-                right = tl.load(g + row[:, None] * CB + cb[None, :], mask=(cb < CB)[None, :], other=0.0)
-            if SWAPPED:
-                result = _dot(tl.trans(right), left, result, ACC, PRECISION)
-            else:
-                result = _dot(tl.trans(left), right, result, ACC, PRECISION)
-    if SWAPPED:
-        result = tl.trans(result)
+            right = tl.load(g + right_channel[None, :] + row[:, None].to(tl.int64) * CB)
+            result = _dot(left, right, result, ACC, PRECISION)
     at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
     written = real[:, None] & (cb < CB)[None, :]
     out_ptr += (t // TW).to(tl.int64) * gap

@@ -57,7 +57,7 @@ def _tile(dtype: torch.dtype, dense: bool, precision: str, weight: bool, arch: i
     """The one tile (rows, columns, depth of a step) for operands of this type.
 
     Dense: 128 x 64 on tensor cores, 64 x 64 on the ordinary units and for weights, where the rows are channels of one
-    tap, and a step has twice as many pixels: finding them is a third of its instructions. Where taps and channels are
+    tap, and a step has twice as many pixels: finding them is half of its instructions. Where taps and channels are
     one axis (the first layer's 9 to 27) every element finds its own address, so steps are short; for weights 32 rows
     take all of them. Three products for one have more time for loads, and keep both parts of operands in registers:
     64 x 64, of four warps, in steps of 32 (of 16 for weights on sm_80, whose tensor cores take registers). float64,

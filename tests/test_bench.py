@@ -99,6 +99,16 @@ def test_the_gpu_script_needs_no_installation_and_goes_on_after_a_part_that_fail
         assert {"./info.json", "./summary.txt", "./first-step.log"} <= set(archive.getnames())
 
 
+def test_the_gpu_script_returns_an_archive_and_a_summary_from_a_lent_machine(tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OUT": str(tmp_path / "out")}
+    command = ["bash", "bench/gpu.sh", "--tiny", "no-such-part", "train"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["all.tar.gz", "summary.txt"]
+    with tarfile.open(tmp_path / "out" / "all.tar.gz") as archive:
+        assert {"./no-such-part.log", "./train.log", "./summary.txt"} <= set(archive.getnames())
+
+
 def test_the_gpu_scripts_parts_fit_its_nine_minutes() -> None:
     text = (ROOT / "bench" / "gpu.sh").read_text()
     (parts,) = re.findall(r"^\(\(\$\{#parts\[@\]\}\)\) \|\| parts=\((.*)\)$", text, re.MULTILINE)

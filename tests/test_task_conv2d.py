@@ -213,6 +213,66 @@ def test_gpu_kernels_round_in_float32(name: str) -> None:
         )
 
 
+# Rows that wrap around images smaller and larger than a step, of one row, column or pixel, smaller than their kernel.
+MANY_STEPS = {
+    "small-images": (2, 9, 3, 3, 3, 5, 3, 1, 1),
+    "odd-images": (1, 3, 4, 7, 3, 5, 3, 1, 1),
+    "dense-48": (1, 3, 5, 6, 48, 16, 3, 1, 1),
+    "dense-column": (1, 5, 9, 1, 16, 16, (5, 1), 1, 2),
+    "row": (1, 3, 1, 13, 2, 3, (1, 7), 1, 3),
+    "single-pixel": (1, 40, 1, 1, 3, 5, 3, 1, 1),
+    "7x7-larger-than-the-image": (1, 6, 4, 3, 2, 6, 7, 1, 3),
+    "stride-2": (1, 6, 5, 6, 3, 5, 3, 2, 1),
+}
+
+
+@pytest.fixture
+def fence(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
+    """Copies a tensor to between two stretches of NaN, which no kernel may so much as load from."""
+    from triton.runtime import interpreter
+
+    load, stretch = interpreter.InterpreterBuilder.create_masked_load, 4096
+    fenced: list[tuple[int, int, int]] = []
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        at = pointers.data[mask.data]
+        for begin, end, size in fenced:
+            near = at[(at >= begin - stretch * size) & (at < end + stretch * size)]
+            assert ((near >= begin) & (near < end)).all(), "a load beyond an operand"
+        return load(self, pointers, mask, *rest)
+
+    def copied(tensor: Tensor) -> Tensor:
+        between = torch.full([tensor.numel() + 2 * stretch], torch.nan, dtype=tensor.dtype)[stretch:-stretch]
+        fenced.append((between.data_ptr(), between.data_ptr() + tensor.nbytes, tensor.element_size()))
+        return between.view(tensor.shape).copy_(tensor)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", create_masked_load)
+    return copied
+
+
+@interpreted
+@pytest.mark.parametrize("name", MANY_STEPS)
+def test_weights_gradients_are_exact_where_a_program_takes_many_steps(
+    name: str, fence: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes as small as these are cut into pieces of one step each: here one program has all of them."""
+    from mamlpp_fast.kernels import task_conv2d as kernels
+
+    steps = []
+
+    def whole(rows: int, programs: int, block: int, **_: int) -> tuple[int, int]:
+        steps.append(-(-rows // block))
+        return steps[-1] * block, 1
+
+    monkeypatch.setattr(kernels, "split", whole)
+    case = Case(MANY_STEPS[name], torch.float64)
+    for operands in (case.x, case.w, case.g):
+        operands[:] = map(fence, operands)
+    with use_backend("triton"):
+        case.compare(lambda result, exact: torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12))
+    assert min(steps) >= 3
+
+
 @interpreted
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=["to-float32", "to-bfloat16"])
 def test_gpu_kernels_sum_bfloat16_operands_in_float32(out: torch.dtype) -> None:
@@ -338,10 +398,11 @@ def test_gradients_that_do_not_belong_together_are_refused() -> None:
 
 
 @interpreted
-def test_pieces_are_counted_anew_in_every_launch() -> None:
+def test_pieces_are_counted_anew_in_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last piece of a tile adds up all, and leaves its counter at zero: a replay is a launch like the first."""
     from mamlpp_fast.kernels import _launch
 
+    monkeypatch.setattr(_launch, "_counters", {})  # without those of earlier results at the same address
     x, g = (torch.randn(1, 3, 6, 6, c, dtype=torch.float64) for c in (5, 7))
     expected, gw = (torch.empty(1, 3, 3, 5, 7, dtype=torch.float64) for _ in range(2))
     with use_backend("python"):
