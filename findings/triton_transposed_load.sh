@@ -7,7 +7,8 @@
 # own; loaded the other way round, x comes by 16 bytes. Without the scaling both are alike, by 4 bytes throughout: the
 # tensor cores want tf32 operands in shared memory with the summed axis innermost, as y's are in either.
 #
-# Version: triton 3.7.1; the same in 3.6.0 and 3.8.0. Nothing runs: the code is compiled for sm_90, no GPU is needed. Output seen:
+# Version: triton 3.7.1; the same in 3.6.0 and 3.8.0. Nothing runs: the code is compiled for sm_90, no GPU is needed.
+# Output seen:
 #   tl.trans(tl.load(...)): 96 copies of 4 bytes, 0 of 16
 #   tl.load(transposed):    48 copies of 4 bytes, 12 of 16
 #
