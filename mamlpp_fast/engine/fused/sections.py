@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mamlpp_fast.engine.fused.expressions import Expressions
 from mamlpp_fast.engine.fused.flat import Layout
@@ -223,8 +224,9 @@ class Place:
             self.buffers[input_name(i)] = t.permute(0, 3, 1, 2) if t.ndim == 4 else t
         # Whether a backward pass has left values here that its own derivative reads.
         self.busy = False
-        # The backward pass of autograd's, by its number, that has left the tangent pass of these gradients here.
-        self.pending: tuple[int, frozenset[str]] | None = None
+        # The backward pass of autograd's, by its number, that has left the tangent pass of these gradients here, and
+        # what is to be added to the parameters' derivatives.
+        self.pending: tuple[int, frozenset[str], Sequence[Tensor | None] | None] | None = None
 
     @property
     def whole(self) -> Part:
