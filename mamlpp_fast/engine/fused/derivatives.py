@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.fused.sections import EXAMPLES
+from mamlpp_fast.engine.lanes import number
 from mamlpp_fast.ops._library import transformed
 
 if TYPE_CHECKING:
@@ -46,15 +47,21 @@ def as_recorded() -> Iterator[None]:
 
 
 class Lease:
-    """Holds a place until autograd has no more use for it."""
+    """Holds a place until autograd has no more use for it.
 
-    def __init__(self, net: DifferentiableNetwork) -> None:
+    Args:
+        passage: the number of those whose calls come one after the other; by default the lane's that the thread is.
+    """
+
+    def __init__(self, net: DifferentiableNetwork, passage: int | None = None) -> None:
         self.net = net
-        self.place = net.take()
+        self.place = net.take(number() if passage is None else passage)
 
     def __del__(self) -> None:
-        if self.net.sections is self.place.sections:  # else others have been written, with more parts
-            self.net.sections.free.append(self.place)
+        place = self.place
+        place.leave()  # where an error has come between the halves of a pass
+        if self.net.sections is place.sections:  # else others have been written, with more parts
+            self.net.sections.free[place.number].append(place)
 
 
 def applied(operation: type[torch.autograd.Function], *args: Any) -> Any:
@@ -111,6 +118,7 @@ class Forward(torch.autograd.Function):
         if pending is not None:
             lease.place.pending = None
             found = net.second(lease.place, pending[1], None if batched else gy, x, parameters, pending[2])
+            lease.place.leave()
             if not keep:
                 lease.place.busy = False
         if batched:  # `is_grads_batched`: many gradients in one
@@ -157,13 +165,18 @@ def _gradients(
         lease = Lease(net)
         place = lease.place
         net.load(place, x, buffers, parameters[: len(net.names)])
+    place.enter()
     place.gy.copy_(gy)
     place.of[wanted].backward()
     place.busy = recorded
+    found: list[Tensor | None]
     if rate is not None:
-        return lease, [None, *place.gradients.take(parameters, parameters, -rate)]
-    first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
-    return lease, [first, *net.taken_of(wanted, place.gradients, parameters)]
+        found = [None, *place.gradients.take(parameters, parameters, -rate)]
+    else:
+        first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
+        found = [first, *net.taken_of(wanted, place.gradients, parameters)]
+    place.leave()
+    return lease, found
 
 
 class Backward(torch.autograd.Function):
@@ -219,6 +232,7 @@ class Backward(torch.autograd.Function):
         if not keep:
             ctx.lease = None
         assert place is not None
+        place.enter()
         net.direct(place, ctx.wanted, along, cotangents, 1.0 if rate is None else -rate)
         place.of[ctx.wanted].tangent()
         moved = place.moved.clone()
@@ -226,6 +240,7 @@ class Backward(torch.autograd.Function):
             place.pending = torch._C._current_graph_task_id(), ctx.wanted, direct
             return *none, moved, None, None, *(None for _ in cotangents)
         found = net.second(place, ctx.wanted, None, x, parameters, direct)
+        place.leave()
         if not keep:
             place.busy = False
         return *none, moved, None, *found

@@ -216,13 +216,14 @@ class DifferentiableNetwork:
         rest = f", generic: {', '.join(generic)}" if generic else ""
         return f"one operation of {len(self.network.steps)} steps{rest}"
 
-    def take(self) -> Place:
+    def take(self, passage: int) -> Place:
+        """A place that is free, among those of a number that go through one passage."""
         sections = self.sections
         try:
-            return sections.free.pop()
+            return sections.free[passage].pop()
         except IndexError:
             with self.lock:
-                return sections.take()
+                return sections.take(passage)
 
     def wanted(self, node: Any) -> frozenset[str]:
         """Of what gradients a backward pass that is under way has need, where it leaves out products; else of all.

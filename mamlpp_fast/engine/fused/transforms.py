@@ -89,11 +89,20 @@ class _State:
     def __init__(self, net: DifferentiableNetwork, tasks: int) -> None:
         self.net = net
         self.tasks = tasks
-        self.leases = [Lease(net) for _ in range(tasks)]
+        self.leases = [Lease(net, task) for task in range(tasks)]
         self.held: object = None
 
     def each(self, plan: _Plan) -> None:
         """Does what ``plan(task, place)`` lists, for every task: side by side where there are threads."""
+        for lease in self.leases:
+            lease.place.enter()
+        try:
+            self._each(plan)
+        finally:
+            for lease in self.leases:
+                lease.place.leave()
+
+    def _each(self, plan: _Plan) -> None:
         lists = [list(plan(task, lease.place)) for task, lease in enumerate(self.leases)]
         sections = (item for items in lists for item in items if isinstance(item, Section))
         if self.tasks > 1 and not lanes.here() and all(section.listed is not None for section in sections):
