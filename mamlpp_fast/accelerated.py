@@ -29,7 +29,7 @@ from mamlpp_fast.engine.named import ROUTED
 from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed
 
-__all__ = ["accelerate", "acceleration"]
+__all__ = ["accelerate", "acceleration", "functional_call"]
 
 _M = TypeVar("_M", bound=nn.Module)
 _OWN = ("_parameters", "_modules", "_flat_weights")  # the last are a recurrent layer's parameters again
@@ -256,12 +256,37 @@ def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetw
     return str(route)
 
 
+def functional_call(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Calls ``model`` with ``tensors`` in place of its parameters and buffers of those names, and leaves it as it was.
+
+    On a CPU the call is one operation of the kernels wherever it would be after :func:`accelerate`. Arguments, errors
+    and all else are as of :func:`mamlpp_fast.reference.functional_call`.
+    """
+    args = args if isinstance(args, tuple) else (args,)
+    if torch.compiler.is_compiling():
+        return reference.functional_call(model, tensors, args, kwargs)
+    with reference.swapped(model, tensors):
+        made = _served_by_default(model, args, kwargs or {})
+        return model(*args, **(kwargs or {})) if made is None else made
+
+
 def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inputs) -> Any:
     """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        own = tensors_of(x)[0].device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
-        made = _served(model, *_arguments(x)) if own else None
+        made = _served_by_default(model, *_arguments(x))
         return reference.called(model, x) if made is None else made
+
+
+def _served_by_default(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What serves a model that need not have been given to :func:`accelerate`: on a CPU alone."""
+    first = next(model.parameters(), None)
+    own = first is not None and first.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+    return _served(model, args, kwargs) if own else None
 
 
 def _arguments(x: reference.Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -119,7 +119,7 @@ def meta_gradient(model: nn.Module) -> list[Tensor]:
     loss = F.cross_entropy(model(x), y)
     grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
     fast = {n: p - 0.5 * g for (n, p), g in zip(weights.items(), grads, strict=True)}
-    loss = F.cross_entropy(mf.functional_call(model, fast, (x,)), y)
+    loss = F.cross_entropy(mf.reference.functional_call(model, fast, (x,)), y)
     return [loss, *torch.autograd.grad(loss, list(weights.values()))]
 
 

@@ -30,10 +30,10 @@ def plain(
     for task in zip(*fields, strict=True):
         fast = dict(model.named_parameters())
         for _ in range(2):
-            loss = loss_fn(mf.functional_call(model, fast, task[0]), task[1])
+            loss = loss_fn(mf.reference.functional_call(model, fast, task[0]), task[1])
             grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
             fast = {n: p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-        prediction = mf.functional_call(model, fast, task[2])
+        prediction = mf.reference.functional_call(model, fast, task[2])
         loss = loss_fn(prediction, task[3])
         (loss / len(fields[0])).backward()
         losses.append(loss.detach())

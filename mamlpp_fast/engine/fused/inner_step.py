@@ -14,7 +14,7 @@ from mamlpp_fast.ops._library import transformed
 
 __all__ = ["steps_of_loss"]
 
-_CALL: Any = Forward._backward_cls  # type: ignore[attr-defined]
+_CALL: Any = Forward._backward_cls
 _MOST = 64
 """Nodes between a loss and the call."""
 
