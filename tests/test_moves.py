@@ -131,6 +131,17 @@ def test_times_a_number_and_onto_other_tensors(path: str, dtype: torch.dtype) ->
     assert not torch.equal(found[-2], beside)
 
 
+def test_what_nobody_wants_is_not_given(path: str) -> None:
+    names, own = list(SHAPES), drawn(torch.float64)
+    moves = moves_of(names)
+    moves.load(list(own.values()))
+    to = {n: None if n in ("conv", "other") else torch.zeros_like(t) for n, t in own.items()}
+    moves.give(list(to.values()))
+    for n, t in to.items():
+        assert t is None or torch.equal(t, own[n])
+    moves.give([None for _ in names])
+
+
 @pytest.mark.parametrize("team", [False, True])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_as_calls_of_a_list_they_copy_the_same(path: str, team: bool) -> None:

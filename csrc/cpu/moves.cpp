@@ -188,10 +188,14 @@ class Moves : public torch::CustomClassHolder {
     return made;
   }
 
-  /// Copies what the places have to tensors like the owners'.
-  void give(std::vector<Tensor> own) {
+  /// Copies what the places have to tensors like the owners', where there are any.
+  void give(std::vector<OptTensor> to) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    check(own.size());
+    check(to.size());
+    std::vector<Tensor> own(places_.size());
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (to[i]) own[i] = *to[i];
+    }
     move<true>(own, 1, {});
   }
 
@@ -296,7 +300,7 @@ c10::intrusive_ptr<Calls> loading(const Pointer& moves, std::vector<OptTensor> g
   calls->add([moves, given = std::move(given)] { moves->load(given); });
   return calls;
 }
-c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<Tensor> own) {
+c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<OptTensor> own) {
   auto calls = c10::make_intrusive<Calls>();
   calls->add([moves, own = std::move(own)] { moves->give(own); });
   return calls;

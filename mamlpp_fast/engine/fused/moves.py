@@ -73,19 +73,20 @@ class Moves:
             made if plus is None else [m if p is None else m.add_(p) for m, p in zip(made, plus, strict=True)]
         )
 
-    def give(self, own: Sequence[Tensor]) -> None:
-        """Copies what lies in the places to tensors like the parameters."""
+    def give(self, own: Sequence[Tensor | None]) -> None:
+        """Copies what lies in the places to tensors like the parameters, where there are any."""
         if self._native is not None and not watched():
             self._native.give(list(own))
             return
-        laid = [_laid(t, how) for t, how in zip(own, self._how, strict=True)]
-        torch._foreach_copy_(laid, self.places)
+        rows = [row for row in zip(own, self._how, self.places, strict=True) if row[0] is not None]
+        if rows:
+            torch._foreach_copy_([_laid(t, how) for t, how, _ in rows], [place for *_, place in rows])
 
     def loading(self, given: Sequence[Tensor | None]) -> Moving:
         """What :meth:`load` does, later."""
         return Moving(lambda: self.load(given), lambda: self._native.loading(list(given)))
 
-    def giving(self, own: Sequence[Tensor]) -> Moving:
+    def giving(self, own: Sequence[Tensor | None]) -> Moving:
         """What :meth:`give` does, later."""
         return Moving(lambda: self.give(own), lambda: self._native.giving(list(own)))
 

@@ -387,6 +387,11 @@ class Emitter:
             b.first = begin if b.first < 0 else min(b.first, begin)
             b.last = max(b.last, end - 1, b.first)
 
+    def names(self, begin: int, end: int, *refs: Ref) -> bool:
+        """Whether any of these calls names one of the buffers."""
+        buffers = {id(ref.buffer) for ref in refs}
+        return any(id(ref.buffer) in buffers for i in self._instructions[begin:end] for ref in i.refs())
+
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """What calls within it compute is not known (:meth:`once`, :meth:`operand`) to those behind it."""

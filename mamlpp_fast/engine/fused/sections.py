@@ -151,6 +151,9 @@ class Sections:
         end = em.here()
         em.keep(begin, middle, end)
         gradients, directions, seconds = self._flats
+        # What one pass leaves there is gone when the next begins: others have run in between.
+        assert not em.names(middle, end, gradients, *self.beside[:1])
+        assert not em.names(begin, middle, directions, seconds, self.gy_dot, self.moved, *self.beside[1:])
         em.alive(begin, middle, gradients, *self.beside[:1])
         em.alive(middle, end, directions, self.gy_dot, self.moved, *self.beside[1:2])
         em.alive(half, end, seconds, *self.beside[2:])

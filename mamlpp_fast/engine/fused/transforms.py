@@ -161,6 +161,7 @@ class _Use:
         many: of x, the buffers and the parameters: which of them have an axis of T tasks in front.
         run: the backward pass that is meant.
         along: of the parameters' gradients, which have a cotangent.
+        wanted: of the parameters, for which there is a result.
     """
 
     call: _Call
@@ -168,6 +169,7 @@ class _Use:
     many: tuple[bool, ...]
     run: _Run | None = None
     along: tuple[bool, ...] = ()
+    wanted: tuple[bool, ...] = ()
 
     def one(self, t: Tensor, task: int) -> Tensor:
         """Of a tensor that has the axis of tasks where there is one."""
@@ -184,15 +186,20 @@ class _Use:
     def taken(self, given: Sequence[Tensor], of: Callable[[Place], Moves]) -> tuple[list[Tensor], _Plan]:
         """Tensors like the parameters of each task, and what copies a task's values to them from a place.
 
-        Zeros for parameters without a gradient.
+        Of those that are wanted; zeros for parameters without a gradient.
         """
         net, count = self.call.net, len(self.call.net.buffers) + 1
-        own = zip(given[count:], self.many[count:], strict=True)
-        made = [self.new(p, p.shape[1:] if many else p.shape) for p, many in own]
+        own = zip(given[count:], self.many[count:], self.wanted, strict=True)
+        made = [self.new(p, p.shape[1:] if many else p.shape) if wanted else None for p, many, wanted in own]
         moving = made[: len(net.names)]
         for inert in made[len(net.names) :]:
-            inert.zero_()
-        return made, lambda task, place: [of(place).giving([self.one(t, task) for t in moving])]
+            if inert is not None:
+                inert.zero_()
+
+        def after(task: int, place: Place) -> list[_Item]:
+            return [of(place).giving([None if t is None else self.one(t, task) for t in moving])]
+
+        return [t for t in made if t is not None], after
 
     def forward(self, given: Sequence[Tensor], after: _Plan) -> _State:
         """The forward pass on x, buffers and parameters, in places that are fresh, and what comes after it there."""
@@ -262,11 +269,21 @@ class _Use:
             return made.unflatten(0, (size, -1))
         return tuple(t.unflatten(0, (size, -1)) for t in made)
 
-    def gradients(self, of_parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def for_whom(self, ctx: Any) -> _Use:
+        """The use whose results are for the parameters that a node of the graph has to find gradients of."""
+        return replace(self, wanted=ctx.needs_input_grad[-len(self.call.net.parameters) :])
+
+    def spread(self, found: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """What there is for the parameters that are wanted, None for the others."""
+        rest = iter(found)
+        return [next(rest) if wanted else None for wanted in self.wanted]
+
+    def gradients(self, found: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
         """Of x and the buffers none; of the parameters from each task's, the sum where all tasks share them."""
-        begin = len(self.many) - len(of_parameters)
+        begin = len(self.many) - len(self.wanted)
         shared = (self.tasks and not many for many in self.many[begin:])
-        return *(None,) * begin, *(g.sum(0) if s else g for g, s in zip(of_parameters, shared, strict=True))
+        own = zip(self.spread(found), shared, strict=True)
+        return *(None,) * begin, *(g if g is None or not s else g.sum(0) for g, s in own)
 
 
 class _Operation(torch.autograd.Function):
@@ -301,14 +318,15 @@ class _Forward(_Operation):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None) -> Any:
-        if gy is None:
+        use = ctx.use.for_whom(ctx)
+        if gy is None or not any(use.wanted):
             return None, *(None for _ in ctx.saved_tensors)
-        made = levels.call(_Backward, replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)
-        return None, *ctx.use.gradients(made)
+        made = levels.call(_Backward, replace(use, run=_Run()), gy, *ctx.saved_tensors)
+        return None, *use.gradients(made)
 
 
 class _Backward(_Operation):
-    """The gradients of each task; before x comes the gradient [T, N, ...] of the output."""
+    """The gradients of each task that are wanted; before x comes the gradient [T, N, ...] of the output."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
@@ -324,7 +342,8 @@ class _Backward(_Operation):
         given = [c for c in cotangents if c is not None]
         if not given:
             return None, *(None for _ in ctx.saved_tensors)
-        use = replace(ctx.use, along=tuple(c is not None for c in cotangents))
+        along = tuple(c is not None for c in ctx.use.spread(cotangents))
+        use = replace(ctx.use, along=along).for_whom(ctx)
         moved, *second = levels.call(_Double, use, *given, *ctx.saved_tensors)
         return None, moved, *use.gradients(second)
 
@@ -369,7 +388,9 @@ class _Double(_Operation):
 
         pulled: Any = torch.func.vjp(double, *along, gy, *parameters)
         made, pull = pulled
-        given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True))
+        first, *rest_ = cotangents
+        full = (first, *use.spread(rest_))
+        given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, full, strict=True))
         found: Any = pull(given)
         return None, *found[: count + 1], *(None,) * begin, *found[count + 1 :]
 
