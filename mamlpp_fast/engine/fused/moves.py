@@ -78,9 +78,10 @@ class Moves:
         if self._native is not None and not watched():
             self._native.give(list(own))
             return
-        rows = [row for row in zip(own, self._how, self.places, strict=True) if row[0] is not None]
+        each = zip(own, self._how, self.places, strict=True)
+        rows = [(_laid(t, how), place) for t, how, place in each if t is not None]
         if rows:
-            torch._foreach_copy_([_laid(t, how) for t, how, _ in rows], [place for *_, place in rows])
+            torch._foreach_copy_([laid for laid, _ in rows], [place for _, place in rows])
 
     def loading(self, given: Sequence[Tensor | None]) -> Moving:
         """What :meth:`load` does, later."""
