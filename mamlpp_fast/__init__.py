@@ -2,7 +2,7 @@
 
 from mamlpp_fast import ops, reference
 from mamlpp_fast._version import __version__
-from mamlpp_fast.accelerated import accelerate, acceleration
+from mamlpp_fast.accelerated import accelerate, acceleration, functional_call
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
 from mamlpp_fast.engine.graph import graphed
@@ -12,7 +12,6 @@ from mamlpp_fast.lslr import LSLR
 from mamlpp_fast.models import Conv4, ResNet12
 from mamlpp_fast.nn import InertBiasConv2d, PerStepBatchNorm2d, convert_batch_norm, set_eval_stats, set_step
 from mamlpp_fast.predictor import Predictor
-from mamlpp_fast.reference import functional_call
 from mamlpp_fast.side_by_side import map_tasks
 
 __all__ = [

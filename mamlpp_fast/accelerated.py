@@ -18,18 +18,18 @@ from torch.utils._pytree import tree_leaves
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
-from mamlpp_fast.engine.fingerprint import form_of
+from mamlpp_fast.engine.fingerprint import look
 from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, gainless
 from mamlpp_fast.engine.fused.held import Held
-from mamlpp_fast.engine.glances import traits
+from mamlpp_fast.engine.glances import Seen, traits
 from mamlpp_fast.engine.lanes import watched
 from mamlpp_fast.engine.named import ROUTED
 from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
 from mamlpp_fast.ops._library import transformed
 
-__all__ = ["accelerate", "acceleration"]
+__all__ = ["accelerate", "acceleration", "functional_call"]
 
 _M = TypeVar("_M", bound=nn.Module)
 _OWN = ("_parameters", "_modules", "_flat_weights")  # the last are a recurrent layer's parameters again
@@ -71,7 +71,7 @@ def accelerate(model: _M) -> _M:
     # torch.fx writes a graph's code into the class that it finds, and would call itself.
     compiled = isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule))
     cls: Any = type(model)
-    if not compiled and not _is_routed(cls):
+    if not compiled and not _is_routed(cls) and not gainless(model):
         made_by_torch = cls.__module__ == parametrize.__name__ and parametrize.is_parametrized(model)
         model.__class__ = _routed_parametrized(cls) if made_by_torch else _routed(cls)
     return model
@@ -82,6 +82,8 @@ def acceleration(model: nn.Module) -> str:
 
     Forms are those of the model, its copies, and others of its class with parameters of the same names and shapes.
     """
+    if gainless(model):
+        return "not accelerated: a linear layer alone, which PyTorch is faster at"
     if not _is_routed(type(model)):
         return "not accelerated: made by torch.jit or torch.fx, or never given to mamlpp_fast.accelerate"
     kind, shapes = _kind(model), _shapes(model)
@@ -226,6 +228,8 @@ def _served(
     if paused():
         return None
     # Without a look at the call or the form, which plain PyTorch does not need.
+    if gainless(model):
+        return None
     if (before := _resting.get(model)) is not None:
         if before.resting():
             return None
@@ -234,13 +238,13 @@ def _served(
     if isinstance(x, str):
         _left.setdefault(model, {})[x] = None
         return None
-    route = _route(model, x, plain)
+    route, seen = _route(model, x, plain)
     if isinstance(route, _Refusal):
         return None
     if isinstance(route, DifferentiableNetwork) and route.resting():
         _resting[model] = route
         return None
-    return route.call(Held(model), x)
+    return route.call(Held(model, seen=seen), x)
 
 
 def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetwork | str:
@@ -248,18 +252,43 @@ def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetw
     x = _inputs(*_arguments(inputs))
     if isinstance(x, str):
         return x
-    route = _route(model, x, None)
+    route, _ = _route(model, x, None)
     if isinstance(route, DifferentiableNetwork):
         return "its passes are differentiated a third time" if route.resting() else route
     return str(route)
 
 
+def functional_call(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Calls ``model`` with ``tensors`` in place of its parameters and buffers of those names, and leaves it as it was.
+
+    On a CPU the call is one operation of the kernels wherever it would be after :func:`accelerate`. Arguments, errors
+    and all else are as of :func:`mamlpp_fast.reference.functional_call`.
+    """
+    args = args if isinstance(args, tuple) else (args,)
+    if torch.compiler.is_compiling():
+        return reference.functional_call(model, tensors, args, kwargs)
+    with reference.swapped(model, tensors):
+        made = _served_by_default(model, args, kwargs or {})
+        return model(*args, **(kwargs or {})) if made is None else made
+
+
 def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inputs) -> Any:
     """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        own = tensors_of(x)[0].device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
-        made = _served(model, *_arguments(x)) if own else None
+        made = _served_by_default(model, *_arguments(x))
         return reference.called(model, x) if made is None else made
+
+
+def _served_by_default(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What serves a model that need not have been given to :func:`accelerate`: on a CPU alone."""
+    first = next(model.parameters(), None)
+    own = first is not None and first.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+    return _served(model, args, kwargs) if own else None
 
 
 def _arguments(x: reference.Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -285,16 +314,17 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | Call |
 def _unfit(x: Tensor | Call) -> str | None:
     """What stands against a call that is cheap to tell and may differ from call to call; one of a few sentences."""
     given = tensors_of(x)
+    for t in given:
+        if type(t) is not Tensor or t.layout is not torch.strided:
+            return "an argument is no plain tensor"
+        if t.__dict__:
+            return "an argument has attributes of its own, which a forward may read"
     first = given[0]
-    if any(type(t) is not Tensor or t.layout is not torch.strided for t in given):
-        return "an argument is no plain tensor"
-    if any(t.__dict__ for t in given):
-        return "an argument has attributes of its own, which a forward may read"
     if first.ndim < (2 if len(given) == 1 else 1):
         return f"its examples have {first.ndim} axes"
-    if len(first) == 0:
+    if first.shape[0] == 0:
         return "it has no examples"
-    if any(t.shape[:1] != first.shape[:1] for t in given):
+    if len(given) > 1 and any(t.shape[:1] != first.shape[:1] for t in given):
         return "arguments are of another number of examples"
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return "no gradient is recorded"
@@ -312,8 +342,11 @@ def _unfit(x: Tensor | Call) -> str | None:
     return None
 
 
-def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None) -> _Route:
-    form = form_of(model)
+def _route(
+    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None
+) -> tuple[_Route, Seen | None]:
+    """What serves a call, and what the look at the model has found."""
+    form, seen = look(model)
     # Empty without a transform of torch.func; with one, why its kind is refused.
     transform = (transforms.refusal(model, x),) if transformed() else ()
     given = tensors_of(x)
@@ -323,10 +356,10 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
-            return known
+            return known, seen
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
-            return _Refusal("refused in too many forms")
+            return _Refusal("refused in too many forms"), None
         if transform:
             route = _under_transforms(model, x, plain, *transform)
         else:
@@ -334,11 +367,11 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
         if isinstance(route, _Refusal) and not transform:
             refused[key[:-1]] += 1
             if route.passing and refused[key[:-1]] < _TRIES:
-                return route
+                return route, None
         _routes[key], _holders[key] = route, _shapes(model)
         while len(_routes) > _KEPT:
             _holders.pop(_routes.popitem(last=False)[0], None)
-        return route
+        return route, None
 
 
 def _under_transforms(
@@ -347,7 +380,7 @@ def _under_transforms(
     if refusal is not None:
         return _Refusal(refusal)
     with transforms.outside(model, x) as one:
-        route = _route(model, one, plain)
+        route, _ = _route(model, one, plain)
     if not isinstance(route, DifferentiableNetwork):
         return route
     if any(norm.statistics is not None for norm in route.network.norms.values()):

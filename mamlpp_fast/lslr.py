@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast import ops
+from mamlpp_fast.ops.stepped import stepped
 from mamlpp_fast.reference import adapted_names
 
 __all__ = ["LSLR"]
@@ -115,11 +116,13 @@ class LSLR(nn.Module):
             grads: their gradients, by name; None for a parameter that the loss does not depend on, which stays.
             step: the inner step, from 0; those beyond the last rate use the last.
         """
-        updated = {}
-        for name, rate in zip(self.names, self._of_step(step), strict=True):
-            p, grad = params[name], grads[name]
-            updated[name] = p if grad is None else p - rate * grad
-        return updated
+        own = zip(self.names, self._of_step(step), strict=True)
+        moving = [(name, grad, rate) for name, rate in own if (grad := grads[name]) is not None]
+        moved = stepped(
+            [params[name] for name, *_ in moving], [g for _, g, _ in moving], [rate for *_, rate in moving]
+        )
+        updated = {name: params[name] for name in self.names}
+        return updated | {name: new for (name, *_), new in zip(moving, moved, strict=True)}
 
     def _of_step(self, step: int) -> Iterable[Tensor]:
         """The rate of every tensor: a scalar, or one of its shape."""

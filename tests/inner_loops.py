@@ -40,12 +40,14 @@ def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None, right: 
         copies = {} if buffers is None else {name: b.clone() for name, b in model.named_buffers()}
         for _ in range(STEPS):
             with reference.right_weight_norm(model) if right else contextlib.nullcontext():
-                support = F.cross_entropy(mf.functional_call(model, fast | copies, (data[0],)), data[1])
+                support = F.cross_entropy(
+                    mf.reference.functional_call(model, fast | copies, (data[0],)), data[1]
+                )
             grads = torch.autograd.grad(support, list(fast.values()), create_graph=True, allow_unused=True)
             fast = {
                 n: p if g is None else p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)
             }
-        return F.cross_entropy(mf.functional_call(model, fast | copies, (data[2],)), data[3])
+        return F.cross_entropy(mf.reference.functional_call(model, fast | copies, (data[2],)), data[3])
 
     return loss
 
@@ -56,7 +58,7 @@ def adapted(model: nn.Module, aliases: bool = False) -> Loss:
 
     def loss(data: Task) -> Tensor:
         fast = mf.adapt(model, data[0], data[1], rates)
-        return F.cross_entropy(mf.functional_call(model, fast, (data[2],)), data[3])
+        return F.cross_entropy(mf.reference.functional_call(model, fast, (data[2],)), data[3])
 
     return loss
 

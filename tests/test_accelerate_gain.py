@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
+from mamlpp_fast import accelerated
 from mamlpp_fast.engine.fused import differentiable, lowering
 
 
@@ -29,6 +30,16 @@ def test_linear_layers_alone_are_left_to_pytorch(as_for_users: None, last: Calla
     model = mf.accelerate(nn.Sequential(mlp(), last()))
     model(torch.randn(6, 1, 8, 8)).sum().backward()
     assert "matrix products and pointwise functions alone" in mf.acceleration(model)
+
+
+def test_a_linear_layer_alone_is_not_even_looked_at(
+    as_for_users: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerated, "look", None)
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    assert mf.accelerate(model) is model and type(model) is nn.Linear
+    assert_close(mf.functional_call(model, {}, x), model(x), rtol=0, atol=0)
+    assert "a linear layer alone" in mf.acceleration(model)
 
 
 @pytest.mark.parametrize(

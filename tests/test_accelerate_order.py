@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from test_accelerate import CLOSE, conv_net, data, mlp, pair, served, textbook
 from torch import Tensor, nn
 
 from mamlpp_fast import accelerated as module
+from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.sections import Place
 
@@ -179,12 +181,68 @@ def _raise(g: Tensor) -> Tensor:
     raise ZeroDivisionError
 
 
+def places() -> list[Place]:
+    (route,) = (r for r in module._routes.values() if isinstance(r, DifferentiableNetwork))
+    found = [place for free in route.sections.free.values() for place in free]
+    assert len(found) == route.sections.lanes
+    return found
+
+
+def passages() -> int:
+    """How many of them share what is passing with none."""
+    return len({id(place._passage) for place in places()})
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_what_is_passing_has_one_place_while_halves_follow_each_other() -> None:
+    plain, fast = pair(conv_net)
+    for _ in range(2):
+        found, expected = (textbook(model, multi_step=True) for model in (fast, plain))
+        torch.testing.assert_close(found, expected, **CLOSE)
+    assert len(places()) > 4 and passages() == 1
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_half_that_comes_in_between_has_memory_of_its_own() -> None:
+    """Both backward passes are differentiated before the first forward's node is come to."""
+    plain, fast = pair(unbiased)
+    x = data(1)[0][0]
+
+    def both(model: nn.Module) -> list[Tensor]:
+        made = [model(x), model(x.flip(0) * 2)]
+        grads = [grads_of(y.square().sum(), model) for y in made]
+        total = norm(grads[0]) + 2 * norm(grads[1]) + made[0].exp().mean()
+        return list(torch.autograd.grad(total, list(model.parameters())))
+
+    for _ in range(3):
+        torch.testing.assert_close(both(fast), both(plain), **CLOSE)
+    assert len(places()) == passages() == 2  # and no more by the third time
+    textbook(fast, steps=1)
+    assert not any(place._passage.taken.locked() for place in places())
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_lanes_have_passages_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = pair(conv_net)
+    expected = textbook(plain)
+    textbook(copy.deepcopy(fast))
+    monkeypatch.setattr(lanes, "here", lambda: False)
+    found: dict[int, list[Tensor]] = {}
+
+    def work(lane: int, halt: object) -> None:
+        with torch.enable_grad():
+            found[lane] = textbook(models[lane])
+
+    for _ in range(2):
+        models = [copy.deepcopy(fast) for _ in range(2)]
+        lanes.run(work, 2)
+        torch.testing.assert_close(found, {0: expected, 1: expected}, **CLOSE)
+    assert {place.number for place in places()} == {0, 1} and passages() == 2
+
+
 def test_places_are_free_when_the_graph_is_gone() -> None:
     _, fast = pair(conv_net)
     x = data(1)[0][0]
     for use in USES:
         use(fast, x)
-    (route,) = (r for r in module._routes.values() if isinstance(r, DifferentiableNetwork))
-    places: list[Place] = route.sections.free
-    assert len(places) == route.sections.lanes
-    assert all(place.pending is None for place in places)
+    assert all(place.pending is None and not place._passage.taken.locked() for place in places())

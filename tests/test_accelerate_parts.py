@@ -34,10 +34,10 @@ def anil(model: nn.Module, head: str, order: bool = True) -> dict[str, Tensor]:
     for x, y, target_x, target_y in data():
         fast = {n: p for n, p in own.items() if n.startswith(head)}
         for _ in range(3):
-            loss = F.cross_entropy(mf.functional_call(model, fast, (x,)), y)
+            loss = F.cross_entropy(mf.reference.functional_call(model, fast, (x,)), y)
             grads = torch.autograd.grad(loss, list(fast.values()), create_graph=order)
             fast = {n: p - 0.3 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-        F.cross_entropy(mf.functional_call(model, fast, (target_x,)), target_y).backward()
+        F.cross_entropy(mf.reference.functional_call(model, fast, (target_x,)), target_y).backward()
     found = {n: p.grad for n, p in own.items() if p.grad is not None}
     return found | {f"buffer {n}": b for n, b in model.named_buffers()}
 
@@ -237,7 +237,7 @@ def test_gradcheck(make: Callable[[], nn.Module]) -> None:
     values = [v.detach().clone().requires_grad_() for v in values]
 
     def call(x: Tensor, *given: Tensor) -> Tensor:
-        made: Tensor = mf.functional_call(model, dict(zip(names, given, strict=True)), (x,))
+        made: Tensor = mf.reference.functional_call(model, dict(zip(names, given, strict=True)), (x,))
         return made
 
     assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)

@@ -96,6 +96,36 @@ def test_adapt(name: str, adapt_norm: bool) -> None:
     both(NETS[name], lambda model: loop(model, adapt_norm, first_order=False))
 
 
+def test_a_functional_call_is_of_the_kernels_where_they_serve_it() -> None:
+    """And PyTorch's where they do not: with hooks, and under :func:`plainly`."""
+    torch.manual_seed(0)
+    model = NETS["per step"]().double()
+    x = data(1)[0][0]
+    given = {n: (p * 1.5).detach().requires_grad_() for n, p in model.named_parameters()}
+    found = mf.functional_call(model, given, x)
+    assert found.grad_fn.name() == "ForwardBackward"
+    for other in (
+        lambda: mf.functional_call(model, given, (), {"input": x}),
+        lambda: plainly_called(model, given, x),
+    ):
+        torch.testing.assert_close(other(), found, **CLOSE)
+    calls: list[Tensor] = []
+    handle = model.register_forward_hook(lambda _, __, made: calls.append(made))
+    made = mf.functional_call(model, given, (x,))
+    handle.remove()
+    assert calls == [made] and made.grad_fn.name() != "ForwardBackward"
+    assert all(p is not given[n] for n, p in model.named_parameters())
+    with pytest.raises(KeyError, match="expected names"):
+        mf.functional_call(model, {"none": x}, x)
+
+
+def plainly_called(model: nn.Module, given: dict[str, Tensor], x: Tensor) -> Tensor:
+    with plainly():
+        made: Tensor = mf.functional_call(model, given, x)
+    assert made.grad_fn is not None and made.grad_fn.name() != "ForwardBackward"
+    return made
+
+
 @pytest.mark.parametrize("name", ["per step", "generic"])
 def test_adapt_of_first_order_and_more_steps_than_rows(name: str) -> None:
     both(NETS[name], lambda model: loop(model, True, first_order=True, steps=STEPS + 2))

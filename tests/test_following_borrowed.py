@@ -118,7 +118,7 @@ def meta_gradient(model: nn.Module) -> list[Tensor]:
     y = torch.tensor([0, 1, 1, 0])
     weights: dict[str, Any] = dict(model.named_parameters())
     fast = moved(F.cross_entropy(model(x), y), weights, 0.5)
-    loss = F.cross_entropy(mf.functional_call(model, fast, (x,)), y)
+    loss = F.cross_entropy(mf.reference.functional_call(model, fast, (x,)), y)
     return [loss, *torch.autograd.grad(loss, list(weights.values()))]
 
 

@@ -30,8 +30,8 @@ def plain(
     for task in zip(*fields, strict=True):
         fast = dict(model.named_parameters())
         for _ in range(2):
-            fast = moved(loss_fn(mf.functional_call(model, fast, task[0]), task[1]), fast, 0.1)
-        prediction = mf.functional_call(model, fast, task[2])
+            fast = moved(loss_fn(mf.reference.functional_call(model, fast, task[0]), task[1]), fast, 0.1)
+        prediction = mf.reference.functional_call(model, fast, task[2])
         loss = loss_fn(prediction, task[3])
         (loss / len(fields[0])).backward()
         losses.append(loss.detach())

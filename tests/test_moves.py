@@ -107,6 +107,41 @@ def test_what_does_not_lie_plainly_is_copied_all_the_same(path: str) -> None:
         torch.testing.assert_close(place, whole.reshape(SHAPES[n][1]).permute(SHAPES[n][2]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_times_a_number_and_onto_other_tensors(path: str, dtype: torch.dtype) -> None:
+    """What is added may lie in any way, or be nothing."""
+    names, own = list(SHAPES), drawn(dtype)
+    moves = moves_of(names, dtype)
+    moves.load([None if n == "other" else own[n] for n in names], -0.5)
+    torch.manual_seed(1)
+    plus: dict[str, Tensor | None] = {n: torch.randn_like(t) for n, t in own.items()}
+    plus["linear"] = torch.randn(33, 7, dtype=dtype).t()
+    plus["vector"] = torch.tensor(2.0, dtype=dtype).expand(13)
+    plus["odd conv"] = None
+    inert, beside = torch.randn(2, 3, dtype=dtype)
+    found = moves.take([*own.values(), inert, inert], [*plus.values(), beside, None], 3.0)
+    for n, t in zip(names, found, strict=False):
+        term, place = plus[n], torch.zeros_like(own[n]) if n == "other" else own[n]
+        expected = -1.5 * place + (0 if term is None else term)
+        assert t.is_contiguous() and all(t is not p for p in plus.values())
+        torch.testing.assert_close(t, expected)
+    torch.testing.assert_close(found[-2:], [beside, torch.zeros_like(inert)], rtol=0, atol=0)
+    found[-2].add_(1)  # nobody else's memory
+    assert not torch.equal(found[-2], beside)
+
+
+def test_what_nobody_wants_is_not_given(path: str) -> None:
+    names, own = list(SHAPES), drawn(torch.float64)
+    moves = moves_of(names)
+    moves.load(list(own.values()))
+    to = {n: None if n in ("conv", "other") else torch.zeros_like(t) for n, t in own.items()}
+    moves.give(list(to.values()))
+    for n, t in to.items():
+        assert t is None or torch.equal(t, own[n])
+    moves.give([None for _ in names])
+
+
 @pytest.mark.parametrize("team", [False, True])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_as_calls_of_a_list_they_copy_the_same(path: str, team: bool) -> None:
@@ -142,13 +177,15 @@ def test_counts_that_do_not_fit_are_refused() -> None:
     for move in (native.load, native.take, native.give):
         with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
             move([])
+    with pytest.raises(ValueError, match="plus: expected none or 1, got 2"):
+        native.take_onto([torch.zeros(2)], [None, None], 1.0)
     for listed in (native.loading([]), native.giving([])):
         with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
             listed.run(NEVER.flag)
     with pytest.raises(ValueError, match="one number a norm"):
         torch.classes.mamlpp_fast.Statistics([1e-5], [0.1], [])
     with pytest.raises(ValueError, match="expected 1 tensors of each kind"):
-        torch.classes.mamlpp_fast.Statistics([1e-5], [0.1], [1.0]).follow([], [], [], [], [])
+        torch.classes.mamlpp_fast.Statistics([1e-5], [0.1], [1.0]).follow([], [], [], [], [], [])
 
 
 class _Norms(nn.Module):
@@ -217,9 +254,16 @@ def test_statistics_of_another_form_are_left_alone() -> None:
     """The native library says so, and has done nothing, to the norm in front of that one neither."""
     native = torch.classes.mamlpp_fast.Statistics([1e-5] * 2, [0.1] * 2, [1.0] * 2)
     good, other = torch.ones(3), torch.ones(3, dtype=torch.float64)
-    kept = [torch.ones(3), torch.ones(3)]
-    assert not native.follow([kept[0], other], kept, [good] * 2, [good] * 2, [None] * 2)
-    assert not native.follow(kept, kept, [good] * 2, [good] * 2, [None, torch.ones(4)])
+    kept, counts = [torch.ones(3), torch.ones(3)], [torch.tensor(4), torch.tensor([7])]
+    assert not native.follow([kept[0], other], kept, [good] * 2, [good] * 2, [None] * 2, counts)
+    assert not native.follow(kept, kept, [good] * 2, [good] * 2, [None, torch.ones(4)], counts)
+    for wrong in (torch.tensor(4.0), torch.tensor([1, 2]), torch.tensor(4, dtype=torch.int32)):
+        assert not native.follow(kept, kept, [good] * 2, [good] * 2, [None, good], [counts[0], wrong])
+    with torch.inference_mode():
+        unversioned = torch.tensor(4)
+    assert not native.follow(kept, kept, [good] * 2, [good] * 2, [None, good], [counts[0], unversioned])
     assert all(torch.equal(t, torch.ones(3)) for t in kept)
-    assert native.follow(kept, [torch.ones(3)] * 2, [good] * 2, [good] * 2, [None, good])
+    assert [int(t) for t in (*counts, unversioned)] == [4, 7, 4] and counts[0]._version == 0
+    assert native.follow(kept, [torch.ones(3)] * 2, [good] * 2, [good] * 2, [None, good], counts)
     assert math.isclose(kept[1][0].item(), 0.9 + 0.1 * 2, rel_tol=1e-6)
+    assert [int(t) for t in counts] == [5, 8] and counts[0]._version == counts[1]._version == 1

@@ -221,7 +221,7 @@ def test_higher_adam_moves_a_shared_parameter_once(model: str) -> None:
     fast: dict[str, Tensor] = dict(net.named_parameters())
     first, second = ({n: torch.zeros_like(p) for n, p in fast.items()} for _ in range(2))
     for step in range(1, STEPS + 1):
-        support = F.cross_entropy(mf.functional_call(net, fast, (data[0],)), data[1])
+        support = F.cross_entropy(mf.reference.functional_call(net, fast, (data[0],)), data[1])
         grads = dict(
             zip(fast, torch.autograd.grad(support, list(fast.values()), create_graph=True), strict=True)
         )
@@ -229,7 +229,7 @@ def test_higher_adam_moves_a_shared_parameter_once(model: str) -> None:
         second = {n: 0.99 * v + 0.01 * grads[n].square() for n, v in second.items()}
         size = 0.1 * (1 - 0.99**step) ** 0.5 / (1 - 0.9**step)
         fast = {n: p - size * first[n] / (second[n].sqrt() + 1e-8) for n, p in fast.items()}
-    wanted = F.cross_entropy(mf.functional_call(net, fast, (data[2],)), data[3])
+    wanted = F.cross_entropy(mf.reference.functional_call(net, fast, (data[2],)), data[3])
     expected = torch.autograd.grad(wanted, list(net.parameters()))
     opt = torch.optim.Adam(net.parameters(), lr=0.1, betas=(0.9, 0.99), eps=1e-8)
     for _ in range(2):  # the first leaves nothing behind
@@ -258,7 +258,7 @@ def test_a_hook_on_a_gradient_acts_on_the_first_inner_gradient_and_on_the_meta_g
     learner = assert_as_the_textbook(make(), witness, engine)
     if learner is not None:
         fast = mf.adapt(witness, data[0], data[1], RATE, steps=STEPS)
-        logits = mf.functional_call(witness, fast, (data[2],)).detach()
+        logits = mf.reference.functional_call(witness, fast, (data[2],)).detach()
         batch = mf.EpisodeBatch(*(part[None] for part in data))
         assert_close(learner.evaluate(batch).logits[-1, 0], logits)
 
@@ -270,7 +270,7 @@ def test_parameters_without_part_in_the_loss_stay_and_those_named_adapt_though_f
     rates = mf.LSLR(model.named_parameters(), STEPS, RATE)
     expected = mf.adapt(model, data[0], data[1], rates)
     assert_close(expected["unused"], model.unused)
-    loss = F.cross_entropy(mf.functional_call(model, expected, (data[2],)), data[3])
+    loss = F.cross_entropy(mf.reference.functional_call(model, expected, (data[2],)), data[3])
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     grads = dict(zip(rates.names, found, strict=True))
     assert grads["unused"] is None
@@ -283,7 +283,7 @@ def test_parameters_without_part_in_the_loss_stay_and_those_named_adapt_though_f
     model[0].requires_grad_(False)
     fast = mf.adapt(model, data[0], data[1], rates)
     assert_close(fast, expected)
-    F.cross_entropy(mf.functional_call(model, fast, (data[2],)), data[3]).backward()
+    F.cross_entropy(mf.reference.functional_call(model, fast, (data[2],)), data[3]).backward()
     assert model[0].weight.grad is None
     assert_close(model[2].weight.grad, grads["2.weight"])
 
@@ -336,8 +336,8 @@ def test_models_that_take_keywords_and_give_containers(kind: type, library: str)
         own = dict(model.named_parameters())
         fast: dict[str, Tensor] = own
         for _ in range(STEPS):
-            fast = moved(mf.functional_call(model, fast, (), support)[key], fast, RATE)
-        wanted = mf.functional_call(model, fast, (), target)[key]
+            fast = moved(mf.reference.functional_call(model, fast, (), support)[key], fast, RATE)
+        wanted = mf.reference.functional_call(model, fast, (), target)[key]
         if library == "learn2learn":
             clone = maml.clone()
             for _ in range(STEPS):
@@ -364,9 +364,9 @@ def test_freezing_and_thawing_between_iterations(library: str) -> None:
         data, chosen = task(iteration), [p for p in model.parameters() if p.requires_grad]
         fast = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for _ in range(STEPS):
-            inner = F.cross_entropy(mf.functional_call(model, fast, (data[0],)), data[1])
+            inner = F.cross_entropy(mf.reference.functional_call(model, fast, (data[0],)), data[1])
             fast = moved(inner, fast, RATE)
-        wanted = F.cross_entropy(mf.functional_call(model, fast, (data[2],)), data[3])
+        wanted = F.cross_entropy(mf.reference.functional_call(model, fast, (data[2],)), data[3])
         if library == "learn2learn":
             loss = learned(maml)(data)
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mamlpp_fast import _native
-from mamlpp_fast.ops.stepped import stepped
+from mamlpp_fast.ops.stepped import copied, stepped
 
 SHAPES = ((3, 2, 2), (5,), (), (0,), (1, 4))
 RATE = 0.3
@@ -30,7 +30,9 @@ def plain(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rates: Rate
 
 
 def given(kind: str) -> tuple[list[Tensor], list[Tensor], Rates]:
-    return tensors(0), tensors(1), RATE if kind == "number" else tensors(2)
+    """Rates: one number for all, a number a parameter, or as many as the parameter has elements."""
+    shapes = [()] * len(SHAPES) if kind == "numbers" else SHAPES
+    return tensors(0), tensors(1), RATE if kind == "number" else tensors(2, shapes=shapes)
 
 
 def leaves(p: list[Tensor], g: list[Tensor], rates: Rates) -> list[Tensor]:
@@ -45,7 +47,7 @@ def chain(step: Callable[..., list[Tensor]], p: list[Tensor], g: list[Tensor], r
     return torch.stack([(t**3).sum() for t in p]).sum()
 
 
-KINDS = pytest.mark.parametrize("kind", ["number", "tensors"])
+KINDS = pytest.mark.parametrize("kind", ["number", "numbers", "tensors"])
 
 
 @KINDS
@@ -169,7 +171,7 @@ def test_what_takes_no_gradient_has_none_afterwards(kind: str, taken: int) -> No
         t.requires_grad_(i == taken * len(p) + 1)
     for step in (stepped, plain):
         recorded = [t.requires_grad for t in step(p, g, rates)]
-        assert recorded == [False, taken < 2 or kind == "tensors", False, False, False]
+        assert recorded == [False, taken < 2 or kind != "number", False, False, False]
 
 
 @KINDS
@@ -231,3 +233,42 @@ def test_as_many_of_each() -> None:
     for wrong in ((p[1:], g, RATE), (p, g[1:], rates), (p, g, rates[1:])):  # type: ignore[index]
         with pytest.raises(ValueError):
             stepped(*wrong)
+
+
+def test_copies_are_one_node_and_have_memory_of_their_own() -> None:
+    p = tensors(0)
+    p[1] = p[1].detach()
+    made = copied(p)
+    torch.testing.assert_close(made, p, rtol=0, atol=0)
+    assert not {t.data_ptr() for t in made if t.numel()} & {t.data_ptr() for t in p}
+    assert [t.requires_grad for t in made] == [t.requires_grad for t in p]
+    if _native.status().loaded:
+        assert len({t.grad_fn for t in made if t.requires_grad}) == 1
+    by = [t for t in p if t.requires_grad]
+    value = torch.stack([(t**3).sum() for t in made[1:]]).sum()
+    first = torch.autograd.grad(value, by, create_graph=True, allow_unused=True)
+    assert first[0] is None
+    second = torch.autograd.grad(sum((g**2).sum() for g in first if g is not None), by[1:])
+    torch.testing.assert_close(list(second), [36 * t**3 for t in by[1:]], rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in copied(p))
+
+
+def test_copies_of_other_tensors() -> None:
+    """Complex and sparse ones, channels last, a class that computes as it likes; and under transforms."""
+
+    class Marked(Tensor):
+        pass
+
+    last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    sparse = torch.eye(3).to_sparse().requires_grad_()
+    marked = torch.randn(3).as_subclass(Marked)
+    made = copied([last, sparse, torch.randn(2, dtype=torch.complex64, requires_grad=True), marked])
+    assert made[0].stride() == last.stride() and made[1].is_sparse and type(made[3]) is Marked
+    assert all(t.requires_grad for t in made[:3])
+    x = torch.randn(3)
+    found = torch.func.grad(lambda t: (copied([t])[0] ** 2).sum())(x)
+    torch.testing.assert_close(found, 2 * x)
+    found = torch.func.vmap(lambda t: copied([t])[0] * 2)(x)
+    torch.testing.assert_close(found, 2 * x)
+    torch.testing.assert_close(torch.func.jvp(lambda t: copied([t])[0] * 3, (x,), (x,))[1], 3 * x)

@@ -60,7 +60,7 @@ def plain_elementwise(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
 def module(kind: type[reference.PerStepBatchNorm2d]) -> Function:
     """A layer in evaluation mode, with the statistics of the batch."""
     layer = kind(3, 2, negative_slope=0.1).double().eval()
-    return lambda x, weight, bias: mf.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+    return lambda x, weight, bias: mf.reference.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
 
 def operation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -33,14 +33,24 @@ struct Weight {
   int64_t row(int64_t column) const { return (column % window * inputs + column / window) * outputs; }
 };
 
-/// Copies outputs [begin, end) of a weight into the kernels' layout: these become the last axis, then whole rows of
-/// them are moved.
+/// to = scale · from.
 template <typename T>
-void copy_in(const Weight& w, int64_t begin, int64_t end, const T* own, T* kernels) {
+void scaled(const T* from, int64_t count, T scale, T* to) {
+  if (scale == 1) {
+    std::copy_n(from, count, to);
+  } else {
+    std::transform(from, from + count, to, [scale](T value) { return scale * value; });
+  }
+}
+
+/// Copies outputs [begin, end) of a weight into the kernels' layout, times a number: these become the last axis, then
+/// whole rows of them are moved.
+template <typename T>
+void copy_in(const Weight& w, int64_t begin, int64_t end, const T* own, T scale, T* kernels) {
   const int64_t columns = w.columns(), count = end - begin;
   T* turned = scratch<T>(columns * count);
   MF_DISPATCH(head_transpose<T>)(own + begin * columns, count, columns, turned);
-  for (int64_t j = 0; j < columns; ++j) std::copy_n(turned + j * count, count, kernels + w.row(j) + begin);
+  for (int64_t j = 0; j < columns; ++j) scaled(turned + j * count, count, scale, kernels + w.row(j) + begin);
 }
 
 /// And out of it.
@@ -78,21 +88,32 @@ class Arrangement {
            own.numel() == place.numel();
   }
 
-  /// Copies a thread's part from one of them to the other.
+  /// Copies a thread's part from one of them to the other, times a number; out of the place, onto `plus` if there is.
   template <bool out>
-  void copy_share(const Tensor& own, const Tensor& place, int64_t part, int64_t parts) const {
+  void copy_share(const Tensor& own, const Tensor& place, double scale, const OptTensor& plus, int64_t part,
+                  int64_t parts) const {
     typed(own, [&](auto type) {
       using T = typename decltype(type)::type;
       const T* of = (out ? place : own).template const_data_ptr<T>();
       T* to = (out ? own : place).template mutable_data_ptr<T>();
       const auto [begin, end] = share(plain_ ? own.numel() : weight_->outputs, part, parts);
       if (begin == end) return;
+      const T factor = static_cast<T>(scale);
       if (plain_) {
-        std::copy_n(of + begin, end - begin, to + begin);
+        scaled(of + begin, end - begin, out ? T(1) : factor, to + begin);
       } else if constexpr (out) {
         copy_out<T>(*weight_, begin, end, of, to);
       } else {
-        copy_in<T>(*weight_, begin, end, of, to);
+        copy_in<T>(*weight_, begin, end, of, factor, to);
+      }
+      if constexpr (out) {
+        const int64_t row = plain_ ? 1 : weight_->columns(), first = begin * row, count = (end - begin) * row;
+        if (plus) {
+          const T* term = plus->const_data_ptr<T>();
+          for (int64_t i = first; i < first + count; ++i) to[i] = term[i] + factor * to[i];
+        } else if (factor != 1) {
+          scaled(to + first, count, factor, to + first);
+        }
       }
     });
   }
@@ -128,7 +149,10 @@ class Moves : public torch::CustomClassHolder {
   }
 
   /// Copies to the places; zeros where there is nothing.
-  void load(std::vector<OptTensor> given) {
+  void load(std::vector<OptTensor> given) { load_scaled(std::move(given), 1); }
+
+  /// The same, times a number.
+  void load_scaled(std::vector<OptTensor> given, double scale) {
     const at::AutoDispatchBelowADInplaceOrView below;
     check(given.size());
     std::vector<Tensor> own(places_.size());
@@ -139,48 +163,70 @@ class Moves : public torch::CustomClassHolder {
         places_[i].zero_();
       }
     }
-    move<false>(own);
+    move<false>(own, scale, {});
   }
 
   /// New tensors like the owners', with what the places have; beyond these, zeros.
-  std::vector<Tensor> take(std::vector<Tensor> like) {
+  std::vector<Tensor> take(std::vector<Tensor> like) { return take_onto(std::move(like), {}, 1); }
+
+  /// The same times a number, and to it is added what `plus` has: a tensor an owner, or nothing. `plus` may be empty.
+  std::vector<Tensor> take_onto(std::vector<Tensor> like, std::vector<OptTensor> plus, double scale) {
     const at::AutoDispatchBelowADInplaceOrView below;
     check(like.size());
+    TORCH_CHECK_VALUE(plus.empty() || plus.size() == like.size(), "plus: expected none or ", like.size(), ", got ",
+                      plus.size());
+    plus.resize(like.size());
     const size_t count = places_.size();
     std::vector<Tensor> made;
     made.reserve(like.size());
     for (size_t i = 0; i < count; ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
-    move<true>(made);
-    for (size_t i = count; i < like.size(); ++i) made.push_back(at::zeros(like[i].sizes(), like[i].options()));
+    move<true>(made, scale, plus);
+    for (size_t i = count; i < like.size(); ++i) {
+      made.push_back(at::zeros(like[i].sizes(), like[i].options()));
+      if (plus[i]) made.back().copy_(*plus[i]);
+    }
     return made;
   }
 
-  /// Copies what the places have to tensors like the owners'.
-  void give(std::vector<Tensor> own) {
+  /// Copies what the places have to tensors like the owners', where there are any.
+  void give(std::vector<OptTensor> to) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    check(own.size());
-    move<true>(own);
+    check(to.size());
+    std::vector<Tensor> own(places_.size());
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (to[i]) own[i] = *to[i];
+    }
+    move<true>(own, 1, {});
   }
 
  private:
-  /// Copies what there is to its place, or (`out`) from there. Each thread takes the share that it has in PyTorch's
-  /// loops over the same tensors: what lies in the cache of another core comes from there at a fraction of the speed.
+  /// Copies what there is, times a number, to its place, or (`out`) from there and onto `plus`. Each thread takes the
+  /// share that it has in PyTorch's loops over the same tensors: what lies in the cache of another core comes from
+  /// there at a fraction of the speed.
   template <bool out>
-  void move(const std::vector<Tensor>& own) const {
+  void move(const std::vector<Tensor>& own, double scale, const std::vector<OptTensor>& plus) const {
+    const auto term = [&](size_t i) { return plus.empty() ? OptTensor() : plus[i]; };
     std::vector<size_t> shared;
     int64_t elements = 0;
     for (size_t i = 0; i < places_.size(); ++i) {
       if (!own[i].defined()) continue;
-      if (arrangements_[i].shares(own[i], places_[i])) {
+      const OptTensor beside = term(i);
+      const bool alike = !beside || (bare(*beside) && beside->scalar_type() == own[i].scalar_type() &&
+                                     beside->sizes() == own[i].sizes());
+      if (alike && arrangements_[i].shares(own[i], places_[i])) {
         shared.push_back(i);
         elements += own[i].numel();
       } else {
         arrangements_[i].copy<out>(own[i], places_[i]);
+        if (scale != 1) (out ? own[i] : places_[i]).mul_(scale);
+        if (beside) own[i].add_(*beside);
       }
     }
     const int64_t parts = elements < kGrain ? 1 : at::get_num_threads();
     each(parts, [&](int64_t part) {
-      for (const size_t i : shared) arrangements_[i].copy_share<out>(own[i], places_[i], part, parts);
+      for (const size_t i : shared) {
+        arrangements_[i].copy_share<out>(own[i], places_[i], scale, term(i), part, parts);
+      }
     });
   }
 
@@ -203,10 +249,10 @@ class Statistics : public torch::CustomClassHolder {
                       "expected one number a norm of each kind");
   }
 
-  /// mean <- (1 - share) mean + share (m + bias), var <- (1 - share) var + share unbiased (1 / rstd² - eps), and true;
-  /// false, with nothing done, where these tensors are none to read and write as they lie. [C] each.
+  /// mean <- (1 - share) mean + share (m + bias), var <- (1 - share) var + share unbiased (1 / rstd² - eps), all counts
+  /// plus 1, and true; false, with nothing done, where these tensors are none to read and write as they lie. [C] each.
   bool follow(std::vector<Tensor> means, std::vector<Tensor> vars, std::vector<Tensor> batch, std::vector<Tensor> rstds,
-              std::vector<OptTensor> biases) {
+              std::vector<OptTensor> biases, std::vector<Tensor> counts) {
     const size_t count = eps_.size();
     TORCH_CHECK_VALUE(means.size() == count && vars.size() == count && batch.size() == count && rstds.size() == count &&
                           biases.size() == count,
@@ -215,6 +261,16 @@ class Statistics : public torch::CustomClassHolder {
       for (const Tensor& t : {means[i], vars[i], batch[i], rstds[i], biases[i] ? *biases[i] : means[i]}) {
         if (!bare(t) || t.scalar_type() != means[i].scalar_type() || t.numel() != means[i].numel()) return false;
       }
+    }
+    for (const Tensor& t : counts) {
+      if (!t.is_cpu() || !t.has_storage() || t.scalar_type() != at::kLong || t.numel() != 1 || t.is_inference() ||
+          t.unsafeGetTensorImpl()->is_python_dispatch()) {
+        return false;
+      }
+    }
+    for (const Tensor& t : counts) {
+      *t.mutable_data_ptr<int64_t>() += 1;
+      t.unsafeGetTensorImpl()->bump_version();
     }
     for (size_t i = 0; i < count; ++i) {
       typed(means[i], [&](auto type) {
@@ -244,7 +300,7 @@ c10::intrusive_ptr<Calls> loading(const Pointer& moves, std::vector<OptTensor> g
   calls->add([moves, given = std::move(given)] { moves->load(given); });
   return calls;
 }
-c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<Tensor> own) {
+c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<OptTensor> own) {
   auto calls = c10::make_intrusive<Calls>();
   calls->add([moves, own = std::move(own)] { moves->give(own); });
   return calls;
@@ -256,7 +312,9 @@ void define_moves(torch::Library& m) {
   m.class_<Moves>("Moves")
       .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>, std::vector<Tensor>>())
       .def("load", &Moves::load)
+      .def("load_scaled", &Moves::load_scaled)
       .def("take", &Moves::take)
+      .def("take_onto", &Moves::take_onto)
       .def("give", &Moves::give)
       .def("loading", &loading)
       .def("giving", &giving);

@@ -1,14 +1,16 @@
-// An inner step p - rate * g of all parameters of a model as one node of autograd: PyTorch's own operations and their
-// derivatives, to any order, but a graph of one node a step where each parameter would have one or more.
+// An inner step p - rate * g of all parameters of a model as one node of autograd, and copies of them: PyTorch's own
+// operations and their derivatives, to any order, but a graph of one node where each parameter would have one or more.
 // Used by mamlpp_fast/ops/stepped.py.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addcmul.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/neg.h>
 #include <ATen/ops/sub.h>
+#include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -39,7 +41,8 @@ variable_list plain_by_rates(TensorList parameters, TensorList gradients, Tensor
   made.reserve(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Tensor &p = parameters[i], &g = gradients[i], &rate = rates[i];
-    made.push_back(g.layout() == at::kStrided ? at::addcmul(p, rate, g, -1) : at::sub(p, at::mul(rate, g)));
+    const bool one = g.layout() == at::kStrided && rate.device() == p.device();
+    made.push_back(one ? at::addcmul(p, rate, g, -1) : at::sub(p, at::mul(rate, g)));
   }
   return made;
 }
@@ -64,6 +67,24 @@ class Stepped : public Function<Stepped> {
     }
     return result;
   }
+};
+
+variable_list plain_copies(TensorList tensors) {
+  variable_list made;
+  made.reserve(tensors.size());
+  for (const Tensor& t : tensors) made.push_back(at::clone(t));
+  return made;
+}
+
+class Copied : public Function<Copied> {
+ public:
+  static variable_list forward(AutogradContext* ctx, TensorList tensors) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);
+    return plain_copies(tensors);
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list& grads) { return grads; }
 };
 
 /// -g * a and -g * b in one pass, where nobody records them and they lie as numbers next to each other.
@@ -92,45 +113,56 @@ class SteppedByRates : public Function<SteppedByRates> {
     ctx->set_materialize_grads(false);
     const size_t count = gradients.size();
     variable_list saved(2 * count);  // what a derivative reads alone: the rest may change, as it may for PyTorch
+    std::vector<int64_t> axes;
     for (size_t i = 0; i < count; ++i) {
+      axes.push_back(rates[i].dim());
       if (rates[i].requires_grad()) saved[i] = gradients[i];
       if (gradients[i].requires_grad()) saved[count + i] = rates[i];
     }
     ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["axes"] = std::move(axes);
     return plain_by_rates(parameters, gradients, rates);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const size_t count = grads.size();
     const variable_list saved = ctx->get_saved_variables();
+    const std::vector<int64_t> axes = ctx->saved_data["axes"].toIntVector();
     variable_list result(3 * count);
     for (size_t i = 0; i < count; ++i) {
       if (!grads[i].defined()) continue;
       result[i] = grads[i];
       const bool moves = ctx->needs_input_grad(count + i), learned = ctx->needs_input_grad(2 * count + i);
       if (!moves && !learned) continue;
-      if (moves && learned &&
+      const bool one = axes[i] < grads[i].dim();  // a number for all elements
+      if (moves && learned && !one &&
           products(grads[i], saved[count + i], saved[i], result[count + i], result[2 * count + i])) {
         continue;
       }
       const Tensor down = at::neg(grads[i]);
       if (moves) result[count + i] = at::mul(down, saved[count + i]);
-      if (learned) result[2 * count + i] = at::mul(down, saved[i]);
+      if (!learned) continue;
+      const Tensor each = at::mul(down, saved[i]);
+      result[2 * count + i] = one ? at::sum(each) : each;
     }
     return result;
   }
 };
 
-using Lists = std::vector<variable_list>;  // parameters, gradients and perhaps rates
+using Lists = std::vector<variable_list>;  // parameters; for a step gradients, and perhaps rates
 
-/// Whether autograd records a parameter's step and a node of ours may be it: real values of one shape and type.
+/// Whether autograd records a parameter's step and a node of ours may be it: real values of one shape and type, but
+/// that a rate may be one number.
 bool recorded(std::initializer_list<TensorList> lists, size_t i) {
   const Tensor& first = (*lists.begin())[i];
   bool wanted = false;
+  int64_t place = 0;
   for (const TensorList& list : lists) {
     const Tensor& t = list[i];
+    const bool number = ++place == 3 && t.dim() == 0;
     if (has_tangent(t) || t.unsafeGetTensorImpl()->is_python_dispatch() || t.layout() != at::kStrided ||
-        t.is_complex() || t.scalar_type() != first.scalar_type() || t.sizes() != first.sizes()) {
+        t.is_complex() || t.scalar_type() != first.scalar_type() || t.device() != first.device() ||
+        (!number && t.sizes() != first.sizes())) {
       return false;
     }
     wanted |= t.requires_grad();
@@ -160,6 +192,12 @@ variable_list divided(std::initializer_list<TensorList> lists, const Node& node,
   return made;
 }
 
+variable_list copied(TensorList tensors) {
+  return divided(
+      {tensors}, [](const Lists& l) { return Copied::apply(TensorList(l[0])); },
+      [](const Lists& l) { return plain_copies(l[0]); });
+}
+
 variable_list stepped(TensorList parameters, TensorList gradients, double rate) {
   TORCH_CHECK_VALUE(parameters.size() == gradients.size(), "gradients: expected ", parameters.size(), ", got ",
                     gradients.size());
@@ -182,6 +220,7 @@ variable_list stepped_by_rates(TensorList parameters, TensorList gradients, Tens
 
 // Made of PyTorch's operations where no node of ours is: so each way of calling it, by whatever tensors, has a rule.
 TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
+  m.def("copied(Tensor[] tensors) -> Tensor[]", &copied);
   m.def("stepped(Tensor[] parameters, Tensor[] gradients, float rate) -> Tensor[]", &stepped);
   m.def("stepped_by_rates(Tensor[] parameters, Tensor[] gradients, Tensor[] rates) -> Tensor[]", &stepped_by_rates);
 }

@@ -18,7 +18,7 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from mamlpp_fast.engine.fragments import PLAIN, number_of, others, told
-from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, forward_of, traits
+from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, Seen, forward_of, traits
 from mamlpp_fast.engine.named import (
     CACHED,
     FUNCTIONS,
@@ -54,7 +54,7 @@ from mamlpp_fast.engine.objects import (
 from mamlpp_fast.engine.reached import ITERATOR, REFERENCE, SETTINGS, reach, settings_of
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "fingerprint", "form_of"]
+__all__ = ["Fingerprint", "fingerprint", "form_of", "look"]
 
 _CODE = (
     types.FunctionType,
@@ -444,15 +444,19 @@ def form_of(model: nn.Module) -> Fingerprint:
     Modules, parameters and buffers count by their order, with which of them are one and the same; the other attributes
     as ever. Hooks on gradients, ``requires_grad`` and strides of parameters do not count.
     """
+    return look(model)[0]
+
+
+def look(model: nn.Module) -> tuple[Fingerprint, Seen | None]:
+    """:func:`form_of` a model, and what a glance found where one was enough."""
     cls = type(model)
     last = _glances.get(cls)
-    if last is not None and last.fits(model):
-        made: Fingerprint = last.form
-        return made
+    if last is not None and (tensors := last.fits(model)) is not None:
+        return last.form, Seen(last, tensors)
     form = _fingerprint(model, (), form=True)
     if (glance := Glance.of(form, model)) is not None:
         _glances[cls] = glance
-    return form
+    return form, None
 
 
 _glances: dict[type, Glance] = {}

@@ -7,9 +7,9 @@ but PyTorch's modules (or ours) with plain attributes, each is compared with wha
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -20,7 +20,7 @@ from mamlpp_fast.engine.fragments import content
 from mamlpp_fast.engine.named import ROUTED, from_library, of_library, written_in
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLUMBING", "Glance", "forward_of", "traits"]
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLUMBING", "Glance", "Seen", "forward_of", "traits"]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
@@ -73,6 +73,9 @@ class Glance:
         modules: all of its modules.
         places: of the children of each.
         tensors: their parameters and buffers, module by module.
+
+    Attributes:
+        by_step: whether a module takes a row of its tensors, that of its step.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class Glance:
             _Row(m, children, modules[0].training) for m, children in zip(modules, places, strict=True)
         ]
         self.default = torch.get_default_dtype()
+        self.by_step = any(isinstance(m, PerStepBatchNorm2d) for m in modules)
+        self._picks: dict[tuple[str, ...], Callable[[Any], tuple[Any, ...]]] = {}
         self.forwards = [(cls, forward_of(cls)) for cls in {row.cls for row in self.rows}]
         self.tensors = _shapes(tensors)
         self.graphs = [b is not None and b.requires_grad for m in modules for b in m._buffers.values()]
@@ -108,49 +113,69 @@ class Glance:
         plain = _apart(tensors) and _PLAIN_TENSORS.issuperset(map(type, tensors))
         return Glance(form, modules, places, tensors) if plain else None
 
-    def fits(self, model: nn.Module) -> bool:
-        """Whether the model's form is this one."""
+    def picked(self, names: tuple[str, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """Of the tensors that :meth:`fits` found those of these names."""
+        pick = self._picks.get(names)
+        if pick is None:
+            places = [self._place(name) for name in names]
+            several = (
+                itemgetter(*places) if len(places) > 1 else lambda found: tuple(found[i] for i in places)
+            )
+            pick = self._picks[names] = several
+        return pick(tensors)
+
+    def _place(self, name: str) -> int:
+        *path, leaf = name.split(".")
+        at = 0
+        for part in path:
+            at = self.rows[at].places[self.rows[at].children.index(part)]
+        row = self.rows[at]
+        before = sum(len(r.parameters) + len(r.buffers) for r in self.rows[:at])
+        return before + (*row.parameters, *row.buffers).index(leaf)
+
+    def fits(self, model: nn.Module) -> list[Any] | None:
+        """The model's parameters and buffers, module by module, where its form is this one; else None."""
         if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
-            return False
+            return None
         if torch.get_default_dtype() is not self.default:
-            return False
+            return None
         training, queue = model.training, [model]
         tensors: list[Tensor | None] = []
         graphs: list[bool] = []
         for module, row in zip(queue, self.rows, strict=False):  # the queue grows meanwhile
             state = module.__dict__
             if type(module) is not row.cls or len(state) != row.size:
-                return False
+                return None
             try:
                 own, buffers, children, mode, pre, post, back_pre, back, *values = row.pick(state)
             except KeyError:
-                return False
+                return None
             if pre or post or back_pre or back or (mode == training) != row.training:
-                return False
+                return None
             if not all(map(is_, values, row.values)):
                 if _contents(values) != row.content:
-                    return False
+                    return None
                 row.values = tuple(values)
             if own or row.parameters:
                 if tuple(own) != row.parameters:
-                    return False
+                    return None
                 tensors += own.values()
             if buffers or row.buffers:
                 if tuple(buffers) != row.buffers:
-                    return False
+                    return None
                 tensors += buffers.values()
                 graphs += [t is not None and t.requires_grad for t in buffers.values()]
             if children or row.children:
                 if tuple(children) != row.children:
-                    return False
+                    return None
                 for child, place in zip(children.values(), row.places, strict=True):
                     if child is None:
-                        return False
+                        return None
                     if place == len(queue):
                         queue.append(child)
                     elif queue[place] is not child:
-                        return False
-        return (
+                        return None
+        same = (
             len(queue) == len(self.rows)
             and graphs == self.graphs
             and _PLAIN_TENSORS.issuperset(map(type, tensors))
@@ -159,6 +184,14 @@ class Glance:
             and _apart(queue)
             and _apart(tensors)
         )
+        return tensors if same else None
+
+
+class Seen(NamedTuple):
+    """What a glance found: itself, and the model's tensors."""
+
+    glance: Glance
+    tensors: list[Any]
 
 
 def _apart(objects: Sequence[object]) -> bool:

@@ -21,7 +21,7 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast.engine.deterministic import one_thread
 
-__all__ = ["NEVER", "Halt", "Share", "each", "here", "run", "shares", "watched"]
+__all__ = ["NEVER", "Halt", "Share", "each", "here", "number", "run", "shares", "watched"]
 
 Share = tuple[range, int, int]
 """Groups of tasks, the lanes that take them, and the threads that our kernels have in each."""
@@ -105,6 +105,15 @@ def here() -> bool:
     return torch.get_num_threads() == 1 or watched()
 
 
+_own = threading.local()
+
+
+def number() -> int:
+    """Of the lane that the calling thread is; 0 of a thread that is none."""
+    found: int = getattr(_own, "number", 0)
+    return found
+
+
 def watched() -> bool:
     """Whether a mode or the profiler watches what the calling thread calls."""
     return (
@@ -163,6 +172,7 @@ def run(work: Callable[[int, Halt], None], lanes: int = 1, threads: int = 1) -> 
             begun.append(done)
         try:
             torch.set_flush_denormal(flush)
+            _own.number = lane
             with torch.no_grad():
                 work(lane, halt)
         except BaseException:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast.compat.learn2learn._batch_norm import fused_class
+from mamlpp_fast.ops.stepped import copied
 
 __all__ = [
     "accuracy",
@@ -58,6 +59,19 @@ def clone_module(module: Any, memo: dict[int, Any] | None = None) -> Any:
     if not isinstance(module, nn.Module):
         return module
     memo = {} if memo is None else memo
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    clone = _structure(module, memo, places)
+    own = {id(t): t for *_, t in places if id(t) not in memo}
+    memo.update(zip(own, copied(list(own.values())), strict=True))
+    for tensors, name, tensor in places:
+        tensors[name] = memo[id(tensor)]
+    return clone
+
+
+def _structure(
+    module: nn.Module, memo: dict[int, Any], places: list[tuple[dict[str, Any], str, Tensor]]
+) -> Any:
+    """A copy of a module that holds the module's tensors; to ``places`` is added where copies of them belong."""
     if id(module) in memo:
         return memo[id(module)]
     kind = fused_class(module)
@@ -69,11 +83,10 @@ def clone_module(module: Any, memo: dict[int, Any] | None = None) -> Any:
     for tensors, always in ((parameters, True), (buffers, False)):
         for name, tensor in tensors.items():
             if tensor is not None and (always or tensor.requires_grad):
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = tensor.clone()
-                tensors[name] = memo[id(tensor)]
+                places.append((tensors, name, tensor))
     for name, child in children.items():
-        children[name] = clone_module(child, memo)
+        if isinstance(child, nn.Module):
+            children[name] = _structure(child, memo, places)
     return clone
 
 

@@ -19,6 +19,10 @@ class Buffer:
     """Memory of one tensor: a place in the workspace, or a tensor of its own (``storage``).
 
     Lanes have a place each in the workspace, and of an own tensor a copy each where ``each``.
+
+    Attributes:
+        passing: whether it has a place in other memory, which lanes may have in common (:meth:`Emitter.passing`).
+        first, last: calls that it is alive between.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Buffer:
         self.tensors = [] if storage is None else [storage]
         self.owned = storage is not None
         self.each = each
+        self.passing = False
         self.first = -1
         self.last = -1
         self.offset = 0
@@ -42,6 +47,10 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def within(self, memory: Tensor) -> Tensor:
+        """The tensor at its place in memory [bytes]."""
+        return memory[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
     def tensor(self, lane: int = 0) -> Tensor:
         if not self.tensors:

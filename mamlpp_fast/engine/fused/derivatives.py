@@ -12,12 +12,25 @@ from torch import Tensor
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.fused.sections import EXAMPLES
+from mamlpp_fast.engine.lanes import number
+from mamlpp_fast.ops._library import transformed
 
 if TYPE_CHECKING:
     from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
     from mamlpp_fast.engine.fused.held import Held
 
-__all__ = ["RECORDED_UNDER", "Forward", "Lease", "as_recorded", "paused", "plain", "plainly", "runs"]
+__all__ = [
+    "RECORDED_UNDER",
+    "Backward",
+    "Forward",
+    "Lease",
+    "applied",
+    "as_recorded",
+    "paused",
+    "plain",
+    "plainly",
+    "runs",
+]
 
 
 RECORDED_UNDER: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
@@ -34,15 +47,30 @@ def as_recorded() -> Iterator[None]:
 
 
 class Lease:
-    """Holds a place until autograd has no more use for it."""
+    """Holds a place until autograd has no more use for it.
 
-    def __init__(self, net: DifferentiableNetwork) -> None:
+    Args:
+        passage: the number of those whose calls come one after the other; by default the lane's that the thread is.
+    """
+
+    def __init__(self, net: DifferentiableNetwork, passage: int | None = None) -> None:
         self.net = net
-        self.place = net.take()
+        self.place = net.take(number() if passage is None else passage)
 
     def __del__(self) -> None:
-        if self.net.sections is self.place.sections:  # else others have been written, with more parts
-            self.net.sections.free.append(self.place)
+        place = self.place
+        place.leave()  # where an error has come between the halves of a pass
+        if self.net.sections is place.sections:  # else others have been written, with more parts
+            self.net.sections.free[place.number].append(place)
+
+
+def applied(operation: type[torch.autograd.Function], *args: Any) -> Any:
+    """``operation.apply`` outside of ``torch.func``, without a look at what an operation may be besides."""
+    if transformed():
+        return operation.apply(*args)
+    unwrap = torch._C._functorch.unwrap_if_dead
+    own = [unwrap(a) if isinstance(a, Tensor) else a for a in args]
+    return super(torch.autograd.Function, operation).apply(*own)  # type: ignore[misc]
 
 
 class Forward(torch.autograd.Function):
@@ -89,7 +117,8 @@ class Forward(torch.autograd.Function):
         found: list[Tensor | None] = []
         if pending is not None:
             lease.place.pending = None
-            found = net.second(lease.place, pending[1], None if batched else gy, x, parameters)
+            found = net.second(lease.place, pending[1], None if batched else gy, x, parameters, pending[2])
+            lease.place.leave()
             if not keep:
                 lease.place.busy = False
         if batched:  # `is_grads_batched`: many gradients in one
@@ -101,14 +130,14 @@ class Forward(torch.autograd.Function):
             if wanted != net.everything:
                 wanted = net.part(wanted)
             if torch.is_grad_enabled():
-                apply: Any = _Backward.apply
                 # Where its graph is freed, this node is of no more use, and not to be led to.
+                led = token if keep else None
                 found = list(
-                    apply(net, lease, wanted, ctx.buffers, gy, token if keep else None, x, *parameters)
+                    applied(Backward, net, lease, wanted, None, ctx.buffers, gy, led, x, *parameters)
                 )
             else:
                 assert gy is not None
-                found = _gradients(net, lease, wanted, False, ctx.buffers, gy, x, parameters)[1]
+                found = _gradients(net, lease, wanted, False, None, ctx.buffers, gy, x, parameters)[1]
         moved, *rest = found
         return None, moved, None, None, *rest
 
@@ -118,6 +147,7 @@ def _gradients(
     lease: Lease,
     wanted: frozenset[str],
     recorded: bool,
+    rate: float | None,
     buffers: Mapping[str, Tensor],
     gy: Tensor,
     x: Tensor,
@@ -128,21 +158,33 @@ def _gradients(
     Args:
         lease: of the forward pass; another is taken where that has no room for this backward pass.
         recorded: whether the values that its own derivative reads are to stay there.
+        rate: as in :class:`Backward`.
     """
     place = lease.place
     if place.busy or wanted not in place.of:  # or made before these gradients were ever wanted alone
         lease = Lease(net)
         place = lease.place
         net.load(place, x, buffers, parameters[: len(net.names)])
+    place.enter()
     place.gy.copy_(gy)
     place.of[wanted].backward()
     place.busy = recorded
-    first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
-    return lease, [first, *net.taken_of(wanted, place.gradients, parameters)]
+    found: list[Tensor | None]
+    if rate is not None:
+        found = [None, *place.gradients.take(parameters, parameters, -rate)]
+    else:
+        first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
+        found = [first, *net.taken_of(wanted, place.gradients, parameters)]
+    place.leave()
+    return lease, found
 
 
-class _Backward(torch.autograd.Function):
-    """The gradients of the examples and of all parameters; None for those that are not wanted."""
+class Backward(torch.autograd.Function):
+    """The gradients of the examples and of all parameters; None for those that are not wanted.
+
+    With a rate, the parameters that a step by it leads to, p - rate g, in place of their gradients, which are all
+    wanted then and the examples' is not.
+    """
 
     @staticmethod
     def forward(
@@ -150,43 +192,55 @@ class _Backward(torch.autograd.Function):
         net: DifferentiableNetwork,
         lease: Lease,
         wanted: frozenset[str],
+        rate: float | None,
         buffers: Mapping[str, Tensor],
         gy: Tensor,
         token: Tensor | None,
         x: Tensor,
         *parameters: Tensor,
     ) -> Any:
-        own, found = _gradients(net, lease, wanted, True, buffers, gy, x, parameters)
+        own, found = _gradients(net, lease, wanted, True, rate, buffers, gy, x, parameters)
         ctx.shared = token is not None and own is lease
-        ctx.net, ctx.lease, ctx.wanted, ctx.buffers = net, own, wanted, buffers
+        ctx.net, ctx.lease, ctx.wanted, ctx.rate, ctx.buffers = net, own, wanted, rate, buffers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, *parameters)
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, along: Tensor | None, *cotangents: Tensor | None) -> Any:
-        gy, x, *parameters = ctx.saved_tensors
-        net, lease = ctx.net, ctx.lease
-        none = (None,) * 4
+        net, lease, rate = ctx.net, ctx.lease, ctx.rate
+        none = (None,) * 5
         given = [c for c in (along, *cotangents) if c is not None]
         if not given:
-            return *none, None, None, None, *(None for _ in parameters)
+            return *none, None, None, None, *(None for _ in cotangents)
+        # Of a step: parameters lead to it by themselves as well.
+        direct = None if rate is None else cotangents
         batched = any(torch._C._functorch.is_legacy_batchedtensor(c) for c in given)
-        if torch.is_grad_enabled() or batched:
+        plain = torch.is_grad_enabled() or batched
+        place = None if lease is None else lease.place
+        shared = ctx.shared and runs(ctx.next_functions[1][0])
+        if plain or place is None or not shared:  # else the forward's node reads its own
+            gy, x, *parameters = ctx.saved_tensors  # an error where the graph has been freed
+        if plain:
             net.curved()
-            by_gy, *found = _to_any_order(net, ctx.buffers, gy, x, parameters, (along, *cotangents))
-            return *none, by_gy, None, *found
+            moving = [c if c is None or rate is None else -rate * c for c in cotangents]
+            by_gy, first, *found = _to_any_order(net, ctx.buffers, gy, x, parameters, (along, *moving))
+            if direct is not None:
+                found = [_sum(a, b) for a, b in zip(found, direct, strict=True)]
+            return *none, by_gy, None, first, *found
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         if not keep:
             ctx.lease = None
-        place = lease.place
-        net.direct(place, ctx.wanted, along, cotangents)
+        assert place is not None
+        place.enter()
+        net.direct(place, ctx.wanted, along, cotangents, 1.0 if rate is None else -rate)
         place.of[ctx.wanted].tangent()
         moved = place.moved.clone()
-        if ctx.shared and runs(ctx.next_functions[1][0]):
-            place.pending = torch._C._current_graph_task_id(), ctx.wanted
-            return *none, moved, None, None, *(None for _ in parameters)
-        found = net.second(place, ctx.wanted, None, x, parameters)
+        if shared:
+            place.pending = torch._C._current_graph_task_id(), ctx.wanted, direct
+            return *none, moved, None, None, *(None for _ in cotangents)
+        found = net.second(place, ctx.wanted, None, x, parameters, direct)
+        place.leave()
         if not keep:
             place.busy = False
         return *none, moved, None, *found

@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec
 from mamlpp_fast import reference
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
-from mamlpp_fast.engine.fused.derivatives import Forward, as_recorded, plainly, runs
+from mamlpp_fast.engine.fused.derivatives import Forward, applied, as_recorded, plainly, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.lowering import lower
@@ -34,7 +34,7 @@ from mamlpp_fast.inputs import examples_of, joined, mapped, structure_of, tensor
 from mamlpp_fast.machine import release_memory
 from mamlpp_fast.reference import Inputs
 
-__all__ = ["DifferentiableNetwork", "differentiable"]
+__all__ = ["DifferentiableNetwork", "differentiable", "gainless"]
 
 _PARTS = 4
 """Sets of gradients of a form that have sections of their own, all gradients among them."""
@@ -55,6 +55,11 @@ def differentiable(model: nn.Module, x: Inputs) -> DifferentiableNetwork:
 
 EVEN_WITHOUT_GAIN = False
 """Whether what gains nothing is served as well, for tests."""
+
+
+def gainless(model: nn.Module) -> bool:
+    """Whether a model is of a class that nothing is gained with, which is not to be looked at in every call."""
+    return type(model) is nn.Linear and not EVEN_WITHOUT_GAIN
 
 
 def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> DifferentiableNetwork:
@@ -163,6 +168,7 @@ class DifferentiableNetwork:
     Attributes:
         names: of the parameters that it computes with.
         inert: of those that have a gradient of zero: biases that batch statistics take out again.
+        parameters: both.
     """
 
     def __init__(
@@ -191,7 +197,8 @@ class DifferentiableNetwork:
         self.device = device
         self.lock = threading.RLock()
         # By the order of what autograd sees: the examples, the parameters, those that are inert.
-        self.given = (EXAMPLES, *self.names, *self.inert)
+        self.parameters = (*self.names, *self.inert)
+        self.given = (EXAMPLES, *self.parameters)
         smooth = (EXAMPLES, *self.names) if inputs else self.names
         self.everything = frozenset(smooth)
         self.heavy = tuple(
@@ -210,13 +217,14 @@ class DifferentiableNetwork:
         rest = f", generic: {', '.join(generic)}" if generic else ""
         return f"one operation of {len(self.network.steps)} steps{rest}"
 
-    def take(self) -> Place:
+    def take(self, passage: int) -> Place:
+        """A place that is free, among those of a number that go through one passage."""
         sections = self.sections
         try:
-            return sections.free.pop()
+            return sections.free[passage].pop()
         except IndexError:
             with self.lock:
-                return sections.take()
+                return sections.take(passage)
 
     def wanted(self, node: Any) -> frozenset[str]:
         """Of what gradients a backward pass that is under way has need, where it leaves out products; else of all.
@@ -276,13 +284,12 @@ class DifferentiableNetwork:
 
     def call(self, tensors: Held, x: Inputs) -> Tensor:
         """The output [N, ...] on ``x`` with the tensors that a model holds; its running statistics follow."""
-        given = [tensors.parameter(name) for name in (*self.names, *self.inert)]
+        given = tensors.parameters(self.parameters)
         if self.constants:
-            names = (*self.names, *self.inert)
-            given = [p.detach() if n in self.constants else p for n, p in zip(names, given, strict=True)]
+            named = zip(self.parameters, given, strict=True)
+            given = [p.detach() if n in self.constants else p for n, p in named]
         first, buffers = self.read(tensors, x)
-        apply: Any = Forward.apply
-        made: Tensor = apply(self, first, tensors, buffers, *given)[0]
+        made: Tensor = applied(Forward, self, first, tensors, buffers, *given)[0]
         return made
 
     def read(self, tensors: Held, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -330,16 +337,25 @@ class DifferentiableNetwork:
         return made + [torch.zeros_like(p) for p in like[len(self.names) :]]
 
     def direct(
-        self, place: Place, wanted: frozenset[str], along: Tensor | None, cotangents: Sequence[Tensor | None]
+        self,
+        place: Place,
+        wanted: frozenset[str],
+        along: Tensor | None,
+        cotangents: Sequence[Tensor | None],
+        scale: float = 1.0,
     ) -> None:
-        """Loads the directions of a double backward pass: none is one of zeros."""
+        """Loads the directions of a double backward pass: none is one of zeros.
+
+        Args:
+            scale: of the cotangents, where everything is wanted.
+        """
         if EXAMPLES in wanted:
             if along is None:
                 place.beside[1].zero_()
             else:
                 place.beside[1].copy_(self.stored(along))
         if wanted == self.everything:
-            place.directions.load(cotangents)
+            place.directions.load(cotangents, scale)
             return
         # The other places are not read.
         for name, held, c in zip(self.names, place.directions.places, cotangents, strict=False):
@@ -355,11 +371,13 @@ class DifferentiableNetwork:
         gy: Tensor | None,
         x: Tensor,
         parameters: Sequence[Tensor],
+        plus: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor | None]:
         """What the second half of a double backward pass leaves for the examples and the parameters.
 
         Args:
             gy: how the gradient of the output moves; with it, a further gradient of the output is passed back too.
+            plus: is added to what is for the parameters.
         """
         if gy is None:
             place.gy_dot.zero_()
@@ -368,7 +386,7 @@ class DifferentiableNetwork:
         place.of[wanted].second()
         return [
             self.input_taken(place.beside[2], x) if self.inputs else None,
-            *place.seconds.take(parameters),
+            *place.seconds.take(parameters, plus),
         ]
 
     def input_taken(self, stored: Tensor, like: Tensor) -> Tensor:

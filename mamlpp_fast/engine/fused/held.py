@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mamlpp_fast import reference
+from mamlpp_fast.engine.glances import Seen
 
 __all__ = ["Held", "Taken"]
 
@@ -42,6 +43,7 @@ class Held:
         fast: takes the place of parameters of these names.
         step: of per-step norms, where it is not theirs.
         later: takes what running statistics are to take in, in place of them.
+        seen: what a glance at the model has just found.
     """
 
     def __init__(
@@ -50,11 +52,23 @@ class Held:
         fast: Mapping[str, Tensor] | None = None,
         step: int | None = None,
         later: list[Taken] | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self._modules = {"": model}
+        self._seen = None if seen is None or fast or seen.glance.by_step else seen
         self._fast = {} if fast is None else fast
         self._step = step
         self.later = later
+
+    def parameters(self, names: tuple[str, ...]) -> Sequence[Tensor]:
+        if self._seen is not None:
+            return self._seen.glance.picked(names, self._seen.tensors)
+        return [self.parameter(name) for name in names]
+
+    def buffers(self, names: tuple[str, ...]) -> Sequence[Tensor]:
+        if self._seen is not None:
+            return self._seen.glance.picked(names, self._seen.tensors)
+        return [self.buffer(name) for name in names]
 
     def parameter(self, name: str) -> Tensor:
         if (found := self._fast.get(name)) is not None:

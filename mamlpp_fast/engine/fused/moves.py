@@ -39,39 +39,55 @@ class Moves:
             splits, orders = [list(s.split) for s in slots], [list(s.order) for s in slots]
             self._native = torch.classes.mamlpp_fast.Moves(splits, orders, self.places)
 
-    def load(self, given: Sequence[Tensor | None]) -> None:
-        """Copies to the places, zeros where there is nothing; what is given beyond them is left out."""
+    def load(self, given: Sequence[Tensor | None], scale: float = 1.0) -> None:
+        """Copies times a number to the places, zeros where there is nothing; what is beyond them is left out."""
         if self._native is not None and not watched():
-            self._native.load(list(given))
+            self._native.load_scaled(list(given), scale)
             return
         zero = self.places[0].new_zeros(())
         rows = zip(self.places, given, self._how, strict=False)
         laid = [zero.expand_as(held) if t is None else _laid(t, how) for held, t, how in rows]
         torch._foreach_copy_(self.places, laid)
+        if scale != 1:
+            torch._foreach_mul_(self.places, scale)
 
-    def take(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of what lies in the places, like the parameters; zeros like those beyond them."""
+    def take(
+        self, like: Sequence[Tensor], plus: Sequence[Tensor | None] | None = None, scale: float = 1.0
+    ) -> list[Tensor]:
+        """Copies of what lies in the places, like the parameters; zeros like those beyond them.
+
+        Args:
+            plus: for each of ``like`` what is added, or None.
+            scale: what the places have is multiplied by this.
+        """
         if self._native is not None and not watched():
-            made: list[Tensor] = self._native.take(list(like))
+            made: list[Tensor] = self._native.take_onto(list(like), [] if plus is None else list(plus), scale)
             return made
         count = len(self.places)
         made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[:count]]
         self.give(made)
-        return made + [torch.zeros_like(p) for p in like[count:]]
+        made += [torch.zeros_like(p) for p in like[count:]]
+        if scale != 1:
+            torch._foreach_mul_(made, scale)
+        return (
+            made if plus is None else [m if p is None else m.add_(p) for m, p in zip(made, plus, strict=True)]
+        )
 
-    def give(self, own: Sequence[Tensor]) -> None:
-        """Copies what lies in the places to tensors like the parameters."""
+    def give(self, own: Sequence[Tensor | None]) -> None:
+        """Copies what lies in the places to tensors like the parameters, where there are any."""
         if self._native is not None and not watched():
             self._native.give(list(own))
             return
-        laid = [_laid(t, how) for t, how in zip(own, self._how, strict=True)]
-        torch._foreach_copy_(laid, self.places)
+        each = zip(own, self._how, self.places, strict=True)
+        rows = [(_laid(t, how), place) for t, how, place in each if t is not None]
+        if rows:
+            torch._foreach_copy_([laid for laid, _ in rows], [place for _, place in rows])
 
     def loading(self, given: Sequence[Tensor | None]) -> Moving:
         """What :meth:`load` does, later."""
         return Moving(lambda: self.load(given), lambda: self._native.loading(list(given)))
 
-    def giving(self, own: Sequence[Tensor]) -> Moving:
+    def giving(self, own: Sequence[Tensor | None]) -> Moving:
         """What :meth:`give` does, later."""
         return Moving(lambda: self.give(own), lambda: self._native.giving(list(own)))
 
@@ -114,6 +130,10 @@ class Follower:
                 count = norm.elements * images
                 # A single value has no variance; PyTorch refuses it in the model's own forward.
                 self._kept.append(_Kept(name, norm, norm.statistics, count / max(count - 1, 1)))
+        kept = [k.statistics for k in self._kept]
+        self._means, self._variances = tuple(s.mean for s in kept), tuple(s.var for s in kept)
+        self._counts = tuple(s.counted for s in kept if s.counted is not None)
+        self._biases = tuple(k.norm.bias for k in self._kept if k.norm.bias is not None)
         self._native: Any = None
         if self._kept and device.type == "cpu" and _native.status().loaded:
             self._native = torch.classes.mamlpp_fast.Statistics(
@@ -126,15 +146,14 @@ class Follower:
         """Of a batch's mean and reciprocal deviation by norm; at once, or when ``tensors`` says so."""
         if not self._kept:
             return
-        means = [tensors.buffer(k.statistics.mean) for k in self._kept]
-        variances = [tensors.buffer(k.statistics.var) for k in self._kept]
-        biases = [None if (b := k.norm.bias) is None else tensors.parameter(b) for k in self._kept]
-        counts = [tensors.buffer(c) for k in self._kept if (c := k.statistics.counted) is not None]
+        means, variances, counts = (
+            list(tensors.buffers(names)) for names in (self._means, self._variances, self._counts)
+        )
+        given = iter(tensors.parameters(self._biases))
+        biases = [None if k.norm.bias is None else next(given) for k in self._kept]
         batch, rstds = zip(*(statistics[k.name] for k in self._kept), strict=True)
         native = self._native if tensors.later is None and not watched() else None
-        if native is not None and native.follow(means, variances, list(batch), list(rstds), biases):
-            if counts:
-                torch._foreach_add_(counts, 1)
+        if native is not None and native.follow(means, variances, list(batch), list(rstds), biases, counts):
             return
         taken = Taken([], [], [], counts)
         for k, mean, var, new, rstd, bias in zip(

@@ -120,11 +120,12 @@ class Section:
 
 @dataclass
 class Program:
-    """A list of calls, the workspace bytes they need, and the tensors it owns."""
+    """A list of calls, the workspace bytes they need, those for what is passing, and the tensors it owns."""
 
     instructions: list[Instruction]
     buffers: list[Buffer]
     workspace_bytes: int
+    passing_bytes: int = 0
     _calls: list[list[Callable[[], Any]]] = field(default_factory=list)
     _lists: list[Any] = field(default_factory=list)
     _generation: int = -1
@@ -158,9 +159,14 @@ class Program:
         for b in self.buffers:
             if b.owned and b.each and len(b.tensors) <= lane:
                 b.tensors.append(b.tensors[0].clone())
-            elif not b.owned:
-                flat = memory[b.offset : b.offset + b.nbytes]
-                b.tensors.append(flat.view(b.dtype).view(b.shape))
+            elif not (b.owned or b.passing):
+                b.tensors.append(b.within(memory))
+
+    def pass_through(self, lane: int, memory: Tensor) -> None:
+        """Gives what is passing on a lane, the next or one that there is, its place in memory of ``passing_bytes``."""
+        for b in self.buffers:
+            if b.passing:
+                b.tensors[lane : lane + 1] = [b.within(memory)]
 
     def section(self, name: str, lane: int) -> Section:
         """The calls of one phase alone, on a lane that has its places."""
@@ -260,11 +266,13 @@ class Emitter:
         self._constants: dict[float, Ref] = {}
         self._operands: dict[int, tuple[Ref, Ref]] = {}
         self._once: dict[Hashable, Any] = {}
+        self._passing = False
         self._kept: list[tuple[int, int, int | None]] = []
 
     def new(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Ref:
         """A buffer in the workspace, alive from the first call that names it to the last."""
         buffer = Buffer(name, shape, self.dtype if dtype is None else dtype)
+        buffer.passing = self._passing
         self._buffers.append(buffer)
         return Ref(buffer)
 
@@ -365,6 +373,26 @@ class Emitter:
         self._kept.append((begin, self.here() if end is None else end, until))
 
     @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """New buffers within it hold nothing that is read when another lane has run: lanes may share their memory."""
+        self._passing = True
+        try:
+            yield
+        finally:
+            self._passing = False
+
+    def alive(self, begin: int, end: int, *refs: Ref) -> None:
+        """What is read or written beside the calls is alive during these."""
+        for b in (ref.buffer for ref in refs):
+            b.first = begin if b.first < 0 else min(b.first, begin)
+            b.last = max(b.last, end - 1, b.first)
+
+    def names(self, begin: int, end: int, *refs: Ref) -> bool:
+        """Whether any of these calls names one of the buffers."""
+        buffers = {id(ref.buffer) for ref in refs}
+        return any(id(ref.buffer) in buffers for i in self._instructions[begin:end] for ref in i.refs())
+
+    @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """What calls within it compute is not known (:meth:`once`, :meth:`operand`) to those behind it."""
         before = dict(self._once), dict(self._operands)
@@ -377,11 +405,13 @@ class Emitter:
         for begin, end, until in self._kept:
             last = len(self._instructions) if until is None else until
             for b in self._buffers:
-                if begin <= b.first < end:
+                if begin <= b.first < end and not b.passing:
                     b.last = max(b.last, last)
         used = [b for b in self._buffers if b.owned or b.first >= 0]
-        nbytes = place([b for b in used if not b.owned])
-        return Program(self._instructions, used, nbytes)
+        kept, passing = (
+            place([b for b in used if not b.owned and b.passing == which]) for which in (False, True)
+        )
+        return Program(self._instructions, used, kept, passing)
 
 
 def _bound(instruction: Instruction, args: _Arguments, kwargs: _Named) -> Callable[[], Any]:

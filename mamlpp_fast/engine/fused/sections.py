@@ -6,11 +6,14 @@ one forward pass left. As they are never taken after the same forward pass, they
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mamlpp_fast.engine.fused.expressions import Expressions
 from mamlpp_fast.engine.fused.flat import Layout
@@ -64,8 +67,9 @@ class Sections:
     def __init__(self, form: Form, parts: Sequence[frozenset[str]]) -> None:
         self.form = form
         self.parts = tuple(parts)
-        self.free: list[Place] = []
+        self.free: defaultdict[int, list[Place]] = defaultdict(list)
         self.lanes = 0
+        self._passages: dict[int, Passage] = {}
         network, images, dtype = form.network, form.images, form.dtype
         em = self._em = Emitter(form.device, dtype)
         shape = network.shapes[network.output]
@@ -76,17 +80,19 @@ class Sections:
             for i, kind in enumerate(network.inputs)
         ]
         self.x = self.inputs[0]
-        # Of the examples: their gradient, the direction that they move along, the gradient's derivative.
-        self.beside: list[Ref] = []
-        if EXAMPLES in form.names:
-            self.beside = [self._own(f"{what} of the examples", *self.x.shape) for what in "gds"]
-        # Of the output: its gradient, and how that moves.
-        self.gy, self.gy_dot = (self._own(what, 1, images, *shape) for what in ("gradient", "its tangent"))
         slots = network.slots()
         layout = Layout(slots, list(form.parameters), 1, dtype)
-        flats = [self._own(name, layout.size) for name in ("parameters", "gradients", "directions", "second")]
-        self.theta, self.grads, self.directions, self.seconds = map(layout.views, flats)
-        self.moved = self._own("moved", 1, images, *shape)
+        theta = self._own("parameters", layout.size)
+        self.gy = self._own("gradient", 1, images, *shape)
+        with em.passing():
+            # Of the examples: their gradient, the direction that they move along, the gradient's derivative.
+            self.beside: list[Ref] = []
+            if EXAMPLES in form.names:
+                self.beside = [em.new(f"{what} of the examples", self.x.shape) for what in "gds"]
+            # How the output's gradient moves, and how the output does.
+            self.gy_dot, self.moved = (em.new(what, (1, images, *shape)) for what in ("tangent", "moved"))
+            self._flats = [em.new(name, (layout.size,)) for name in ("gradients", "directions", "second")]
+        self.theta, self.grads, self.directions, self.seconds = map(layout.views, (theta, *self._flats))
         self.statistics: dict[str, tuple[Ref, Ref]] = {}
         for name in network.norms:
             channels = network.channels(name)
@@ -125,22 +131,32 @@ class Sections:
         if EXAMPLES in wanted:
             self._leave(first, 0)
         middle = em.here()
-        em.phase = Phase(f"tangent {index}")
-        ps.directions = {name: ref for name, ref in self.directions.items() if name in wanted}
-        if EXAMPLES in wanted:
-            ps.tangents[0] = self.beside[1]
-        write_tangent(em, network, ps, values)
-        if network.output in ps.tangents:
-            em.call(aten.copy_.default, self.moved, ps.tangents[network.output])
-        else:
-            em.call(aten.zero_.default, self.moved)
-        em.phase = Phase(f"second {index}")
-        second = Gradients(_reaching(network, frozenset(names)), frozenset(names), memory=self.seconds)
-        write_backward(em, network, ps, self.gy_dot, second, tangent=True)
-        clear_missing(em, second)
-        if self.beside:
-            self._leave(second, 2)
-        em.keep(begin, middle, em.here())
+        with em.passing():
+            em.phase = Phase(f"tangent {index}")
+            ps.directions = {name: ref for name, ref in self.directions.items() if name in wanted}
+            if EXAMPLES in wanted:
+                ps.tangents[0] = self.beside[1]
+            write_tangent(em, network, ps, values)
+            if network.output in ps.tangents:
+                em.call(aten.copy_.default, self.moved, ps.tangents[network.output])
+            else:
+                em.call(aten.zero_.default, self.moved)
+            half = em.here()
+            em.phase = Phase(f"second {index}")
+            second = Gradients(_reaching(network, frozenset(names)), frozenset(names), memory=self.seconds)
+            write_backward(em, network, ps, self.gy_dot, second, tangent=True)
+            clear_missing(em, second)
+            if self.beside:
+                self._leave(second, 2)
+        end = em.here()
+        em.keep(begin, middle, end)
+        gradients, directions, seconds = self._flats
+        # What one pass leaves there is gone when the next begins: others have run in between.
+        assert not em.names(middle, end, gradients, *self.beside[:1])
+        assert not em.names(begin, middle, directions, seconds, self.gy_dot, self.moved, *self.beside[1:])
+        em.alive(begin, middle, gradients, *self.beside[:1])
+        em.alive(middle, end, directions, self.gy_dot, self.moved, *self.beside[1:2])
+        em.alive(half, end, seconds, *self.beside[2:])
 
     def _leave(self, found: Gradients, place: int) -> None:
         """Leaves the examples' gradient in its place."""
@@ -152,8 +168,13 @@ class Sections:
         else:
             self._em.call(aten.zero_.default, self.beside[place])
 
-    def take(self) -> Place:
-        place = Place(self, self.lanes)
+    def take(self, passage: int) -> Place:
+        """A place more, for those that use its passing memory one after the other."""
+        # On a device streams may run on when their host's threads have taken turns.
+        own = passage if self.form.device.type == "cpu" else -1 - self.lanes
+        if own not in self._passages:
+            self._passages[own] = Passage(self)
+        place = Place(self, self.lanes, passage, self._passages[own])
         self.lanes += 1
         return place
 
@@ -188,43 +209,89 @@ class Part(NamedTuple):
     second: Section
 
 
-class Place:
-    """One call's memory, and the sections on it."""
+class Passage:
+    """Memory that holds gradients until they are taken, and a double backward pass while it is under way.
 
-    def __init__(self, sections: Sections, lane: int) -> None:
+    Places have it in common whose calls come one after the other, so that it is in the processor's cache.
+    """
+
+    def __init__(self, sections: Sections) -> None:
+        nbytes, device = sections.program.passing_bytes, sections.form.device
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.taken = threading.Lock()
+
+
+class Place:
+    """One call's memory, and the sections on it.
+
+    Attributes:
+        number: of those that share its passage, among the lists of free places.
+        busy: whether a backward pass has left values here that its own derivative reads.
+        pending: the backward pass of autograd's, by its number, that has left the tangent pass of these gradients here,
+            and what is to be added to the parameters' derivatives.
+    """
+
+    def __init__(self, sections: Sections, lane: int, number: int, passage: Passage) -> None:
         self.sections = sections
+        self.number = number
+        self._lane = lane
+        self._within = False
         program, form = sections.program, sections.form
         memory = torch.empty(program.workspace_bytes, dtype=torch.uint8, device=form.device)
         program.lay(lane, memory)
         self.forward = program.section("forward", lane)
-        self.of = {
-            wanted: Part(
-                *(program.section(f"{what} {i}", lane) for what in ("backward", "tangent", "second"))
-            )
-            for i, wanted in enumerate(sections.parts)
-        }
         self.x, *others = (ref.tensor(lane)[0] for ref in sections.inputs)
-        self.beside = [ref.tensor(lane)[0] for ref in sections.beside]
-        slots = [form.network.slots()[name] for name in form.parameters]
-
-        def moves(refs: Mapping[str, Ref]) -> Moves:
-            return Moves(slots, [slot.arranged(refs[slot.name].tensor(lane)[0]) for slot in slots])
-
-        self.parameters, self.gradients = moves(sections.theta), moves(sections.grads)
-        self.directions, self.seconds = moves(sections.directions), moves(sections.seconds)
-        self.result = sections.result.tensor(lane)[0]
-        self.gy, self.gy_dot = sections.gy.tensor(lane)[0], sections.gy_dot.tensor(lane)[0]
-        self.moved = sections.moved.tensor(lane)[0]
+        self.parameters = self._moves(sections.theta)
+        self.result, self.gy = sections.result.tensor(lane)[0], sections.gy.tensor(lane)[0]
+        self._go_through(passage)
         self.statistics = {
             n: (m.tensor(lane)[0], r.tensor(lane)[0]) for n, (m, r) in sections.statistics.items()
         }
         self.buffers = {name: ref.tensor(lane) for name, ref in sections.buffers.items()}
         for i, t in enumerate(others, 1):  # with the axes that they have in the model
             self.buffers[input_name(i)] = t.permute(0, 3, 1, 2) if t.ndim == 4 else t
-        # Whether a backward pass has left values here that its own derivative reads.
         self.busy = False
-        # The backward pass of autograd's, by its number, that has left the tangent pass of these gradients here.
-        self.pending: tuple[int, frozenset[str]] | None = None
+        self.pending: tuple[int, frozenset[str], Sequence[Tensor | None] | None] | None = None
+
+    def _moves(self, refs: Mapping[str, Ref]) -> Moves:
+        form = self.sections.form
+        slots = [form.network.slots()[name] for name in form.parameters]
+        return Moves(slots, [slot.arranged(refs[slot.name].tensor(self._lane)[0]) for slot in slots])
+
+    def _go_through(self, passage: Passage) -> None:
+        """Binds what is passing, and the calls on it, to this memory."""
+        sections, lane = self.sections, self._lane
+        self._passage, program = passage, sections.program
+        program.pass_through(lane, passage.memory)
+        self.of = {
+            wanted: Part(
+                *(program.section(f"{what} {i}", lane) for what in ("backward", "tangent", "second"))
+            )
+            for i, wanted in enumerate(sections.parts)
+        }
+        self.beside = [ref.tensor(lane)[0] for ref in sections.beside]
+        self.gradients, self.directions = self._moves(sections.grads), self._moves(sections.directions)
+        self.seconds = self._moves(sections.seconds)
+        self.gy_dot, self.moved = sections.gy_dot.tensor(lane)[0], sections.moved.tensor(lane)[0]
+
+    def enter(self) -> None:
+        """Before a pass that uses what is passing: nobody else does until :meth:`leave`.
+
+        Where somebody does, in another thread or between the halves of a double backward pass, the place has such
+        memory of its own from now on.
+        """
+        if self._within:
+            return
+        if not self._passage.taken.acquire(blocking=False):
+            self._go_through(Passage(self.sections))
+            self._passage.taken.acquire()
+        self._within = True
+
+    def leave(self) -> None:
+        """After the last that is read of what is passing, or when nobody will."""
+        if self._within:
+            self._within = False
+            self._passage.taken.release()
 
     @property
     def whole(self) -> Part:

@@ -89,11 +89,20 @@ class _State:
     def __init__(self, net: DifferentiableNetwork, tasks: int) -> None:
         self.net = net
         self.tasks = tasks
-        self.leases = [Lease(net) for _ in range(tasks)]
+        self.leases = [Lease(net, task) for task in range(tasks)]
         self.held: object = None
 
     def each(self, plan: _Plan) -> None:
         """Does what ``plan(task, place)`` lists, for every task: side by side where there are threads."""
+        for lease in self.leases:
+            lease.place.enter()
+        try:
+            self._each(plan)
+        finally:
+            for lease in self.leases:
+                lease.place.leave()
+
+    def _each(self, plan: _Plan) -> None:
         lists = [list(plan(task, lease.place)) for task, lease in enumerate(self.leases)]
         sections = (item for items in lists for item in items if isinstance(item, Section))
         if self.tasks > 1 and not lanes.here() and all(section.listed is not None for section in sections):
@@ -152,6 +161,7 @@ class _Use:
         many: of x, the buffers and the parameters: which of them have an axis of T tasks in front.
         run: the backward pass that is meant.
         along: of the parameters' gradients, which have a cotangent.
+        wanted: of the parameters, for which there is a result.
     """
 
     call: _Call
@@ -159,6 +169,7 @@ class _Use:
     many: tuple[bool, ...]
     run: _Run | None = None
     along: tuple[bool, ...] = ()
+    wanted: tuple[bool, ...] = ()
 
     def one(self, t: Tensor, task: int) -> Tensor:
         """Of a tensor that has the axis of tasks where there is one."""
@@ -175,15 +186,20 @@ class _Use:
     def taken(self, given: Sequence[Tensor], of: Callable[[Place], Moves]) -> tuple[list[Tensor], _Plan]:
         """Tensors like the parameters of each task, and what copies a task's values to them from a place.
 
-        Zeros for parameters without a gradient.
+        Of those that are wanted; zeros for parameters without a gradient.
         """
         net, count = self.call.net, len(self.call.net.buffers) + 1
-        own = zip(given[count:], self.many[count:], strict=True)
-        made = [self.new(p, p.shape[1:] if many else p.shape) for p, many in own]
+        own = zip(given[count:], self.many[count:], self.wanted, strict=True)
+        made = [self.new(p, p.shape[1:] if many else p.shape) if wanted else None for p, many, wanted in own]
         moving = made[: len(net.names)]
         for inert in made[len(net.names) :]:
-            inert.zero_()
-        return made, lambda task, place: [of(place).giving([self.one(t, task) for t in moving])]
+            if inert is not None:
+                inert.zero_()
+
+        def after(task: int, place: Place) -> list[_Item]:
+            return [of(place).giving([None if t is None else self.one(t, task) for t in moving])]
+
+        return [t for t in made if t is not None], after
 
     def forward(self, given: Sequence[Tensor], after: _Plan) -> _State:
         """The forward pass on x, buffers and parameters, in places that are fresh, and what comes after it there."""
@@ -253,11 +269,21 @@ class _Use:
             return made.unflatten(0, (size, -1))
         return tuple(t.unflatten(0, (size, -1)) for t in made)
 
-    def gradients(self, of_parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def for_whom(self, ctx: Any) -> _Use:
+        """The use whose results are for the parameters that a node of the graph has to find gradients of."""
+        return replace(self, wanted=ctx.needs_input_grad[-len(self.call.net.parameters) :])
+
+    def spread(self, found: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """What there is for the parameters that are wanted, None for the others."""
+        rest = iter(found)
+        return [next(rest) if wanted else None for wanted in self.wanted]
+
+    def gradients(self, found: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
         """Of x and the buffers none; of the parameters from each task's, the sum where all tasks share them."""
-        begin = len(self.many) - len(of_parameters)
+        begin = len(self.many) - len(self.wanted)
         shared = (self.tasks and not many for many in self.many[begin:])
-        return *(None,) * begin, *(g.sum(0) if s else g for g, s in zip(of_parameters, shared, strict=True))
+        own = zip(self.spread(found), shared, strict=True)
+        return *(None,) * begin, *(g if g is None or not s else g.sum(0) for g, s in own)
 
 
 class _Operation(torch.autograd.Function):
@@ -292,14 +318,15 @@ class _Forward(_Operation):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None) -> Any:
-        if gy is None:
+        use = ctx.use.for_whom(ctx)
+        if gy is None or not any(use.wanted):
             return None, *(None for _ in ctx.saved_tensors)
-        made = levels.call(_Backward, replace(ctx.use, run=_Run()), gy, *ctx.saved_tensors)
-        return None, *ctx.use.gradients(made)
+        made = levels.call(_Backward, replace(use, run=_Run()), gy, *ctx.saved_tensors)
+        return None, *use.gradients(made)
 
 
 class _Backward(_Operation):
-    """The gradients of each task; before x comes the gradient [T, N, ...] of the output."""
+    """The gradients of each task that are wanted; before x comes the gradient [T, N, ...] of the output."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
@@ -315,7 +342,8 @@ class _Backward(_Operation):
         given = [c for c in cotangents if c is not None]
         if not given:
             return None, *(None for _ in ctx.saved_tensors)
-        use = replace(ctx.use, along=tuple(c is not None for c in cotangents))
+        along = tuple(c is not None for c in ctx.use.spread(cotangents))
+        use = replace(ctx.use, along=along).for_whom(ctx)
         moved, *second = levels.call(_Double, use, *given, *ctx.saved_tensors)
         return None, moved, *use.gradients(second)
 
@@ -360,7 +388,9 @@ class _Double(_Operation):
 
         pulled: Any = torch.func.vjp(double, *along, gy, *parameters)
         made, pull = pulled
-        given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True))
+        first, *rest_ = cotangents
+        full = (first, *use.spread(rest_))
+        given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, full, strict=True))
         found: Any = pull(given)
         return None, *found[: count + 1], *(None,) * begin, *found[count + 1 :]
 
@@ -409,7 +439,7 @@ class Transformed:
     def call(self, held: Held, x: Inputs) -> Tensor:
         """The output on ``x`` with the tensors that a model holds, at the level that the call is made at."""
         net = self.net
-        own = ((name, held.parameter(name)) for name in (*net.names, *net.inert))
+        own = zip(net.parameters, held.parameters(net.parameters), strict=True)
         parameters = [p.detach() if n in net.constants else p for n, p in own]
         first, buffers = net.read(held, x)
         given = [first, *buffers.values(), *parameters]

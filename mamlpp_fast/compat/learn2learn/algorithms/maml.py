@@ -16,6 +16,7 @@ from mamlpp_fast.compat.learn2learn.utils import (
     update_module,
     warn_of_lengths,
 )
+from mamlpp_fast.engine.fused.inner_step import steps_of_loss
 from mamlpp_fast.ops.stepped import stepped
 
 __all__ = ["MAML", "maml_update"]
@@ -93,6 +94,11 @@ class MAML(BaseLearner):
         options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
         second_order = not options.pop("first_order")
         parameters = parameters_of(self.module)
+        if second_order and isinstance(self.lr, int | float):
+            moved = steps_of_loss(loss, parameters, self.lr)
+            if moved is not None:
+                replace_tensors(self.module, {id(p): (p, new) for p, new in moved})
+                return
         gradients = inner_gradients(
             loss,
             parameters,
