@@ -126,31 +126,23 @@ class _Refusal:
         return f"plain PyTorch: {self.why}"
 
 
-_FEW, _SHORT, _PAUSE, _MOST_PAUSE = 64, 8, 64, 4096
-"""So many forms one after the other that served fewer calls, and new ones are not written for so many calls; twice as
-many each time that this goes on, up to."""
+_FREE, _CALLS = 8, 64
+"""So many forms of a model are written as they come, and a further one for each so many calls that they served."""
 
 
 class _Turnover:
-    """Whether a further form is worth writing: writing one takes longer than some hundred calls of plain PyTorch."""
+    """Whether a further form of a model is worth writing, which takes longer than some hundred calls of PyTorch."""
 
     def __init__(self) -> None:
-        self.last: DifferentiableNetwork | None = None
-        self._short, self._pause, self._next_pause = 0, 0, _PAUSE
+        self._written: list[weakref.ref[DifferentiableNetwork]] = []
 
     def pays(self) -> bool:
-        if self._pause > 0:
-            self._pause -= 1
-            return False
-        if self.last is not None:
-            self._short = self._short + 1 if self.last.calls < _FEW else 0
-        if self._short < _SHORT:
-            return True
-        # One more is written after the pause, and if that serves few calls too, a longer one follows.
-        self._short = _SHORT - 1
-        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _MOST_PAUSE)
-        self.last = None
-        return False
+        served = sum(net.calls for ref in self._written if (net := ref()) is not None)
+        return served >= _CALLS * (len(self._written) - _FREE + 1)
+
+    def add(self, route: _Route) -> None:
+        if isinstance(route, DifferentiableNetwork):
+            self._written.append(weakref.ref(route))
 
 
 _Route = DifferentiableNetwork | transforms.Transformed | _Refusal
@@ -163,8 +155,8 @@ _unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKey
 """In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
 calls say, is not looked at for ever, for that runs its forward."""
 _TRIES = 3
-_changing: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Turnover]] = weakref.WeakKeyDictionary()
-"""How forms of a model on examples of each shape followed one another."""
+_changing: weakref.WeakKeyDictionary[nn.Module, _Turnover] = weakref.WeakKeyDictionary()
+"""Of models for which programs were written."""
 _left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
 """Why calls of a model were not looked at, in order."""
 _resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
@@ -356,14 +348,14 @@ def _route(model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module]
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms")
-        turnover = _changing.setdefault(model, {}).setdefault(key[:-1], _Turnover())
+        turnover = _changing.setdefault(model, _Turnover())
         if not turnover.pays():
-            return _Refusal("its attributes change from call to call, so that no program would serve often")
+            return _Refusal("forms change from call to call, so that no program would serve often")
         if transform:
             route = _under_transforms(model, x, plain, *transform)
         else:
             route = _made(model if plain is None else plain(), x)
-        turnover.last = route if isinstance(route, DifferentiableNetwork) else None
+        turnover.add(route)
         if isinstance(route, _Refusal) and not transform:
             refused[key[:-1]] += 1
             if route.passing and refused[key[:-1]] < _TRIES:

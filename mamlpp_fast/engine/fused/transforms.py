@@ -409,6 +409,7 @@ class Transformed:
     def call(self, held: Held, x: Inputs) -> Tensor:
         """The output on ``x`` with the tensors that a model holds, at the level that the call is made at."""
         net = self.net
+        net.calls += 1
         own = ((name, held.parameter(name)) for name in (*net.names, *net.inert))
         parameters = [p.detach() if n in net.constants else p for n, p in own]
         first, buffers = net.read(held, x)
