@@ -128,6 +128,25 @@ class _Refusal:
         return f"plain PyTorch: {self.why}"
 
 
+_FREE, _CALLS = 8, 64
+"""So many forms of a model are written as they come, and a further one for each so many calls that they served."""
+
+
+class _Turnover:
+    """Whether a further form of a model is worth writing, which takes longer than some hundred calls of PyTorch."""
+
+    def __init__(self) -> None:
+        self._written: list[weakref.ref[DifferentiableNetwork]] = []
+
+    def pays(self) -> bool:
+        served = sum(net.calls for ref in self._written if (net := ref()) is not None)
+        return served >= _CALLS * (len(self._written) - _FREE + 1)
+
+    def add(self, route: _Route) -> None:
+        if isinstance(route, DifferentiableNetwork):
+            self._written.append(weakref.ref(route))
+
+
 _Route = DifferentiableNetwork | transforms.Transformed | _Refusal
 _Shapes = list[tuple[str, tuple[object, ...]]]
 _routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
@@ -138,6 +157,8 @@ _unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKey
 """In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
 calls say, is not looked at for ever, for that runs its forward."""
 _TRIES = 3
+_changing: weakref.WeakKeyDictionary[nn.Module, _Turnover] = weakref.WeakKeyDictionary()
+"""Of models for which programs were written."""
 _left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
 """Why calls of a model were not looked at, in order."""
 _resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
@@ -360,10 +381,14 @@ def _route(
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
             return _Refusal("refused in too many forms"), None
+        turnover = _changing.setdefault(model, _Turnover())
+        if not turnover.pays():
+            return _Refusal("forms change from call to call, so that no program would serve often"), None
         if transform:
             route = _under_transforms(model, x, plain, *transform)
         else:
             route = _made(model if plain is None else plain(), x)
+        turnover.add(route)
         if isinstance(route, _Refusal) and not transform:
             refused[key[:-1]] += 1
             if route.passing and refused[key[:-1]] < _TRIES:

@@ -26,8 +26,13 @@ def copy_of(model: _M) -> _M:
     """
     if (name := tied_function(model)) is not None:
         raise ValueError(f"model: expected functions that do not close over parts of it, {name} does")
+    memo = detached_memo(model)
     try:
-        return copy.deepcopy(model, detached_memo(model))
+        copied = copy.deepcopy(model, memo)
+        # PyTorch copies what is set on a tensor, but not on a parameter.
+        for p, own in zip(model.parameters(), copied.parameters(), strict=False):
+            own.__dict__.update(copy.deepcopy(p.__dict__, memo))
+        return copied
     except Exception as error:  # whatever a class of the user's raises
         reason = " ".join(str(error).split())
         raise ValueError(f"model: expected one that copy.deepcopy can copy, {reason}") from error

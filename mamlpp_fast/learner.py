@@ -137,6 +137,7 @@ class MAMLPlusPlus:
             ),
             dtype=self.dtype,
             deterministic=self.deterministic,
+            before=getattr(self, "_serving", None),
         )
         self._stale = False
 

@@ -61,6 +61,7 @@ class Predictor:
             with torch.no_grad():
                 for name, value in weights.items():
                     own[name].copy_(value)
+                    own[name].__dict__.clear()  # a fast weight has no attributes of its own
             set_step(self.model, step)
             set_eval_stats(self.model, stats)
         self.device = next(self.model.parameters()).device

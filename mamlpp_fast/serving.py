@@ -21,6 +21,9 @@ from mamlpp_fast.reference import LossFn, called
 __all__ = ["Serving"]
 
 _T = TypeVar("_T")
+_FEW, _SHORT = 16, 8
+"""Where a model changed so often in a row after fewer calls, its next form has to serve as many before the fused engine
+writes it down."""
 
 
 class Serving:
@@ -33,6 +36,7 @@ class Serving:
         make: builds an engine.
         dtype: what the model computes in.
         deterministic: whether all but the fused engine run on one thread.
+        before: what this takes the place of, whose model changed.
 
     Attributes:
         engine: the engine that served last; the first choice before.
@@ -52,7 +56,10 @@ class Serving:
         *,
         dtype: torch.dtype,
         deterministic: bool,
+        before: Serving | None = None,
     ) -> None:
+        self.calls: int = 0
+        self.short: int = before.short + 1 if before is not None and before.calls < _FEW else 0
         self.model = model
         self.loss_fn = loss_fn
         self.asked = asked
@@ -95,6 +102,7 @@ class Serving:
         """
         if self._classes is not None and (why := labels.out_of_range(given, self.loss_fn, self._classes)):
             raise ValueError(why)
+        self.calls += 1
         batch = self.as_taken(given)
         form = (*kind, *batch.form)
         with self.mistakes_named(batch):
@@ -119,6 +127,8 @@ class Serving:
         engine, reason = self._first
         if engine.name == "fused":
             why = self._refused.get(form) or labels.unsuited(batch, self.loss_fn, given)
+            if why is None and self.asked == "auto" and self.short >= _SHORT and self.calls <= _FEW:
+                why = "the model changes from call to call, so that no program would serve often"
             if why is None:
                 self.engine, self.reason = engine, reason
                 try:

@@ -213,6 +213,33 @@ def test_a_model_that_changes_at_each_call_is_not_recorded_for_ever(monkeypatch:
     torch.testing.assert_close(copy.deepcopy(fast)(x), copy.deepcopy(plain)(x), **CLOSE)
 
 
+class Annealed(Beside):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_programs_that_serve_few_calls_are_written_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attribute that is another one at each call makes a form of each, which is right but slow."""
+    plain, fast = pair(lambda: Annealed("plain"))
+    x = data(1)[0][0]
+    written: list[int] = []
+    made = module._made
+    monkeypatch.setattr(module, "_made", lambda *given: written.append(call) or made(*given))
+    for call in range(80):
+        plain.scale = fast.scale = 1 + call / 8
+        torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    assert written == [*range(module._FREE)]
+    plain.scale = fast.scale = 1.0
+    for _ in range(module._CALLS):  # a form that is there
+        fast(x)
+    for call in (80, 81):
+        plain.scale = fast.scale = 1 + call / 8
+        torch.testing.assert_close(fast(x), plain(x), **CLOSE)
+    assert written == [*range(module._FREE), 80]
+
+
 class Around(Beside):
     def __call__(self, x: Tensor) -> Tensor:
         made: Tensor = super().__call__(x)

@@ -249,6 +249,16 @@ def test_clones_first_and_the_model_itself_afterwards() -> None:
     assert_close(accelerated(data[0]), plain)
 
 
+@pytest.mark.parametrize("part", ["norm", "head"])
+def test_a_predictor_knows_what_is_set_on_weights_that_do_not_adapt(part: str) -> None:
+    model = built(lambda m: getattr(m.get_submodule(part).weight, "tag", 1.0))
+    model.get_submodule(part).weight.tag = 3.0  # type: ignore[union-attr]
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), precision="float64")
+    x, y, target_x, target_y = task(0)
+    expected = learner.evaluate(mf.EpisodeBatch(x[None], y[None], target_x[None], target_y[None]))
+    assert_close(learner.adapt(x, y)(target_x), expected.logits[-1, 0])
+
+
 class Marks(nn.Module):
     """Says in which way predictions came about."""
 

@@ -206,7 +206,7 @@ def test_python_m_is_the_command() -> None:
         (["train", "omniglot-5w1s", "--data", "/nowhere"], ["--data", "'/nowhere'"]),
         (["evaluate", "/nowhere"], ["/nowhere", "No such file"]),
         (["evaluate", "x", "--tasks", "many"], ["--tasks", "expected an integer, got 'many'"]),
-        (["replay", "/nowhere.npz"], ["/nowhere.npz"]),
+        (["replay", "/nowhere.npz"], ["/nowhere.npz", "that can be read, No such file"]),
         (["bench", "omniglot-20w2s"], ["WORKLOAD: expected one of", "got 'omniglot-20w2s'", "did you mean"]),
         (["bench", "omniglot-5w1s", "--iters", "0"], ["--iters", "expected at least 1, got 0"]),
     ],

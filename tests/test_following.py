@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
+from mamlpp_fast import serving
 from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.watch import Watch
 
@@ -225,6 +226,22 @@ def test_auto_chooses_anew() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="engine: expected a model"):
             strict.meta_step(batch())
+
+
+def test_auto_writes_no_program_for_each_value_of_an_attribute() -> None:
+    config = mf.MAMLConfig.maml(steps=2, inner_lr=0.1)
+    learners = [new(engine, config=config) for engine in ("auto", "reference")]
+    served = []
+    for i in range(serving._SHORT + serving._FEW + 4):
+        found = []
+        for learner in learners:
+            learner.model.options["scales"][0] = 1 + min(i, serving._SHORT + 2) / 8  # type: ignore[index, operator]
+            found.append(learner.meta_step(batch(seed=i)).loss)
+        assert_close(*found, rtol=1e-9, atol=1e-12)
+        served.append(learners[0].engine.name)
+        if i == serving._SHORT:
+            assert "changes from call to call" in learners[0].engine_reason
+    assert served[0] == served[-1] == "fused" and served[serving._SHORT] == "autograd"
 
 
 def test_another_model_or_loss_altogether() -> None:

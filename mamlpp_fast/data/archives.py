@@ -48,6 +48,8 @@ def read_npz(file: Path, keys: Iterable[str] | None = None) -> dict[str, NDArray
                 return {k: _array(archive, found[k], f"{file}: {k}") for k in wanted}
     except DataError:
         raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise DataError(f"{file}: expected an .npz archive that can be read, {error.strerror}") from error
     except Exception as error:  # a damaged header may raise anything at all
         raise DataError(
             f"{file}: expected a whole .npz archive, got a damaged one ({one_line(error)})"

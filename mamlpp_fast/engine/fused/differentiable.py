@@ -169,6 +169,7 @@ class DifferentiableNetwork:
         names: of the parameters that it computes with.
         inert: of those that have a gradient of zero: biases that batch statistics take out again.
         parameters: both.
+        calls: how many there were.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class DifferentiableNetwork:
         self.buffers = self.sections.buffers
         self.follow = Follower(network.norms, images, device)
         self._refused: set[frozenset[str]] = set()
-        self._calls, self._curved, self._rest, self._next_rest = 0, -_OFTEN, 0, _REST
+        self.calls, self._curved, self._rest, self._next_rest = 0, -_OFTEN, 0, _REST
 
     def __str__(self) -> str:
         generic = [s.name for s in self.network.steps if isinstance(s, Generic)]
@@ -272,15 +273,15 @@ class DifferentiableNetwork:
 
     def resting(self) -> bool:
         """Whether a call is left to PyTorch, by whose operations those before were differentiated a third time."""
-        self._calls += 1
+        self.calls += 1
         self._rest = max(0, self._rest - 1)
         return self._rest > 0
 
     def curved(self) -> None:
         """Notes that a call was differentiated a third time."""
-        if self._calls - self._curved < _OFTEN:
+        if self.calls - self._curved < _OFTEN:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _MOST_REST)
-        self._curved = self._calls
+        self._curved = self.calls
 
     def call(self, tensors: Held, x: Inputs) -> Tensor:
         """The output [N, ...] on ``x`` with the tensors that a model holds; its running statistics follow."""

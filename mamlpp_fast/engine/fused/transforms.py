@@ -439,6 +439,7 @@ class Transformed:
     def call(self, held: Held, x: Inputs) -> Tensor:
         """The output on ``x`` with the tensors that a model holds, at the level that the call is made at."""
         net = self.net
+        net.calls += 1
         own = zip(net.parameters, held.parameters(net.parameters), strict=True)
         parameters = [p.detach() if n in net.constants else p for n, p in own]
         first, buffers = net.read(held, x)
