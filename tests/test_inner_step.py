@@ -118,11 +118,26 @@ def thrown_away(model: MAML, tasks: list[tuple[Tensor, ...]]) -> list[Tensor]:
     return gradients(model)
 
 
+def changed_on_the_way(model: MAML, tasks: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Hooks between the loss and the call change the gradient, and logits keep it."""
+    (x, y, target_x, target_y), *_ = tasks
+    learner = model.clone()
+    logits = learner(x)
+    logits.register_hook(lambda g: 2 * g)
+    logits.retain_grad()
+    warmer = logits * 1.5
+    warmer.register_hook(lambda g: 3 * g)
+    learner.adapt(F.cross_entropy(warmer, y))
+    F.cross_entropy(learner(target_x), target_y).backward()
+    assert logits.grad is not None
+    return [logits.grad, *gradients(model)]
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("loop", [each_task, together, again, third, many, thrown_away])
+@pytest.mark.parametrize("loop", [each_task, together, again, third, many, thrown_away, changed_on_the_way])
 @pytest.mark.parametrize("make", [conv_net, unpooled])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_a_loop_gets_what_it_got(make: Callable[[], nn.Module], loop: Loop, taken: list[bool]) -> None:
