@@ -228,10 +228,11 @@ def test_lanes_have_passages_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     textbook(copy.deepcopy(fast))
     monkeypatch.setattr(lanes, "here", lambda: False)
     found: dict[int, list[Tensor]] = {}
+    tasks = data()  # here: lanes would draw from one generator
 
     def work(lane: int, halt: object) -> None:
         with torch.enable_grad():
-            found[lane] = textbook(models[lane])
+            found[lane] = textbook(models[lane], tasks)
 
     for _ in range(2):
         models = [copy.deepcopy(fast) for _ in range(2)]
