@@ -293,27 +293,24 @@ def functional_call(
     args = args if isinstance(args, tuple) else (args,)
     if torch.compiler.is_compiling():
         return reference.functional_call(model, tensors, args, kwargs)
-    with reference.swapped(model, tensors):
-        made = _served_by_default(model, args, kwargs or {})
-        return model(*args, **(kwargs or {})) if made is None else made
+    return predicted(model, tensors, reference.Arguments(args, dict(kwargs or {})))
 
 
 def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inputs) -> Any:
     """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        made = _served_by_default(model, *_arguments(x))
+        first = next(model.parameters(), None)
+        own = (
+            first is not None and first.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
+        )
+        made = _served(model, *_arguments(x)) if own else None
         return reference.called(model, x) if made is None else made
-
-
-def _served_by_default(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What serves a model that need not have been given to :func:`accelerate`: on a CPU alone."""
-    first = next(model.parameters(), None)
-    own = first is not None and first.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
-    return _served(model, args, kwargs) if own else None
 
 
 def _arguments(x: reference.Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Of the call that :func:`mamlpp_fast.reference.called` makes."""
+    if isinstance(x, reference.Arguments):
+        return x.args, x.kwargs
     if isinstance(x, dict):
         return (), x
     return (x if isinstance(x, tuple) else (x,)), {}

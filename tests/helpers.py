@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
+from mamlpp_fast.engine.fingerprint import Fingerprint, look
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.lowering import lower
 from mamlpp_fast.engine.fused.network import Network
@@ -51,6 +52,10 @@ def moved(loss: Tensor, weights: dict[str, Tensor], rate: float) -> dict[str, Te
     """The weights after a textbook's step on a loss of them, differentiable."""
     grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
     return {n: p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+
+
+def form_of(model: nn.Module) -> Fingerprint:
+    return look(model)[0]
 
 
 def jittered(model: nn.Module) -> nn.Module:

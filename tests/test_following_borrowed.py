@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import moved
+from helpers import form_of, moved
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
@@ -18,7 +18,6 @@ from torch.testing import assert_close
 import mamlpp_fast as mf
 from mamlpp_fast.compat import learn2learn as l2l
 from mamlpp_fast.engine import fingerprint
-from mamlpp_fast.engine.fingerprint import form_of
 from mamlpp_fast.engine.glances import Glance
 from mamlpp_fast.engine.named import of_library, written_in
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import form_of
 from torch import nn
 
 from mamlpp_fast.engine import fragments
-from mamlpp_fast.engine.fingerprint import fingerprint, form_of
+from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.fragments import number_of
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import form_of
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast.compat import learn2learn as l2l
 from mamlpp_fast.engine import fingerprint
-from mamlpp_fast.engine.fingerprint import form_of
 from mamlpp_fast.engine.glances import Glance
 
 

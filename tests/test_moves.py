@@ -178,7 +178,7 @@ def test_counts_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
             move([])
     with pytest.raises(ValueError, match="plus: expected none or 1, got 2"):
-        native.take_onto([torch.zeros(2)], [None, None], 1.0)
+        native.take([torch.zeros(2)], [None, None], 1.0)
     for listed in (native.loading([]), native.giving([])):
         with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
             listed.run(NEVER.flag)

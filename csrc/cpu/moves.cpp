@@ -148,11 +148,8 @@ class Moves : public torch::CustomClassHolder {
     }
   }
 
-  /// Copies to the places; zeros where there is nothing.
-  void load(std::vector<OptTensor> given) { load_scaled(std::move(given), 1); }
-
-  /// The same, times a number.
-  void load_scaled(std::vector<OptTensor> given, double scale) {
+  /// Copies times a number to the places; zeros where there is nothing.
+  void load(std::vector<OptTensor> given, double scale) {
     const at::AutoDispatchBelowADInplaceOrView below;
     check(given.size());
     std::vector<Tensor> own(places_.size());
@@ -166,11 +163,9 @@ class Moves : public torch::CustomClassHolder {
     move<false>(own, scale, {});
   }
 
-  /// New tensors like the owners', with what the places have; beyond these, zeros.
-  std::vector<Tensor> take(std::vector<Tensor> like) { return take_onto(std::move(like), {}, 1); }
-
-  /// The same times a number, and to it is added what `plus` has: a tensor an owner, or nothing. `plus` may be empty.
-  std::vector<Tensor> take_onto(std::vector<Tensor> like, std::vector<OptTensor> plus, double scale) {
+  /// New tensors like the owners', with what the places have times a number; beyond these, zeros. To it is added what
+  /// `plus` has: a tensor an owner, or nothing. `plus` may be empty.
+  std::vector<Tensor> take(std::vector<Tensor> like, std::vector<OptTensor> plus, double scale) {
     const at::AutoDispatchBelowADInplaceOrView below;
     check(like.size());
     TORCH_CHECK_VALUE(plus.empty() || plus.size() == like.size(), "plus: expected none or ", like.size(), ", got ",
@@ -297,7 +292,7 @@ class Statistics : public torch::CustomClassHolder {
 using Pointer = c10::intrusive_ptr<Moves>;
 c10::intrusive_ptr<Calls> loading(const Pointer& moves, std::vector<OptTensor> given) {
   auto calls = c10::make_intrusive<Calls>();
-  calls->add([moves, given = std::move(given)] { moves->load(given); });
+  calls->add([moves, given = std::move(given)] { moves->load(given, 1); });
   return calls;
 }
 c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<OptTensor> own) {
@@ -311,10 +306,9 @@ c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<OptTensor> ow
 void define_moves(torch::Library& m) {
   m.class_<Moves>("Moves")
       .def(torch::init<std::vector<std::vector<int64_t>>, std::vector<std::vector<int64_t>>, std::vector<Tensor>>())
-      .def("load", &Moves::load)
-      .def("load_scaled", &Moves::load_scaled)
-      .def("take", &Moves::take)
-      .def("take_onto", &Moves::take_onto)
+      .def("load", &Moves::load, "", {torch::arg("given"), torch::arg("scale") = 1.0})
+      .def("take", &Moves::take, "",
+           {torch::arg("like"), torch::arg("plus") = std::vector<OptTensor>(), torch::arg("scale") = 1.0})
       .def("give", &Moves::give)
       .def("loading", &loading)
       .def("giving", &giving);

@@ -54,7 +54,7 @@ from mamlpp_fast.engine.objects import (
 from mamlpp_fast.engine.reached import ITERATOR, REFERENCE, SETTINGS, reach, settings_of
 from mamlpp_fast.reference import PerStepBatchNorm2d
 
-__all__ = ["Fingerprint", "fingerprint", "form_of", "look"]
+__all__ = ["Fingerprint", "fingerprint", "look"]
 
 _CODE = (
     types.FunctionType,
@@ -438,17 +438,13 @@ class _Reader:
             self.named_of(value, method.__code__, depth + 1)
 
 
-def form_of(model: nn.Module) -> Fingerprint:
-    """As :func:`fingerprint`, but equal for copies, and for a model that holds other tensors of the same shapes.
-
-    Modules, parameters and buffers count by their order, with which of them are one and the same; the other attributes
-    as ever. Hooks on gradients, ``requires_grad`` and strides of parameters do not count.
-    """
-    return look(model)[0]
-
-
 def look(model: nn.Module) -> tuple[Fingerprint, Seen | None]:
-    """:func:`form_of` a model, and what a glance found where one was enough."""
+    """A model's form, and what a glance found where one was enough.
+
+    The form is as :func:`fingerprint`, but equal for copies, and for a model that holds other tensors of the same
+    shapes: modules, parameters and buffers count by their order, with which of them are one and the same; the other
+    attributes as ever. Hooks on gradients, ``requires_grad`` and strides of parameters do not count.
+    """
     cls = type(model)
     last = _glances.get(cls)
     if last is not None and (tensors := last.fits(model)) is not None:

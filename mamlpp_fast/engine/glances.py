@@ -113,16 +113,15 @@ class Glance:
         plain = _apart(tensors) and _PLAIN_TENSORS.issuperset(map(type, tensors))
         return Glance(form, modules, places, tensors) if plain else None
 
-    def picked(self, names: tuple[str, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
-        """Of the tensors that :meth:`fits` found those of these names."""
+    def pick_of(self, names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+        """What takes from the tensors that :meth:`fits` found those of these names."""
         pick = self._picks.get(names)
         if pick is None:
             places = [self._place(name) for name in names]
-            several = (
-                itemgetter(*places) if len(places) > 1 else lambda found: tuple(found[i] for i in places)
-            )
-            pick = self._picks[names] = several
-        return pick(tensors)
+            # With fewer, itemgetter returns no tuple, or cannot be made.
+            pick = itemgetter(*places) if len(places) > 1 else lambda found: tuple(found[i] for i in places)
+            self._picks[names] = pick
+        return pick
 
     def _place(self, name: str) -> int:
         *path, leaf = name.split(".")
@@ -192,6 +191,10 @@ class Seen(NamedTuple):
 
     glance: Glance
     tensors: list[Any]
+
+    def picked(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        """Of the tensors those of these names."""
+        return self.glance.pick_of(names)(self.tensors)
 
 
 def _apart(objects: Sequence[object]) -> bool:

@@ -61,14 +61,10 @@ class Held:
         self.later = later
 
     def parameters(self, names: tuple[str, ...]) -> Sequence[Tensor]:
-        if self._seen is not None:
-            return self._seen.glance.picked(names, self._seen.tensors)
-        return [self.parameter(name) for name in names]
+        return [self.parameter(name) for name in names] if self._seen is None else self._seen.picked(names)
 
     def buffers(self, names: tuple[str, ...]) -> Sequence[Tensor]:
-        if self._seen is not None:
-            return self._seen.glance.picked(names, self._seen.tensors)
-        return [self.buffer(name) for name in names]
+        return [self.buffer(name) for name in names] if self._seen is None else self._seen.picked(names)
 
     def parameter(self, name: str) -> Tensor:
         if (found := self._fast.get(name)) is not None:

@@ -42,7 +42,7 @@ class Moves:
     def load(self, given: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Copies times a number to the places, zeros where there is nothing; what is beyond them is left out."""
         if self._native is not None and not watched():
-            self._native.load_scaled(list(given), scale)
+            self._native.load(list(given), scale)
             return
         zero = self.places[0].new_zeros(())
         rows = zip(self.places, given, self._how, strict=False)
@@ -61,7 +61,7 @@ class Moves:
             scale: what the places have is multiplied by this.
         """
         if self._native is not None and not watched():
-            made: list[Tensor] = self._native.take_onto(list(like), [] if plus is None else list(plus), scale)
+            made: list[Tensor] = self._native.take(list(like), [] if plus is None else list(plus), scale)
             return made
         count = len(self.places)
         made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[:count]]
@@ -69,9 +69,11 @@ class Moves:
         made += [torch.zeros_like(p) for p in like[count:]]
         if scale != 1:
             torch._foreach_mul_(made, scale)
-        return (
-            made if plus is None else [m if p is None else m.add_(p) for m, p in zip(made, plus, strict=True)]
-        )
+        if plus is not None:
+            for m, p in zip(made, plus, strict=True):
+                if p is not None:
+                    m.add_(p)
+        return made
 
     def give(self, own: Sequence[Tensor | None]) -> None:
         """Copies what lies in the places to tensors like the parameters, where there are any."""

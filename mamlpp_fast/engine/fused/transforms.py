@@ -388,8 +388,8 @@ class _Double(_Operation):
 
         pulled: Any = torch.func.vjp(double, *along, gy, *parameters)
         made, pull = pulled
-        first, *rest_ = cotangents
-        full = (first, *use.spread(rest_))
+        first, *others = cotangents
+        full = (first, *use.spread(others))
         given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, full, strict=True))
         found: Any = pull(given)
         return None, *found[: count + 1], *(None,) * begin, *found[count + 1 :]
