@@ -52,8 +52,9 @@ def build_libraries(target: Path) -> None:
             if version is None:
                 sys.exit(f"MAMLPP_FAST_TORCHES: expected the folder of a torch package, got {torch}")
             configure = [cmake, "-S", str(ROOT), "-B", work, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            configure += ["-DCMAKE_UNITY_BUILD=ON"]
             # What was found of the torch before is not this one's.
-            subprocess.run([*configure, "-ULIB_*", f"-DTORCH_ROOT={torch}", "-DCMAKE_UNITY_BUILD=ON"], check=True)
+            subprocess.run([*configure, "-ULIB_*", f"-DTORCH_ROOT={torch}"], check=True)
             subprocess.run([cmake, "--build", work], check=True)
             folder = target / version[1]
             folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,9 @@ def library() -> Path:
     have = _native._levels()[0]
     highest = have[-2:] if have[-1] == "amxbf16" else have[-1:]  # the tiles' level and the one below
     levels = dict.fromkeys(["portable", *highest])
-    arguments = [a for a in recipe.arguments if not a.startswith(("-DMAMLPP_FAST_ISAS", "-DMAMLPP_FAST_BEST"))]
+    arguments = [
+        a for a in recipe.arguments if not a.startswith(("-DMAMLPP_FAST_ISAS", "-DMAMLPP_FAST_BEST"))
+    ]
     with _native._exclusive(folder.with_suffix(".lock")):
         unfinished = folder / "CMakeFiles"
         if unfinished.exists() or not (folder / _native._LIBRARY).is_file():
