@@ -52,6 +52,7 @@ def build_libraries(target: Path) -> None:
             if version is None:
                 sys.exit(f"MAMLPP_FAST_TORCHES: expected the folder of a torch package, got {torch}")
             configure = [cmake, "-S", str(ROOT), "-B", work, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            configure += ["-DCMAKE_UNITY_BUILD=ON"]
             # What was found of the torch before is not this one's.
             subprocess.run([*configure, "-ULIB_*", f"-DTORCH_ROOT={torch}"], check=True)
             subprocess.run([cmake, "--build", work], check=True)

@@ -163,7 +163,10 @@ def _open(path: Path) -> NativeStatus:
     isa, _set_threads = library.mamlpp_fast_isa, library.mamlpp_fast_set_threads
     isa.restype = ctypes.c_char_p
     _set_threads.argtypes, _set_threads.restype = [ctypes.c_int], None
-    return NativeStatus(True, "", path, isa().decode())
+    level = isa().decode()
+    if not level:
+        raise NativeError(f"does not load: {path} has no kernels for this processor or MAMLPP_FAST_ISA")
+    return NativeStatus(True, "", path, level)
 
 
 def _shipped() -> Path:
@@ -199,21 +202,20 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=beside) or shutil.which(name)
 
 
-def _levels() -> list[str]:
-    """The instruction sets to compile beside ``portable``.
+def _levels() -> tuple[list[str], bool]:
+    """The instruction sets that this processor has, and whether the best that the compiler knows is enough.
 
-    The best that this processor has; all that it has where ``MAMLPP_FAST_ISA`` asks for another; every one where the
-    processor cannot be asked.
+    All are compiled where ``MAMLPP_FAST_ISA`` asks for another, and every one where the processor cannot be asked.
     """
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return list(_LEVEL_FLAGS)
+        return ["portable", *_LEVEL_FLAGS], False
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     flags = set(line.partition(":")[2].split())
-    have = [level for level, needed in _LEVEL_FLAGS.items() if needed <= flags]
-    best = have[-2:] if have[-1:] == ["amxbf16"] else have[-1:]  # the tiles' level is the one below, and they
-    return best if os.environ.get("MAMLPP_FAST_ISA", "") in ("", "portable", *best) else have
+    have = ["portable", *(level for level, needed in _LEVEL_FLAGS.items() if needed <= flags)]
+    lesser = have[: -2 if have[-1] == "amxbf16" else -1]  # the tiles' level is the one below, and they
+    return have, os.environ.get("MAMLPP_FAST_ISA", "") not in lesser
 
 
 def _recipe() -> _Recipe:
@@ -222,9 +224,12 @@ def _recipe() -> _Recipe:
     for path in [source / "CMakeLists.txt", *sorted((source / "csrc").rglob("*"))]:
         if path.suffix in (".txt", ".h", ".cpp"):
             files.update(f"{path.relative_to(source)}\0".encode() + path.read_bytes() + b"\0")
+    levels, best = _levels()
     arguments = (
         f"-DTORCH_ROOT={Path(torch.__file__).resolve().parent}",
-        f"-DMAMLPP_FAST_ISAS={';'.join(_levels())}",
+        f"-DMAMLPP_FAST_ISAS={';'.join(levels)}",
+        f"-DMAMLPP_FAST_BEST={'ON' if best else 'OFF'}",
+        "-DCMAKE_UNITY_BUILD=ON",
         f"-DMAMLPP_FAST_CXX11_ABI={'ON' if torch.compiled_with_cxx11_abi() else 'OFF'}",
     )
     machine = (platform.system(), platform.machine(), *platform.libc_ver())
@@ -297,10 +302,9 @@ def _build(recipe: _Recipe, *, retry: bool) -> Path:
 def _compile(recipe: _Recipe, compiler: str, cmake: str, ninja: str, folder: Path, failure: Path) -> Path:
     work, ready = folder / "work", folder / "ready"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ops = len(list(recipe.source.glob("csrc/cpu/*.cpp")))
-    levels = 1 + len(set(_levels()) - {"amxbf16"})
-    kernels = len(list(recipe.source.glob("csrc/cpu/kernels/*.cpp"))) * levels
-    seconds = 5 * (1 + (12 * ops + 4 * kernels) // (5 * cores))
+    levels, best = _levels()
+    kernels = len(list(recipe.source.glob("csrc/cpu/kernels/*.cpp"))) * (1 if best else len(levels))
+    seconds = 5 * (1 + (55 + 4 * kernels) // (5 * cores))
     print(f"mamlpp_fast: building native kernels (once, about {seconds} s) ...", file=sys.stderr, flush=True)
     configure = [cmake, "-S", str(recipe.source), "-B", str(work), "-G", "Ninja", *recipe.arguments]
     configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -40,8 +40,12 @@ def library() -> Path:
     recipe = _native._recipe()
     folder = _native._cache() / f"sanitized-{recipe.key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    levels = _native._levels()[-1:]
-    arguments = [a for a in recipe.arguments if not a.startswith("-DMAMLPP_FAST_ISAS")]
+    have = _native._levels()[0]
+    highest = have[-2:] if have[-1] == "amxbf16" else have[-1:]  # the tiles' level and the one below
+    levels = dict.fromkeys(["portable", *highest])
+    arguments = [
+        a for a in recipe.arguments if not a.startswith(("-DMAMLPP_FAST_ISAS", "-DMAMLPP_FAST_BEST"))
+    ]
     with _native._exclusive(folder.with_suffix(".lock")):
         unfinished = folder / "CMakeFiles"
         if unfinished.exists() or not (folder / _native._LIBRARY).is_file():

@@ -1,13 +1,13 @@
 // What the operations do with their arguments alike: checks, the element type as a type of C++, tasks in parallel,
-// memory of a thread; for files that see torch's headers.
+// memory of a thread.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <vector>
+
+#include "registry.h"
 
 namespace mf {
 
@@ -34,19 +34,12 @@ inline bool bare(const at::Tensor& t) {
          (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
 }
 
-/// Registers functions, each behind its operation's name.
-template <typename Function, typename... Others>
-void implement(torch::Library& library, const char* name, Function* function, const Others&... others) {
-  library.impl(name, function);
-  if constexpr (sizeof...(others) > 0) implement(library, others...);
-}
-
 /// A contiguous buffer of the wanted type; `finish` rounds it into the result if that is another tensor.
 struct Result {
   Result(const at::Tensor& out, at::ScalarType type)
       : result(out),
-        buffer(out.scalar_type() == type && out.is_contiguous() ? out
-                                                                : at::empty(out.sizes(), out.options().dtype(type))) {}
+        buffer(out.scalar_type() == type && out.is_contiguous() ? out : empty(out.sizes(), out.options().dtype(type))) {
+  }
   void finish() const {
     if (!buffer.is_same(result)) result.copy_(buffer);
   }

@@ -7,7 +7,6 @@
 #include "kernels/conv_norm_act_pool.h"
 
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +15,7 @@
 
 #include "arguments.h"
 
-namespace mf {
+namespace mf::of_conv_norm_act_pool {
 namespace {
 
 using at::Tensor;
@@ -435,12 +434,10 @@ void conv_norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& v, 
   });
 }
 
+[[maybe_unused]] const bool registered =
+    implement("patch_moments", &patch_moments_op, "conv_norm_act_pool", &conv_norm_act_pool,
+              "conv_norm_act_pool_backward", &conv_norm_act_pool_backward, "conv_norm_act_pool_tangent",
+              &conv_norm_act_pool_tangent, "conv_norm_act_pool_backward_tangent", &conv_norm_act_pool_backward_tangent);
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  implement(m, "patch_moments", &patch_moments_op, "conv_norm_act_pool", &conv_norm_act_pool,
-            "conv_norm_act_pool_backward", &conv_norm_act_pool_backward, "conv_norm_act_pool_tangent",
-            &conv_norm_act_pool_tangent, "conv_norm_act_pool_backward_tangent", &conv_norm_act_pool_backward_tangent);
-}
-
-}  // namespace mf
+}  // namespace mf::of_conv_norm_act_pool

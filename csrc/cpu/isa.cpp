@@ -1,8 +1,8 @@
 #include "isa.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <iterator>
+#include <stdexcept>
 #include <string>
 
 #if defined(MF_HAVE_AMXBF16) && defined(__linux__)
@@ -29,38 +29,37 @@ bool amx() {
 #endif
 }
 
-Isa best_supported(bool with_amx) {
+/// Whether a level is compiled in and this processor has it.
+bool reachable(Isa level) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-  // Of the processor; a level may be compiled without those below it.
   [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vl");
-#ifdef MF_HAVE_AVX512BF16
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-    return with_amx && amx() ? Isa::amxbf16 : Isa::avx512bf16;
+#endif
+  switch (level) {
+    // The tiles stand beside the kernels of the level below.
+    MF_AVX512BF16(case Isa::amxbf16 : return avx512 && __builtin_cpu_supports("avx512bf16") && amx();
+                  case Isa::avx512bf16 : return avx512 && __builtin_cpu_supports("avx512bf16");)
+    MF_AVX512(case Isa::avx512 : return avx512;)
+    MF_AVX2(case Isa::avx2 : return avx2;)
+    MF_PORTABLE(case Isa::portable : return true;)
+    default:
+      return false;
   }
-#endif
-#ifdef MF_HAVE_AVX512
-  if (avx512) return Isa::avx512;
-#endif
-#ifdef MF_HAVE_AVX2
-  if (avx2) return Isa::avx2;
-#endif
-#endif
-  return Isa::portable;
 }
 
 Isa choose() {
   const char* text = std::getenv("MAMLPP_FAST_ISA");
   const std::string wanted = text == nullptr ? "" : text;
-  Isa allowed = Isa::amxbf16;
-  for (int level = 0; level < static_cast<int>(std::size(kNames)); ++level) {
-    if (wanted == kNames[level]) allowed = static_cast<Isa>(level);
+  int level = static_cast<int>(std::size(kNames)) - 1;
+  for (int i = level; i >= 0; --i) {
+    if (wanted == kNames[i]) level = i;
   }
-  // The kernel is asked for tiles only where they are allowed.
-  return std::min(best_supported(allowed == Isa::amxbf16), allowed);
+  // From the highest that is allowed: the kernel is asked for tiles only where they are.
+  while (level >= 0 && !reachable(static_cast<Isa>(level))) --level;
+  return static_cast<Isa>(level);
 }
 
 }  // namespace
@@ -70,9 +69,11 @@ Isa isa() {
   return chosen;
 }
 
-const char* isa_name(Isa level) { return kNames[static_cast<int>(level)]; }
+void no_level() { throw std::runtime_error("the native library has no kernels for this processor"); }
 
 }  // namespace mf
 
 // For mamlpp_fast/_native.py. A function of C rather than an operation: torch's headers take ten seconds to read.
-extern "C" __attribute__((visibility("default"))) const char* mamlpp_fast_isa() { return mf::isa_name(mf::isa()); }
+extern "C" __attribute__((visibility("default"))) const char* mamlpp_fast_isa() {
+  return mf::isa() == mf::Isa::none ? "" : mf::kNames[static_cast<int>(mf::isa())];
+}

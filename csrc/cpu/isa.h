@@ -10,24 +10,31 @@
 //                       }
 //   scale.cpp           MF_DISPATCH(scale<float>)(x, a, y, n);
 //
-// Levels that the compiler or the processor's family lacks are not compiled; CMakeLists.txt defines MF_HAVE_<LEVEL>.
-// `amxbf16` is `avx512bf16` with the tile products of csrc/cpu/amx/ beside it, not a build of its own of every file.
+// CMakeLists.txt defines MF_HAVE_<LEVEL> for those that are compiled: for a library of one machine its best level
+// alone. `amxbf16` is `avx512bf16` with the tile products of csrc/cpu/amx/ beside it, not a build of its own of every
+// file.
 #pragma once
 
 #include <cstdint>
 
 namespace mf {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amxbf16 = 4 };
+enum class Isa : int { none = -1, portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amxbf16 = 4 };
 
 // The best level that is compiled in, that this processor has and that MAMLPP_FAST_ISA (read once) allows.
 // A level out of reach gives the best one below it; an unknown name is refused by mamlpp_fast/_native.py.
 Isa isa();
 
-const char* isa_name(Isa level);
+// For a library without a level for this processor, as one compiled for another may be.
+[[noreturn]] void no_level();
 
 }  // namespace mf
 
+#ifdef MF_HAVE_PORTABLE
+#define MF_PORTABLE(...) __VA_ARGS__
+#else
+#define MF_PORTABLE(...)
+#endif
 #ifdef MF_HAVE_AVX2
 #define MF_AVX2(...) __VA_ARGS__
 #else
@@ -44,7 +51,7 @@ const char* isa_name(Isa level);
 #define MF_AVX512BF16(...)
 #endif
 
-// Declares the same functions in the namespace of every compiled level.
+// Declares the same functions in the namespace of every compiled level, and of the portable one for their types.
 #define MF_KERNEL(...)                         \
   namespace mf::portable {                     \
   __VA_ARGS__                                  \
@@ -60,7 +67,8 @@ const char* isa_name(Isa level);
       MF_AVX512BF16(case mf::Isa::amxbf16 : case mf::Isa::avx512bf16 : return &mf::avx512bf16::__VA_ARGS__;) \
       MF_AVX512(case mf::Isa::avx512 : return &mf::avx512::__VA_ARGS__;)                                     \
       MF_AVX2(case mf::Isa::avx2 : return &mf::avx2::__VA_ARGS__;)                                           \
+      MF_PORTABLE(case mf::Isa::portable : return &mf::portable::__VA_ARGS__;)                               \
       default:                                                                                               \
-        return &mf::portable::__VA_ARGS__;                                                                   \
+        mf::no_level();                                                                                      \
     }                                                                                                        \
   }())

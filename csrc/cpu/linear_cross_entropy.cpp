@@ -4,14 +4,13 @@
 #include "kernels/linear_cross_entropy.h"
 
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
 
 #include "arguments.h"
 
-namespace mf {
+namespace mf::of_linear_cross_entropy {
 namespace {
 
 using at::Tensor;
@@ -182,12 +181,10 @@ void linear_cross_entropy_backward_tangent(const Tensor& gz_dot, const Tensor& g
   run(p, gz_dot, gz, f_dot, weight_dot, f, weight, gf_dot, gweight_dot, gbias_dot);
 }
 
+[[maybe_unused]] const bool registered =
+    implement("linear_cross_entropy", &linear_cross_entropy, "linear_cross_entropy_backward",
+              &linear_cross_entropy_backward, "linear_cross_entropy_tangent", &linear_cross_entropy_tangent,
+              "linear_cross_entropy_backward_tangent", &linear_cross_entropy_backward_tangent);
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  implement(m, "linear_cross_entropy", &linear_cross_entropy, "linear_cross_entropy_backward",
-            &linear_cross_entropy_backward, "linear_cross_entropy_tangent", &linear_cross_entropy_tangent,
-            "linear_cross_entropy_backward_tangent", &linear_cross_entropy_backward_tangent);
-}
-
-}  // namespace mf
+}  // namespace mf::of_linear_cross_entropy

@@ -8,9 +8,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -19,7 +16,7 @@
 
 #include "arguments.h"
 
-namespace mf {
+namespace mf::of_lslr_update {
 namespace {
 
 using at::Tensor;
@@ -107,7 +104,7 @@ void reduce_pieces(const Layout& layout, int64_t step, const Tensor& out, const 
   const int64_t pieces = static_cast<int64_t>(layout.pieces.size());
   std::vector<T> partial(static_cast<size_t>(layout.tasks * pieces));
   for_each_piece(layout, [&](int64_t task, int64_t i) { partial[task * pieces + i] = work(task, layout.pieces[i]); });
-  const Tensor sums = at::zeros({out.size(0)}, out.options().dtype(at::kDouble));
+  const Tensor sums = zeros({out.size(0)}, out.options().dtype(at::kDouble));
   double* sum = sums.mutable_data_ptr<double>();
   for (int64_t task = 0; task < layout.tasks; ++task)
     for (int64_t i = 0; i < pieces; ++i) sum[layout.pieces[i].segment] += partial[task * pieces + i];
@@ -117,7 +114,7 @@ void reduce_pieces(const Layout& layout, int64_t step, const Tensor& out, const 
 /// Per-element rates: a piece goes through all tasks in turn, adding to its part of one buffer [P].
 template <typename T, typename Work>
 void reduce_tasks(const Layout& layout, int64_t step, at::ScalarType type, const Tensor& out, const Work& work) {
-  const Tensor sums = at::zeros({layout.size}, out.options().dtype(type));
+  const Tensor sums = zeros({layout.size}, out.options().dtype(type));
   T* sum = sums.mutable_data_ptr<T>();
   const int64_t grain = std::max<int64_t>(1, kGrain / kPiece / std::max<int64_t>(1, layout.tasks));
   at::parallel_for(0, static_cast<int64_t>(layout.pieces.size()), grain, [&](int64_t begin, int64_t end) {
@@ -160,7 +157,7 @@ void lslr_update_out(const Tensor& theta, const Tensor& grad, const Tensor& rate
 
 Tensor lslr_update(const Tensor& theta, const Tensor& grad, const Tensor& rates, const OptTensor& offsets,
                    int64_t step) {
-  Tensor out = at::empty(theta.sizes(), theta.options());
+  Tensor out = empty(theta.sizes(), theta.options());
   lslr_update_out(theta, grad, rates, offsets, step, out);
   return out;
 }
@@ -202,7 +199,7 @@ void lslr_update_backward_out(const Tensor& gout, const Tensor& grad, const Tens
 
 std::tuple<Tensor, Tensor> lslr_update_backward(const Tensor& gout, const Tensor& grad, const Tensor& rates,
                                                 const OptTensor& offsets, int64_t step) {
-  Tensor ggrad = at::empty(gout.sizes(), gout.options()), grates = at::zeros(rates.sizes(), rates.options());
+  Tensor ggrad = empty(gout.sizes(), gout.options()), grates = zeros(rates.sizes(), rates.options());
   lslr_update_backward_out(gout, grad, rates, offsets, step, ggrad, grates);
   return {ggrad, grates};
 }
@@ -237,9 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> lslr_update_double_backward(const Tensor& a, 
   const at::ScalarType type = wide_type({a, b, gout, grad, rates});
   const Rows along(a, type), go(gout, type), g(grad, type);
   const Tensor row = step_row(rates, offsets, step, type), row_b = step_row(b, offsets, step, type);
-  const Result cgout(at::empty(gout.sizes(), gout.options()), type),
-      cgrad(at::empty(grad.sizes(), grad.options()), type);
-  const Tensor crates = at::zeros(rates.sizes(), rates.options());
+  const Result cgout(empty(gout.sizes(), gout.options()), type), cgrad(empty(grad.sizes(), grad.options()), type);
+  const Tensor crates = zeros(rates.sizes(), rates.options());
   const bool each = !offsets.has_value();
   type == at::kDouble ? double_backward<double>(layout, along, row_b, go, g, row, each, step, cgout, cgrad, crates)
                       : double_backward<float>(layout, along, row_b, go, g, row, each, step, cgout, cgrad, crates);
@@ -248,12 +244,9 @@ std::tuple<Tensor, Tensor, Tensor> lslr_update_double_backward(const Tensor& a, 
   return {cgout.result, cgrad.result, crates};
 }
 
+[[maybe_unused]] const bool registered = implement(
+    "lslr_update", &lslr_update, "lslr_update_out", &lslr_update_out, "lslr_update_backward", &lslr_update_backward,
+    "lslr_update_backward_out", &lslr_update_backward_out, "lslr_update_double_backward", &lslr_update_double_backward);
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  implement(m, "lslr_update", &lslr_update, "lslr_update_out", &lslr_update_out, "lslr_update_backward",
-            &lslr_update_backward, "lslr_update_backward_out", &lslr_update_backward_out, "lslr_update_double_backward",
-            &lslr_update_double_backward);
-}
-
-}  // namespace mf
+}  // namespace mf::of_lslr_update

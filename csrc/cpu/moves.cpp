@@ -4,8 +4,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -39,7 +37,8 @@ void scaled(const T* from, int64_t count, T scale, T* to) {
   if (scale == 1) {
     std::copy_n(from, count, to);
   } else {
-    std::transform(from, from + count, to, [scale](T value) { return scale * value; });
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = scale * from[i];
   }
 }
 
@@ -110,6 +109,7 @@ class Arrangement {
         const int64_t row = plain_ ? 1 : weight_->columns(), first = begin * row, count = (end - begin) * row;
         if (plus) {
           const T* term = plus->const_data_ptr<T>();
+#pragma omp simd
           for (int64_t i = first; i < first + count; ++i) to[i] = term[i] + factor * to[i];
         } else if (factor != 1) {
           scaled(to + first, count, factor, to + first);
@@ -174,10 +174,10 @@ class Moves : public torch::CustomClassHolder {
     const size_t count = places_.size();
     std::vector<Tensor> made;
     made.reserve(like.size());
-    for (size_t i = 0; i < count; ++i) made.push_back(at::empty(like[i].sizes(), like[i].options()));
+    for (size_t i = 0; i < count; ++i) made.push_back(empty(like[i].sizes(), like[i].options()));
     move<true>(made, scale, plus);
     for (size_t i = count; i < like.size(); ++i) {
-      made.push_back(at::zeros(like[i].sizes(), like[i].options()));
+      made.push_back(zeros(like[i].sizes(), like[i].options()));
       if (plus[i]) made.back().copy_(*plus[i]);
     }
     return made;

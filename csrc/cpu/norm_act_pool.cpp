@@ -8,7 +8,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <optional>
@@ -16,7 +15,7 @@
 
 #include "arguments.h"
 
-namespace mf {
+namespace mf::of_norm_act_pool {
 namespace {
 
 using at::Tensor;
@@ -444,12 +443,9 @@ void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, cons
   });
 }
 
+[[maybe_unused]] const bool registered = implement(
+    "norm_act_pool", &norm_act_pool, "norm_act_pool_backward", &norm_act_pool_backward, "norm_act_pool_tangent",
+    &norm_act_pool_tangent, "norm_act_pool_backward_tangent", &norm_act_pool_backward_tangent);
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  implement(m, "norm_act_pool", &norm_act_pool, "norm_act_pool_backward", &norm_act_pool_backward,
-            "norm_act_pool_tangent", &norm_act_pool_tangent, "norm_act_pool_backward_tangent",
-            &norm_act_pool_backward_tangent);
-}
-
-}  // namespace mf
+}  // namespace mf::of_norm_act_pool

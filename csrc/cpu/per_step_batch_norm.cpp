@@ -5,17 +5,15 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
 
-namespace mf {
+#include "registry.h"
+
+namespace mf::of_per_step_batch_norm {
 namespace {
 
 using at::Tensor;
@@ -105,14 +103,14 @@ Tensor dense(const Tensor& t, const Layout& l) {
 }
 
 Tensor result_like(const Tensor& x, const Layout& l) {
-  return at::empty_strided(x.sizes(), l.strides, x.options().dtype(l.stored));
+  return empty_strided(x.sizes(), l.strides, x.options().dtype(l.stored));
 }
 
 Tensor narrow(const Tensor& result, const Tensor& x) { return result.to(x.scalar_type()); }
 
 Tensor statistic(const Tensor& x, const Layout& l) {
   const auto options = x.options().dtype(l.compute);
-  return x.dim() == 5 ? at::empty({l.tasks, l.channels}, options) : at::empty({l.channels}, options);
+  return x.dim() == 5 ? empty({l.tasks, l.channels}, options) : empty({l.channels}, options);
 }
 
 // The rows an order reads of weight, or of a tensor of its shape.
@@ -127,11 +125,10 @@ const T* row(const Tensor& contiguous, Step step, const Layout& l) {
 class AffineGradient {
  public:
   AffineGradient(const Tensor& weight, Step step, const Layout& l) : step_(step) {
-    result_ =
-        step.has_value() ? at::zeros(weight.sizes(), weight.options()) : at::empty(weight.sizes(), weight.options());
+    result_ = step.has_value() ? zeros(weight.sizes(), weight.options()) : empty(weight.sizes(), weight.options());
     const bool sums_tasks = l.tasks != 1 && (step.has_value() || weight.dim() == 1);
     direct_ = !sums_tasks && weight.scalar_type() == l.compute;
-    rows_ = !direct_           ? at::empty({l.tasks, l.channels}, weight.options().dtype(l.compute))
+    rows_ = !direct_           ? empty({l.tasks, l.channels}, weight.options().dtype(l.compute))
             : step.has_value() ? result_.select(0, *step)
                                : result_;
   }
@@ -197,8 +194,8 @@ void run(bn::Call<S>& p, const Layout& l, bn::Order order, const Tensor& x) {
   const int64_t by_size = kPieceBytes / (l.channels * static_cast<int64_t>(sizeof(T)));
   p.piece_rows = std::max({by_size, (rows + kMaxPieces - 1) / kMaxPieces, int64_t{1}});
   p.pieces = (rows + p.piece_rows - 1) / p.piece_rows;
-  const Tensor sums = at::empty({l.tasks * p.pieces * bn::kMaxSums * l.channels}, x.options().dtype(at::kDouble));
-  const Tensor constants = at::empty({l.tasks * bn::kMaxConstants * l.channels}, x.options().dtype(l.compute));
+  const Tensor sums = empty({l.tasks * p.pieces * bn::kMaxSums * l.channels}, x.options().dtype(at::kDouble));
+  const Tensor constants = empty({l.tasks * bn::kMaxConstants * l.channels}, x.options().dtype(l.compute));
   p.sums = sums.mutable_data_ptr<double>();
   p.constants = constants.mutable_data_ptr<T>();
   const int64_t grain = std::max<int64_t>(1, kGrain / (p.piece_rows * l.channels));
@@ -318,11 +315,8 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const OptTensor& u, const Opt
   return {narrow(c_gy, x), narrow(c_x, x), c_gamma.result()};
 }
 
-}  // namespace
-}  // namespace mf
+[[maybe_unused]] const bool registered = implement("per_step_batch_norm", &forward, "per_step_batch_norm_backward",
+                                                   &backward, "per_step_batch_norm_double_backward", &double_backward);
 
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("per_step_batch_norm", mf::forward);
-  m.impl("per_step_batch_norm_backward", mf::backward);
-  m.impl("per_step_batch_norm_double_backward", mf::double_backward);
-}
+}  // namespace
+}  // namespace mf::of_per_step_batch_norm

@@ -3,13 +3,12 @@
 #include "kernels/pointwise.h"
 
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <initializer_list>
 
 #include "arguments.h"
 
-namespace mf {
+namespace mf::of_pointwise {
 namespace {
 
 using at::Tensor;
@@ -63,10 +62,8 @@ void pointwise_bend(const Tensor& x, const Tensor& g_dot, const Tensor& g, const
   });
 }
 
+[[maybe_unused]] const bool registered =
+    implement("pointwise", &pointwise, "pointwise_slope", &pointwise_slope, "pointwise_bend", &pointwise_bend);
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  implement(m, "pointwise", &pointwise, "pointwise_slope", &pointwise_slope, "pointwise_bend", &pointwise_bend);
-}
-
-}  // namespace mf
+}  // namespace mf::of_pointwise

@@ -97,6 +97,7 @@ bool products(const Tensor& g, const Tensor& a, const Tensor& b, Tensor& by_a, T
     const T *from = g.const_data_ptr<T>(), *left = a.const_data_ptr<T>(), *right = b.const_data_ptr<T>();
     T *to_a = by_a.mutable_data_ptr<T>(), *to_b = by_b.mutable_data_ptr<T>();
     at::parallel_for(0, g.numel(), kGrain, [&](int64_t begin, int64_t end) {
+#pragma omp simd
       for (int64_t i = begin; i < end; ++i) {
         to_a[i] = -from[i] * left[i];
         to_b[i] = -from[i] * right[i];

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -18,8 +17,9 @@
 
 #include "amx/conv_amx.h"
 #include "kernels/conv_kernels.h"
+#include "registry.h"
 
-namespace mf {
+namespace mf::of_task_conv2d {
 namespace {
 
 using at::Tensor;
@@ -445,18 +445,14 @@ void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2
   dispatch(s, Product::to_weight, x, g, x2, g2, out);
 }
 
-}  // namespace
-
 // Floating-point operations of `iterations` rounds of independent multiply-adds in registers, for timing the peaks.
-TORCH_LIBRARY_FRAGMENT(mamlpp_fast, m) {
-  m.def("fma_peak(int iterations) -> float", [](int64_t iterations) { return winograd().fma_peak(iterations); });
-  m.def("bf16_peak(int iterations) -> float", &bf16_peak);
-}
+double fma_peak(int64_t iterations) { return winograd().fma_peak(iterations); }
 
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  m.impl("task_conv2d", &task_conv2d);
-  m.impl("task_conv2d_to_input", &task_conv2d_to_input);
-  m.impl("task_conv2d_to_weight", &task_conv2d_to_weight);
-}
+[[maybe_unused]] const bool registered =
+    implement("task_conv2d", &task_conv2d, "task_conv2d_to_input", &task_conv2d_to_input, "task_conv2d_to_weight",
+              &task_conv2d_to_weight) &&
+    implement_all("fma_peak(int iterations) -> float", &fma_peak) &&
+    implement_all("bf16_peak(int iterations) -> float", &bf16_peak);
 
-}  // namespace mf
+}  // namespace
+}  // namespace mf::of_task_conv2d

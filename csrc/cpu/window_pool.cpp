@@ -4,13 +4,12 @@
 #include "kernels/window_pool.h"
 
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <type_traits>
 
 #include "arguments.h"
 
-namespace mf {
+namespace mf::of_window_pool {
 namespace {
 
 using at::Tensor;
@@ -99,11 +98,9 @@ void window_mean_place(const Tensor& gy, at::IntArrayRef window, Tensor& gx) {
   });
 }
 
+[[maybe_unused]] const bool registered =
+    implement("window_max", &window_max, "window_max_pick", &window_max_pick, "window_max_place", &window_max_place,
+              "window_mean", &window_mean, "window_mean_place", &window_mean_place);
+
 }  // namespace
-
-TORCH_LIBRARY_IMPL(mamlpp_fast, CPU, m) {
-  implement(m, "window_max", &window_max, "window_max_pick", &window_max_pick, "window_max_place", &window_max_place,
-            "window_mean", &window_mean, "window_mean_place", &window_mean_place);
-}
-
-}  // namespace mf
+}  // namespace mf::of_window_pool
