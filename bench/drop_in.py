@@ -11,7 +11,6 @@ float32, in turn. FILE keeps the lines that it has from earlier runs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 from bench import learn2learn_scripts
 from bench.compare import name_of
 from bench.drop_in_loops import LOOPS, Build
-from bench.harness import before_after, interleaved, keep, machine
+from bench.harness import before_after, earlier, interleaved, keep, parser_of, taken
 from bench.peers import higher_scripts
 from bench.peers.client import Failed, Peer, Worker
 from bench.peers.environments import default_cache, python_of, recorded
@@ -172,18 +171,15 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--only", default="", help="lines with one of these texts in them, separated by semicolons"
     )
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    done = {name_of(row): row for row in _earlier(arguments.json)}
+    done = {name_of(row): row for row in earlier(arguments.json)}
     faults = 0
     for row in rows(arguments.tasks):
         if not any(text in f"{row.script}, {row.changed}" for text in arguments.only.split(";")):
@@ -191,18 +187,12 @@ def main() -> int:
         if arguments.list:
             print(row.script, row.changed, row.sizes.ways, row.sizes.shots, row.sizes.image_size, sep=", ")
             continue
-        found = measure(row, arguments.seconds) | {key: machine()[key] for key in ("date", "commit")}
+        found = measure(row, arguments.seconds) | taken()
         done[name_of(found)] = found
         faults += "fault" in found
         print(json.dumps(found), flush=True)
         keep(arguments.json, list(done.values()))
     return faults
-
-
-def _earlier(path: Path | None) -> list[dict[str, Any]]:
-    """The lines of a file, but for those of measurements before there was one of all loops."""
-    rows = [] if path is None or not path.exists() else json.loads(path.read_text())["rows"]
-    return [row for row in rows if "shots" in row]
 
 
 if __name__ == "__main__":

@@ -403,6 +403,21 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def taken() -> dict[str, Any]:
+    """When a row is measured, and of which commit."""
+    here = machine()
+    return {key: here[key] for key in ("date", "commit")}
+
+
+def earlier(path: Path | None) -> list[dict[str, Any]]:
+    """The rows that a file has, each with when it was taken."""
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    then = {key: content["machine"].get(key) for key in ("date", "commit")}
+    return [then | row for row in content["rows"]]
+
+
 def keep(path: Path | None, rows: Sequence[dict[str, Any]], **about: Any) -> None:
     """Writes rows and machine as JSON; called after every row, it leaves a run that is cut short what it has."""
     if path is not None:

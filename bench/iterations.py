@@ -22,12 +22,21 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import Times, copy_bandwidth, interleaved, keep, machine, parser_of, peak_flops, pool
+from bench.harness import (
+    Times,
+    copy_bandwidth,
+    earlier,
+    interleaved,
+    keep,
+    parser_of,
+    peak_flops,
+    pool,
+    taken,
+)
 from mamlpp_fast.engine import Precision
 from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.episodes import EpisodeBatch
@@ -147,21 +156,6 @@ def learner_of(workload: Workload, name: str, device: str) -> MAMLPlusPlus:
 def job(learner: MAMLPlusPlus, workload: Workload) -> Callable[[], object]:
     batch = workload.batch(0).to(learner.device, learner.dtype)
     return lambda: learner.meta_step(batch)
-
-
-def taken() -> dict[str, Any]:
-    """When a row is measured, and of which commit."""
-    here = machine()
-    return {key: here[key] for key in ("date", "commit")}
-
-
-def earlier(path: Path | None) -> list[dict[str, Any]]:
-    """The rows that a file has, each with when it was taken."""
-    if path is None or not path.exists():
-        return []
-    content = json.loads(path.read_text())
-    then = {key: content["machine"].get(key) for key in ("date", "commit")}
-    return [then | row for row in content["rows"]]
 
 
 class Comparison:

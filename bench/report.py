@@ -38,7 +38,7 @@ PAGES = (
     "docs/hard_use.md",
     "results/README.md",
 )
-FULL_SET = ("iterations", "kernels", "peers", "scaling", "drop_in")
+FULL_SET = ("iterations", "kernels", "peers", "scaling")
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[^ ]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 # The file that each is of, and what is made of its rows.

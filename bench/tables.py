@@ -181,9 +181,9 @@ def drop_in(rows: Rows) -> str:
     """Loops before and after a line is changed, and the learner on the same problem; one that differs has no time."""
     lines = []
     for r in rows:
-        sizes = [f"{r['ways']}-way {r.get('shots', 1)}-shot"] if r.get("ways") else []
-        sizes += [f"{r['size']} pixels"] if r.get("size", 28) > 28 else []
-        line = [", ".join([r.get("script", "textbook"), *sizes]), r.get("changed", "import")]
+        sizes = [f"{r['ways']}-way {r['shots']}-shot"] if r["ways"] else []
+        sizes += [f"{r['size']} pixels"] if r["size"] > 28 else []
+        line = [", ".join([r["script"], *sizes]), r["changed"]]
         if "fault" in r:
             lines.append([*line, f"not timed: {r['fault']}", *[""] * 4])
             continue

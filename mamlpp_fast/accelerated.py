@@ -235,18 +235,7 @@ def served(
         args, kwargs: of the call.
         plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
     """
-    if torch.compiler.is_compiling():
-        return None
-    return _served(model, args, kwargs, plain)
-
-
-def _served(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    plain: Callable[[], nn.Module] | None = None,
-) -> Tensor | None:
-    if paused():
+    if torch.compiler.is_compiling() or paused():
         return None
     # Without a look at the call or the form, which plain PyTorch does not need.
     if gainless(model):
@@ -303,7 +292,7 @@ def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inpu
         own = (
             first is not None and first.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
         )
-        made = _served(model, *_arguments(x)) if own else None
+        made = served(model, *_arguments(x)) if own else None
         return reference.called(model, x) if made is None else made
 
 

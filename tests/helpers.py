@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -140,3 +143,14 @@ def refused(kind: type[Exception], text: str) -> Iterator[None]:
         yield
     assert text in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def run_elsewhere(file: str, *arguments: str, **variables: str) -> None:
+    """Runs a test file as a script in a process of its own, which has these variables in its environment."""
+    done = subprocess.run(
+        [sys.executable, file, *arguments],
+        env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

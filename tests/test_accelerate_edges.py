@@ -201,12 +201,18 @@ class Counted(Beside):
         return super().forward(x) * self.calls
 
 
+def _noted(monkeypatch: pytest.MonkeyPatch, what: Callable[[], int] = lambda: 1) -> list[int]:
+    """Grows by ``what()`` with each program that is tried from now on."""
+    found: list[int] = []
+    made = module._made
+    monkeypatch.setattr(module, "_made", lambda *given: found.append(what()) or made(*given))
+    return found
+
+
 def test_a_model_that_changes_at_each_call_is_not_recorded_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast = pair(lambda: Counted("plain"))
     x = data(1)[0][0]
-    tries: list[int] = []
-    made = module._made
-    monkeypatch.setattr(module, "_made", lambda *given: tries.append(1) or made(*given))
+    tries = _noted(monkeypatch)
     for _ in range(40):
         torch.testing.assert_close(fast(x), plain(x), **CLOSE)
     assert len(tries) == module._TRIES and "changes attributes" in mf.acceleration(fast)
@@ -224,9 +230,7 @@ def test_programs_that_serve_few_calls_are_written_less_and_less(monkeypatch: py
     """An attribute that is another one at each call makes a form of each, which is right but slow."""
     plain, fast = pair(lambda: Annealed("plain"))
     x = data(1)[0][0]
-    written: list[int] = []
-    made = module._made
-    monkeypatch.setattr(module, "_made", lambda *given: written.append(call) or made(*given))
+    written = _noted(monkeypatch, lambda: call)
     for call in range(80):
         plain.scale = fast.scale = 1 + call / 8
         torch.testing.assert_close(fast(x), plain(x), **CLOSE)

@@ -1,18 +1,21 @@
 """Checkpoint files: whole or not at all, and never code."""
 
+import copy
 import errno
 import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers import refused
 from train_helpers import RunsCode
 
-from mamlpp_fast.train import checkpoint, files
-from mamlpp_fast.train._resumable import check_fits
-from mamlpp_fast.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from mamlpp_fast.train import TrainConfig, build_learner, checkpoint, files
+from mamlpp_fast.train._resumable import check_fits, check_learner
+from mamlpp_fast.train.checkpoint import CheckpointError, load_checkpoint, load_tensors, save_checkpoint
 
 
 @pytest.fixture
@@ -87,6 +90,66 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
         archive.writestr("hello.txt", "hello")
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "x.pt", "model")
+
+
+_STORAGE = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x03tQ"
+_TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + _STORAGE + b"K\x00K\x03\x85K\x01\x85\x89}tR."
+STORED = {
+    "kind": (_TENSOR.replace(b"U\x07storage", b"U\x06module"), "persistent id of other than a storage"),
+    "place": (_TENSOR.replace(b"U\x03cpu", b"N"), "storage in another form"),
+    "size": (_TENSOR.replace(b"cpuK\x03", b"cpuJ\xff\xff\xff\xff"), "storage of no size"),
+    "types": (_STORAGE + _TENSOR.replace(b"Float", b"Int"), "storage of two types or sizes"),
+    "no storage": (_TENSOR.replace(_STORAGE, b"N"), "tensor of other than a storage and sizes"),
+    "strides": (
+        _TENSOR.replace(b"K\x01\x85", b"K\x01K\x01\x86"),
+        "tensor with other strides than dimensions",
+    ),
+}
+
+
+@pytest.mark.parametrize(("program", "reason"), STORED.values(), ids=STORED)
+def test_tensors_that_torch_does_not_write_so(program: bytes, reason: str, tmp_path: Path) -> None:
+    def written(program: bytes) -> Path:
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            parts = {"data.pkl": b"\x80\x02" + program, "data/0": bytes(12), "version": b"3\n"}
+            for name, content in parts.items():
+                archive.writestr(f"x/{name}", content)
+        return tmp_path / "x.pt"
+
+    torch.testing.assert_close(load_tensors(written(_TENSOR)), torch.zeros(3))
+    with refused(CheckpointError, f"got a damaged pickle (UnpicklingError: {reason})"):
+        load_tensors(written(program))
+
+
+LEARNED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
+    "model": (("model",), 3, "expected model by name, got int"),
+    "iteration": (("iteration",), -1, "iteration: expected an integer, got -1"),
+    "optimizer": (("optimizer",), [], "optimizer: expected Adam's state, got list"),
+    "groups": (("optimizer", "param_groups"), [{}], "optimizer: expected Adam's parameter groups, got [{}]"),
+    "moments": (("optimizer", "state", 0), {}, "optimizer: expected Adam's moments, got 0: {}"),
+    "index": (("optimizer", "state", 999), {}, "optimizer: expected Adam's moments, got 999: {}"),
+    "shape": (
+        ("optimizer", "state", 0, "exp_avg"),
+        torch.zeros(1),
+        "optimizer: expected exp_avg [2, 1, 3, 3] of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "message"), LEARNED.values(), ids=LEARNED)
+def test_a_learners_state_is_looked_through(place: tuple[Any, ...], value: Any, message: str) -> None:
+    learner = build_learner(TrainConfig(filters=2, stages=1, ways=2, image_size=4, steps=2), 1, 4)
+    for p in learner.model.parameters():
+        p.grad = torch.ones_like(p)
+    learner.apply_gradient()
+    state = copy.deepcopy(learner.state_dict())
+    check_learner(Path("x.pt"), state, learner)
+    within = state
+    for key in place[:-1]:
+        within = within[key]
+    within[place[-1]] = value
+    with refused(CheckpointError, f"x.pt: {message}"):
+        check_learner(Path("x.pt"), state, learner)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

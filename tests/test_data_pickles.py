@@ -4,6 +4,7 @@ import collections
 import contextlib
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,40 @@ def test_array_subclasses_and_persistent_ids_are_refused(tmp_path: Path) -> None
     file.write_bytes(b"P1\n.")
     with pytest.raises(DataError, match="asks for persistent id"):
         read_pickle(file)
+
+
+_SHORT = b"cnumpy\ndtype\nU\x02u2\x85R"
+_EMPTY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+REFUSED = {
+    "encoding": (b"c_codecs\nencode\nU\x01aU\x05utf-8\x86R.", "encoding 'utf-8'"),
+    "dtype": (b"cnumpy\ndtype\nK\x01\x85R.", "dtype of int"),
+    "array type": (_EMPTY.replace(b"cnumpy\nndarray\n", b"K\x01") + b".", "array type int"),
+    "scalar": (b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nU\x02O8\x85RU\x01a\x86R.", "object scalar"),
+    "bytes": (b"c__builtin__\nbytes\nK\x05\x85R.", "bytes of int"),
+    "list": (b"c__builtin__\nlist\nK\x05\x85R.", "list of int"),
+    "item": (b"}K\x01a.", "list items of dict"),
+    "order": (_SHORT + b"(K\x03U\x01?NNNK\x00K\x00K\x00tb.", "byte order"),
+    "state": (_EMPTY + b"(K\x01K\x01\x85NK\x00U\x01atb.", "array state"),
+    "shape": (_EMPTY + b"(K\x01J\xff\xff\xff\xff\x85" + _SHORT + b"K\x00U\x01atb.", "array shape"),
+    "size": (_EMPTY + b"(K\x01K\x01\x85" + _SHORT + b"K\x00U\x01atb.", "bytes of an array"),
+}
+
+
+@pytest.mark.parametrize(("program", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_no_data_need_is_refused(program: bytes, reason: str, tmp_path: Path) -> None:
+    """Calls with other arguments than data have, and states that do not belong to what they are given to."""
+    file = tmp_path / "a.pkl"
+    file.write_bytes(b"\x80\x02" + program)
+    with pytest.raises(DataError, match=rf"got a damaged one \(UnpicklingError: {re.escape(reason)}\)$"):
+        read_pickle(file)
+
+
+def test_texts_that_stand_for_bytes(tmp_path: Path) -> None:
+    """As Python 3 writes bytes for Python 2, and dictionaries by their items."""
+    file = tmp_path / "a.pkl"
+    value = b"c__builtin__\nbytes\nU\x01\xffU\x06latin1\x86R"
+    file.write_bytes(b"\x80\x02ccollections\nOrderedDict\n](U\x01k" + value + b"la\x85R.")
+    assert read_pickle(file) == {"k": b"\xff"}
 
 
 @pytest.mark.parametrize("cut", range(0, 400, 37))

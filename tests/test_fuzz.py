@@ -123,13 +123,6 @@ def test_the_harness_sees_each_fault(subject: Any, what: str | None, monkeypatch
     assert what is None or what in row["failures"][0]
 
 
-def test_jobs_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.fuzz.driver._BATCH", 7)
-    one, two = (fuzz(60, seed=2, only=["config", "pickles"], jobs=jobs) for jobs in (1, 3))
-    for key in ("kind", "inputs", "accepted", "refused", "failures"):
-        assert [r[key] for r in one] == [r[key] for r in two]
-
-
 def test_inputs_behind_a_crash_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.fuzz.driver.SUBJECTS", (_Crashing(),))
     (row,) = fuzz(3, seed=0)

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,9 +88,12 @@ def test_testing_predicting_and_adapting(folder: Path, tmp_path: Path) -> None:
     (result,) = trainer.test(own, datamodule=episodes(folder), verbose=False)
     whole = own.learner.evaluate(sampler(folder, "test").batch(0, 8))
     assert result["test_accuracy"] == pytest.approx(float(whole.accuracy[-1].mean()))
-    loader = torch.utils.data.DataLoader([sampler(folder, "test").batch(0, 2)], batch_size=None)
-    (predicted,) = trainer.predict(own, loader)
+    batch = sampler(folder, "test").batch(0, 2)
+    four = (batch.support_x, batch.support_y, batch.target_x, batch.target_y)
+    loader = torch.utils.data.DataLoader([batch, four], batch_size=None)  # type: ignore[list-item]
+    predicted, again = trainer.predict(own, loader)
     torch.testing.assert_close(predicted, whole.logits[-1, :2])
+    torch.testing.assert_close(again, predicted, rtol=0, atol=0)
     task = sampler(folder, "test").batch(0, 1)[0]
     torch.testing.assert_close(own(task.support_x, task.support_y, task.target_x), predicted[0])
 
@@ -147,6 +151,17 @@ def test_what_would_not_be_maml_is_refused(
 def test_other_batches_are_refused() -> None:
     with pytest.raises(TypeError, match="batch: expected an EpisodeBatch or"):
         module().training_step({"x": 1}, 0)
+
+
+def test_tasks_that_the_processes_do_not_divide(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes as many, or a mean over processes would be none over tasks."""
+    monkeypatch.setattr(EpisodeDataModule, "_ranks", lambda self: SimpleNamespace(size=3))
+    data = episodes(folder)
+    with pytest.raises(ValueError, match="tasks: expected a multiple of the 3 processes, got 4"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match="val_tasks, test_tasks: expected a multiple of 3, got 8"):
+        data.test_dataloader()
+    assert EpisodeDataModule(sampler(folder, "train")).val_dataloader() == []
 
 
 class _Started(LightningEnvironment):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import assert_equal_on_any_threads
+from helpers import assert_equal_on_any_threads, run_elsewhere
 from op_helpers import backend_fixture, pointwise_functions
 from torch import Tensor
 
@@ -128,13 +124,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(level: str) -> None:
     """In a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "MAMLPP_FAST_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_elsewhere(__file__, MAMLPP_FAST_ISA=level)
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from torch.func import functional_call
 
 from mamlpp_fast import reference, replay
@@ -120,26 +121,54 @@ def test_a_wrong_recorded_gradient_fails(golden: Path, tmp_path: Path) -> None:
     assert report.meta_gradient == pytest.approx(1e-8, rel=1e-3)
 
 
-@pytest.mark.parametrize("fault", ["missing", "text", "key", "config", "config-key"])
+# Of a recorded run: its arrays made others, or None for those that go; settings of its config; what is then expected.
+FAULTS: dict[str, tuple[dict[str, Callable[[np.ndarray], np.ndarray] | None], dict[str, Any], str]] = {
+    "key": ({"losses": None}, {}, "a recorded run, key 'losses' is missing"),
+    "no JSON": ({"config": lambda _: np.array("{")}, {}, "config to be JSON"),
+    "no object": (
+        {"config": lambda _: np.array("[]")},
+        {},
+        "config to say how the run was made, it is no object",
+    ),
+    "config": ({}, {"steps": None}, "config to say how the run was made, 'steps' is missing"),
+    "integer": ({}, {"steps": 0}, "an integer of at least 1, got 0"),
+    "switch": ({}, {"msl": 1}, "true or false, got 1"),
+    "name": ({}, {"dataset": 3}, "a name, got 3"),
+    "filters": ({}, {"filters": 3}, "[3, "),
+    "stages": ({}, {"stages": 9}, "9 convolutions, got "),
+    "ways": ({}, {"ways": 9}, "[tasks, 9, images, "),
+    "labels": ({"batch1/target_y": lambda y: y + 99}, {}, "labels 0 to "),
+    "tasks": (
+        {f"batch2/target_{axis}": lambda t: np.concatenate([t, t]) for axis in "xy"},
+        {},
+        "support and target of as many tasks",
+    ),
+    "type": ({"losses": lambda v: v.astype(np.float16)}, {}, "float64 or float32, got float16"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_files_that_are_no_recorded_run_say_so(golden: Path, tmp_path: Path, fault: str) -> None:
-    path = tmp_path / "run.npz"
-    if fault == "text":
-        path.write_text("not an archive")
-    elif fault != "missing":
-        with np.load(golden / "maml_plain.npz") as archive:
-            arrays = {k: archive[k] for k in archive.files}
-        if fault == "key":
-            del arrays["losses"]
-        elif fault == "config":
-            arrays["config"] = np.array("{")
-        else:
-            config = json.loads(str(arrays["config"]))
-            del config["steps"]
-            arrays["config"] = np.array(json.dumps(config))
-        np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=r"run\.npz: expected") as error:
-        replay.replay(path)
-    assert "\n" not in str(error.value)
+    changes, settings, expected = FAULTS[fault]
+    with np.load(golden / "maml_plain.npz") as archive:
+        arrays = dict(archive)
+    config = json.loads(str(arrays["config"])) | settings
+    arrays["config"] = np.array(json.dumps({k: v for k, v in config.items() if v is not None}))
+    for name, change in changes.items():
+        array = arrays.pop(name)
+        if change is not None:
+            arrays[name] = change(array)
+    np.savez(tmp_path / "run.npz", **arrays)
+    with refused(ValueError, f"expected {expected}"):
+        replay.replay(tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize("content", [None, "not an archive"], ids=["missing", "text"])
+def test_what_is_no_archive_says_so(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "run.npz").write_text(content)
+    with refused(ValueError, "run.npz: expected"):
+        replay.replay(tmp_path / "run.npz")
 
 
 def test_names_of_the_authors_code_translate() -> None:

@@ -351,6 +351,19 @@ def test_long_runs_have_thinned_tables() -> None:
     assert any("25 epochs" in note for note in rates.notes)
 
 
+@pytest.mark.parametrize("losses", [(4.0, 0.02), (4.0, 0.5)], ids=["decades", "near"])
+def test_losses_of_several_decades_have_a_logarithmic_scale(losses: tuple[float, ...]) -> None:
+    lines = [{"epoch": e, "iteration": e + 1, "train_loss": loss} for e, loss in enumerate(losses)]
+    curves = next(f for f in all_figures([Run("run", Path("run"), {}, lines, None)]) if f.key == "curves")
+    panel = plotly(curves)["panels"][0]
+    go.Figure(data=panel["data"], layout=panel["layout"])
+    ticks = panel["layout"]["yaxis"].get("tickvals")
+    if losses[1] > 0.1:
+        assert ticks is None
+    else:
+        assert ticks[0] <= losses[1] < losses[0] <= ticks[-1] and ticks == sorted(ticks)
+
+
 def _luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]

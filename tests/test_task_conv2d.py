@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_elsewhere
 from torch import Tensor
 
 from mamlpp_fast import _native
@@ -95,7 +94,7 @@ INTERPRETED = {
     "5x5": (1, 2, 6, 7, 2, 3, (5, 5), 1, 2),
 }
 FEW = ("omniglot-14", "omniglot-7", "imagenet-first", "stride-2", "odd-channels")
-NATIVE = "native" in backends("task_conv2d")
+native = pytest.mark.skipif("native" not in backends("task_conv2d"), reason="native library not loaded")
 interpreted = pytest.mark.skipif("triton" not in backends("task_conv2d"), reason="no Triton interpreter")
 ISA = _native.status().isa
 
@@ -161,6 +160,10 @@ def within_rounding(result: Tensor, exact: Tensor) -> None:
     assert relative(result, exact) < 3e-6
 
 
+def exactly(result: Tensor, exact: Tensor) -> None:
+    torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_float64_is_exact(backend: str, name: str) -> None:
     def check(result: Tensor, exact: Tensor) -> None:
@@ -179,7 +182,7 @@ def test_bfloat16_operands_are_summed_in_float32(backend: str, name: str) -> Non
     Case(BFLOAT16_SHAPES[name], torch.bfloat16).compare(within_rounding)
 
 
-@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+@native
 @pytest.mark.parametrize("name", ["omniglot-14", "omniglot-7", "imagenet-wide"])
 def test_winograd_rounds_twice_as_much_as_the_direct_form_at_most(name: str) -> None:
     """Root-mean-square errors: the largest one of a tensor is half luck.
@@ -199,9 +202,7 @@ def test_winograd_rounds_twice_as_much_as_the_direct_form_at_most(name: str) -> 
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_gpu_kernels_are_exact_in_float64(name: str) -> None:
     with use_backend("triton"):
-        Case(INTERPRETED[name], torch.float64).compare(
-            lambda result, exact: torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12)
-        )
+        Case(INTERPRETED[name], torch.float64).compare(exactly)
 
 
 @interpreted
@@ -269,7 +270,7 @@ def test_weights_gradients_are_exact_where_a_program_takes_many_steps(
     for operands in (case.x, case.w, case.g):
         operands[:] = map(fence, operands)
     with use_backend("triton"):
-        case.compare(lambda result, exact: torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-12))
+        case.compare(exactly)
     assert min(steps) >= 3
 
 
@@ -285,7 +286,7 @@ def test_gpu_kernels_sum_bfloat16_operands_in_float32(out: torch.dtype) -> None:
         Case((2, 1, 5, 6, 16, 32, 3, 1, 1), torch.bfloat16).compare(check, out)
 
 
-@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+@native
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_any_number_of_threads_gives_the_same_bits(
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+@native
 def test_bfloat16_operands_at_any_address() -> None:
     """Half an element off, operands cannot be read in pairs."""
     x = torch.randn(1 + 2 * 3 * 7 * 7 * 16).bfloat16()[1:].view(2, 3, 7, 7, 16)
@@ -423,7 +424,7 @@ def test_gpu_kernels_refuse_another_memory_order() -> None:
         ops.task_conv2d(x.permute(0, 1, 3, 4, 2), w, None, None, 1, 1, out)
 
 
-@pytest.mark.skipif(not NATIVE, reason="native library not loaded")
+@native
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
@@ -438,13 +439,7 @@ def test_gpu_kernels_refuse_another_memory_order() -> None:
 )
 def test_forms_chosen_by_environment(variable: str, value: str) -> None:
     """The other instruction sets, and every form at every shape it can take, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, variable: value, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_elsewhere(__file__, **{variable: value})
 
 
 def bfloat16_results() -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -463,13 +458,7 @@ def bfloat16_results() -> dict[str, list[tuple[Tensor, Tensor]]]:
 def test_tiles_are_as_exact_as_pairs(tmp_path: Path) -> None:
     """AMX here against vdpbf16ps in a process of its own."""
     saved = tmp_path / "pairs.pt"
-    done = subprocess.run(
-        [sys.executable, __file__, str(saved)],
-        env={**os.environ, "MAMLPP_FAST_ISA": "avx512bf16", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_elsewhere(__file__, str(saved), MAMLPP_FAST_ISA="avx512bf16")
     pairs = torch.load(saved)
     with use_backend("native"):
         tiles = bfloat16_results()

@@ -1,6 +1,6 @@
 """Feeds damaged and hostile inputs to every reader of files and settings.
 
-    python -m bench.fuzz [--inputs 100000] [--seed 0] [--only NAME,...] [--jobs 1] [--json FILE] [--keep DIR]
+    python -m bench.fuzz [--inputs 100000] [--seed 0] [--only NAME,...] [--json FILE] [--keep DIR]
 
 Each input must be accepted, or refused by a ValueError, TypeError or OSError of one line, within the limits of time and
 memory, and without running anything: pickles are laid that would make a folder, and the interpreter's audit
@@ -22,11 +22,10 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
-    parser.add_argument("--jobs", type=int, default=1, help="batches at a time; finds the same")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     only = [name for name in options.only.split(",") if name]
-    rows = fuzz(options.inputs, options.seed, only=only, keep=options.keep, jobs=options.jobs, say=print)
+    rows = fuzz(options.inputs, options.seed, only=only, keep=options.keep, say=print)
     command = f"python -m bench.fuzz --inputs {options.inputs} --seed {options.seed}"
     keep(options.json, rows, command=command, inputs=sum(r["inputs"] for r in rows))
     return 1 if any(r["failed"] for r in rows) else 0

@@ -73,7 +73,6 @@ def fuzz(
     *,
     only: Sequence[str] = (),
     keep: Path | None = None,
-    jobs: int = 1,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Runs ``inputs`` inputs, a few more where shares do not divide them, and returns a row for each kind of input.
@@ -83,7 +82,6 @@ def fuzz(
         seed: input ``i`` of a kind depends on this and ``i`` alone.
         only: names of kinds; all without it.
         keep: a folder for the inputs that fail.
-        jobs: batches that run at a time; what is found does not depend on it.
         say: told of each finished kind.
     """
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
@@ -93,54 +91,20 @@ def fuzz(
     with tempfile.TemporaryDirectory(
         dir=_MEMORY_FOLDER if os.access(_MEMORY_FOLDER, os.W_OK) else None
     ) as name:
-        folder = Path(name)
-        (folder / "canaries").mkdir()
-        kinds = [_Kind(s, math.ceil(inputs * s.share / total), seed, folder) for s in chosen]
-        waiting = [(kind, batch) for kind in kinds for batch in kind.batches()]
-        slots = [folder / f"slot-{i}" for i in range(jobs)]
-        running: dict[int, _Batch] = {}
-        while waiting or running:
-            while waiting and slots:
-                kind, indices = waiting.pop(0)
-                batch = _Batch(kind, indices, slots.pop())
-                running[batch.reading] = batch
-            for ready in select.select(list(running), [], [], 1.0)[0] or ():
-                batch = running[ready]
-                if batch.takes_more():
-                    continue
-                del running[ready]
-                slots.append(batch.slot)
-                left = batch.kind.add(batch)
-                if left:
-                    waiting.insert(0, (batch.kind, left))
-                elif batch.kind.done == batch.kind.inputs:
-                    rows.append(batch.kind.row(keep))
-                    say(json.dumps(rows[-1]))
-            for batch in running.values():
-                batch.end_when_stuck()
-    return sorted(rows, key=lambda row: [s.name for s in chosen].index(row["kind"]))
+        (Path(name) / "canaries").mkdir()
+        for subject in chosen:
+            kind = _Kind(subject, math.ceil(inputs * subject.share / total), seed, Path(name))
+            rows.append(kind.run(keep))
+            say(json.dumps(rows[-1]))
+    return rows
 
 
 class _Kind:
-    """What became of the inputs of one kind so far."""
+    """Inputs of one kind, and what becomes of them."""
 
     def __init__(self, subject: Subject, inputs: int, seed: int, folder: Path) -> None:
         self.subject, self.inputs, self.seed, self.folder = subject, inputs, seed, folder
         self.canary = str(folder / "canaries" / subject.name)
-        self.done = 0
-        self._counts: Counter[str] = Counter()
-        self._failures: list[tuple[int, str]] = []
-        self._slowest, self._peak, self._seconds, self._processor = 0.0, 0, 0.0, 0.0
-        self._prepared = False
-
-    def batches(self) -> list[range]:
-        return [range(at, min(at + _BATCH, self.inputs)) for at in range(0, self.inputs, _BATCH)]
-
-    def prepare(self) -> None:
-        """Once, before the first child, so that they find modules imported."""
-        if not self._prepared:
-            self._prepared = True
-            self.enter(self.folder / "parent")
 
     def enter(self, place: Path) -> None:
         """Makes ``place`` the folder where inputs are read from, and nothing but it a place to write to."""
@@ -152,107 +116,90 @@ class _Kind:
     def input(self, index: int) -> bytes:
         return self.subject.make(random.Random(f"{self.subject.name}/{self.seed}/{index}"))
 
-    def add(self, batch: _Batch) -> range | None:
-        """Counts a batch; returns what is left of one whose process died."""
-        result = batch.result()
-        self._counts.update(result["counts"])
-        self._failures += [tuple(f) for f in result["failures"]]
-        self._slowest = max(self._slowest, result["slowest"])
-        self._peak = max(self._peak, result["grown"])
-        self._processor += result["processor"]
-        self._seconds += time.perf_counter() - batch.started
-        self.done += result["next"] - batch.indices.start
-        return range(result["next"], batch.indices.stop) or None
-
-    def row(self, keep: Path | None) -> dict[str, Any]:
-        failures = sorted(self._failures)
+    def run(self, keep: Path | None) -> dict[str, Any]:
+        began = time.perf_counter()
+        self.enter(self.folder / "parent")  # so that children find modules imported
+        results, done = [], 0
+        while done < self.inputs:
+            results.append(_in_a_child(self, range(done, min(done + _BATCH, self.inputs))))
+            done = results[-1]["next"]
+        failures = [tuple(f) for r in results for f in r["failures"]]
         if keep is not None and failures:
             keep.mkdir(parents=True, exist_ok=True)
-            Canary.path = self.canary
             for index, _ in failures:
                 (keep / f"{self.subject.name}-{self.seed}-{index}").write_bytes(self.input(index))
         code_run = int(Path(self.canary).exists())
         return {
             "kind": self.subject.name,
             "inputs": self.inputs,
-            "accepted": self._counts["accepted"],
-            "refused": self._counts["refused"],
+            **{key: sum(r["counts"].get(key, 0) for r in results) for key in ("accepted", "refused")},
             "failed": len(failures) + code_run,
             "failures": [f"input {index}: {what}" for index, what in failures[:20]],
-            "slowest_seconds": round(self._slowest, 3),
-            "memory_growth_mib": self._peak >> 20,
-            "seconds": round(self._seconds, 1),
-            "processor_seconds": round(self._processor, 1),
+            "slowest_seconds": round(max(r["slowest"] for r in results), 3),
+            "memory_growth_mib": max(r["grown"] for r in results) >> 20,
+            "seconds": round(time.perf_counter() - began, 1),
+            "processor_seconds": round(sum(r["processor"] for r in results), 1),
             "code_run": code_run,
         }
 
 
-class _Batch:
+def _in_a_child(kind: _Kind, indices: range) -> dict[str, Any]:
     """A batch in a child; where the child dies, the input at hand failed and the next batch starts behind it."""
+    progress = mmap.mmap(-1, 8)
+    progress[:8] = struct.pack("q", indices.start)
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    gc.collect()
+    gc.freeze()  # else the child's collections copy every page of ours
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 2)
+            result = _run(kind, indices, kind.folder / "child", progress)
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(json.dumps(result).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    gc.unfreeze()
+    os.close(writing)
+    content = _written(reading, child, progress)
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    if content and status == 0:
+        found: dict[str, Any] = json.loads(content)
+        return found
+    at = struct.unpack("q", progress[:8])[0]
+    return {
+        "counts": {"refused": at - indices.start},  # what was counted before died with it
+        "failures": [[at, f"the process died, status {status}"]],
+        "slowest": 0.0,
+        "grown": 0,
+        "processor": 0.0,
+        "next": at + 1,
+    }
 
-    def __init__(self, kind: _Kind, indices: range, slot: Path) -> None:
-        self.kind, self.indices, self.slot = kind, indices, slot
-        self.started = time.perf_counter()
-        self._progress = mmap.mmap(-1, 8)
-        self._progress[:8] = struct.pack("q", indices.start)
-        self._content, self._last = b"", indices.start
-        self._moved, self._used = self.started, 0.0
-        kind.prepare()
-        self.reading, writing = os.pipe()
-        sys.stdout.flush()
-        gc.collect()
-        gc.freeze()  # else the child's collections copy every page of ours
-        self._child = os.fork()
-        if self._child == 0:
-            status = 1
-            try:
-                with open(os.devnull, "w") as null:
-                    os.dup2(null.fileno(), 2)
-                result = _run(kind, indices, slot, self._progress)
-                with os.fdopen(writing, "wb") as pipe:
-                    pipe.write(json.dumps(result).encode())
-                status = 0
-            finally:
-                os._exit(status)
-        gc.unfreeze()
-        os.close(writing)
 
-    def takes_more(self) -> bool:
-        """Reads what the child wrote; false at its end."""
-        part = os.read(self.reading, 1 << 16)
-        self._content += part
-        return bool(part)
-
-    def end_when_stuck(self) -> None:
-        """Kills a child that not even a signal reaches; one that waits for the processor alone is not stuck."""
-        at, now = struct.unpack("q", self._progress[:8])[0], time.perf_counter()
-        state, *fields = Path(f"/proc/{self._child}/stat").read_text().rpartition(")")[2].split()
+def _written(reading: int, child: int, progress: mmap.mmap) -> bytes:
+    """All that a child writes. One that not even a signal reaches is killed; waiting for the processor is not stuck."""
+    content, last, spent, moved = b"", -1, 0.0, time.perf_counter()
+    while True:
+        if select.select([reading], [], [], 1.0)[0]:
+            part = os.read(reading, 1 << 16)
+            content += part
+            if not part:
+                return content
+        at, now = struct.unpack("q", progress[:8])[0], time.perf_counter()
+        state, *fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
         used = (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")  # by the program, by the system
-        if at != self._last:
-            self._last, self._used, self._moved = at, used, now
+        if at != last:
+            last, spent, moved = at, used, now
         if state == "R":
-            self._moved = now
-        if max(now - self._moved, used - self._used) > 12 * SECONDS:
-            os.kill(self._child, signal.SIGKILL)
-
-    def result(self) -> dict[str, Any]:
-        os.close(self.reading)
-        _, status = os.waitpid(self._child, 0)
-        if self._content and status == 0:
-            found: dict[str, Any] = json.loads(self._content)
-            return found
-        at = struct.unpack("q", self._progress[:8])[0]
-        what = f"the process died, status {status}"
-        # What was counted before died with it.
-        counts = {"accepted": 0, "refused": at - self.indices.start}
-        return {
-            "counts": counts,
-            "failures": [[at, what]],
-            "slowest": 0.0,
-            "grown": 0,
-            "processor": 0.0,
-            "next": at + 1,
-        }
+            moved = now
+        if max(now - moved, used - spent) > 12 * SECONDS:
+            os.kill(child, signal.SIGKILL)
 
 
 def _run(kind: _Kind, indices: range, slot: Path, progress: mmap.mmap) -> dict[str, Any]:

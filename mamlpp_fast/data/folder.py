@@ -130,8 +130,6 @@ def classes_from_files(
             if len(images) % 1000 == 0:
                 progress(f"{source} {split}: reading images", len(images), total)
     count = torch.tensor([len(files[n]) for n in names], dtype=torch.int64)
-    if not images:
-        raise DataError(f"{source}, split '{split}': expected class folders with images, found none")
     return ImageClasses(
         torch.from_numpy(np.stack(images)), torch.cumsum(count, 0) - count, count, tuple(names), split, source
     )

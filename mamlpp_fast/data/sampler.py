@@ -152,9 +152,7 @@ class EpisodeSampler:
         """
         if start < 0 or count < 1:
             raise DataError(f"start, count: expected start >= 0 and count >= 1, got {start} and {count}")
-        if self.sampling == "authors":
-            return self._authors_batch(start, count)
-        return self._draw(torch.arange(start, start + count, device=self.device))
+        return self._gather(*self.draws(start, count))
 
     def batch_from(self, counter: Tensor, count: int) -> EpisodeBatch:
         """As :meth:`batch`, the start being read on the device: nothing waits, so a CUDA graph can hold it.
@@ -168,7 +166,7 @@ class EpisodeSampler:
         """
         if self.sampling == "authors":
             raise DataError("batch_from: expected sampling='counter', got 'authors', which draws on the host")
-        return self._draw(counter.reshape(()) + torch.arange(count, device=self.device))
+        return self._gather(*self._indices(counter.reshape(()) + torch.arange(count, device=self.device)))
 
     def draws(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the tasks are made of, without their pixels.
@@ -198,9 +196,6 @@ class EpisodeSampler:
         turns = _shift_right(_mix(chosen ^ _TURN_STREAM), 62)
         return classes, images, turns
 
-    def _draw(self, task: Tensor) -> EpisodeBatch:
-        return self._gather(*self._indices(task))
-
     def _authors_draws(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         base = authors_seed(self.seed)
         sizes = self.split.class_count.tolist()
@@ -208,9 +203,6 @@ class EpisodeSampler:
         drawn = [authors_episode(sizes, self.ways, wanted, base + start + i) for i in range(count)]
         classes, images, turns = (torch.tensor([d[j].tolist() for d in drawn]) for j in range(3))
         return classes.to(self.device), images.to(self.device), turns.to(self.device)
-
-    def _authors_batch(self, start: int, count: int) -> EpisodeBatch:
-        return self._gather(*self._authors_draws(start, count))
 
     def _gather(self, classes: Tensor, images: Tensor, turns: Tensor) -> EpisodeBatch:
         tasks = classes.shape[0]

@@ -160,24 +160,19 @@ class _Reader:
         for name in HOOKS:
             if state[name]:
                 self.identities(name, state[name].values())
-        for name, p in state["_parameters"].items():
-            key.append(name)
-            if p is not None and p.__dict__:
-                self.objects.append(p)
-            if p is not None and self.form:
-                key += (self.tensors.setdefault(id(p), len(self.tensors)), *traits(p))
-            elif p is not None:
-                self.parameter(p)
-        for name, buffer in state["_buffers"].items():
-            key.append(name)
-            if buffer is not None and buffer.__dict__:
-                self.objects.append(buffer)
-            if buffer is not None and self.form:
-                key += (self.tensors.setdefault(id(buffer), len(self.tensors)), *traits(buffer))
-                key.append(buffer.requires_grad)  # given by a functional call, with a graph of its own
-            elif buffer is not None:
-                held.append(buffer)
-                key += (id(buffer), buffer.shape, buffer.dtype, buffer.device, place(buffer))
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in state[group].items():
+                key.append(name)
+                if tensor is None:
+                    continue
+                if tensor.__dict__:
+                    self.objects.append(tensor)
+                if not self.form:
+                    self.tensor(tensor)
+                    continue
+                key += (self.tensors.setdefault(id(tensor), len(self.tensors)), *traits(tensor))
+                if group == "_buffers":
+                    key.append(tensor.requires_grad)  # given by a functional call, with a graph of its own
         for name, child in state["_modules"].items():
             key.append(name)
             if child is not None:
@@ -208,10 +203,10 @@ class _Reader:
             self.queue.append(module)
         self.key.append(self.seen[id(module)] if self.form else id(module))
 
-    def parameter(self, p: Tensor) -> None:
-        self.held.append(p)
-        self.key += (id(p), p.requires_grad, p.shape, p.dtype, p.device, place(p))
-        for hooks in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)):
+    def tensor(self, t: Tensor) -> None:
+        self.held.append(t)
+        self.key += (id(t), t.requires_grad, t.shape, t.dtype, t.device, place(t))
+        for hooks in (t._backward_hooks, getattr(t, "_post_accumulate_grad_hooks", None)):
             if hooks:
                 self.identities("hooks", hooks.values())
 

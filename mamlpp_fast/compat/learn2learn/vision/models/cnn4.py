@@ -98,7 +98,7 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         side = int(2 * max_pool_factor)
-        self.max_pool = nn.MaxPool2d((side, side), (side, side)) if max_pool else _same
+        self.max_pool = nn.MaxPool2d((side, side), (side, side)) if max_pool else same
         self.normalize = FusedBatchNorm2d(out_channels)
         nn.init.uniform_(self.normalize.weight)
         self.relu = nn.ReLU()
@@ -110,7 +110,7 @@ class ConvBlock(nn.Module):
         return y
 
 
-def _same(x: Tensor) -> Tensor:
+def same(x: Tensor) -> Tensor:
     return x
 
 

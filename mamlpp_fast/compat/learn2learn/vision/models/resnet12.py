@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mamlpp_fast.compat.learn2learn._batch_norm import FusedBatchNorm2d, normalise_relu
 from mamlpp_fast.compat.learn2learn.nn import Flatten, Lambda
-from mamlpp_fast.compat.learn2learn.vision.models.cnn4 import Classifier
+from mamlpp_fast.compat.learn2learn.vision.models.cnn4 import Classifier, same
 
 __all__ = ["BasicBlock", "DropBlock", "ResNet12", "ResNet12Backbone"]
 
@@ -117,7 +117,7 @@ class ResNet12Backbone(nn.Module):
             blocks = i > 2
             layer = self._layer(planes, dropblock_dropout, blocks, dropblock_size if blocks else 1)
             setattr(self, f"layer{i}", layer)
-        self.avgpool = nn.AvgPool2d(5, stride=1) if avg_pool else Lambda(_same)
+        self.avgpool = nn.AvgPool2d(5, stride=1) if avg_pool else Lambda(same)
         self.flatten = Flatten()
         self.embedding_dropout = embedding_dropout
         self.keep_avg_pool = avg_pool
@@ -138,10 +138,6 @@ class ResNet12Backbone(nn.Module):
             x = getattr(self, f"layer{i}")(x)
         features: Tensor = self.dropout(self.flatten(self.avgpool(x)))
         return features
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 class ResNet12(Classifier):
