@@ -14,6 +14,12 @@ from mamlpp_fast.train.build import versions
 __all__ = ["describe", "info"]
 
 
+_BFLOAT16 = {
+    "amxbf16": "multiplied in AMX tiles",
+    "avx512bf16": "multiplied in pairs in layers where that is faster than float32, which serves the others",
+}
+
+
 def info() -> dict[str, Any]:
     """Versions, devices, the native library, and for each operation what serves CPU and CUDA tensors.
 
@@ -31,6 +37,7 @@ def info() -> dict[str, Any]:
             "loaded": status.loaded,
             "reason": status.reason,
             "isa": status.isa,
+            "bfloat16": _BFLOAT16.get(status.isa or "", "not multiplied: float32 serves it"),
             "path": None if status.path is None else str(status.path),
         },
         "operations": {
@@ -64,6 +71,7 @@ def describe(found: dict[str, Any]) -> str:
     lines.append(f"devices: {', '.join(devices)}; {found['threads']} CPU threads")
     if native["loaded"]:
         lines.append(f"native library: {native['isa']}, {native['path']}")
+        lines.append(f"bfloat16 in convolutions on the CPU: {native['bfloat16']}")
     else:
         lines.append(f"native library: not in use, {native['reason']}")
     lines.append("operations (CPU / CUDA):")

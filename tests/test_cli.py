@@ -89,7 +89,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert {"mamlpp_fast", "torch", "python"} <= found["versions"].keys()
     assert "cpu" in found["devices"]
-    assert {"loaded", "reason", "isa", "path"} == found["native"].keys()
+    assert {"loaded", "reason", "isa", "path", "bfloat16"} == found["native"].keys()
     for served in (s for op in found["operations"].values() for s in op.values()):
         assert served["backend"] in ("native", "triton", "python", "none")
         if served["backend"] in ("python", "none"):
@@ -97,6 +97,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "native library: " in text
+    if found["native"]["loaded"]:
+        words = {"amxbf16": "multiplied in AMX tiles", "avx512bf16": "multiplied in pairs in layers where"}
+        expected = words.get(found["native"]["isa"], "not multiplied: float32 serves it")
+        assert f"bfloat16 in convolutions on the CPU: {expected}" in text
     assert all(name in text for name in found["operations"])
 
 

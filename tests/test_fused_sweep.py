@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mamlpp_fast as mf
 from mamlpp_fast import reference
 from mamlpp_fast.engine.fused import FusedEngine
+from mamlpp_fast.engine.fused.steps import linear
 from mamlpp_fast.engine.reference import ReferenceEngine
 
 TOLERANCE = 1e-10
@@ -401,24 +402,40 @@ def test_wrong_batches_are_named(batch: mf.EpisodeBatch, message: str) -> None:
         engines(small_conv4(), 3)[1].meta_gradient(batch, None, True)
 
 
-def test_bfloat16_rounds_operands_and_nothing_else() -> None:
+@pytest.fixture(params=[True, False], ids=["rounds", "keeps"])
+def pays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether bfloat16 pays, whatever this machine multiplies."""
+    monkeypatch.setattr(linear, "pays_in_bfloat16", lambda *_: request.param)
+    return bool(request.param)
+
+
+def test_bfloat16_rounds_operands_where_it_pays_and_nothing_else(pays: bool) -> None:
+    """Too wide to be computed in float64. The first layer, of one channel, is never rounded on a CPU."""
     batch = random_batch(dtype=torch.float32)
     results = []
     for precision in ("float32", "bfloat16"):
-        model = small_conv4(filters=6).float()
+        model = small_conv4(filters=12).float()
         names = reference.adapted_names(model)
         lslr = mf.LSLR(((n, model.get_parameter(n)) for n in names), 3, 0.1)
         engine = FusedEngine(model, lslr, precision=precision)  # type: ignore[arg-type]
-        results.append((engine.meta_gradient(batch, None, True), lslr.rates.grad))
-    (exact, _), (rounded, grad) = results
+        result = engine.meta_gradient(batch, None, True)
+        results.append((result.loss, lslr.rates.grad, *(p.grad for p in model.parameters())))
+    (exact, *_), (rounded, grad, *_) = results
     assert grad is not None and grad.dtype == torch.float32
-    difference = float((rounded.loss - exact.loss).abs())
-    assert 0 < difference < 0.05 * float(exact.loss)
+    words = next(line for line in engine.explain().splitlines() if "rounded to bfloat16" in line)
+    if pays:
+        assert 0 < float((rounded - exact).abs()) < 0.05 * float(exact)
+        assert words.endswith(": blocks.1.conv"), words
+    else:
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+        assert words.endswith(": none; in float32, which is faster here: blocks.1.conv"), words
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_adapting_norms_in_low_precision(precision: str) -> None:
+def test_adapting_norms_in_low_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too wide to be computed in float64; strided, so that no near-tie of a pool tips."""
+    monkeypatch.setattr(linear, "pays_in_bfloat16", lambda *_: True)
     model, batch = small_conv4(per_step_affine=False, max_pool=False, filters=12), random_batch()
     exact, _ = engines(model, 3, adapt_norm=True)
     plain, ours = engines(model.float(), 3, adapt_norm=True, precision=precision)

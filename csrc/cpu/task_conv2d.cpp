@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "amx/conv_amx.h"
+#include "conv_choice.h"
 #include "kernels/conv_kernels.h"
 #include "registry.h"
 
@@ -24,6 +25,7 @@ namespace {
 
 using at::Tensor;
 using conv::Operands;
+using conv::Product;
 using conv::Shape;
 using OptTensor = std::optional<Tensor>;
 
@@ -83,21 +85,26 @@ class Scratch {
 thread_local Scratch kernel_scratch, tap_products, tap_weights, turned_weights;
 thread_local Scratch widened[4];
 
+/// The shape of x [T,N,H,W,Ci] * w [T,kh,kw,Ci,Co]; an axis along which the kernel is one pixel is not padded.
+Shape shape_of(at::IntArrayRef x, at::IntArrayRef w, int64_t stride, int64_t padding) {
+  const auto pad = [&](int64_t kernel) { return kernel > 1 ? padding : 0; };
+  Shape s{x[0], x[1], x[2], x[3], x[4], w[1], w[2], w[4], 0, 0, stride, pad(w[1]), pad(w[2])};
+  if (stride < 1) return s;  // which the caller refuses
+  s.out_height = (s.height + 2 * s.pad_y - s.kh) / stride + 1;
+  s.out_width = (s.width + 2 * s.pad_x - s.kw) / stride + 1;
+  return s;
+}
+
 /// Checks one convolution x [T,N,H,W,Ci] * w [T,kh,kw,Ci,Co] = y [T,N,Ho,Wo,Co], whichever of the three is the result.
 Shape check(const Tensor& x, const Tensor& w, const Tensor& y, int64_t stride, int64_t padding) {
   TORCH_CHECK_VALUE(x.dim() == 5 && w.dim() == 5 && y.dim() == 5,
                     "task_conv2d: expected activations [T,N,H,W,C] and weights [T,kh,kw,Ci,Co], got ", x.sizes(), ", ",
                     w.sizes(), " and ", y.sizes());
-  // An axis along which the kernel is one pixel is not padded.
-  const auto pad = [&](int64_t kernel) { return kernel > 1 ? padding : 0; };
-  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), x.size(4),      w.size(1),     w.size(2),
-          w.size(4), 0,         0,         stride,    pad(w.size(1)), pad(w.size(2))};
+  Shape s = shape_of(x.sizes(), w.sizes(), stride, padding);
   TORCH_CHECK_VALUE(stride >= 1 && padding >= 0 && s.pad_y < s.kh && s.pad_x < s.kw && padding < std::max(s.kh, s.kw),
                     "stride, padding: expected stride >= 1, 0 <= padding < kernel, got ", stride, ", ", padding);
   TORCH_CHECK_VALUE(s.kh * s.kw <= conv::kMaxTaps, "w: expected at most ", conv::kMaxTaps, " taps, got ", s.kh, " x ",
                     s.kw);
-  s.out_height = (s.height + 2 * s.pad_y - s.kh) / stride + 1;
-  s.out_width = (s.width + 2 * s.pad_x - s.kw) / stride + 1;
   const std::vector<int64_t> expected{s.tasks, s.images, s.out_height, s.out_width, s.co};
   TORCH_CHECK_VALUE(s.height + 2 * s.pad_y >= s.kh && s.width + 2 * s.pad_x >= s.kw && w.size(0) == s.tasks &&
                         w.size(3) == s.ci && y.sizes() == at::IntArrayRef(expected),
@@ -159,6 +166,12 @@ bool readable_in_pairs(const Tensor& a, const Tensor& b, const OptTensor& a2, co
   };
   return kernels<conv::Pair>().gather != nullptr && readable(a) && readable(b) &&
          (!a2.has_value() || (readable(*a2) && readable(*b2)));
+}
+
+/// Whether a layer's operands should be rounded to bfloat16: always for tiles, in pairs where they are faster than
+/// float32's forms; where nothing multiplies bfloat16 it would only be widened again.
+bool pays_in_bfloat16(const Shape& s) {
+  return isa() == Isa::amxbf16 || (kernels<conv::Pair>().gather != nullptr && conv::pairs_pay(s));
 }
 
 /// Ranges a task is cut into so that the threads get equal shares; results do not depend on it.
@@ -346,41 +359,6 @@ void outer_swapped(const Shape& s, const Operands& o, T* out) {
     }
 }
 
-int64_t winograd_setting() {
-  static const int64_t setting = []() -> int64_t {
-    const char* text = std::getenv("MAMLPP_FAST_WINOGRAD");
-    const std::string value = text == nullptr ? "" : text;
-    return value == "0" ? 0 : value == "3" ? 3 : value == "4" ? 4 : -1;
-  }();
-  return setting;
-}
-
-enum class Product { forward, to_input, to_weight };
-
-/// Pixels a side of the Winograd tile that serves this product best; 0 for the direct form, which skips padding.
-/// MAMLPP_FAST_WINOGRAD=0 asks for the direct form everywhere, =3 and =4 for one tile wherever it can be.
-int64_t winograd_tile(const Shape& s, Product product) {
-  const int64_t setting = winograd_setting();
-  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return 0;
-  if (setting > 0) return setting;
-  // Multiply-adds in whose time a value and a weight are transformed, as measured; see docs/derivations/task_conv2d.md.
-  constexpr int64_t kValue = 16, kWeight = 15;
-  const bool to_input = product == Product::to_input;
-  const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
-  const auto valid = [&](int64_t in, int64_t out) { return 3 * std::min(in, out) - (s.pad_y == 1 ? 2 : 0); };
-  int64_t best = 0, least = s.images * valid(s.height, s.out_height) * valid(s.width, s.out_width) * s.ci * s.co;
-  for (const int64_t tile : {3, 4}) {
-    const int64_t points = (tile + 2) * (tile + 2);
-    const int64_t tiles = ((height + tile - 1) / tile) * ((width + tile - 1) / tile);
-    const int64_t cost = points * (s.images * tiles * (s.ci * s.co + kValue * (s.ci + s.co)) + kWeight * s.ci * s.co);
-    if (cost < least) {
-      best = tile;
-      least = cost;
-    }
-  }
-  return best;
-}
-
 void winograd_run(const Shape& s, const Operands& o, Product product, int64_t tile, void* out) {
   const bool to_input = product == Product::to_input, weight = product == Product::to_weight;
   const int64_t parts = parts_for(s.tasks, weight ? s.co / 16 : s.images);
@@ -396,9 +374,9 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
   if (out.numel() == 0) return;
   void* data = out.mutable_data_ptr();
   const bool to_weight = product == Product::to_weight, to_input = product == Product::to_input;
-  const int64_t tile = out.scalar_type() == at::kDouble ? 0 : winograd_tile(s, product);
+  const int64_t tile = out.scalar_type() == at::kDouble ? 0 : conv::choose(s, product).tile;
   // The direct form in bfloat16 is faster than Winograd's in float32.
-  if ((tile == 0 || winograd_setting() < 0) && readable_in_pairs(a, b, a2, b2)) {
+  if ((tile == 0 || conv::winograd_setting() < 0) && readable_in_pairs(a, b, a2, b2)) {
     const Operands o = operands(a, b, a2, b2, true);
     if (to_weight) return outer<conv::Pair>(s, o, data);
     Shape paired = s;
@@ -448,11 +426,22 @@ void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2
 // Floating-point operations of `iterations` rounds of independent multiply-adds in registers, for timing the peaks.
 double fma_peak(int64_t iterations) { return winograd().fma_peak(iterations); }
 
+bool task_conv2d_pays_in_bfloat16(int64_t images, at::IntArrayRef image, int64_t ci, at::IntArrayRef kernel, int64_t co,
+                                  int64_t stride, int64_t padding) {
+  return pays_in_bfloat16(
+      shape_of({1, images, image[0], image[1], ci}, {1, kernel[0], kernel[1], ci, co}, stride, padding));
+}
+
 [[maybe_unused]] const bool registered =
     implement("task_conv2d", &task_conv2d, "task_conv2d_to_input", &task_conv2d_to_input, "task_conv2d_to_weight",
               &task_conv2d_to_weight) &&
     implement_all("fma_peak(int iterations) -> float", &fma_peak) &&
-    implement_all("bf16_peak(int iterations) -> float", &bf16_peak);
+    implement_all("bf16_peak(int iterations) -> float", &bf16_peak) &&
+    implement_all(
+        "task_conv2d_pays_in_bfloat16(int images, int[2] image, int ci, int[2] kernel, int co, int stride, int "
+        "padding) "
+        "-> bool",
+        &task_conv2d_pays_in_bfloat16);
 
 }  // namespace
 }  // namespace mf::of_task_conv2d

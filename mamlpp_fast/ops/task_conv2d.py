@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_grad
 
+from mamlpp_fast import _native
 from mamlpp_fast.ops._library import Shared, define, launcher
 
 
@@ -36,6 +37,27 @@ def pads(w: Tensor, padding: int) -> tuple[int, int]:
     """Padding above and below, left and right, of a convolution by `w` [T, kh, kw, Ci, Co]."""
     kh, kw = w.shape[1:3]
     return padding if kh > 1 else 0, padding if kw > 1 else 0
+
+
+def pays_in_bfloat16(
+    images: int, size: tuple[int, int], w: tuple[int, ...], stride: int, padding: int
+) -> bool:
+    """Whether a CPU takes a layer's three products sooner of operands rounded to bfloat16 than of float32 ones.
+
+    Rounding them counts. Always where AMX tiles multiply them; by AVX512-BF16 where that saves more than Winograd's
+    forms do, which are float32 alone; nowhere else, as bfloat16 would only be widened again.
+
+    Args:
+        images: N, of a task.
+        size: height and width of the input.
+        w: shape of a task's weights, [kh, kw, Ci, Co].
+        stride, padding: as for ``task_conv2d``.
+    """
+    if not _native.status().loaded:
+        return False
+    kh, kw, ci, co = w
+    pays = torch.ops.mamlpp_fast.task_conv2d_pays_in_bfloat16
+    return bool(pays(images, size, ci, (kh, kw), co, stride, padding))
 
 
 def _check(

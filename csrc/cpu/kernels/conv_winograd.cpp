@@ -85,24 +85,83 @@ MF_INLINE void accumulate_chain(V (&acc)[MR][NV], const float* a, int64_t pitch,
   }
 }
 
-/// out[i][:] (+)= a(i, :) * b for `blocks` blocks of MR rows, chain by chain. Blocks, chains and strides are known here
-/// and not to the caller of a block: a sixth less time than one call a chain.
+/// acc[i][v] = sum over one chain, or over what is left of `length`.
 template <int MR, int NV, bool Turned>
-void product_blocks(const float* a, int64_t pitch, const float* b, int64_t length, float* out, int64_t out_pitch,
-                    int64_t blocks, bool accumulate, Ahead& ahead) {
+MF_INLINE void sum_chain(V (&acc)[MR][NV], const float* a, int64_t pitch, const float* b, int64_t length) {
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) acc[i][v] = V::zero();
+  if (length >= kChain) {
+    accumulate_chain<MR, NV, Turned>(acc, a, pitch, b, kChain);
+  } else {
+    accumulate_chain<MR, NV, Turned>(acc, a, pitch, b, length);
+  }
+}
+
+/// The operands of one point's product, a pair or two: a [rows, length], `pitch` elements between rows, and b [length,
+/// NV vectors].
+struct Factors {
+  const float* a[2];
+  const float* b[2];
+  int pairs;
+  int64_t pitch, length;
+  float* part;  ///< memory for the sums of a block of rows, as far apart as those of the result
+};
+
+/// out[i][:] = sum over pairs of a[i, :] * b for `blocks` blocks of MR rows from `row` on, chain by chain. Blocks,
+/// chains and strides are known here and not to the caller of a block: a sixth less time than one call a chain. Until
+/// the last chain sums stay in memory that every block uses again, so that `out` may lie in place of the first a.
+template <int MR, int NV>
+void product_blocks(const Factors& f, int64_t row, int64_t blocks, float* out, int64_t out_pitch, Ahead& ahead) {
+  constexpr int64_t width = NV * W;
+  for (int64_t n = 0; n < blocks; ++n, row += MR) {
+    float* const own = out + row * out_pitch;
+    for (int pair = 0; pair < f.pairs; ++pair)
+      for (int64_t k = 0; k < f.length; k += kChain) {
+        ahead.fetch();
+        V acc[MR][NV];
+        sum_chain<MR, NV, false>(acc, f.a[pair] + row * f.pitch + k, f.pitch, f.b[pair] + k * width, f.length - k);
+        const bool first = pair + k == 0, last = pair + 1 == f.pairs && k + kChain >= f.length;
+        const float* const before = first ? own : f.part;
+        float* const after = last ? own : f.part;
+        // Unrolled, or sums go through memory once more; `before` is no constant, or they stay in registers and spill.
+        if (!first) {
+#pragma GCC unroll 6
+          for (int i = 0; i < MR; ++i)
+            for (int v = 0; v < NV; ++v) {
+              const int64_t at = i * out_pitch + v * W;
+              (V::load(before + at) + acc[i][v]).store(after + at);
+            }
+        } else {
+#pragma GCC unroll 6
+          for (int i = 0; i < MR; ++i)
+            for (int v = 0; v < NV; ++v) acc[i][v].store(after + i * out_pitch + v * W);
+        }
+      }
+  }
+}
+
+/// The product of one point and one panel of NV vectors: `rows` rows, the last of them in a block of their own.
+template <int NV>
+void product(const Factors& f, int64_t rows, float* out, int64_t out_pitch, Ahead& ahead) {
+  const int64_t blocks = rows / kMaxRows, done = blocks * kMaxRows;
+  product_blocks<kMaxRows, NV>(f, 0, blocks, out, out_pitch, ahead);
+  constexpr decltype(&product_blocks<1, NV>) last[] = {product_blocks<1, NV>, product_blocks<2, NV>,
+                                                       product_blocks<3, NV>, product_blocks<4, NV>,
+                                                       product_blocks<5, NV>};
+  static_assert(kMaxRows == 6);
+  if (done < rows) last[rows - done - 1](f, done, 1, out, out_pitch, ahead);
+}
+
+/// out[i][:] (+)= sum over k of a[k][i] * b[k][:] for `blocks` blocks of MR rows i; a [length, pitch]. All sums of a
+/// point stay in `out`, which is read again soon.
+template <int MR, int NV>
+void turned_blocks(const float* a, int64_t pitch, const float* b, int64_t length, float* out, int64_t out_pitch,
+                   int64_t blocks, bool accumulate, Ahead& ahead) {
   for (int64_t n = 0; n < blocks; ++n) {
     for (int64_t k = 0; k < length; k += kChain) {
       ahead.fetch();
       V acc[MR][NV];
-      for (int i = 0; i < MR; ++i)
-        for (int v = 0; v < NV; ++v) acc[i][v] = V::zero();
-      const float* from = a + (Turned ? k * pitch : k);
-      const float* right = b + k * NV * W;
-      if (length - k >= kChain) {
-        accumulate_chain<MR, NV, Turned>(acc, from, pitch, right, kChain);
-      } else {
-        accumulate_chain<MR, NV, Turned>(acc, from, pitch, right, length - k);
-      }
+      sum_chain<MR, NV, true>(acc, a + k * pitch, pitch, b + k * NV * W, length - k);
       const bool add = accumulate || k > 0;
       for (int i = 0; i < MR; ++i)
         for (int v = 0; v < NV; ++v) {
@@ -110,36 +169,41 @@ void product_blocks(const float* a, int64_t pitch, const float* b, int64_t lengt
           (add ? V::load(to) + acc[i][v] : acc[i][v]).store(to);
         }
     }
-    a += Turned ? MR : MR * pitch;
+    a += MR;
     out += MR * out_pitch;
   }
 }
 
-/// The product of one point and one panel of NV vectors: `rows` rows, the last of them in a block of their own.
-template <int NV, bool Turned>
-void product(const float* a, int64_t pitch, const float* b, int64_t length, float* out, int64_t out_pitch, int64_t rows,
-             bool accumulate, Ahead& ahead) {
+/// As `product`, of to-weight.
+template <int NV>
+void turned_product(const float* a, int64_t pitch, const float* b, int64_t length, float* out, int64_t out_pitch,
+                    int64_t rows, bool accumulate, Ahead& ahead) {
   const int64_t blocks = rows / kMaxRows, done = blocks * kMaxRows;
-  product_blocks<kMaxRows, NV, Turned>(a, pitch, b, length, out, out_pitch, blocks, accumulate, ahead);
-  constexpr decltype(&product_blocks<1, NV, Turned>) last[] = {
-      product_blocks<1, NV, Turned>, product_blocks<2, NV, Turned>, product_blocks<3, NV, Turned>,
-      product_blocks<4, NV, Turned>, product_blocks<5, NV, Turned>};
+  turned_blocks<kMaxRows, NV>(a, pitch, b, length, out, out_pitch, blocks, accumulate, ahead);
+  constexpr decltype(&turned_blocks<1, NV>) last[] = {turned_blocks<1, NV>, turned_blocks<2, NV>, turned_blocks<3, NV>,
+                                                      turned_blocks<4, NV>, turned_blocks<5, NV>};
   static_assert(kMaxRows == 6);
   if (done < rows)
-    last[rows - done - 1](a + (Turned ? done : done * pitch), pitch, b, length, out + done * out_pitch, out_pitch, 1,
-                          accumulate, ahead);
+    last[rows - done - 1](a + done, pitch, b, length, out + done * out_pitch, out_pitch, 1, accumulate, ahead);
 }
 
 /// Chains of a product, each of which fetches ahead.
 inline int64_t chains(int64_t rows, int64_t length) { return divide_up(rows, kMaxRows) * divide_up(length, kChain); }
 
-template <bool Turned>
-auto pick_product(int vectors) {
+inline auto pick_product(int vectors) {
   if constexpr (kMaxVectors > 2) {
-    if (vectors == 4) return product<4, Turned>;
-    if (vectors == 3) return product<3, Turned>;
+    if (vectors == 4) return product<4>;
+    if (vectors == 3) return product<3>;
   }
-  return vectors == 2 ? product<2, Turned> : product<1, Turned>;
+  return vectors == 2 ? product<2> : product<1>;
+}
+
+inline auto pick_turned(int vectors) {
+  if constexpr (kMaxVectors > 2) {
+    if (vectors == 4) return turned_product<4>;
+    if (vectors == 3) return turned_product<3>;
+  }
+  return vectors == 2 ? turned_product<2> : turned_product<1>;
 }
 
 /// Elements between the planes of two points: never a multiple of 4096 bytes, or all planes would share cache sets.
@@ -147,6 +211,12 @@ inline int64_t plane(int64_t tiles, int64_t channels) {
   const int64_t n = round_line<float>(tiles * channels);
   return n % 512 == 0 ? n + 16 : n;
 }
+
+inline int64_t part_size(const Problem& p) { return kMaxRows * round_line<float>(p.ci > p.co ? p.ci : p.co); }
+
+/// Whether a point's products take the place of the first pair's transformed patches, rows of ci elements: their lines
+/// are at hand then, and transformed weights have the more of the cache.
+inline bool in_place(const Problem& p) { return p.co <= kPanel<float> && p.co <= p.ci; }
 
 /// Tiles worked on at a time: with their products they should stay in the second-level cache; the transformed weights
 /// stream past them.
@@ -158,25 +228,31 @@ int64_t chunk_tiles(const Problem& p) {
   return fits < kLeast ? kLeast : fits > kMost ? kMost : fits;
 }
 
-/// [panel][channel][panel width] for every point: weights of one task, transformed.
+/// [panel][channel][panel width] for every point: weights of one task, transformed. Those that are turned for the
+/// gradient to the input are so a square of every tap at a time, in `turned`, which stays in the first-level cache.
 template <int M>
 void transform_weights(const Problem& p, const float* w, float* to, int64_t to_stride, float* turned) {
   using S = Sizes<M>;
   const int64_t ci = p.ci, co = p.co, stride = ci * co;
-  if (p.transposed) {
-    for (int tap = 0; tap < 9; ++tap) transpose(w + (8 - tap) * stride, ci, co, ci, turned + tap * stride, co);
-    w = turned;
-  }
+  const auto transform = [=](const float* from, int64_t from_stride, float* place) {
+    both_axes<3, S::side, Transform<M>::filter>(
+        [=](int r, int s) { return V::load(from + (r * 3 + s) * from_stride); },
+        [=](int r, int s, V u) { u.store(place + (r * S::side + s) * to_stride); });
+  };
   const Panels<float> panels(co);
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t width = panels.width(panel), o = panels.begin(panel);
-    for (int64_t c = 0; c < ci; ++c)
+    float* const place = to + o * ci;
+    if (!p.transposed) {
+      for (int64_t c = 0; c < ci; ++c)
+        for (int64_t v = 0; v < width; v += W) transform(w + c * co + o + v, stride, place + c * width + v);
+      continue;
+    }
+    for (int64_t c = 0; c < ci; c += W)
       for (int64_t v = 0; v < width; v += W) {
-        const float* from = w + c * co + o + v;
-        float* place = to + o * ci + c * width + v;
-        both_axes<3, S::side, Transform<M>::filter>(
-            [=](int r, int s) { return V::load(from + (r * 3 + s) * stride); },
-            [=](int r, int s, V u) { u.store(place + (r * S::side + s) * to_stride); });
+        for (int tap = 0; tap < 9; ++tap)
+          transpose_square(w + (8 - tap) * stride + (o + v) * ci + c, ci, turned + tap * W * W, W);
+        for (int i = 0; i < W; ++i) transform(turned + i * W, W * W, place + (c + i) * width + v);
       }
   }
 }
@@ -212,8 +288,8 @@ void transform_patches(const float* images, int64_t height, int64_t width, int64
 }
 
 template <int M>
-void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* products, int64_t stride, float* images,
-                   int64_t first, int64_t count) {
+void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* products, int64_t pitch, int64_t stride,
+                   float* images, int64_t first, int64_t count) {
   using S = Sizes<M>;
   const int64_t co = p.co;
   for (int64_t t = 0; t < count; ++t) {
@@ -221,14 +297,14 @@ void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* product
     const int64_t y0 = tile / sizes.columns * M, x0 = tile % sizes.columns * M;
     const int rows = static_cast<int>(p.out_height - y0 < M ? p.out_height - y0 : M);
     const int columns = static_cast<int>(p.out_width - x0 < M ? p.out_width - x0 : M);
-    const int64_t pitch = p.out_width;
+    const int64_t row = p.out_width * co;
     float* origin = images + ((image * p.out_height + y0) * p.out_width + x0) * co;
     for (int64_t v = 0; v < co; v += W) {
-      const float* from = products + t * co + v;
+      const float* from = products + t * pitch + v;
       both_axes<S::side, M, Transform<M>::output>(
           [=](int r, int c) { return V::load(from + (r * S::side + c) * stride); },
           [=](int r, int c, V y) {
-            if (r < rows && c < columns) y.store(origin + (r * pitch + c) * co + v);
+            if (r < rows && c < columns) y.store(origin + r * row + c * co + v);
           });
     }
   }
@@ -236,11 +312,11 @@ void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* product
 
 template <int M>
 int64_t scratch(const Problem& p) {
-  const int64_t weights = p.ci * p.co, zeros = round_line<float>(p.ci);
-  return zeros +
-         Sizes<M>::points *
-             (p.pairs * (plane(p.ci, p.co) + plane(chunk_tiles<M>(p), p.ci)) + plane(chunk_tiles<M>(p), p.co)) +
-         (p.transposed ? 9 * weights : 0);
+  const int64_t zeros = round_line<float>(p.ci);
+  return part_size(p) + zeros +
+         Sizes<M>::points * (p.pairs * (plane(p.ci, p.co) + plane(chunk_tiles<M>(p), p.ci)) +
+                             (in_place(p) ? 0 : plane(chunk_tiles<M>(p), p.co))) +
+         (p.transposed ? 9 * W * W : 0);
 }
 
 template <int M>
@@ -249,13 +325,16 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   const Sizes<M> sizes(p);
   const int64_t ci = p.ci, co = p.co, weights = ci * co;
   const int64_t tiles = chunk_tiles<M>(p);
-  const int64_t data_stride = plane(tiles, ci), product_stride = plane(tiles, co), filter_stride = plane(ci, co);
+  const bool inside = in_place(p);
+  const int64_t data_stride = plane(tiles, ci), filter_stride = plane(ci, co);
+  const int64_t product_stride = inside ? data_stride : plane(tiles, co), product_pitch = inside ? ci : co;
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
-  float* zeros = memory;
+  float* partial = memory;
+  float* zeros = partial + part_size(p);
   float* filters = zeros + round_line<float>(ci);
   float* data = filters + p.pairs * points * filter_stride;
-  float* products = data + p.pairs * points * data_stride;
-  float* turned = products + points * product_stride;
+  float* products = inside ? data : data + p.pairs * points * data_stride;
+  float* turned = products + (inside ? p.pairs : 1) * points * product_stride;
   memset(zeros, 0, ci * sizeof(float));
   const Panels<float> panels(co);
   int64_t ready = -1;
@@ -287,12 +366,17 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
       for (int k = 0; k < points; ++k)
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t o = panels.begin(panel);
-          for (int pair = 0; pair < p.pairs; ++pair)
-            pick_product<false>(panels.vectors(panel))(data + (pair * points + k) * data_stride, ci,
-                                                       filters + (pair * points + k) * filter_stride + o * ci, ci,
-                                                       products + k * product_stride + o, co, count, pair > 0, ahead);
+          const float* patches = data + k * data_stride;
+          const float* weight = filters + k * filter_stride + o * ci;
+          const Factors f{{patches, patches + points * data_stride},
+                          {weight, weight + points * filter_stride},
+                          p.pairs,
+                          ci,
+                          ci,
+                          partial};
+          pick_product(panels.vectors(panel))(f, count, products + k * product_stride + o, product_pitch, ahead);
         }
-      store_outputs<M>(p, sizes, products, product_stride, out, at, count);
+      store_outputs<M>(p, sizes, products, product_pitch, product_stride, out, at, count);
     }
   }
 }
@@ -315,6 +399,12 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   const int64_t zero_count = round_line<float>(ci > co ? ci : co);
   memset(memory, 0, zero_count * sizeof(float));
+  const auto images = [&](int64_t task, int pair) {
+    return static_cast<const float*>(p.a[pair]) + task * p.images * source_image;
+  };
+  const auto outputs = [&](int64_t task, int pair) {
+    return static_cast<const float*>(p.b[pair]) + task * p.images * out_image;
+  };
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     const int64_t o = part * (co / 16) / p.parts * 16, own = (part + 1) * (co / 16) / p.parts * 16 - o;
@@ -326,32 +416,32 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const Panels<float> panels(own);
     const int64_t total = p.images * sizes.per_image;
     const auto count_at = [=](int64_t at) { return total - at < tiles ? total - at : tiles; };
-    const auto images = [&](int pair) { return static_cast<const float*>(p.a[pair]) + task * p.images * source_image; };
-    const auto outputs = [&](int pair) { return static_cast<const float*>(p.b[pair]) + task * p.images * out_image; };
     for (int pair = 0; pair < p.pairs; ++pair)
       for (int64_t at = 0; at < total; at += tiles) {
         const int64_t count = count_at(at);
-        transform_patches<side, side, M, Transform<M>::data>(images(pair), p.height, p.width, ci, p.pad_y,
+        transform_patches<side, side, M, Transform<M>::data>(images(task, pair), p.height, p.width, ci, p.pad_y,
                                                              sizes.columns, sizes.per_image, at, count, 0, ci, memory,
                                                              data, data_stride, ci, tiles);
-        transform_patches<M, side, M, Transform<M>::gradient>(outputs(pair), p.out_height, p.out_width, co, 0,
+        transform_patches<M, side, M, Transform<M>::gradient>(outputs(task, pair), p.out_height, p.out_width, co, 0,
                                                               sizes.columns, sizes.per_image, at, count, o, own, memory,
                                                               grads, grad_stride, kPanel<float>, tiles);
-        const int64_t next = at + count < total ? at + count : 0;
-        const int of = next > 0 ? pair : pair + 1;
+        // The next chunk is of this pair, of the second one, or of the next unit's task.
+        const bool same = at + count < total, unit_ends = !same && pair + 1 == p.pairs;
+        const int64_t next = same ? at + count : 0;
+        const int of = same ? pair : unit_ends ? 0 : pair + 1;
         Ahead ahead;
-        if (of < p.pairs) {
-          add_tiles<M>(ahead, sizes, images(of), p.height, p.width * ci, next, count_at(next), -p.pad_y,
+        if (!unit_ends || unit + 1 < end) {
+          const int64_t of_task = unit_ends ? (unit + 1) / p.parts : task;
+          add_tiles<M>(ahead, sizes, images(of_task, of), p.height, p.width * ci, next, count_at(next), -p.pad_y,
                        side - p.pad_y);
-          add_tiles<M>(ahead, sizes, outputs(of), p.out_height, p.out_width * co, next, count_at(next), 0, M);
+          add_tiles<M>(ahead, sizes, outputs(of_task, of), p.out_height, p.out_width * co, next, count_at(next), 0, M);
           ahead.spread(chains(ci, count) * points * panels.count);
         }
         for (int k = 0; k < points; ++k)
           for (int64_t panel = 0; panel < panels.count; ++panel) {
             const int64_t column = panels.begin(panel);
-            pick_product<true>(panels.vectors(panel))(data + k * data_stride, ci,
-                                                      grads + k * grad_stride + column * tiles, count,
-                                                      sums + k * sum_stride + column, own, ci, pair + at > 0, ahead);
+            pick_turned(panels.vectors(panel))(data + k * data_stride, ci, grads + k * grad_stride + column * tiles,
+                                               count, sums + k * sum_stride + column, own, ci, pair + at > 0, ahead);
           }
       }
     float* out = static_cast<float*>(p.out) + task * 9 * ci * co + o;

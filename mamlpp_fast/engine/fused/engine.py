@@ -58,7 +58,8 @@ class FusedEngine:
         rates: inner learning rates; their names say what adapts.
         loss_fn: (predictions, labels) to a scalar. ``F.cross_entropy``, ``functools.partial`` of it with
             ``label_smoothing``, ``F.mse_loss`` and the modules of these have rules; others are recorded.
-        precision: ``"bfloat16"`` rounds the operands of convolutions and accumulates in float32. ``"float32"`` is
+        precision: ``"bfloat16"`` rounds the operands of convolutions and accumulates in float32; on a CPU those of
+            layers that are faster for it. ``"float32"`` is
             computed in float64, and rounded at the end, where no convolution has more than 8 channels: that costs
             little there.
         memory: ``"keep"`` the activations of all support passes, on a GPU those of target passes too where they share
@@ -157,6 +158,8 @@ class FusedEngine:
                 lines.append(
                     f"computed in float64 and rounded at the end: no layer has more than {_NARROW} channels"
                 )
+            if self.precision == "bfloat16":
+                lines.append(prepared.rounding)
             lines += [
                 f"{f.total_tasks} tasks in groups of {f.tasks}{lanes}, "
                 f"{f.support} support and {f.targets} target images, "

@@ -54,6 +54,24 @@ class Prepared:
         return self.form.total_tasks // self.form.tasks
 
     @property
+    def rounding(self) -> str:
+        """In words, which convolutions take operands in bfloat16; empty where none is asked to."""
+        kinds: dict[str, set[torch.dtype]] = {}
+        for i in self.program.instructions:
+            if i.name.startswith("task_conv2d"):
+                kinds.setdefault(i.label, set()).add(i.args[0].dtype)
+        rounded, kept = [
+            [
+                name if len(found) == 1 else f"{name} (some passes)"
+                for name, found in kinds.items()
+                if kind in found
+            ]
+            for kind in (torch.bfloat16, torch.float32)
+        ]
+        words = f"convolutions with operands rounded to bfloat16: {', '.join(rounded) or 'none'}"
+        return f"{words}; in float32, which is faster here: {', '.join(kept)}" if kept else words
+
+    @property
     def workspace_bytes(self) -> int:
         return max(self.lanes * self.program.workspace_bytes, self.finish.workspace_bytes)
 

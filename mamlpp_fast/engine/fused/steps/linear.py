@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-import mamlpp_fast.ops.task_conv2d  # noqa: F401 - registers the operations
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, OneBackward, Pass, Slot, Step, aten
+from mamlpp_fast.ops.task_conv2d import pays_in_bfloat16
 
 __all__ = ["Add", "Bias", "Conv", "Detach", "Flatten", "Linear", "Plain", "TransposedConv"]
 
@@ -46,11 +46,25 @@ class Conv(OneBackward):
     def _weight_pair(self, x: Ref, g: Ref) -> tuple[Ref, Ref]:
         return x, g
 
+    def _size(self, ps: Pass) -> tuple[int, ...]:
+        """[H, W] of the convolution's input."""
+        return ps.values[self.inputs[0]].shape[2:4]
+
+    def _rounds(self, em: Emitter, ps: Pass) -> bool:
+        """Whether products take rounded operands where such are asked for: on a CPU, if they are faster."""
+        if em.device.type != "cpu":
+            return True
+        height, width = self._size(ps)
+        w = self.weight.shape
+        # A first layer waits for memory: rounding its large gradient costs more than faster products save.
+        return w[2] > _FEW_CHANNELS and pays_in_bfloat16(
+            ps.images, (height, width), w, self.stride, self.padding
+        )
+
     def _product(self, em: Emitter, ps: Pass, op: str, pairs: list[tuple[Ref, Ref]], out: Ref) -> None:
         first, second = pairs[0], pairs[1] if len(pairs) > 1 else (None, None)
-        # A first layer waits for memory: rounding its large gradient costs more than a CPU's faster products save.
-        keep = em.device.type == "cpu" and self.weight.shape[2] <= _FEW_CHANNELS
-        operands = [r if r is None or keep else em.operand(r) for r in (*first, *second)]
+        rounds = em.operand_dtype is not None and self._rounds(em, ps)
+        operands = [em.operand(r) if r is not None and rounds else r for r in (*first, *second)]
         em.call(ps.op(op), *operands, self.stride, self.padding, out, flops=self._flops(ps, len(pairs)))
 
     def forward(self, em: Emitter, ps: Pass) -> None:
@@ -121,6 +135,9 @@ class TransposedConv(Conv):
     def _flops(self, ps: Pass, pairs: int) -> int:
         kh, kw, co = self.weight.shape[:3]
         return 2 * pairs * ps.tasks * ps.images * math.prod(self.source) * kh * kw * co
+
+    def _size(self, ps: Pass) -> tuple[int, ...]:
+        return self.shape[:2]
 
     def _weight_pair(self, x: Ref, g: Ref) -> tuple[Ref, Ref]:
         return g, x
