@@ -46,19 +46,22 @@ def build_libraries(target: Path) -> None:
     cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
     if cmake is None or ninja is None:
         sys.exit("MAMLPP_FAST_TORCHES: expected cmake and ninja on PATH or beside a torch")
+    # A build that pip keeps apart names its packages by this: the cmake of another environment would not find its own.
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as work:
         for torch in TORCHES:
             version = re.search(r"__version__ = '(\d+\.\d+)", (torch / "version.py").read_text())
             if version is None:
                 sys.exit(f"MAMLPP_FAST_TORCHES: expected the folder of a torch package, got {torch}")
-            configure = [cmake, "-S", str(ROOT), "-B", work, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-            configure += ["-DCMAKE_UNITY_BUILD=ON"]
-            # What was found of the torch before is not this one's.
-            subprocess.run([*configure, "-ULIB_*", f"-DTORCH_ROOT={torch}"], check=True)
-            subprocess.run([cmake, "--build", work], check=True)
             folder = target / version[1]
             folder.mkdir(parents=True, exist_ok=True)
-            subprocess.run([cmake, "--install", work, "--strip", "--prefix", str(folder)], check=True)
+            configure = [cmake, "-S", str(ROOT), "-B", work, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            # What was found of the torch before is not this one's.
+            configure += ["-DCMAKE_UNITY_BUILD=ON", "-ULIB_*", f"-DTORCH_ROOT={torch}"]
+            build = [cmake, "--build", work]
+            install = [cmake, "--install", work, "--strip", "--prefix", str(folder)]
+            for command in (configure, build, install):
+                subprocess.run(command, check=True, env=outside)
 
 
 class BuildPy(build_py):
