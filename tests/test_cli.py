@@ -16,7 +16,7 @@ from cli_helpers import fails
 from train_helpers import tiny_arguments
 
 from mamlpp_fast import _native, workloads
-from mamlpp_fast.cli import main
+from mamlpp_fast.cli import info, main
 from mamlpp_fast.data import FewShotData, from_arrays
 from mamlpp_fast.train import build, files
 from mamlpp_fast.workloads import WORKLOADS
@@ -313,3 +313,26 @@ def test_a_disk_that_refuses(
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ValueError, match="WORKLOAD"):
         main(["bench", "x", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 2, "mamlpp-fast info: error: memory: expected more of it\n"),
+    ],
+    ids=["interrupt", "memory"],
+)
+def test_what_ends_a_command(
+    error: BaseException,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(arguments: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(info, "run", run)
+    assert main(["info"]) == status
+    assert capsys.readouterr().err == said

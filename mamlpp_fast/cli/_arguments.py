@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +101,9 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def print_result(arguments: argparse.Namespace, value: Any, text: Callable[[], str]) -> None:
     """As JSON where it was asked for, else in words."""
-    print(json.dumps(_finite(value), indent=2) if arguments.json else text())
+    from mamlpp_fast.train.files import plain
+
+    print(json.dumps(plain(value), indent=2) if arguments.json else text())
 
 
 def stopped(stop: Interrupted, out: Path, *, told: bool = True) -> int:
@@ -110,12 +111,3 @@ def stopped(stop: Interrupted, out: Path, *, told: bool = True) -> int:
     if told:
         print(f"{stop}; everything is saved in {out}. The same command goes on from there.", file=sys.stderr)
     return 128 + stop.number
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_line", "is_held", "read_json", "remove_leftovers", "run_lock", "write_json", "write_whole"]
+__all__ = [
+    "append_line",
+    "is_held",
+    "plain",
+    "read_json",
+    "remove_leftovers",
+    "run_lock",
+    "write_json",
+    "write_whole",
+]
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"
@@ -40,7 +49,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """:func:`write_whole` of indented JSON; numbers that are not finite become null."""
-    write_whole(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+    write_whole(path, (json.dumps(plain(value), indent=2) + "\n").encode())
 
 
 def read_json(path: Path, what: str = "a run's folder") -> dict[str, Any]:
@@ -63,7 +72,7 @@ def read_json(path: Path, what: str = "a run's folder") -> dict[str, Any]:
 def append_line(path: Path, value: Any) -> int:
     """Appends one line of JSON, waits until it is on disk, and returns the file's length in bytes."""
     with _naming(path), open(path, "ab") as file:
-        file.write((json.dumps(_plain(value)) + "\n").encode())
+        file.write((json.dumps(plain(value)) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
@@ -134,11 +143,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can say of a value: null of a number that is not finite, keys as texts."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
