@@ -128,6 +128,8 @@ class _Refusal:
         return f"plain PyTorch: {self.why}"
 
 
+_MANY = 1000
+"""Forms of inputs that are remembered as waiting."""
 _FREE, _CALLS = 8, 64
 """So many forms of a model are written as they come, and a further one for each so many calls that they served."""
 
@@ -137,10 +139,21 @@ class _Turnover:
 
     def __init__(self) -> None:
         self._written: list[weakref.ref[DifferentiableNetwork]] = []
+        self._waiting: set[object] = set()
 
     def pays(self) -> bool:
         served = sum(net.calls for ref in self._written if (net := ref()) is not None)
         return served >= _CALLS * (len(self._written) - _FREE + 1)
+
+    def wait(self, form: object) -> None:
+        """Takes in that a form of inputs has no program, for none pays."""
+        if len(self._waiting) >= _MANY:
+            self._waiting.clear()
+        self._waiting.add(form)
+
+    def waits(self, form: object) -> bool:
+        """Whether that is so still, told without a look at the model."""
+        return form in self._waiting and not self.pays()
 
     def add(self, route: _Route) -> None:
         if isinstance(route, DifferentiableNetwork):
@@ -258,6 +271,9 @@ def _served(
     x = _inputs(args, kwargs)
     if isinstance(x, str):
         _left.setdefault(model, {})[x] = None
+        return None
+    turnover = _changing.get(model)
+    if turnover is not None and turnover.waits((model.training, form_of_inputs(x))):
         return None
     route, seen = _route(model, x, plain)
     if isinstance(route, _Refusal):
@@ -380,6 +396,7 @@ def _route(
             return _Refusal("refused in too many forms"), None
         turnover = _changing.setdefault(model, _Turnover())
         if not turnover.pays():
+            turnover.wait((model.training, form_of_inputs(x)))
             return _Refusal("forms change from call to call, so that no program would serve often"), None
         if transform:
             route = _under_transforms(model, x, plain, *transform)
