@@ -263,7 +263,7 @@ class FusedEngine:
         """The program of a form, with memory; compared with the reference until a batch was good for that."""
         if key in self._unchecked and not capturing():
             check = self._unchecked[key]
-            if check(sample(batch)):
+            if check(sample(batch, self._prepared[key].network)):
                 del self._unchecked[key]
             release_memory()  # the graph of a loop in float64
         prepared = self._prepared[key]
