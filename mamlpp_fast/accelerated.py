@@ -364,7 +364,7 @@ def _unfit(x: Tensor | Call) -> str | None:
 
 
 class _Idle:
-    """Calls of one kind that were refused one after the other, of which few are looked at then."""
+    """Calls of one kind that were refused one after the other, of which few are looked at then; none: it was served."""
 
     def __init__(self) -> None:
         self.refused = self.left = 0
@@ -377,10 +377,11 @@ def _looked_up(
     """As :func:`_route`, which takes up to a millisecond: of calls that are refused again and again, one in 64."""
     kinds = _idle.setdefault(model, {})
     kind = model.training, transformed(), form_of_inputs(x)
-    idle = kinds.get(kind) or kinds.get(kind[:2])
-    if idle is not None and idle.left and idle.refusal is not None:
-        idle.left -= 1
-        return idle.refusal, None
+    own = kinds.get(kind)
+    for idle in (own, kinds.get(kind[:2]) if own is None or own.refused else None):
+        if idle is not None and idle.left and idle.refusal is not None:
+            idle.left -= 1
+            return idle.refusal, None
     route, seen = _route(model, x, plain)
     if len(kinds) >= _KEPT:
         kinds.clear()

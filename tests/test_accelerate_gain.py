@@ -47,6 +47,25 @@ def test_a_linear_layer_alone_is_not_even_looked_at(
     assert "a linear layer alone" in mf.acceleration(model)
 
 
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_what_is_another_model_at_each_call_is_seldom_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a count of its calls, as many a ResNet-12 for few shots keeps it; whatever the sizes."""
+    looks: list[int] = []
+    made = accelerated.look
+    monkeypatch.setattr(accelerated, "look", lambda model: looks.append(model.calls) or made(model))
+    model = mf.accelerate(Counted(4, 3))
+    for call in range(100):
+        model(torch.randn(2 + call % 5, 4))
+    assert len(looks) <= 20
+
+
 @pytest.mark.parametrize(
     ("layers", "shape"),
     [
