@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,6 +127,49 @@ class OneOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+
+class Turned(nn.Module):
+    """Complex numbers as a parameter, a buffer, or both."""
+
+    def __init__(self, weight: bool) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.scale = nn.Parameter(torch.randn(3, dtype=torch.complex64)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.view_as_complex(self.lift(x).view(-1, 3, 2)) * self.turn
+        made: Tensor = self.head(torch.view_as_real(h if self.scale is None else h * self.scale).flatten(1))
+        return made
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_complex_numbers_stay_what_they_are(weight: bool) -> None:
+    """``Module.to`` of another precision makes real numbers of them."""
+    torch.manual_seed(0)
+    model = Turned(weight)
+    own = copy.deepcopy(model).double()
+    own.turn = model.turn.to(torch.complex128)
+    if own.scale is not None and model.scale is not None:
+        own.scale = nn.Parameter(model.scale.detach().to(torch.complex128))
+    tasks = torch.randn(2, 5, 4, dtype=torch.float64), torch.randint(3, (2, 5))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig.maml(steps=2), precision="float64")
+    learner.meta_gradient(mf.EpisodeBatch(*tasks, *tasks))
+    assert learner.engine.name == "autograd" and "complex" in learner.engine_reason
+    total = torch.zeros(())
+    for x, y in zip(*tasks, strict=True):
+        fast = dict(own.named_parameters())
+        for _ in range(2):
+            loss = F.cross_entropy(torch.func.functional_call(own, fast, (x,)), y)
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+        total = total + F.cross_entropy(torch.func.functional_call(own, fast, (x,)), y) / 2
+    total.backward()
+    for name, p in own.named_parameters():
+        assert_close(learner.model.get_parameter(name).grad, p.grad)
+    assert learner.model.get_buffer("turn").dtype is torch.complex128
+    learner.meta_step(mf.EpisodeBatch(*tasks, *tasks))
 
 
 def test_arguments_that_a_rule_does_not_foresee() -> None:

@@ -97,6 +97,9 @@ def lower(
     Raises:
         Unsupported: names the first call that cannot be a step.
     """
+    for name, p in model.named_parameters():
+        if p.is_complex():
+            raise Unsupported(name, "is of complex numbers")
     with handed_over(model):
         return Lowering(taken_apart(recording), model, adapted, running).run()
 
