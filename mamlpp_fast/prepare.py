@@ -54,7 +54,7 @@ def prepared(model: _M, config: MAMLConfig, device: torch.device | str | None, d
             kind = dtype.to_complex() if t.is_complex() else dtype if t.is_floating_point() else None
             return t.to(device=device, dtype=kind)
 
-        model._apply(cast)  # `to` makes real numbers of complex ones
+        model._apply(cast)  # type: ignore[no-untyped-call]  # `to` makes real numbers of complex ones
     else:
         model.to(device=device, dtype=dtype)
     for p in model.parameters():
