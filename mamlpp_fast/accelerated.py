@@ -120,9 +120,10 @@ def _said(key: list[Any]) -> str:
 class _Refusal:
     """Why a form of a model runs plain PyTorch."""
 
-    def __init__(self, why: str, *, passing: bool = False) -> None:
+    def __init__(self, why: str, *, passing: bool = False, of_all: bool = False) -> None:
         self.why = why
         self.passing = passing  # of these examples alone
+        self.of_all = of_all  # of whatever form that was not served before
 
     def __str__(self) -> str:
         return f"plain PyTorch: {self.why}"
@@ -159,6 +160,8 @@ calls say, is not looked at for ever, for that runs its forward."""
 _TRIES = 3
 _changing: weakref.WeakKeyDictionary[nn.Module, _Turnover] = weakref.WeakKeyDictionary()
 """Of models for which programs were written."""
+_idle: weakref.WeakKeyDictionary[nn.Module, dict[object, _Idle]] = weakref.WeakKeyDictionary()
+"""Of models the kinds of calls that were refused."""
 _left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
 """Why calls of a model were not looked at, in order."""
 _resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
@@ -248,7 +251,7 @@ def served(
     if isinstance(x, str):
         _left.setdefault(model, {})[x] = None
         return None
-    route, seen = _route(model, x, plain)
+    route, seen = _looked_up(model, x, plain)
     if isinstance(route, _Refusal):
         return None
     if isinstance(route, DifferentiableNetwork) and route.resting():
@@ -262,7 +265,7 @@ def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetw
     x = _inputs(*_arguments(inputs))
     if isinstance(x, str):
         return x
-    route, _ = _route(model, x, None)
+    route, _ = _looked_up(model, x, None)
     if isinstance(route, DifferentiableNetwork):
         return "its passes are differentiated a third time" if route.resting() else route
     return str(route)
@@ -349,6 +352,38 @@ def _unfit(x: Tensor | Call) -> str | None:
     return None
 
 
+class _Idle:
+    """Calls of one kind that were refused one after the other, of which few are looked at then; none: it was served."""
+
+    def __init__(self) -> None:
+        self.refused = self.left = 0
+        self.refusal: _Refusal | None = None
+
+
+def _looked_up(
+    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None
+) -> tuple[_Route, Seen | None]:
+    """As :func:`_route`, which takes up to a millisecond: of calls that are refused again and again, one in 64."""
+    kinds = _idle.setdefault(model, {})
+    kind = model.training, transformed(), form_of_inputs(x)
+    own = kinds.get(kind)
+    for idle in (own, kinds.get(kind[:2]) if own is None or own.refused else None):
+        if idle is not None and idle.left and idle.refusal is not None:
+            idle.left -= 1
+            return idle.refusal, None
+    route, seen = _route(model, x, plain)
+    if len(kinds) >= _KEPT:
+        kinds.clear()
+    if not isinstance(route, _Refusal):
+        kinds[kind] = _Idle()
+        return route, seen
+    idle = kinds.setdefault(kind[:2] if route.of_all else kind, _Idle())
+    idle.refused += 1
+    if idle.refused >= _FREE:
+        idle.left, idle.refusal = _CALLS - 1, route
+    return route, seen
+
+
 def _route(
     model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None
 ) -> tuple[_Route, Seen | None]:
@@ -366,10 +401,11 @@ def _route(
             return known, seen
         refused = _unsettled.setdefault(model, Counter())
         if max(refused.values(), default=0) >= _TRIES:
-            return _Refusal("refused in too many forms"), None
+            return _Refusal("refused in too many forms", of_all=True), None
         turnover = _changing.setdefault(model, _Turnover())
         if not turnover.pays():
-            return _Refusal("forms change from call to call, so that no program would serve often"), None
+            why = "forms change from call to call, so that no program would serve often"
+            return _Refusal(why, of_all=True), None
         if transform:
             route = _under_transforms(model, x, plain, *transform)
         else:

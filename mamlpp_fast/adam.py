@@ -57,7 +57,8 @@ def make_adam(parameters: Sequence[nn.Parameter], config: MAMLConfig, device: to
     on_gpu = device.type == "cuda"
     # A tensor learning rate lets the schedule change it inside a captured graph.
     lr = torch.tensor(config.meta_lr, device=device) if on_gpu else config.meta_lr
-    return LeanAdam(parameters, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu)
+    fused = not any(p.is_complex() for p in parameters)  # PyTorch's takes none
+    return LeanAdam(parameters, lr=lr, betas=config.adam_betas, fused=fused, capturable=on_gpu)
 
 
 def follow(

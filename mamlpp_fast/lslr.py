@@ -71,7 +71,7 @@ class LSLR(nn.Module):
         self.register_buffer("offsets", torch.tensor(ends, device=device), persistent=False)
         shape = (len(named), num_steps) if rates == "tensor" else (num_steps, ends[-1])
         self.rates = nn.Parameter(
-            torch.full(shape, init_lr, device=device, dtype=dtype), requires_grad=learnable
+            torch.full(shape, init_lr, device=device, dtype=dtype.to_real()), requires_grad=learnable
         )
 
     def as_dict(self, rates: Tensor | None = None) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mamlpp_fast.config import MAMLConfig
@@ -48,7 +48,15 @@ def prepared(model: _M, config: MAMLConfig, device: torch.device | str | None, d
             raise ValueError(
                 f"model: expected per-step batch norms of {config.steps} steps, {name} has {module.num_steps}"
             )
-    model.to(device=device, dtype=dtype)
+    if any(t.is_complex() for t in (*model.parameters(), *model.buffers())):
+
+        def cast(t: Tensor) -> Tensor:
+            kind = dtype.to_complex() if t.is_complex() else dtype if t.is_floating_point() else None
+            return t.to(device=device, dtype=kind)
+
+        model._apply(cast)  # type: ignore[no-untyped-call]  # `to` makes real numbers of complex ones
+    else:
+        model.to(device=device, dtype=dtype)
     for p in model.parameters():
         # PyTorch's fused Adam goes through memory, whatever the strides (see `optimizer.align`).
         if torch.empty_like(p, device="meta").stride() != p.stride():

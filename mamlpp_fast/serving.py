@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mamlpp_fast import labels
 from mamlpp_fast.engine import Engine, EngineChoice, EngineName
+from mamlpp_fast.engine.base import Seldom
 from mamlpp_fast.engine.deterministic import one_thread
 from mamlpp_fast.engine.fused import Unsupported
 from mamlpp_fast.engine.watch import Watch
@@ -134,7 +135,9 @@ class Serving:
                 try:
                     return call(engine, batch)
                 except Unsupported as error:
-                    why = self._refused[form] = str(error)
+                    why = str(error)
+                    if not isinstance(error, Seldom):
+                        self._refused[form] = why
             if self.asked == "fused":
                 raise ValueError(
                     f"engine: expected a model and a batch that the fused engine can take, {why}"

@@ -7,7 +7,7 @@ import functools
 import itertools
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from mamlpp_fast.copying import tied_function
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.fused.derivatives import paused
+from mamlpp_fast.engine.named import own_bases, values_named
 from mamlpp_fast.ops._library import transformed
 
 __all__ = ["map_tasks"]
@@ -58,7 +59,8 @@ def map_tasks(
         What the steps returned, in the tasks' order, losses detached.
 
     Raises:
-        ValueError: a model whose modules or functions refer to the model itself by other ways than submodules;
+        ValueError: a model whose modules or functions refer to the model itself by other ways than submodules, or look
+            something up by module (``table[self]``, ``table[id(self)]``);
             ``threads`` below 1; results that carry a graph in another place, or a loss that is no single number.
         RuntimeError: a step that called the original model, changed a parameter, an attribute of a module or a buffer
             other than the running statistics of batch norms with a momentum, evaluated batch norms or wrote their
@@ -69,9 +71,10 @@ def map_tasks(
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
     width = min(len(tasks), torch.get_num_threads() if threads is None else threads)
-    if width < 2 or _alone(model) or fingerprint(model, step).of_a_thread:
+    known = None if width < 2 or _alone(model) else fingerprint(model, step)
+    if known is None or known.of_a_thread:
         return [_finished(*_one(step, model, task)) for task in tasks]
-    _check(model)
+    _check(model, known.functions)
     return _Team(step, tasks, model, width).run()
 
 
@@ -89,7 +92,7 @@ def _alone(model: nn.Module) -> bool:
     )
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, functions: Sequence[types.FunctionType]) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model: expected a module that is not compiled by torch.jit, or threads=1")
     if (name := tied_function(model)) is None:
@@ -102,6 +105,21 @@ def _check(model: nn.Module) -> None:
         raise ValueError(
             f"model: expected submodules that are held as such alone, {name} refers to one; threads=1 runs it"
         )
+    tables = {f"{f.__qualname__}, {name}": t for f in functions for name, t in values_named(f).items()}
+    tables |= {f"{type(m).__name__}.{n}": t for m in modules for n, t in _attributes(m).items()}
+    for name, table in tables.items():
+        if isinstance(table, (Mapping, Set)) and any(m in table or id(m) in table for m in modules):
+            raise ValueError(
+                f"model: expected nothing that is looked up by module, which a thread's copy is not, got {name}; "
+                "threads=1 runs it"
+            )
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Of a module and of the user's classes."""
+    kind: Any = type(module)
+    own = {n: v for n, v in vars(module).items() if not n.startswith("_")}
+    return {n: v for cls in own_bases(kind) for n, v in vars(cls).items()} | own
 
 
 def _refers(value: object, modules: set[nn.Module]) -> bool:

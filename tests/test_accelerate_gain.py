@@ -19,6 +19,11 @@ from mamlpp_fast import accelerated
 from mamlpp_fast.engine.fused import differentiable, lowering
 
 
+class First(nn.Module):
+    def forward(self, given: tuple[Tensor, ...]) -> Tensor:
+        return given[0]
+
+
 @pytest.fixture
 def as_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(differentiable, "EVEN_WITHOUT_GAIN", False)
@@ -29,7 +34,7 @@ def test_linear_layers_alone_are_left_to_pytorch(as_for_users: None, last: Calla
     """With a softmax behind them too: its step is a generic one, and took 1.5 times PyTorch's time."""
     model = mf.accelerate(nn.Sequential(mlp(), last()))
     model(torch.randn(6, 1, 8, 8)).sum().backward()
-    assert "matrix products and pointwise functions alone" in mf.acceleration(model)
+    assert "products, pointwise functions and the like alone" in mf.acceleration(model)
 
 
 def test_a_linear_layer_alone_is_not_even_looked_at(
@@ -42,21 +47,69 @@ def test_a_linear_layer_alone_is_not_even_looked_at(
     assert "a linear layer alone" in mf.acceleration(model)
 
 
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_what_is_another_model_at_each_call_is_seldom_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a count of its calls, as many a ResNet-12 for few shots keeps it; whatever the sizes."""
+    looks: list[int] = []
+    made = accelerated.look
+    monkeypatch.setattr(accelerated, "look", lambda model: looks.append(model.calls) or made(model))
+    model = mf.accelerate(Counted(4, 3))
+    for call in range(100):
+        model(torch.randn(2 + call % 5, 4))
+    assert len(looks) <= 20
+
+
 @pytest.mark.parametrize(
     ("layers", "shape"),
     [
         ((nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), (6, 4)),
         ((nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3)), (6, 4, 7)),
-        ((nn.Embedding(9, 4), nn.Flatten(), nn.Linear(28, 3)), (6, 7)),
+        ((*[nn.Linear(4, 4), nn.Softplus()] * 24, nn.Linear(4, 3)), (6, 4)),
+        ((nn.GRU(4, 3, batch_first=True), First(), nn.Flatten()), (6, 7, 4)),
     ],
 )
 def test_what_has_more_in_it_is_served(
     as_for_users: None, layers: tuple[nn.Module, ...], shape: tuple[int, ...]
 ) -> None:
     model = mf.accelerate(nn.Sequential(*layers))
-    x = torch.randint(9, shape) if isinstance(layers[0], nn.Embedding) else torch.randn(shape)
-    model(x).sum().backward()
+    model(torch.randn(shape)).sum().backward()
     assert "one operation" in mf.acceleration(model)
+
+
+def test_what_is_refused_again_and_again_is_seldom_looked_at(
+    as_for_users: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look takes longer than many a small layer; examples of another form are looked at all the same."""
+    looks: list[tuple[int, ...]] = []
+    made = accelerated._route
+
+    def watched(model: nn.Module, x: Tensor, plain: Any) -> Any:
+        looks.append(tuple(x.shape))
+        return made(model, x, plain)
+
+    monkeypatch.setattr(accelerated, "_route", watched)
+    plain = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(28, 3))
+    model, x = mf.accelerate(copy.deepcopy(plain)), torch.randint(9, (6, 7))
+    for _ in range(8 + 63):
+        assert_close(model(x), plain(x), rtol=0, atol=0)
+    assert looks == [(6, 7)] * 8
+    model(x[:4])
+    model(x)
+    assert looks[8:] == [(4, 7), (6, 7)]
+    monkeypatch.setattr(differentiable, "EVEN_WITHOUT_GAIN", True)
+    monkeypatch.setattr(accelerated, "_routes", type(accelerated._routes)())
+    for _ in range(64):  # what is served from now on is found
+        model(x)
+    assert len(looks) == 11 and "one operation" in mf.acceleration(model)
+    model(x)
+    assert len(looks) == 12
 
 
 def test_a_fault_of_ours_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -164,13 +165,23 @@ def test_what_pytorch_raises_for_is_raised(wide: bool) -> None:
     before = {n: b.clone() for n, b in own.model.state_dict().items()}
     with pytest.raises(ValueError, match=r"within the support \(Boolean\(\)\)"):
         own.meta_gradient(wrong)
-    assert "torch.distributions finds its arguments otherwise" in own.engine_reason
+    assert "loss: finds its arguments otherwise" in own.engine_reason
     assert_close(own.model.state_dict(), before, rtol=0, atol=0)
     compare(own, loss, batch("bernoulli"))
     forced = learner(loss, "fused", wide=wide)
     forced.meta_gradient(batch("bernoulli"))
-    with pytest.raises(ValueError, match=r"loss: torch\.distributions finds its arguments otherwise"):
+    with pytest.raises(ValueError, match="loss: finds its arguments otherwise"):
         forced.meta_gradient(wrong)
+
+
+def test_a_variance_that_becomes_negative_is_raised_for() -> None:
+    """By ``F.gaussian_nll_loss``, which asks before it computes."""
+    own = learner(lambda z, y: F.gaussian_nll_loss(z[:, :2], y, z[:, 2:].square() + y + 9))
+    given = batch("normal")
+    own.meta_gradient(given)
+    assert own.engine.name == "fused"
+    with pytest.raises(ValueError, match="var has negative entry"):
+        own.meta_gradient(dataclasses.replace(given, support_y=given.support_y - 99))
 
 
 def test_validation_that_is_switched_on_later_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -203,6 +204,23 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Form], list[Form]]] = {
         lambda x, w: (x.mean(1) * 3 + w).exp() / 7 + (x.sum(1, keepdim=True) * w).mean(1),
         [(N, 3, 5)],
         [(5,)],
+    ),
+    "around-a-circle": (lambda x: COMPOSITES[F.pad](x, (2, 1, 0, 3), "circular").square(), [(N, 3, 4)], []),
+    "affine-grid": (lambda x: COMPOSITES[F.affine_grid](x, (N, 1, 3, 4), False).exp(), [(N, 2, 3)], []),
+    "affine-grid-of-corners": (
+        lambda x: COMPOSITES[F.affine_grid](x, (N, 1, 2, 1, 3), True).exp(),
+        [(N, 3, 4)],
+        [],
+    ),
+    "infinite-beside": (
+        lambda x: torch.softmax(0.5 * x.masked_fill(torch.ones(3, 3).triu(1) > 0, -math.inf), -1),
+        [(N, 3, 3)],
+        [],
+    ),
+    "likelihood": (
+        lambda x, y, w: COMPOSITES[F.gaussian_nll_loss](x, y, w, True, 0.3, "none"),
+        [(N, 3), (N, 3)],
+        [(N, 3)],
     ),
     "zero-derivative": (lambda x: torch.sign(x) + x.round(), [(N, 3)], []),
 }

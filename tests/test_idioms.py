@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,28 @@ def _cells(m: Any, x: Tensor) -> Tensor:
     return m.head(h + plain)
 
 
+def _genres(m: Any, x: Tensor) -> Tensor:
+    """Counts in float32 whatever the model is in, offsets of tables out of plain numbers."""
+    share = x.float() / torch.sum(x.float(), 1, keepdim=True).clamp(min=1)
+    offsets = x.new_tensor([0, 0, 1, 0, 2, 0, 0]).unsqueeze(0)
+    codes = m.table((x + offsets) % 9).sum(1)
+    return m.head(torch.tanh(codes + share @ m.table.weight[:7].detach().float()))
+
+
+def _scaled_scores(m: Any, x: Tensor) -> Tensor:
+    """A mask of infinities that is scaled with the scores."""
+    mask = torch.triu(torch.ones(len(x), x.shape[1], x.shape[1], dtype=torch.bool), 1)
+    scores = torch.einsum("nle,nse->nls", m.q(x), m.k(x))
+    scores.masked_fill_(mask, -math.inf)
+    return m.head((torch.softmax(1.0 / math.sqrt(3) * scores, -1) @ x).mean(1))
+
+
+def _turned(m: Any, x: Tensor) -> Tensor:
+    """A spatial transformer."""
+    theta = m.where(x.flatten(1)).view(-1, 2, 3) * 0.3 + torch.eye(2, 3, dtype=x.dtype)
+    return m.head(F.grid_sample(x, F.affine_grid(theta, x.size(), False), align_corners=False).flatten(1))
+
+
 def _text(padding: int) -> nn.Module:
     return Calls(
         lambda m, x: m.head(torch.tanh(m.norm(m.conv(m.table(x).mT))).mean(2)),
@@ -88,6 +111,19 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
             tanh=nn.RNNCell(4, 4),
             relu=nn.RNNCell(4, 4, nonlinearity="relu"),
             head=nn.Linear(4, WAYS),
+        ),
+        SEQUENCE,
+    ),
+    "genres": (lambda: Calls(_genres, table=nn.Embedding(9, 4), head=nn.Linear(4, WAYS)), TOKENS),
+    "scaled scores": (
+        lambda: Calls(_scaled_scores, q=nn.Linear(4, 3), k=nn.Linear(4, 3), head=nn.Linear(4, WAYS)),
+        SEQUENCE,
+    ),
+    "turned": (lambda: Calls(_turned, where=nn.Linear(72, 6), head=nn.Linear(72, WAYS)), IMAGES),
+    "around a circle": (
+        lambda: nn.Sequential(
+            *(nn.Conv1d(5, 4, 3, padding=1, padding_mode="circular"), nn.ELU(), nn.Flatten()),
+            nn.Linear(16, WAYS),
         ),
         SEQUENCE,
     ),

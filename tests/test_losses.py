@@ -101,6 +101,22 @@ def gaussian(z: Tensor, y: Tensor) -> Tensor:
     return (0.5 * ((z[:, :2] - y) / z[:, 2:4].exp()).square() + z[:, 2:4]).mean()
 
 
+def likelihood(z: Tensor, y: Tensor) -> Tensor:
+    """PyTorch's own, which looks whether a variance is negative, and raises small ones where no gradient is taken."""
+    return F.gaussian_nll_loss(z[:, :2], y, z[:, 2:4].square(), full=True, eps=0.05)
+
+
+def one_variance(z: Tensor, y: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(z[:, :2], y, z[:, 4].exp(), reduction="sum") + F.gaussian_nll_loss(
+        z[:, :2], y, torch.ones_like(y)
+    )
+
+
+def typed_shares(z: Tensor, y: Tensor) -> Tensor:
+    """Shares in the process's own float32, whatever the predictions are."""
+    return (0.1 * (1 - F.one_hot(y, WAYS)) * z.sigmoid() + F.one_hot(y, WAYS).float() * (1 - z) ** 2).sum()
+
+
 def one_hot(z: Tensor, y: Tensor) -> Tensor:
     return (F.softmax(z, -1) - F.one_hot(y, WAYS)).square().sum(-1).mean()
 
@@ -140,6 +156,9 @@ KINDS: dict[str, tuple[Loss, Labels]] = {
     "penalised": (penalised, classes),
     "closed-over": (closed_over(), classes),
     "gaussian": (gaussian, few),
+    "likelihood": (likelihood, few),
+    "likelihood-one-variance": (one_variance, few),
+    "typed-shares": (typed_shares, classes),
     "one-hot": (one_hot, classes),
     "typed": (typed, classes),
     "constant-part": (constant_part, classes),
@@ -226,7 +245,8 @@ def test_gradient_and_tangent_against_autograd(name: str, tasks: int) -> None:
     weights = torch.tensor([0.3, 0.7], dtype=D)  # of two steps
     buffers = {n: em.own(n, b) for n, b in own.buffers.items()}
     goal = Goal(em.own("labels", given.clone()), em.own("weights", weights), 1, want_loss=True)
-    ps = Pass(tasks, N, 0, {}, {}, {0: em.own("z", z)}, goal=goal, buffers=buffers)
+    answers = em.own("answers", torch.ones(tasks, dtype=torch.bool))
+    ps = Pass(tasks, N, 0, {}, {}, {0: em.own("z", z)}, goal=goal, buffers=buffers, answers=answers)
     value = own.of_pass(em, ps, 0)
     left = {"loss": value.loss, "grad": value.grad, "tangent": own.tangent(em, value, em.own("u", z_dot))}
     kept = {}
@@ -238,6 +258,7 @@ def test_gradient_and_tangent_against_autograd(name: str, tasks: int) -> None:
     program.bind(workspace)
     workspace.memory.fill_(255)  # NaN
     program.run()
+    assert bool(answers.tensor().all())
     for t in range(tasks):
         if labels is padded and not bool((given[t] != -100).any()):
             continue

@@ -6,9 +6,10 @@ import copy
 import threading
 import time
 import types
+import weakref
 from collections import namedtuple
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -314,6 +315,53 @@ def test_models_that_refer_to_themselves_are_refused() -> None:
         assert len(mf.map_tasks(step, data(2), model, threads=1)) == 2
     with pytest.raises(ValueError, match="threads: expected at least 1"):
         mf.map_tasks(step, data(2), listed, threads=0)
+
+
+TABLE: dict[Any, float] = {}
+WEAK: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+class Listed(nn.Linear):
+    """Looks its scale up by the module that it is."""
+
+    registry: ClassVar[dict[nn.Module, float]] = {}
+
+    def __init__(self, how: Callable[[nn.Module], float]) -> None:
+        super().__init__(64, 3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)) * self.how(self)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (lambda m: TABLE.get(m, 1.0), "TABLE"),
+        (lambda m: TABLE.get(id(m), 1.0), "TABLE"),
+        (lambda m: WEAK.get(m, 1.0), "WEAK"),
+        (lambda m: m.registry.get(m, 1.0), "Listed.registry"),
+        (lambda m: m.own.get("scale", 1.0), None),
+    ],
+)
+def test_what_is_looked_up_by_module_is_refused(
+    how: Callable[[Any], float], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's copy is another module, which no table has."""
+    model = Listed(how).double()
+    model.own = {"scale": 3.0}  # type: ignore[assignment]
+    for key in (model, id(model)):
+        monkeypatch.setitem(TABLE, key, 3.0)
+    monkeypatch.setitem(WEAK, model, 3.0)
+    monkeypatch.setitem(Listed.registry, model, 3.0)
+    if words is None:
+        monkeypatch.undo()
+    else:
+        with pytest.raises(ValueError, match=f"looked up by module.*{words}"):
+            mf.map_tasks(step, data(2), model)
+    expected = loop(step, data(2), copy.copy(model) if words is None else model)
+    found = mf.map_tasks(step, data(2), model, threads=2 if words is None else 1)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(

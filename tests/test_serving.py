@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
+from mamlpp_fast.engine.fused import FusedEngine, recent
 from tests.front_end_helpers import AUTOGRAD, Net, batch, compare, pair
-from tests.textbook import Batch
+from tests.textbook import Batch, Textbook
 
 
 class Pooled(Net):
@@ -33,6 +35,48 @@ def test_targets_of_another_size() -> None:
     assert_close(result.task_losses, textbook.gradient(tasks))
     assert_close(learner.evaluate(mf.EpisodeBatch(*tasks)).logits, textbook.evaluate(tasks, "batch", 2))
     assert learner.engine.name == "autograd" and "target_x" in learner.engine_reason
+
+
+def _sizes(learner: mf.MAMLPlusPlus, textbook: Textbook, sizes: Sequence[int]) -> list[str]:
+    """The engines that served batches of these sizes, each result held against the textbook's."""
+    served = []
+    for size in sizes:
+        tasks = batch(0, size=8)
+        tasks = (tasks[0].repeat(1, size, 1, 1, 1), tasks[1].repeat(1, size), *tasks[2:])
+        assert_close(learner.meta_gradient(mf.EpisodeBatch(*tasks)).task_losses, textbook.gradient(tasks))
+        served.append(learner.engine.name)
+    return served
+
+
+def test_of_many_sizes_those_that_come_often_get_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing a program takes longer than a plain loop for a size that comes once."""
+    monkeypatch.setattr(recent, "FREE", 2)
+    monkeypatch.setattr(recent, "OFTEN", 3)
+    learner, textbook = pair(Pooled)
+    assert _sizes(learner, textbook, [1, 2, 3, 4, 1, 3]) == ["fused"] * 2 + ["autograd"] * 2 + [
+        "fused",
+        "autograd",
+    ]
+    assert "has not come 3 times yet" in learner.engine_reason
+    assert _sizes(learner, textbook, [3, 3, 3, 4]) == ["autograd", "fused", "fused", "autograd"]
+
+
+def test_programs_that_are_not_used_for_longest_go() -> None:
+    """The engine that was asked for serves every size; its memory has a bound."""
+    learner, textbook = pair(Pooled)
+    engine = FusedEngine(learner.model, learner.rates, precision="float64", verify=False)
+    engine._prepared._most = 2
+    made = []
+    for size in (1, 2, 1, 3, 1, 2):
+        tasks = batch(0, size=8)
+        given = mf.EpisodeBatch(tasks[0].repeat(1, size, 1, 1, 1), tasks[1].repeat(1, size), *tasks[2:])
+        generation = engine.generation
+        found = engine.meta_gradient(given, learner.step_weights(), True)
+        assert_close(found.task_losses, textbook.gradient(given.fields))  # type: ignore[arg-type]
+        made.append((len(engine._prepared), engine._gone, engine.generation > generation))
+    assert [gone for _, gone, _ in made] == [0, 0, 0, 1, 1, 2]
+    assert max(count for count, _, _ in made) == 2
+    assert made[3][2] and made[5][2]  # what was captured with those that went is not to be replayed
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -83,6 +127,49 @@ class OneOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+
+class Turned(nn.Module):
+    """Complex numbers as a parameter, a buffer, or both."""
+
+    def __init__(self, weight: bool) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.scale = nn.Parameter(torch.randn(3, dtype=torch.complex64)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.view_as_complex(self.lift(x).view(-1, 3, 2)) * self.turn
+        made: Tensor = self.head(torch.view_as_real(h if self.scale is None else h * self.scale).flatten(1))
+        return made
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_complex_numbers_stay_what_they_are(weight: bool) -> None:
+    """``Module.to`` of another precision makes real numbers of them."""
+    torch.manual_seed(0)
+    model = Turned(weight)
+    own = copy.deepcopy(model).double()
+    own.turn = model.turn.to(torch.complex128)
+    if own.scale is not None and model.scale is not None:
+        own.scale = nn.Parameter(model.scale.detach().to(torch.complex128))
+    tasks = torch.randn(2, 5, 4, dtype=torch.float64), torch.randint(3, (2, 5))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig.maml(steps=2), precision="float64")
+    learner.meta_gradient(mf.EpisodeBatch(*tasks, *tasks))
+    assert learner.engine.name == "autograd" and "complex" in learner.engine_reason
+    total = torch.zeros(())
+    for x, y in zip(*tasks, strict=True):
+        fast = dict(own.named_parameters())
+        for _ in range(2):
+            loss = F.cross_entropy(torch.func.functional_call(own, fast, (x,)), y)
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+        total = total + F.cross_entropy(torch.func.functional_call(own, fast, (x,)), y) / 2
+    total.backward()
+    for name, p in own.named_parameters():
+        assert_close(learner.model.get_parameter(name).grad, p.grad)
+    assert learner.model.get_buffer("turn").dtype is torch.complex128
+    learner.meta_step(mf.EpisodeBatch(*tasks, *tasks))
 
 
 def test_arguments_that_a_rule_does_not_foresee() -> None:

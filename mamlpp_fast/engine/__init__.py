@@ -84,7 +84,13 @@ def make_engine(
     if name in ("auto", "fused"):
         try:
             fused = FusedEngine(
-                model, rates, loss_fn, precision=precision, deterministic=deterministic, verify=verify
+                model,
+                rates,
+                loss_fn,
+                precision=precision,
+                deterministic=deterministic,
+                verify=verify,
+                waits=name == "auto",
             )
             return EngineChoice(
                 fused, "every operation of the model has fused rules" if name == "auto" else reason

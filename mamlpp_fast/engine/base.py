@@ -19,6 +19,7 @@ __all__ = [
     "Engine",
     "EngineName",
     "Precision",
+    "Seldom",
     "UncheckedError",
     "Unsupported",
     "called_modules",
@@ -48,6 +49,10 @@ class Unsupported(ValueError):
 
 class UncheckedError(Unsupported):
     """These examples cannot be checked on; others may."""
+
+
+class Seldom(Unsupported):
+    """A form of batches that has not come often enough yet for a program; it may."""
 
 
 class Engine(Protocol):

@@ -80,10 +80,11 @@ class Fingerprint:
     Holds on to what it knows by identity: the address of an object that is gone may be another's.
 
     Attributes:
+        functions: of the user's own that a pass may call.
         of_a_thread: whether values of the calling thread (``threading.local``) are among what it looks at.
     """
 
-    __slots__ = ("_functions", "_hash", "_held", "_key", "_opaque", "_unseen", "of_a_thread")
+    __slots__ = ("_hash", "_held", "_key", "_opaque", "_unseen", "functions", "of_a_thread")
 
     def __init__(self, reader: _Reader) -> None:
         self.of_a_thread = reader.of_a_thread
@@ -91,12 +92,12 @@ class Fingerprint:
         self._hash: int | None = None
         self._held = reader.held
         self._opaque = reader.opaque
-        self._functions = reader.own
+        self.functions = reader.own
         self._unseen = [why for name, why in reader.unseen if name is None or name in reader.called]
 
     def unfollowed(self) -> str | None:
         """What the code does of which a recording, or a change, would tell nothing; None where there is nothing."""
-        for function in self._functions:
+        for function in self.functions:
             if (why := beyond(function)) is not None:
                 return why
         return self._unseen[0] if self._unseen else None

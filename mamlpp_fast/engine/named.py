@@ -37,6 +37,7 @@ __all__ = [
     "own_bases",
     "reads_environment",
     "tensors_named",
+    "values_named",
     "written_in",
 ]
 
@@ -272,6 +273,20 @@ def is_operator(name: str) -> bool:
     return name.startswith("__") and name.endswith("__") and name not in _NOT_IN_USE
 
 
+def values_named(function: types.FunctionType) -> dict[str, Any]:
+    """Globals and closed-over values that a function names, and attributes that it names of modules among them."""
+    code, space = function.__code__, function.__globals__
+    found = {name: space[name] for name in globals_of(code) if name in space}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        if cell != types.CellType():
+            found[name] = cell.cell_contents
+    for name, value in list(found.items()):
+        if isinstance(value, types.ModuleType):
+            own = vars(value)
+            found |= {f"{name}.{n}": own[n] for n in attributes_of(code) if n in own}
+    return found
+
+
 def tensors_named(function: Any) -> list[Tensor]:
     """Tensors that a function and those that it names read as globals or close over, without a gradient."""
     found: list[Tensor] = []
@@ -284,8 +299,7 @@ def tensors_named(function: Any) -> list[Tensor]:
         if not isinstance(value, types.FunctionType) or id(value) in seen or depth >= _DEPTH:
             continue
         seen.add(id(value))
-        named = [value.__globals__.get(name) for name in globals_of(value.__code__)]
-        named += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        named = list(values_named(value).values())
         found += [t for t in named if isinstance(t, Tensor) and not t.requires_grad]
         queue += [(f, depth + 1) for f in named if isinstance(f, (types.FunctionType, functools.partial))]
     return found

@@ -90,7 +90,10 @@ def small_values(tensor: Tensor) -> bytes | None:
         return None
     if tensor.device.type != "cpu" or tensor.numel() > ENTRIES:
         return None
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # of a transform, which tells no values
+        return None
+    with torch._C._DisableFuncTorch():
+        return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def place(tensor: Tensor) -> tuple[Any, ...]:

@@ -46,8 +46,8 @@ class Recorder(TorchFunctionMode):
             ``no_grad``).
         shared: of the model that this one is a copy of.
         stand_in: makes what a parameter is called as.
-        answers: whether what ``torch.distributions`` asks of its arguments goes to ``asked``, values and the answers
-            that they gave; else that is a problem like all questions that decide.
+        answers: whether what ``torch.distributions`` (and ``F.gaussian_nll_loss``) asks of its arguments goes to
+            ``asked``, values and the answers that they gave; else that is a problem like all questions that decide.
     """
 
     def __init__(
@@ -183,6 +183,8 @@ class Recorder(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         watch = self.watch
         self._nothing_beside()
+        if func is F.gaussian_nll_loss and self._answers:
+            self._looks_at_variances(*args, **kwargs)
         norm = func is reference.per_step_norm
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         references = {id(t): self._read(t) for t in given}
@@ -207,10 +209,12 @@ class Recorder(TorchFunctionMode):
             self.complain(self.here(), f"{name} reads the memory of {known} under another name")
         if draws:
             self.complain(self.here(), f"{name} draws random numbers")
-        reads &= not (func is F.one_hot and _classes(args, kwargs) >= 0)  # only for what it raises
+        # Only for what they raise.
+        reads &= not (func is F.one_hot and _classes(args, kwargs) >= 0)
+        reads &= not (func is F.gaussian_nll_loss and self._answers)
         if (reads or name in _ASKS) and not _all_constant(references.values()):
             known = next(iter(references.values()))
-            if self._answers and name == "__bool__" and isinstance(known, Value) and _of_distributions():
+            if self._answers and name == "__bool__" and isinstance(known, Value) and _for_what_is_raised():
                 self.asked.append((known.index, result))
                 return result
             self.complain(self.here(), f"{name} asks for values, which decide what is executed")
@@ -232,6 +236,12 @@ class Recorder(TorchFunctionMode):
         self._write(written, name, _all_constant(references.values()))
         self._keep(func, recorded, result, made, given, args, drawn)
         return result
+
+    def _looks_at_variances(self, input: Any, target: Any, var: Any, *_: Any, **__: Any) -> None:
+        """Records the question that ``F.gaussian_nll_loss`` begins with: it raises where a variance is negative."""
+        if isinstance(var, Tensor):
+            with self:
+                bool(torch.any(var < 0))
 
     def _asked(self, name: str) -> None:
         """Takes in a question whose answer may be another for tensors of the same shapes and types."""
@@ -346,7 +356,8 @@ class Recorder(TorchFunctionMode):
         args_, kwargs_ = recorded
         in_graph = any(t.requires_grad for t in given)
         references = [r for r in tree_leaves(recorded) if is_reference(r)]
-        if _all_constant(references):
+        # Of a tensor that makes another out of plain numbers only the type counts.
+        if _all_constant(references) or (func is Tensor.new_tensor and len(references) == 1):
             for t in made:
                 self._references[id(t)] = Constant(t)
                 self._fixed.setdefault(_storage(t), _OWN)
@@ -425,9 +436,9 @@ def _identities(t: Tensor) -> list[tuple[str, int]]:
     return [(name, id(value)) for name, value in t.__dict__.items()]
 
 
-def _of_distributions() -> bool:
-    """Whether PyTorch's distributions make the call that is watched."""
-    return str(sys._getframe(2).f_globals.get("__name__")).startswith("torch.distributions.")
+def _for_what_is_raised() -> bool:
+    """Whether the call that is watched is made by PyTorch's distributions, or for a loss that asks as they do."""
+    return str(sys._getframe(2).f_globals.get("__name__")).startswith(("torch.distributions.", __name__))
 
 
 def _storage(t: Tensor) -> int:

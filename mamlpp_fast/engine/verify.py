@@ -20,6 +20,7 @@ from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.sections import EXAMPLES
+from mamlpp_fast.engine.fused.steps import Attention
 from mamlpp_fast.engine.fused.transfer import Gradients
 from mamlpp_fast.episodes import EpisodeBatch
 from mamlpp_fast.inputs import examples_of, mapped, tensors_of
@@ -29,6 +30,7 @@ from mamlpp_fast.reference import EvalStats, LossFn
 
 if TYPE_CHECKING:
     from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
+    from mamlpp_fast.engine.fused.network import Network
     from mamlpp_fast.engine.fused.prepared import Prepared
 
 __all__ = ["check_call", "check_evaluation", "check_meta_gradient", "enough", "sample"]
@@ -46,19 +48,22 @@ _SEED = 0
 # activation of every step, some hundred times as much.
 _VALUES = 2**11
 _EXAMPLES = 4
+# Where a loop keeps matrices of L x S of every head, that of two examples is a fifth of a GiB a layer and step.
+_LONG = 2
 
 
-def enough(x: reference.Inputs) -> int:
-    """How many examples [n, ...] a check takes."""
+def enough(x: reference.Inputs, network: Network) -> int:
+    """How many examples [n, ...] a check takes of a network."""
     values = sum(t[0].numel() for t in tensors_of(x))
-    return min(examples_of(x), max(_EXAMPLES, _VALUES // max(values, 1)))
+    least = _LONG if any(isinstance(step, Attention) for step in network.steps) else _EXAMPLES
+    return min(examples_of(x), max(least, _VALUES // max(values, 1)))
 
 
-def sample(batch: EpisodeBatch) -> EpisodeBatch:
+def sample(batch: EpisodeBatch, network: Network) -> EpisodeBatch:
     """The first task of a batch; of large examples some, evenly over the classes."""
 
     def some(x: reference.Inputs, y: Tensor) -> tuple[reference.Inputs, Tensor]:
-        count = enough(mapped(lambda t: t[0], x))
+        count = enough(mapped(lambda t: t[0], x), network)
         chosen = torch.arange(count, device=y.device) * y.shape[1] // count
         return mapped(lambda t: t[:1, chosen], x), y[:1, chosen]
 

@@ -209,9 +209,58 @@ def _binary_cross_entropy_with_logits(
     return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
 
 
+def _gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    if not isinstance(var, Tensor):
+        var = torch.full_like(input, var)
+    if var.shape != input.shape and var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    # Variances are raised to eps where no gradient is taken, so the gradient passes as if they had not been.
+    var = torch.where(var < eps, var - var.detach() + eps, var)
+    terms = (var.log() + (input - target).square() / var) / 2
+    if full:
+        terms = terms + math.log(2 * math.pi) / 2
+    return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
+
+
 def _one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
     zeros = torch.zeros(*input.shape, num_classes, dtype=torch.int64, device=input.device)
     return zeros.scatter(-1, input.unsqueeze(-1), 1)  # which raises for other classes, too
+
+
+def _padded(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """``F.pad``, whose own way around a circle writes into slices of what it makes."""
+    if mode != "circular" or min(pad) < 0:
+        return F.pad(input, list(pad), mode, value)
+    for i in range(0, len(pad), 2):
+        axis = input.ndim - 1 - i // 2
+        size, (before, behind) = input.shape[axis], pad[i : i + 2]
+        if max(before, behind) > size:
+            raise RuntimeError("circular padding wraps around more than once")
+        parts = (size - before, before), (0, size), (0, behind)
+        input = torch.cat([input.narrow(axis, begin, count) for begin, count in parts if count], axis)
+    return input
+
+
+def _affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
+    """``F.affine_grid``, whose own operator has no batching rule and writes into slices of what it makes."""
+    sides = []
+    for n in size[2:]:  # places from -1 to 1 along an axis: of corners, or of the middles of pixels
+        places = torch.linspace(-1, 1, n, dtype=theta.dtype, device=theta.device)
+        places = places * ((1 if align_corners else (n - 1) / n) if n > 1 else 0)
+        sides.append(places)
+    grid = torch.stack(
+        [*reversed(torch.meshgrid(*sides, indexing="ij")), torch.ones_like(theta[0, 0, 0]).expand(*size[2:])],
+        -1,
+    )
+    made = grid.reshape(-1, len(sides) + 1) @ theta.transpose(1, 2)
+    return made.reshape(len(theta), *size[2:], len(sides))
 
 
 def _adaptive_mean(axes: int) -> Callable[..., Tensor]:
@@ -254,6 +303,13 @@ def _embedding(
     return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), made.detach(), made)
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, which adds the bias to a single row in place, under another name."""
+    if input.ndim > 1:
+        return F.linear(input, weight, bias)
+    return weight @ input if bias is None else weight @ input + bias
+
+
 def _viewed(input: Tensor, *shape: Any, **more: Any) -> Tensor:
     """``Tensor.view``: of a tensor whose copy into order (``contiguous``) may have been left out."""
     if more or isinstance(shape[0], torch.dtype):
@@ -288,13 +344,17 @@ COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     F.one_hot: _one_hot,
     torch._is_all_true: torch.all,
     F.embedding: _embedding,
+    F.linear: _linear,
     Tensor.view: _viewed,
     Tensor.view_as: Tensor.reshape_as,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
+    F.gaussian_nll_loss: _gaussian_nll_loss,
     Tensor.__setitem__: _assigned,
     Tensor.copy_: lambda input, src, non_blocking=False: _filled(input, src),
     Tensor.fill_: _filled,
     Tensor.zero_: torch.zeros_like,
+    F.pad: _padded,
+    F.affine_grid: _affine_grid,
     F.adaptive_avg_pool1d: _adaptive_mean(1),
     torch.adaptive_avg_pool1d: _adaptive_mean(1),
     F.adaptive_avg_pool2d: _adaptive_mean(2),

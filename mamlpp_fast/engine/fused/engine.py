@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast._modes import float32_products
 from mamlpp_fast.engine import base
-from mamlpp_fast.engine.base import Precision, Unsupported, handed_over
+from mamlpp_fast.engine.base import Precision, Seldom, Unsupported, handed_over
 from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.engine.fused.form import Form, Written
 from mamlpp_fast.engine.fused.fusions import fuse
@@ -22,6 +22,7 @@ from mamlpp_fast.engine.fused.masks import Masks
 from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.prepared import Prepared
 from mamlpp_fast.engine.fused.program import Emitter, Workspace
+from mamlpp_fast.engine.fused.recent import Recent, Visits
 from mamlpp_fast.engine.fused.steps import Conv, CrossEntropy, FirstLayer, Generic, Loss, loss_of
 from mamlpp_fast.engine.fused.sweep import write_evaluation, write_meta_gradient
 from mamlpp_fast.engine.fused.transfer import Gradients, Transfer
@@ -68,10 +69,12 @@ class FusedEngine:
         deterministic: the same bits on any number of CPU threads, also without convolutions (with them anyway): what
             torch computes runs on one of them.
         verify: compare the first results of every form with the reference loop in float64.
+        waits: once many forms of batches have come, a further one has a program when it has come often, and none
+            before.
 
     Raises:
         Unsupported: for a loss with hooks; by the other methods, names what of model or loss is no fixed list of
-            operations.
+            operations. Its subclass :class:`mamlpp_fast.engine.base.Seldom` where ``waits`` is why.
     """
 
     name = "fused"
@@ -87,12 +90,13 @@ class FusedEngine:
         group: int | None = None,
         deterministic: bool = False,
         verify: bool = True,
+        waits: bool = False,
     ) -> None:
         self.model = model
         self.rates = rates
         self.loss_fn = loss_fn
         self._plain_loss = loss_of(loss_fn)
-        self._losses: dict[_Key, RecordedLoss] = {}
+        self._losses: Recent[_Key, RecordedLoss] = Recent()
         self.adapted = frozenset(rates.names)
         self.trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         self.precision = precision
@@ -103,9 +107,11 @@ class FusedEngine:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.deterministic = deterministic and self.device.type == "cpu"
         self.workspace = Workspace(self.device)
-        self._recordings: dict[tuple[object, ...], Recording] = {}
-        self._networks: dict[tuple[object, ...], Network] = {}
-        self._prepared: dict[_Key, Prepared] = {}
+        self._recordings: Recent[_Key, Recording] = Recent()
+        self._networks: Recent[_Key, Network] = Recent()
+        self._prepared: Recent[_Key, Prepared] = Recent()
+        self._visits = Visits() if waits else None
+        self._gone = 0
         # Not looked up again: a thread's first parallel region may change what torch says its number of threads is.
         self._current: Prepared | None = None
         self._unchecked: dict[_Key, Callable[[EpisodeBatch], bool]] = {}
@@ -119,10 +125,10 @@ class FusedEngine:
     ) -> MetaResult:
         """See :class:`mamlpp_fast.engine.Engine`."""
         self._current = self.prepare(batch, step_weights is not None, second_order)
-        if self.workspace.generation != self._captured_generation:
+        if self.generation != self._captured_generation:
             # Graphs captured before the workspace moved would write to memory that is no longer ours.
             self._step = graphed(self._iterate, preserve=self.model.buffers)
-            self._captured_generation = self.workspace.generation
+            self._captured_generation = self.generation
         with float32_products(self.device, tf32=self.precision == "tf32"):
             losses, logits = self._step(batch, step_weights, second_order)
         self._gradients.hand_over()
@@ -140,7 +146,7 @@ class FusedEngine:
     @property
     def generation(self) -> int:
         """See :class:`mamlpp_fast.engine.Engine`."""
-        return self.workspace.generation
+        return self.workspace.generation + self._gone
 
     def explain(self) -> str:
         """What has been prepared so far: forms, memory, operations and bytes of every step."""
@@ -181,7 +187,7 @@ class FusedEngine:
         self.model.train()
         plain = self._check(batch)
         key = ("train", multi_step, second_order, torch.get_num_threads(), plain is None, *batch.form)
-        if key not in self._prepared:
+        if self._new(key):
             network = self._lower(batch, plain, training=True)
             if network.frozen:
                 raise Unsupported(
@@ -210,14 +216,14 @@ class FusedEngine:
                 self._unchecked[key] = lambda task: check_meta_gradient(
                     self._alone(write(task, 1, options[0], True)), *about, task
                 )
-            self._prepared[key] = self._fit(batch, network, write, options)
+            self._keep(key, self._fit(batch, network, write, options))
         return self._checked(key, batch)
 
     def prepare_evaluation(self, batch: EpisodeBatch, steps: int, stats: EvalStats) -> Prepared:
         """Like :meth:`prepare`, for :meth:`evaluate`."""
         plain = self._check(batch)
         key = ("evaluate", steps, stats, torch.get_num_threads(), plain is None, *batch.form)
-        if key not in self._prepared:
+        if self._new(key):
             network = self._lower(batch, plain, training=False)
 
             def write(given: EpisodeBatch, tasks: int, option: _Option, exact: bool = False) -> Prepared:
@@ -235,14 +241,32 @@ class FusedEngine:
                 self._unchecked[key] = lambda task: check_evaluation(
                     self._alone(write(task, 1, "keep", True)), *about, task, steps, stats
                 )
-            self._prepared[key] = self._fit(batch, network, write, ["keep"])
+            self._keep(key, self._fit(batch, network, write, ["keep"]))
         return self._checked(key, batch)
+
+    def _new(self, key: _Key) -> bool:
+        """Whether a form has no program, and is to have one.
+
+        Raises:
+            Seldom: where it is not to have one yet.
+        """
+        if key in self._prepared:
+            return False
+        if self._visits is not None and not self._visits.pays(key):
+            raise Seldom("batch", self._visits.why)
+        return True
+
+    def _keep(self, key: _Key, prepared: Prepared) -> None:
+        before = len(self._prepared)
+        self._prepared[key] = prepared
+        self._unchecked = {k: check for k, check in self._unchecked.items() if k in self._prepared}
+        self._gone += before == len(self._prepared)  # what was captured of the one that went is of no use
 
     def _checked(self, key: _Key, batch: EpisodeBatch) -> Prepared:
         """The program of a form, with memory; compared with the reference until a batch was good for that."""
         if key in self._unchecked and not capturing():
             check = self._unchecked[key]
-            if check(sample(batch)):
+            if check(sample(batch, self._prepared[key].network)):
                 del self._unchecked[key]
             release_memory()  # the graph of a loop in float64
         prepared = self._prepared[key]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from mamlpp_fast.engine.fused.operators import packet_of
 from mamlpp_fast.engine.fused.program import Copied, Emitter, Ref
 from mamlpp_fast.engine.fused.steps.layout import inverse, viewed
-from mamlpp_fast.engine.fused.tracing import Form, Node, Term, packet_of
+from mamlpp_fast.engine.fused.tracing import Form, Node, Term
 
 __all__ = ["Expressions"]
 

@@ -57,9 +57,7 @@ def recorded_loss(
     except Unsupported as error:
         raise Unsupported("loss", error.why) from error
     if network.asked and sides[0][1].device.type != "cpu":
-        why = (
-            "torch.distributions asks for values, which a GPU would wait for (validate_args=False asks none)"
-        )
+        why = "asks for values, which a GPU would wait for (torch.distributions asks none with validate_args=False)"
         raise Unsupported("loss", why)
     if network.output not in network.depends(frozenset(), frozenset({_PREDICTIONS})):
         raise Unsupported("loss", "expected one that depends on the predictions")

@@ -25,7 +25,16 @@ from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.composites import DENSE
 from mamlpp_fast.engine.fused.multi_head import taken_apart
 from mamlpp_fast.engine.fused.network import Network, Norm, Statistics
-from mamlpp_fast.engine.fused.steps import Detach, Generic, Relayout, Slot, Step
+from mamlpp_fast.engine.fused.steps import (
+    Detach,
+    Dropout,
+    FrozenNorm,
+    Generic,
+    NormActPool,
+    Relayout,
+    Slot,
+    Step,
+)
 from mamlpp_fast.engine.fused.steps.generic import Recorded
 from mamlpp_fast.engine.operation import TAKE_SIZES, Buffer, Constant, Operation, Parameter, Value
 from mamlpp_fast.engine.record import Recording
@@ -88,6 +97,9 @@ def lower(
     Raises:
         Unsupported: names the first call that cannot be a step.
     """
+    for name, p in model.named_parameters():
+        if p.is_complex():
+            raise Unsupported(name, "is of complex numbers")
     with handed_over(model):
         return Lowering(taken_apart(recording), model, adapted, running).run()
 
@@ -139,6 +151,8 @@ class Lowering:
         # What a recorded value is in the kernels' layout, and in the model's own.
         self._values = {i: i for i in range(recording.inputs)}
         self._natives: dict[int, int] = {}
+        # Recorded values that gradients may be asked for: of another precision than the model's none is.
+        self._moving = {i for i in range(recording.inputs) if recording.dtypes[i].is_floating_point}
         self._count = recording.inputs
         self._names: set[str] = set()
         uses = (r.name for op in recording.operations for r in op.inputs() if isinstance(r, Parameter))
@@ -152,6 +166,13 @@ class Lowering:
         owners = [r.name.rpartition(".")[0] for r in op.inputs() if isinstance(r, (Parameter, Buffer))]
         self.where = (owners[0] if owners and owners[0] else op.where) or op.name
         self._name: str | None = None
+        read = op.inputs()
+        moving = any(isinstance(r, Parameter) and not r.detached for r in read)
+        moving |= any(isinstance(r, Value) and r.index in self._moving for r in read)
+        if moving and not op.constant:
+            self._moving.update(
+                i for i, (_, dtype) in zip(op.outputs, op.tensors, strict=True) if dtype.is_floating_point
+            )
 
     def run(self) -> Network:
         for op, other in zip(self.recording.operations, self.recording.others, strict=True):
@@ -191,7 +212,7 @@ class Lowering:
         """The steps, without those whose output nobody reads and that have no effect beside it."""
         read, kept = set(results), list[Step]()
         for step in reversed(self.steps):
-            if step.output in read or not isinstance(step, (Generic, Relayout)):
+            if step.output in read or _acts(step):
                 read.update(step.inputs)
                 kept.append(step)
         return tuple(reversed(kept))
@@ -227,7 +248,12 @@ class Lowering:
         op, other = self.op, self.other
         values = [r.index for r in op.inputs() if isinstance(r, Value)]
         regular = op.output is not None and all(i in self.recording.shapes for i in (*values, op.output))
+        regular &= not any(self._foreign(self.recording.dtypes[i]) for i in values)
         return regular and (op.function in TAKE_SIZES or (op.args, op.kwargs) == (other.args, other.kwargs))
+
+    def _foreign(self, dtype: torch.dtype) -> bool:
+        """Whether a type is of another precision than the model's, which no rule computes in."""
+        return dtype.is_floating_point and dtype != self.dtype
 
     def _generic(self) -> None:
         op = self.op
@@ -253,6 +279,10 @@ class Lowering:
         for i, (index, (shape, dtype)) in enumerate(zip(op.outputs, op.tensors, strict=True)):
             shown = self.recording.shapes.get(index, shape)
             constant = op.constant or not dtype.is_floating_point
+            if self._foreign(dtype):  # a mask's `float()` in a model of float64, say
+                if index in self._moving:
+                    raise self.refusal(f"{op.name} computes in {dtype}, where the model does in {self.dtype}")
+                constant = True
             result = self._add(
                 Generic,
                 tuple(natives.values()),
@@ -407,6 +437,13 @@ class Lowering:
             found = f"{name} {number}"
         self._names.add(found)
         return found
+
+
+def _acts(step: Step) -> bool:
+    """Whether a step does something besides its output: running statistics, or a draw that others come behind."""
+    if isinstance(step, Generic):
+        return any(op.draws for op in step.recorded.examples.values())
+    return isinstance(step, (NormActPool, FrozenNorm, Dropout))
 
 
 def _copied(value: Any) -> Any:

@@ -27,35 +27,23 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from mamlpp_fast._compiler import lean_mode, lean_vjp
 from mamlpp_fast._modes import quiet
 from mamlpp_fast.engine.executions import Draw, draws, sized_by_values
+from mamlpp_fast.engine.fused.operators import (
+    FILLS,
+    PLACED,
+    SAME,
+    SUMS,
+    alias_of,
+    functional,
+    packet_of,
+    vanishes,
+)
 from mamlpp_fast.engine.fused.program import Ref
 from mamlpp_fast.machine import release_memory
 from mamlpp_fast.reference import math_attention
 
-__all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "draw_leaf", "packet_of"]
+__all__ = ["Form", "Leaf", "Node", "Term", "Traced", "Untraceable", "draw_leaf"]
 
 aten = torch.ops.aten
-
-# Only sizes, types and places of their tensors decide what they give.
-_FILLS = {
-    aten.zeros_like.default: 0,
-    aten.zeros.default: 0,
-    aten.new_zeros.default: 0,
-    aten._efficientzerotensor.default: 0,
-    aten._new_zeros_with_same_feature_meta.default: 0,
-    aten.ones_like.default: 1,
-    aten.ones.default: 1,
-    aten.new_ones.default: 1,
-    # Overwritten before they are read, or of no elements.
-    aten.empty_like.default: 0,
-    aten.empty.memory_format: 0,
-    aten.new_empty.default: 0,
-    aten.new_empty_strided.default: 0,
-    aten.empty_strided.default: 0,
-}
-# Not views by their schemas, but of fresh tensors that nobody else has.
-_SAME = frozenset({aten._unsafe_view.default, aten.lift_fresh_copy.default})
-# What they give depends on where their argument lies in memory, which is another place in a program.
-_PLACED = ("as_strided", "_reshape_alias", "set_", "resize_")
 
 
 # Elements of examples: what they leave the C library keeps, trace after trace, which came to four times as much.
@@ -76,6 +64,11 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, t: Tensor | Ref) -> Form:
         return cls(tuple(t.shape), tuple(t.stride()), t.dtype)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether elements share their memory."""
+        return any(n > 1 and s == 0 for n, s in zip(self.shape, self.strides, strict=True))
 
 
 class Leaf(NamedTuple):
@@ -116,12 +109,12 @@ class Node:
     @property
     def fill(self) -> int | None:
         """The number that all elements of its result are, where that is plain."""
-        return _FILLS.get(self.op)
+        return FILLS.get(self.op)
 
     @property
     def is_view(self) -> bool:
         """Whether its results lie in the memory of its first argument."""
-        return self.op in _SAME or alias_of(self.op)
+        return self.op in SAME or alias_of(self.op)
 
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -147,13 +140,6 @@ def _is_term(value: Any) -> bool:
     return isinstance(value, Term)
 
 
-@functools.cache
-def alias_of(op: OpOverload) -> bool:
-    """Whether an operator that changes nothing returns views of its first argument."""
-    returns = op._schema.returns
-    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
-
-
 @dataclass
 class Table:
     """The nodes of one operation's expressions, each once."""
@@ -164,7 +150,7 @@ class Table:
         self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], forms: tuple[Form | None, ...]
     ) -> Node:
         key = op, _frozen(args), _frozen(kwargs)
-        if op in _FILLS:  # by what it makes, whatever it was made like
+        if op in FILLS:  # by what it makes, whatever it was made like
             key = op, forms, ()
         if key not in self.nodes:
             self.nodes[key] = Node(len(self.nodes), op, args, kwargs, forms)
@@ -209,6 +195,7 @@ class _Tracer(TorchDispatchMode):
         self._terms: dict[int, Term] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's own only while it lives
         self._aliased: set[int] = set()
+        self._absent: set[int] = set()
 
     def know(self, t: Tensor, term: Term) -> None:
         self._terms[id(t)] = term
@@ -235,23 +222,47 @@ class _Tracer(TorchDispatchMode):
             raise Untraceable(f"{packet_of(func)} gives as many elements as its values say")
         if draws(func, args, kwargs):
             raise Untraceable(f"{packet_of(func)} draws random numbers")
-        if packet_of(func).startswith(_PLACED):
+        if packet_of(func).startswith(PLACED):
             raise Untraceable(f"{packet_of(func)} asks where its argument lies in memory")
         changed = self._changed(func, args, kwargs)
         if changed is not None:
-            func = _functional(func)
+            if (given := functional(func)) is None:
+                raise Untraceable(f"{packet_of(func)} changes its argument")
+            func = given
         terms, named = tree_map(lambda a: self.term(a) if isinstance(a, Tensor) else a, (tuple(args), kwargs))
         forms = tuple(Form.of(t) if isinstance(t, Tensor) else None for t in made)
-        node = self.table.node(func, terms, named, forms)
-        if changed is not None:
-            self.know(changed, Term(node))
-            return result
-        for i, t in enumerate(made):
-            if isinstance(t, Tensor):
-                self.know(t, Term(node, i))
+        absent = func is aten._efficientzerotensor.default or vanishes(
+            func, [id(a) in self._absent for a in args]
+        )
         if alias_of(func):
             self._aliased.update(id(t) for t in (*made, args[0]) if isinstance(t, Tensor))
+        if (kept := self._summand(func, args, kwargs, forms[0])) is not None:
+            func, terms, named = aten.clone.default, (terms[kept],), {}
+        node = None if absent else self.table.node(func, terms, named, forms)
+        for i, t in enumerate(made if changed is None else [changed]):
+            if not isinstance(t, Tensor):
+                continue
+            if node is None:
+                self._absent.add(id(t))
+                self.know(t, Term(self.table.node(aten.zeros.default, (), {}, forms[i : i + 1])))
+            else:
+                self._absent.discard(id(t))
+                self.know(t, Term(node, i))
         return result
+
+    def _summand(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], form: Form | None
+    ) -> int | None:
+        """The number of the operand that a sum is, the other being zeros that stand for no derivative."""
+        if func not in SUMS or form is None:
+            return None
+        first = func is aten.add.Tensor and kwargs.get("alpha", 1) == 1
+        for kept, other in ((0, 1), (1, 0))[: 1 + first]:
+            t = args[kept]
+            alike = isinstance(t, Tensor) and (tuple(t.shape), t.dtype) == (form.shape, form.dtype)
+            if alike and id(args[other]) in self._absent:
+                return kept
+        return None
 
     def _draw(self, func: OpOverload, t: Tensor, draw: Draw) -> Tensor:
         """The next draw, which is a leaf, in a trace with ones."""
@@ -282,27 +293,6 @@ class _Tracer(TorchDispatchMode):
             raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
         target: Tensor = args[0]
         return target
-
-
-def packet_of(func: OpOverload) -> str:
-    """The name of an operator, without its overload's."""
-    return str(func.overloadpacket.__name__)
-
-
-def _functional(func: OpOverload) -> OpOverload:
-    """The operator that gives what ``func`` leaves in its first argument."""
-    packet = getattr(aten, packet_of(func).removesuffix("_"), None)
-    names = [] if func.namespace != "aten" or packet is None else packet.overloads()
-    # By its arguments, not by its name: `pow_.Scalar` takes a tensor's power, `pow.Scalar` that of a number.
-    for name in sorted(names, key=lambda name: name != func._overloadname):
-        found: OpOverload = getattr(packet, name)
-        if _types_of(found) == _types_of(func):
-            return found
-    raise Untraceable(f"{packet_of(func)} changes its argument")
-
-
-def _types_of(func: OpOverload) -> list[str]:
-    return [str(argument.type) for argument in func._schema.arguments]
 
 
 _Given = Mapping[str, Tensor]
@@ -406,7 +396,12 @@ class Traced:
         """The derivative of ``function`` along the leaves ``"t NAME"`` of the names in ``moving``."""
         leaves = {**self.leaves, **beside, **{f"t {n}": d for n, d in directions.items()}}
 
+        # Forward mode copies a direction into the form of what moves, which may be one that no copy fits in.
+        pairs = ((n, leaves[n].form, leaves[f"t {n}"].form) for n in moving)
+        repeated = {n for n, form, own in pairs if form.repeats and form.strides != own.strides}
+
         def moved(given: _Given) -> tuple[Callable[..., _Tensors], _Tensors, _Tensors]:
+            given = {n: _dense(t) if n in repeated else t for n, t in given.items()}
             primals, tangents = (tuple(given[before + n] for n in moving) for before in ("", "t "))
             return lambda *xs: function({**given, **dict(zip(moving, xs, strict=True))}), primals, tangents
 
@@ -483,6 +478,10 @@ class Traced:
             if tracer.drawn != len(self._draws):
                 raise Untraceable("draws other random numbers than its forward")
             return [tracer.term(t) for t in results]
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _example(form: Form, device: torch.device) -> Tensor:

@@ -64,8 +64,12 @@ class Recorded:
             if op.function is Tensor.float and self.dtype is torch.float32:
                 return cast(Tensor, args[0]).to(dtype)
             made = fn(*args, **kwargs)
-            tensors = [t for t in tree_leaves(made) if isinstance(t, Tensor)]
-            return tensors[result].to(args[0].dtype).expand(args[0].shape) if keeps else tensors[result]
+            own = [t for t in tree_leaves(made) if isinstance(t, Tensor)][result]
+            if keeps:
+                return own.to(args[0].dtype).expand(args[0].shape)
+            # Numbers times integers are of the process's own type, which a check in float64 is not in.
+            own_type = own.dtype.is_floating_point and op.tensors[result][1] == self.dtype
+            return own.to(dtype) if own_type else own
 
         return call
 
@@ -224,7 +228,7 @@ class Generic(Step):
         with self._named():
             traced, expressions = self._expressions(em, ps)
             value = self._all(ps, expressions.emit([traced.value()])[0])
-            if value.dtype.is_floating_point and value.dtype != em.dtype:
+            if value.dtype.is_floating_point and value.dtype != em.dtype and not self.cut:
                 raise Untraceable(f"computes in {value.dtype}, where the model does in {em.dtype}")
             ps.values[self.output] = value
 
