@@ -25,7 +25,7 @@ from torch._functorch.pyfunctorch import (
 from mamlpp_fast import reference
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fused import levels
-from mamlpp_fast.engine.fused.derivatives import Lease, plain
+from mamlpp_fast.engine.fused.derivatives import Lease, plain, runs
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.moves import Moves, Moving
@@ -84,7 +84,11 @@ _Item = tuple[list[Tensor], list[Tensor]] | Moving | Section
 
 
 class _State:
-    """Places of so many tasks with a forward pass in them; ``held`` is the backward pass that ran there last."""
+    """Places of so many tasks with a forward pass in them.
+
+    Attributes:
+        held: the mark of the backward pass whose values lie there, or of that one's derivative that is half made.
+    """
 
     def __init__(self, net: DifferentiableNetwork, tasks: int) -> None:
         self.net = net
@@ -92,15 +96,23 @@ class _State:
         self.leases = [Lease(net, task) for task in range(tasks)]
         self.held: object = None
 
-    def each(self, plan: _Plan) -> None:
-        """Does what ``plan(task, place)`` lists, for every task: side by side where there are threads."""
+    def each(self, plan: _Plan, mark: object = None, *, half: bool = False) -> None:
+        """Does what ``plan(task, place)`` lists, for every task: side by side where there are threads.
+
+        Args:
+            mark: what is ``held`` afterwards.
+            half: what is passing stays for a second half, which is one if ``held`` is still that mark then.
+        """
+        self.held = None
         for lease in self.leases:
             lease.place.enter()
         try:
             self._each(plan)
+            self.held = mark
         finally:
-            for lease in self.leases:
-                lease.place.leave()
+            if not half or self.held is None:
+                for lease in self.leases:
+                    lease.place.leave()
 
     def _each(self, plan: _Plan) -> None:
         lists = [list(plan(task, lease.place)) for task, lease in enumerate(self.leases)]
@@ -133,15 +145,21 @@ _Plan = Callable[[int, Place], Iterable[_Item]]
 
 
 class _Call:
-    """One call of the model; ``state`` is where its forward pass lies."""
+    """One call of the model; ``state`` is where its forward pass lies.
+
+    Attributes:
+        pending: by the number of autograd's pass that is under way, a derivative of a backward pass that is half made:
+            its use, cotangents and gradient of the output. The call's own node makes the other half.
+    """
 
     def __init__(self, net: DifferentiableNetwork) -> None:
         self.net = net
         self.state: _State | None = None
+        self.pending: dict[int, tuple[_Use, list[Tensor], Tensor]] = {}
 
 
 class _Run:
-    """One backward pass of a call; ``state`` is where its values were left.
+    """One backward pass of a call, or the first half of its derivative; ``state`` is where its values were left.
 
     Attributes:
         mark: what ``held`` of a state is where they still lie there; not the run itself, which would hold itself.
@@ -161,6 +179,7 @@ class _Use:
         many: of x, the buffers and the parameters: which of them have an axis of T tasks in front.
         run: the backward pass that is meant.
         along: of the parameters' gradients, which have a cotangent.
+        moved: the first half of that one's derivative along them.
         wanted: of the parameters, for which there is a result.
     """
 
@@ -169,6 +188,7 @@ class _Use:
     many: tuple[bool, ...]
     run: _Run | None = None
     along: tuple[bool, ...] = ()
+    moved: _Run | None = None
     wanted: tuple[bool, ...] = ()
 
     def one(self, t: Tensor, task: int) -> Tensor:
@@ -217,21 +237,34 @@ class _Use:
         state.each(plan)
         return state
 
-    def backward(self, state: _State | None, gy: Tensor, given: Sequence[Tensor], after: _Plan) -> _State:
-        """The backward pass of ``run``, where its forward lies in the state; else this runs before it."""
+    def backward(
+        self, gy: Tensor, given: Sequence[Tensor], after: _Plan, left: _Run, *, half: bool = False
+    ) -> None:
+        """The backward pass of ``run`` and what comes after it, whose values are ``left``; a pass that is there stays.
+
+        Where its forward, of as many tasks, lies nowhere, one comes before it.
+        """
         assert self.run is not None
+        mark, state = self.run.mark, self.run.state or self.call.state
+        if state is None or state.tasks != max(self.tasks, 1):
+            state = self.forward(given, lambda task, place: ())
+        lies = state.held is mark
 
         def plan(task: int, place: Place) -> Iterator[_Item]:
-            yield [place.gy], [self.one(gy, task)]
-            yield place.whole.backward
+            if not lies:
+                yield [place.gy], [self.one(gy, task)]
+                yield place.whole.backward
             yield from after(task, place)
 
-        if state is None or state.tasks != max(self.tasks, 1):
-            state = self.forward(given, plan)
-        else:
-            state.each(plan)
-        state.held = self.run.mark
-        return state
+        state.each(plan, left.mark, half=half)
+        left.state = state
+
+    def directed(self, cotangents: Sequence[Tensor], task: int, place: Place) -> Iterator[_Item]:
+        """The first half of the derivative of a backward pass."""
+        own = iter(cotangents)
+        along = [self.one(next(own), task) if c else None for c in self.along]
+        yield place.directions.loading(along[: len(self.call.net.names)])
+        yield place.whole.tangent
 
     def split(self, given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """What comes before x, buffers and parameters, and these."""
@@ -253,7 +286,8 @@ class _Use:
             if i >= first and axis is None and not many:
                 tensors.append(t)
                 continue
-            t = t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
+            if axis != 0:  # else a view more for every parameter, at every level below
+                t = t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
             if self.tasks:
                 t = t if many else t.unsqueeze(1).expand(size, self.tasks, *t.shape[1:])
                 t = t.flatten(0, 1)
@@ -287,7 +321,7 @@ class _Use:
 
 
 class _Operation(torch.autograd.Function):
-    """What the three have in common: inputs are a use and tensors, results have the axis of tasks in front."""
+    """What they have in common: inputs are a use and tensors, results have the axis of tasks in front."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -306,7 +340,7 @@ class _Operation(torch.autograd.Function):
 
 
 class _Forward(_Operation):
-    """The output [T, N, ...] on x, buffers and parameters."""
+    """The output [T, N, ...] on x, buffers and parameters, and a token [T] as :class:`derivatives.Forward` has it."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
@@ -314,113 +348,190 @@ class _Forward(_Operation):
         x = given[0][0] if use.many[0] else given[0]
         y = use.new(given[-1], (len(x), *net.network.shapes[net.network.output]))
         use.call.state = use.forward(given, lambda task, place: [([use.one(y, task)], [place.result])])
-        return y
+        return y, use.new(y, ()).zero_()
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None) -> Any:
-        use = ctx.use.for_whom(ctx)
-        if gy is None or not any(use.wanted):
-            return None, *(None for _ in ctx.saved_tensors)
-        made = levels.call(_Backward, replace(use, run=_Run()), gy, *ctx.saved_tensors)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.use, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> Any:
+        use: _Use = ctx.use.for_whom(ctx)
+        *given, token = ctx.saved_tensors
+        pending = use.call.pending.pop(torch._C._current_graph_task_id(), None)
+        if (gy is None and pending is None) or not any(use.wanted):
+            return None, *(None for _ in given)
+        if pending is None:
+            made = levels.call(_Backward, replace(use, run=_Run()), gy, token, *given)
+        else:
+            moving, along, first = pending
+            moves = torch.zeros_like(first) if gy is None else gy
+            made = levels.call(_Second, replace(moving, wanted=use.wanted), *along, first, moves, *given)
         return None, *use.gradients(made)
 
 
 class _Backward(_Operation):
-    """The gradients of each task that are wanted; before x comes the gradient [T, N, ...] of the output."""
+    """The gradients of each task that are wanted; before x come the gradient [T, N, ...] of the output and the token."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
-        (gy,), rest = use.split(given)
+        (gy, _), rest = use.split(given)
         made, after = use.taken(rest, lambda place: place.gradients)
-        state = use.backward(use.call.state, gy, rest, after)
         assert use.run is not None
-        use.run.state = state
+        use.backward(gy, rest, after, use.run)
         return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        given = [c for c in cotangents if c is not None]
-        if not given:
-            return None, *(None for _ in ctx.saved_tensors)
-        along = tuple(c is not None for c in ctx.use.spread(cotangents))
-        use = replace(ctx.use, along=along).for_whom(ctx)
-        moved, *second = levels.call(_Double, use, *given, *ctx.saved_tensors)
-        return None, moved, *use.gradients(second)
+        along = [c for c in cotangents if c is not None]
+        gy, _, *given = ctx.saved_tensors
+        none = (None,) * len(given)
+        if not along:
+            return None, None, None, *none
+        which = tuple(c is not None for c in ctx.use.spread(cotangents))
+        use: _Use = replace(ctx.use, along=which, moved=_Run()).for_whom(ctx)
+        moved = levels.call(_Tangent, use, *along, gy, *given)
+        number = torch._C._current_graph_task_id()
+        if _leads_to_call(ctx, use) and number not in use.call.pending:
+            use.call.pending[number] = use, along, gy
+            return None, moved, None, *none
+        if not any(use.wanted):
+            return None, moved, None, *none
+        made = levels.call(_Second, use, *along, gy, torch.zeros_like(gy), *given)
+        return None, moved, None, *use.gradients(made)
 
 
-class _Double(_Operation):
-    """The derivative of the backward pass along cotangents: by its gradient, and by the parameters."""
+def _leads_to_call(ctx: Any, use: _Use) -> bool:
+    """Whether autograd goes on to the node of the call itself, of the same tasks, which has all that is differentiated.
+
+    A level of ``vmap`` between them, for several gradients of one output, is a node between them as well.
+    """
+    node, place = ctx.next_functions[1]
+    own = getattr(node, "use", None)
+    same = (
+        place == 1
+        and isinstance(own, _Use)
+        and (own.call, own.tasks, own.many) == (use.call, use.tasks, use.many)
+    )
+    return same and runs(node)
+
+
+class _Tangent(_Operation):
+    """How the output moves [T, N, ...] along cotangents of gradients; before x come these and the output's gradient."""
 
     @staticmethod
     def forward(use: _Use, *given: Tensor) -> Any:
         (*cotangents, gy), rest = use.split(given)
-        net, run = use.call.net, use.run
-        assert run is not None
-        moved, still = gy.new_empty(gy.shape), gy.new_zeros(())
-        made, after = use.taken(rest, lambda place: place.seconds)
+        moved = gy.new_empty(gy.shape)
+        assert use.moved is not None
 
-        def plan(task: int, place: Place) -> Iterator[_Item]:
-            own = iter(cotangents)
-            along = [use.one(next(own), task) if c else None for c in use.along]
-            yield place.directions.loading(along[: len(net.names)])
-            yield [place.gy_dot], [still.expand_as(place.gy_dot)]
-            yield place.whole.tangent
-            yield place.whole.second
+        def after(task: int, place: Place) -> Iterator[_Item]:
+            yield from use.directed(cotangents, task, place)
             yield [use.one(moved, task)], [place.moved]
-            yield from after(task, place)
 
-        if run.state is not None and run.state.tasks == max(use.tasks, 1) and run.state.held is run.mark:
-            run.state.each(plan)
-        else:
-            use.backward(run.state, gy, rest, plan)
-        return moved, *made
+        use.backward(gy, rest, after, use.moved, half=True)
+        return moved
+
+    @staticmethod
+    def written(use: _Use, given: Sequence[Tensor], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *along, gy = given
+        return _derived(use, along, gy, x, rest)[:1]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        use: _Use = ctx.use
-        (*along, gy), rest = use.split(ctx.saved_tensors)
-        begin = 1 + len(use.call.net.buffers)
-        fixed, parameters = rest[:begin], rest[begin:]
-        count = len(along)
-
-        def double(*moving: Tensor) -> Any:
-            return _written_double(use, moving[:count], moving[count], (*fixed, *moving[count + 1 :]))
-
-        pulled: Any = torch.func.vjp(double, *along, gy, *parameters)
-        made, pull = pulled
-        first, *others = cotangents
-        full = (first, *use.spread(others))
-        given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, full, strict=True))
-        found: Any = pull(given)
-        return None, *found[: count + 1], *(None,) * begin, *found[count + 1 :]
+        return _pulled(_Tangent, ctx, cotangents)
 
 
-def _written_double(
-    use: _Use, along: Sequence[Tensor], gy: Tensor, given: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """What :class:`_Double` computes, by PyTorch's own operations: somebody differentiates it."""
+class _Second(_Operation):
+    """The derivative of wanted gradients along cotangents by the parameters, where the output's gradient moves too.
+
+    Before x come the cotangents, the output's gradient and how that moves, which is passed back as well.
+    """
+
+    @staticmethod
+    def forward(use: _Use, *given: Tensor) -> Any:
+        (*cotangents, gy, moves), rest = use.split(given)
+        made, taken = use.taken(rest, lambda place: place.seconds)
+
+        def half(task: int, place: Place) -> Iterator[_Item]:
+            yield [place.gy_dot], [use.one(moves, task)]
+            yield place.whole.second
+            yield from taken(task, place)
+
+        def whole(task: int, place: Place) -> Iterator[_Item]:
+            yield from use.directed(cotangents, task, place)
+            yield from half(task, place)
+
+        run, before = use.run, use.moved
+        assert run is not None and before is not None
+        state = before.state
+        if state is not None and state.tasks == max(use.tasks, 1) and state.held is before.mark:
+            state.each(half, run.mark if run.state is state else None)
+        else:
+            use.backward(gy, rest, whole, _Run())
+        return tuple(made)
+
+    @staticmethod
+    def written(use: _Use, given: Sequence[Tensor], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *along, gy, moves = given
+        second = _derived(use, along, gy, x, rest)[1:]
+        pull: Any = torch.func.vjp(*_of_parameters(use, x, rest))[1]
+        found = zip(second, pull(moves), use.wanted, strict=True)
+        return tuple(s + more for s, more, wanted in found if wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        return _pulled(_Second, ctx, cotangents)
+
+
+def _of_parameters(use: _Use, x: Tensor, rest: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The output of one task as a function of the parameters, and these."""
     net = use.call.net
-    differentiated = [i for i, c in enumerate(use.along) if c]
+    held = dict(zip(net.buffers, rest, strict=False))
+    return lambda *own: plain(net, held, x, own), *rest[len(net.buffers) :]
 
-    def one(along: Sequence[Tensor], gy: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        held = dict(zip(net.buffers, rest, strict=False))
 
-        def gradients(gy: Tensor, *parameters: Tensor) -> Any:
-            pull: Any = torch.func.vjp(lambda *own: plain(net, held, x, own), *parameters)[1]
-            found = pull(gy)
-            return tuple(found[i] for i in differentiated)
+def _derived(
+    use: _Use, along: Sequence[Tensor], gy: Tensor, x: Tensor, rest: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Of the gradients of one task along cotangents, the derivative by the output's gradient, then by parameters."""
+    forward, *parameters = _of_parameters(use, x, rest)
 
-        pull: Any = torch.func.vjp(gradients, gy, *rest[len(net.buffers) :])[1]
-        moved: tuple[Tensor, ...] = pull(tuple(along))
-        return moved
+    def gradients(gy: Tensor, *own: Tensor) -> Any:
+        pull: Any = torch.func.vjp(forward, *own)[1]
+        return tuple(g for g, c in zip(pull(gy), use.along, strict=True) if c)
 
-    # Not by `vmap`: PyTorch's rules for batch, layer and instance norms in it lose the history of means and deviations,
-    # so that further derivatives are wrong (findings/norm_meta_gradient.sh).
-    tasks = [
-        one([use.one(c, i) for c in along], use.one(gy, i), *use.of_task(i, given))
-        for i in range(max(use.tasks, 1))
-    ]
-    return tuple(map(torch.stack, zip(*tasks, strict=True))) if use.tasks else tasks[0]
+    pull: Any = torch.func.vjp(gradients, gy, *parameters)[1]
+    found: tuple[Tensor, ...] = pull(tuple(along))
+    return found
+
+
+def _pulled(operation: type[_Tangent] | type[_Second], ctx: Any, cotangents: Sequence[Tensor | None]) -> Any:
+    """The backward pass of one of these, by PyTorch's own operations: somebody differentiates it.
+
+    Not by `vmap`: PyTorch's rules for batch, layer and instance norms in it lose the history of means and deviations, so
+    that further derivatives are wrong (findings/norm_meta_gradient.sh).
+    """
+    use: _Use = ctx.use
+    first, rest = use.split(ctx.saved_tensors)
+    begin, count = 1 + len(use.call.net.buffers), len(first)
+    fixed, parameters = rest[:begin], rest[begin:]
+
+    def written(*moving: Tensor) -> Any:
+        given, own = moving[:count], (*fixed, *moving[count:])
+        tasks = [
+            operation.written(use, [use.one(t, i) for t in given], *use.of_task(i, own))
+            for i in range(max(use.tasks, 1))
+        ]
+        return tuple(map(torch.stack, zip(*tasks, strict=True))) if use.tasks else tasks[0]
+
+    pulled: Any = torch.func.vjp(written, *first, *parameters)
+    made, pull = pulled
+    given = tuple(torch.zeros_like(m) if c is None else c for m, c in zip(made, cotangents, strict=True))
+    found: Any = pull(given)
+    return None, *found[:count], *(None,) * begin, *found[count:]
 
 
 class Transformed:
@@ -444,5 +555,5 @@ class Transformed:
         parameters = [p.detach() if n in net.constants else p for n, p in own]
         first, buffers = net.read(held, x)
         given = [first, *buffers.values(), *parameters]
-        made: Tensor = levels.call(_Forward, _Use(_Call(net), 0, (False,) * len(given)), *given)
+        made: Tensor = levels.call(_Forward, _Use(_Call(net), 0, (False,) * len(given)), *given)[0]
         return made
