@@ -428,7 +428,8 @@ def test_memory_is_used_again() -> None:
             functools.partial(meta, over_tasks),
             ["y", "g", "y", "g", "y"] * TASKS + ["g", "t", "s", "t", "s"] * TASKS,
         ),
-        (both_again, ["y", "g", "yg", "t", "s", "t", "s"]),
+        # Two backward passes of one call overwrite each other: of what is gone there is another pass.
+        (both_again, ["y", "g", "g", "t", "gt", "s", "gts"]),
     ],
 )
 def test_how_often_the_kernels_run(use: Use, passes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
