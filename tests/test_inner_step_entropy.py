@@ -146,6 +146,22 @@ def some_alone(model: MAML) -> list[Tensor]:
     return [t.grad for t in fast[:2]] + [list(model.parameters())[-1].grad]
 
 
+def by_logits(model: MAML) -> list[Tensor]:
+    """Of the target loss, by what steps were made of."""
+    x, y, *_ = data()[0]
+    learner, made = model.clone(), []
+    for _ in range(3):
+        logits = learner(x)
+        log_p = logits.log_softmax(1)
+        made += [logits, log_p]
+        learner.adapt(F.nll_loss(log_p, y))
+    loss = target_loss(learner)
+    found = torch.autograd.grad(loss, made, retain_graph=True)
+    made[0].retain_grad()
+    loss.backward(inputs=made[:2] + list(model.parameters()))
+    return [*found, made[0].grad, *gradients(model)]
+
+
 def losses_too(model: MAML) -> list[Tensor]:
     """Inner losses are part of the outer one."""
     x, y, *_ = data()[0]
@@ -163,7 +179,7 @@ def losses_too(model: MAML) -> list[Tensor]:
     "loop",
     [
         *(functools.partial(by_loss, loss) for loss in (*ENTROPIES, *OTHERS)),
-        *(kept, penalised, other_count, in_turn, cloned_between, some_alone, losses_too),
+        *(kept, penalised, other_count, in_turn, cloned_between, some_alone, by_logits, losses_too),
     ],
     ids=lambda f: f.args[0].__name__ if isinstance(f, functools.partial) else f.__name__,
 )
@@ -315,6 +331,44 @@ def test_those_who_listen_hear_what_they_heard(listen: Listen, early: bool, also
     with plain_batch_norm():
         expected = loop(MAML(plain, lr=RATE))
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_hooks_of_the_nodes_themselves_are_given_all_gradients() -> None:
+    """Of a step's and of the target's call, which hand theirs on where nobody asks."""
+    model = MAML(pair(conv_net)[1], lr=RATE)
+    x, y, target_x, target_y = data()[0]
+    expected = by_loss(F.cross_entropy, model)
+    model.zero_grad()
+    learner, given = model.clone(), []
+
+    def note(inputs: tuple[Tensor | None, ...], _: Any) -> None:
+        given.append([t for t in inputs if t is not None])
+
+    adapted(learner, x, y, 2)
+    node = next(learner.parameters()).grad_fn
+    assert node is not None
+    node.register_hook(note)
+    adapted(learner, x, y, 1)
+    logits = learner(target_x)
+    logits.grad_fn.register_hook(note)
+    F.cross_entropy(logits, target_y).backward()
+    torch.testing.assert_close(gradients(model), expected, **CLOSE)
+    assert [len(each) for each in given] == [len(expected)] * 2
+
+
+def test_labels_that_change_after_a_step_change_nothing_of_it() -> None:
+    model = MAML(pair(conv_net)[1], lr=RATE)
+    own, found = list(model.parameters()), []
+    x, y, *_ = data()[0]
+    for changes in (False, True):
+        labels, learner = y.clone(), model.clone()
+        learner.adapt(F.cross_entropy(learner(x), labels))
+        if changes:
+            labels.zero_()
+        first = torch.autograd.grad(target_loss(learner), own, create_graph=True)
+        total = torch.stack([g.square().sum() for g in first]).sum()
+        found.append([*first, *torch.autograd.grad(total, own)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_after_an_error_on_the_way_all_is_as_before() -> None:

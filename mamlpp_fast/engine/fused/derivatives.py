@@ -142,7 +142,7 @@ class Forward(torch.autograd.Function):
                 )
             else:
                 assert gy is not None
-                to = ctx.next_functions[1:] if wanted == net.everything else ()
+                to = () if ctx.heard or wanted != net.everything else ctx.next_functions[1:]
                 found = gradients_in(net, lease, wanted, False, None, ctx.buffers, gy, x, parameters, to)[1]
         moved, *rest = found
         return None, moved, None, None, *rest

@@ -118,7 +118,8 @@ class CrossEntropy(NamedTuple):
         slope: Tensor = aten.nll_loss_backward.default(log_p.new_ones(()), *given)
         return slope
 
-    def gradient(self, log_p: Tensor, slope: Tensor) -> Tensor:
+    @staticmethod
+    def gradient(log_p: Tensor, slope: Tensor) -> Tensor:
         """By the logits [N, K]."""
         gy: Tensor = aten._log_softmax_backward_data.default(slope, log_p, 1, log_p.dtype)
         return gy
@@ -166,7 +167,7 @@ class Step(torch.autograd.Function):
     """The parameters that a step on a cross entropy leads to: p - rate g.
 
     Nothing comes back by way of the logits, whose derivatives are the node's, but where somebody has begun to listen
-    there since: ``log_p`` is an input for that.
+    there since, or gradients are taken out on the way to the leaves: ``log_p`` is an input for that.
     """
 
     @staticmethod
@@ -186,7 +187,7 @@ class Step(torch.autograd.Function):
         own, found = gradients_in(net, lease, net.everything, True, rate, buffers, gy, x, parameters)
         ctx.shared = own is lease
         ctx.net, ctx.lease, ctx.rate, ctx.buffers = net, own, rate, buffers
-        ctx.entropy, ctx.slope, ctx.handed = entropy, slope, None
+        ctx.slope, ctx.handed = slope, None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(log_p, x, *parameters)
         return tuple(found[1:])
@@ -203,12 +204,11 @@ class Step(torch.autograd.Function):
         log_p, x, *parameters = ctx.saved_tensors  # an error where the graph has been freed
         if torch.is_grad_enabled() or any(torch._C._functorch.is_legacy_batchedtensor(c) for c in given):
             net.curved()
-            slope = ctx.entropy.slope(log_p)
-            gy = ctx.entropy.gradient(log_p, slope)
+            gy = CrossEntropy.gradient(log_p, ctx.slope)
             moving = [c if c is None else -rate * c for c in cotangents]
             moved, first, *found = to_any_order(net, ctx.buffers, gy, x, parameters, (None, *moving))
             assert moved is not None
-            by_log_p = CrossEntropy.pulled(log_p, slope, moved)
+            by_log_p = CrossEntropy.pulled(log_p, ctx.slope, moved)
             return *none, by_log_p, None, None, first, *map(added, found, cotangents)
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         if not keep:
@@ -220,8 +220,9 @@ class Step(torch.autograd.Function):
         elif given:
             net.add(place.directions, cotangents)
         inert = cotangents[count:]
-        if torch.ops.mamlpp_fast.heard.default(log_p, 2):
-            # Autograd goes on by what they listen to, to the call itself, which makes the second half.
+        ops = torch.ops.mamlpp_fast
+        if not ops.to_leaves.default() or ops.heard.default(log_p, 2):
+            # Autograd goes on by what they listen to, or take out, to the call itself, which makes the second half.
             direct = place.directions.take(parameters, (*(None,) * count, *inert))
             place.flat_directions.mul_(-rate)
             place.whole.tangent()
@@ -240,7 +241,7 @@ class Step(torch.autograd.Function):
         place.flat_directions.sub_(place.flat_seconds, alpha=rate)
         if not keep:
             place.busy = False
-        if hand_on(place, ctx.next_functions[2:], parameters, task):
+        if not ctx.heard and hand_on(place, ctx.next_functions[2:], parameters, task):
             return *none, None, None, None, None, *(None,) * count, *inert
         found = place.directions.take(parameters, (*(None,) * count, *inert))
         place.leave()
@@ -256,6 +257,8 @@ def _listening(register: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # A node's own hooks see the gradients of its inputs, and may change them.
-_CALL.heard = False
-for _name in ("register_hook", "register_prehook"):
-    setattr(_CALL, _name, _listening(getattr(_CALL, _name)))
+_STEP: Any = Step._backward_cls
+for _node in (_CALL, _STEP):
+    _node.heard = False
+    for _name in ("register_hook", "register_prehook"):
+        setattr(_node, _name, _listening(getattr(_node, _name)))
