@@ -30,6 +30,7 @@ __all__ = [
     "as_recorded",
     "gradients_in",
     "hand_on",
+    "notes_listeners",
     "paused",
     "plain",
     "plainly",
@@ -76,6 +77,25 @@ def applied(operation: type[torch.autograd.Function], *args: Any) -> Any:
     unwrap = torch._C._functorch.unwrap_if_dead
     own = [unwrap(a) if isinstance(a, Tensor) else a for a in args]
     return super(torch.autograd.Function, operation).apply(*own)  # type: ignore[misc]
+
+
+def notes_listeners(operation: type[torch.autograd.Function]) -> None:
+    """Lets the nodes of an operation say whether they have hooks: ``heard``.
+
+    A node's own hooks see the gradients of its inputs, and may change them.
+    """
+
+    def listening(register: Callable[..., Any]) -> Callable[..., Any]:
+        def call(node: Any, *args: Any, **kwargs: Any) -> Any:
+            node.heard = True
+            return register(node, *args, **kwargs)
+
+        return call
+
+    node: Any = operation._backward_cls
+    node.heard = False
+    for name in ("register_hook", "register_prehook"):
+        setattr(node, name, listening(getattr(node, name)))
 
 
 class Forward(torch.autograd.Function):
@@ -146,6 +166,9 @@ class Forward(torch.autograd.Function):
                 found = gradients_in(net, lease, wanted, False, None, ctx.buffers, gy, x, parameters, to)[1]
         moved, *rest = found
         return None, moved, None, None, *rest
+
+
+notes_listeners(Forward)
 
 
 def gradients_in(

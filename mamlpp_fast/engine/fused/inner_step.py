@@ -6,7 +6,7 @@ one list of calls, and steps that follow each other hand the gradient on where t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from mamlpp_fast.engine.fused.derivatives import (
     applied,
     gradients_in,
     hand_on,
+    notes_listeners,
     runs,
     to_any_order,
 )
@@ -248,17 +249,4 @@ class Step(torch.autograd.Function):
         return *none, None, None, None, None, *found
 
 
-def _listening(register: Callable[..., Any]) -> Callable[..., Any]:
-    def call(node: Any, *args: Any, **kwargs: Any) -> Any:
-        node.heard = True
-        return register(node, *args, **kwargs)
-
-    return call
-
-
-# A node's own hooks see the gradients of its inputs, and may change them.
-_STEP: Any = Step._backward_cls
-for _node in (_CALL, _STEP):
-    _node.heard = False
-    for _name in ("register_hook", "register_prehook"):
-        setattr(_node, _name, _listening(getattr(_node, _name)))
+notes_listeners(Step)
