@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, func, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import accelerated as module
-from mamlpp_fast.engine.fused import transforms
+from mamlpp_fast.engine.fused import transforms, uses
 
 # Forward mode loads decompositions written for torch.jit: a DeprecationWarning in torch 2.13, a FutureWarning in 2.14.
 pytestmark = [
@@ -431,6 +431,38 @@ def test_memory_is_used_again() -> None:
     for _ in range(3):
         torch.testing.assert_close(meta(mapped, fast), expected, rtol=0, atol=0)
     assert sections is route.net.sections and sections.lanes == made == sum(map(len, sections.free.values()))
+
+
+@pytest.mark.parametrize(
+    ("use", "passes"),
+    [
+        # Of two steps and a target: each step's backward pass, the target's, and of each step a derivative in halves,
+        # of which the second goes on to the parameters by way of the loss as well.
+        (functools.partial(meta, mapped), ["y", "g", "y", "g", "y", "g", "t", "s", "t", "s"]),
+        (
+            functools.partial(meta, over_tasks),
+            ["y", "g", "y", "g", "y"] * TASKS + ["g", "t", "s", "t", "s"] * TASKS,
+        ),
+        # Two backward passes of one call overwrite each other: of what is gone there is another pass.
+        (both_again, ["y", "g", "g", "t", "gt", "s", "gts"]),
+    ],
+)
+def test_how_often_the_kernels_run(use: Use, passes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = pair(norms)
+    use(fast)
+    found: list[str] = []
+    each = uses._State.each
+
+    def noted(self: Any, works: Iterable[uses.Work], *args: Any, **kwargs: Any) -> None:
+        works = list(works)
+        kinds = {"y": "inputs", "g": "gy", "t": "directions", "s": "moves"}
+        given = [works[0]._asdict()[name] for name in kinds.values()]
+        found.append("".join(k for k, g in zip(kinds, given, strict=True) if isinstance(g, Tensor) or g))
+        each(self, works, *args, **kwargs)
+
+    monkeypatch.setattr(uses._State, "each", noted)
+    use(fast)
+    assert found == passes
 
 
 def test_eager_calls_and_transforms_share_what_was_prepared() -> None:

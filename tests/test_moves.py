@@ -16,7 +16,6 @@ from mamlpp_fast.engine.fused.held import Held, Taken
 from mamlpp_fast.engine.fused.moves import Follower, Moves
 from mamlpp_fast.engine.fused.network import Norm, Statistics
 from mamlpp_fast.engine.fused.steps import Slot
-from mamlpp_fast.engine.lanes import NEVER
 
 
 def slot(name: str, split: tuple[int, ...], order: tuple[int, ...]) -> Slot:
@@ -142,30 +141,6 @@ def test_what_nobody_wants_is_not_given(path: str) -> None:
     moves.give([None for _ in names])
 
 
-@pytest.mark.parametrize("team", [False, True])
-@pytest.mark.usefixtures("poisoned_memory")
-def test_as_calls_of_a_list_they_copy_the_same(path: str, team: bool) -> None:
-    """By one thread after the other, and side by side as the tasks of a ``vmap``."""
-    names, own = list(SHAPES), drawn(torch.float64)
-    given = [None if n == "between" else own[n] for n in names]
-    calls, found = [], []
-    for moves in (moves_of(names), moves_of(names)):
-        found.append([torch.empty(SHAPES[n][0], dtype=torch.float64) for n in names])
-        calls.append([moves.loading([*given, torch.ones(3)]), moves.giving(found[-1])])
-    if team and path == "native":
-        threads = torch.classes.mamlpp_fast.Team()
-        for movings in calls:
-            threads.add([moving.listed() for moving in movings])
-        threads.run(NEVER.flag)
-    else:
-        for moving in (m for movings in calls for m in movings):
-            moving()
-    for n, *copies in zip(names, *found, strict=True):
-        for t in copies:
-            expected = torch.zeros_like(own[n]) if n == "between" else own[n]
-            torch.testing.assert_close(t, expected, rtol=0, atol=0)
-
-
 def test_counts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="orders: expected 1, got 0"):
         torch.classes.mamlpp_fast.Moves([[2]], [], [torch.zeros(2)])
@@ -179,9 +154,17 @@ def test_counts_that_do_not_fit_are_refused() -> None:
             move([])
     with pytest.raises(ValueError, match="plus: expected none or 1, got 2"):
         native.take([torch.zeros(2)], [None, None], 1.0)
-    for listed in (native.loading([]), native.giving([])):
-        with pytest.raises(ValueError, match="tensors: expected 1 or more, got 0"):
-            listed.run(NEVER.flag)
+    lane, places = torch.classes.mamlpp_fast.Lane, [torch.zeros(2)] * 5
+    calls = torch.classes.mamlpp_fast.Calls()
+    with pytest.raises(ValueError, match="expected four moves and four sections, got 1 and 4"):
+        lane([native], [calls] * 4, places)
+    with pytest.raises(ValueError, match="places: expected 5 or more, got 4"):
+        lane([native] * 4, [calls] * 4, places[1:])
+    team = torch.classes.mamlpp_fast.Team([lane([native] * 4, [calls] * 4, places)])
+    with pytest.raises(IndexError, match="lane: expected one of 1, got 1"):
+        team.add(1)
+    with pytest.raises(ValueError, match="inputs: expected none or 1, got 2"):
+        team.add(0, places[:2])
     with pytest.raises(ValueError, match="one number a norm"):
         torch.classes.mamlpp_fast.Statistics([1e-5], [0.1], [])
     with pytest.raises(ValueError, match="expected 1 tensors of each kind"):

@@ -1,5 +1,5 @@
 // A list of calls that are made one after the other without Python's interpreter; made by
-// mamlpp_fast/engine/fused/program.py, and by what lists calls of its own (moves.cpp).
+// mamlpp_fast/engine/fused/program.py.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -9,7 +9,6 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -38,25 +37,18 @@ class Calls : public torch::CustomClassHolder {
       }
       arguments[i] = std::move(given);
     }
-    calls_.push_back({op, std::move(arguments), std::move(outs), {}});
+    calls_.push_back({op, std::move(arguments), std::move(outs)});
   }
-
-  /// Appends what is no operator.
-  void add(std::function<void()> work) { calls_.push_back({std::nullopt, {}, {}, std::move(work)}); }
 
   /// Makes the calls, without gradients, as long as `halt` [1] is 0.
   void run(const at::Tensor& halt) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const volatile uint8_t* halted = halt.const_data_ptr<uint8_t>();
     std::vector<c10::IValue> stack;
-    for (const auto& [op, arguments, outs, work] : calls_) {
+    for (const auto& [op, arguments, outs] : calls_) {
       if (*halted != 0) return;
-      if (!op) {
-        work();
-        continue;
-      }
       stack = arguments;
-      op->callBoxed(&stack);
+      op.callBoxed(&stack);
       const bool list = !outs.empty() && stack[0].isTensorList();  // as `unsafe_split` returns
       for (size_t i = 0; i < outs.size(); ++i) {
         if (outs[i]) outs[i]->copy_(list ? stack[0].toTensorList().get(i) : stack[i].toTensor());
@@ -66,10 +58,9 @@ class Calls : public torch::CustomClassHolder {
 
  private:
   struct Call {
-    std::optional<c10::OperatorHandle> op;
+    c10::OperatorHandle op;
     std::vector<c10::IValue> arguments;
     std::vector<std::optional<at::Tensor>> outs;
-    std::function<void()> work;
   };
   std::vector<Call> calls_;
 };

@@ -288,18 +288,90 @@ class Statistics : public torch::CustomClassHolder {
   std::vector<double> eps_, shares_, unbiased_;
 };
 
-/// Either as a list of calls, with what is to be moved.
-using Pointer = c10::intrusive_ptr<Moves>;
-c10::intrusive_ptr<Calls> loading(const Pointer& moves, std::vector<OptTensor> given) {
-  auto calls = c10::make_intrusive<Calls>();
-  calls->add([moves, given = std::move(given)] { moves->load(given, 1); });
-  return calls;
-}
-c10::intrusive_ptr<Calls> giving(const Pointer& moves, std::vector<OptTensor> own) {
-  auto calls = c10::make_intrusive<Calls>();
-  calls->add([moves, own = std::move(own)] { moves->give(own); });
-  return calls;
-}
+/// Memory of one call and what runs on it.
+class Lane : public torch::CustomClassHolder {
+ public:
+  /// `moves`: of parameters, of directions, out of gradients, out of second derivatives; `sections`: forward, backward,
+  /// tangent, second; `places`: of the output, of its gradient, of how that moves, of how the output moves, then
+  /// inputs.
+  Lane(std::vector<c10::intrusive_ptr<Moves>> moves, std::vector<c10::intrusive_ptr<Calls>> sections,
+       std::vector<Tensor> places)
+      : moves_(std::move(moves)), sections_(std::move(sections)), places_(std::move(places)) {
+    TORCH_CHECK_VALUE(moves_.size() == 4 && sections_.size() == 4, "expected four moves and four sections, got ",
+                      moves_.size(), " and ", sections_.size());
+    TORCH_CHECK_VALUE(places_.size() >= 5, "places: expected 5 or more, got ", places_.size());
+  }
+
+  struct Work {
+    std::vector<Tensor> inputs;
+    std::vector<OptTensor> parameters, directions, own;
+    OptTensor gy, moves, out;
+  };
+
+  void run(const Work& work, const Tensor& halt) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    if (!work.inputs.empty()) {
+      for (size_t i = 0; i < work.inputs.size(); ++i) places_[4 + i].copy_(work.inputs[i]);
+      moves_[0]->load(work.parameters, 1);
+      sections_[0]->run(halt);
+    }
+    if (work.gy) {
+      places_[1].copy_(*work.gy);
+      sections_[1]->run(halt);
+    }
+    if (!work.directions.empty()) {
+      moves_[1]->load(work.directions, 1);
+      sections_[2]->run(halt);
+    }
+    if (work.moves) {
+      places_[2].copy_(*work.moves);
+      sections_[3]->run(halt);
+    }
+    if (work.out) work.out->copy_(places_[work.directions.empty() ? 0 : 3]);
+    if (!work.own.empty()) moves_[work.moves ? 3 : 2]->give(work.own);
+  }
+
+  size_t inputs() const { return places_.size() - 4; }
+
+ private:
+  std::vector<c10::intrusive_ptr<Moves>> moves_;
+  std::vector<c10::intrusive_ptr<Calls>> sections_;
+  std::vector<Tensor> places_;
+};
+
+/// Calls that stand side by side, each on one of the threads that ATen's own loops have. Other threads would find these
+/// still waiting, busily, for the next loop: between operations of the caller's that cost a third of the time.
+class Team : public torch::CustomClassHolder {
+ public:
+  explicit Team(std::vector<c10::intrusive_ptr<Lane>> lanes) : lanes_(std::move(lanes)), works_(lanes_.size()) {}
+
+  /// What a lane is to do when it runs next, in this order; what is empty or none is left out. The inputs are copied in
+  /// with the parameters for a forward pass, `gy` for a backward pass, directions for its tangent, and `moves` for the
+  /// derivative of the backward pass. `out` takes the output, or how it moves where there are directions; `own` the
+  /// gradients, or their derivatives where there are `moves`.
+  void add(int64_t lane, std::vector<Tensor> inputs, std::vector<OptTensor> parameters, OptTensor gy,
+           std::vector<OptTensor> directions, OptTensor moves, OptTensor out, std::vector<OptTensor> own) {
+    TORCH_CHECK_INDEX(lane >= 0 && lane < static_cast<int64_t>(lanes_.size()), "lane: expected one of ", lanes_.size(),
+                      ", got ", lane);
+    const size_t wanted = lanes_[lane]->inputs();
+    TORCH_CHECK_VALUE(inputs.empty() || inputs.size() == wanted, "inputs: expected none or ", wanted, ", got ",
+                      inputs.size());
+    works_[lane] = {std::move(inputs), std::move(parameters), std::move(directions), std::move(own),
+                    std::move(gy),     std::move(moves),      std::move(out)};
+  }
+
+  void run(const Tensor& halt) {
+    std::vector<Lane::Work> works(lanes_.size());
+    works.swap(works_);
+    at::parallel_for(0, static_cast<int64_t>(lanes_.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) lanes_[i]->run(works[i], halt);
+    });
+  }
+
+ private:
+  std::vector<c10::intrusive_ptr<Lane>> lanes_;
+  std::vector<Lane::Work> works_;
+};
 
 }  // namespace
 
@@ -309,9 +381,17 @@ void define_moves(torch::Library& m) {
       .def("load", &Moves::load, "", {torch::arg("given"), torch::arg("scale") = 1.0})
       .def("take", &Moves::take, "",
            {torch::arg("like"), torch::arg("plus") = std::vector<OptTensor>(), torch::arg("scale") = 1.0})
-      .def("give", &Moves::give)
-      .def("loading", &loading)
-      .def("giving", &giving);
+      .def("give", &Moves::give);
+  m.class_<Lane>("Lane").def(torch::init<std::vector<c10::intrusive_ptr<Moves>>, std::vector<c10::intrusive_ptr<Calls>>,
+                                         std::vector<Tensor>>());
+  m.class_<Team>("Team")
+      .def(torch::init<std::vector<c10::intrusive_ptr<Lane>>>())
+      .def("add", &Team::add, "",
+           {torch::arg("lane"), torch::arg("inputs") = std::vector<Tensor>(),
+            torch::arg("parameters") = std::vector<OptTensor>(), torch::arg("gy") = OptTensor(),
+            torch::arg("directions") = std::vector<OptTensor>(), torch::arg("moves") = OptTensor(),
+            torch::arg("out") = OptTensor(), torch::arg("own") = std::vector<OptTensor>()})
+      .def("run", &Team::run);
   m.class_<Statistics>("Statistics")
       .def(torch::init<std::vector<double>, std::vector<double>, std::vector<double>>())
       .def("follow", &Statistics::follow);

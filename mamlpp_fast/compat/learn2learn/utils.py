@@ -179,14 +179,17 @@ Replaced = dict[int, tuple[Tensor, Tensor]]
 """Tensors and what takes their place, by ``id`` of the former; a Tensor's own hash is a function in Python."""
 
 
-def replace_tensors(module: nn.Module, replaced: Replaced) -> Replaced:
+def replace_tensors(
+    module: nn.Module, replaced: Replaced, modules: Sequence[nn.Module] | None = None
+) -> Replaced:
     """Replaces parameters and buffers of a module, in every place; those beside by themselves and their ``update``.
 
     Args:
         module: changed in place; its tensors are not, but that an ``update`` which was added is gone.
         replaced: is added to.
+        modules: :func:`modules_of` the module, where they are known.
     """
-    for own in modules_of(module):
+    for own in modules_of(module) if modules is None else modules:
         for tensors in (own.__dict__["_parameters"], own.__dict__["_buffers"]):
             for name, tensor in tensors.items():
                 if tensor is None:
@@ -218,13 +221,12 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
 _PARAMETERS = ("parameters", "named_parameters", "named_modules")
 
 
-def parameters_of(module: nn.Module) -> list[Tensor]:
-    """What ``module.parameters()`` gives."""
+def parameters_of(module: nn.Module, modules: Sequence[nn.Module] | None = None) -> list[Tensor]:
+    """What ``module.parameters()`` gives; ``modules`` as in :func:`replace_tensors`."""
     if any(getattr(type(module), name) is not getattr(nn.Module, name) for name in _PARAMETERS):
         return list(module.parameters())
-    found = {
-        id(p): p for own in modules_of(module) for p in own.__dict__["_parameters"].values() if p is not None
-    }
+    own = modules_of(module) if modules is None else modules
+    found = {id(p): p for m in own for p in m.__dict__["_parameters"].values() if p is not None}
     return list(found.values())
 
 

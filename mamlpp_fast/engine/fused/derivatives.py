@@ -18,18 +18,24 @@ from mamlpp_fast.ops._library import transformed
 if TYPE_CHECKING:
     from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
     from mamlpp_fast.engine.fused.held import Held
+    from mamlpp_fast.engine.fused.sections import Place
 
 __all__ = [
     "RECORDED_UNDER",
     "Backward",
     "Forward",
     "Lease",
+    "added",
     "applied",
     "as_recorded",
+    "gradients_in",
+    "hand_on",
+    "notes_listeners",
     "paused",
     "plain",
     "plainly",
     "runs",
+    "to_any_order",
 ]
 
 
@@ -73,6 +79,25 @@ def applied(operation: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, operation).apply(*own)  # type: ignore[misc]
 
 
+def notes_listeners(operation: type[torch.autograd.Function]) -> None:
+    """Lets the nodes of an operation say whether they have hooks: ``heard``.
+
+    A node's own hooks see the gradients of its inputs, and may change them.
+    """
+
+    def listening(register: Callable[..., Any]) -> Callable[..., Any]:
+        def call(node: Any, *args: Any, **kwargs: Any) -> Any:
+            node.heard = True
+            return register(node, *args, **kwargs)
+
+        return call
+
+    node: Any = operation._backward_cls
+    node.heard = False
+    for name in ("register_hook", "register_prehook"):
+        setattr(node, name, listening(getattr(node, name)))
+
+
 class Forward(torch.autograd.Function):
     """The output, and a token that nobody sees; running statistics follow.
 
@@ -107,12 +132,12 @@ class Forward(torch.autograd.Function):
         pending = None if lease is None else lease.place.pending
         if pending is not None and pending[0] != torch._C._current_graph_task_id():
             pending = None  # of a pass that ended by an error
-        if gy is None and pending is None:
-            return (None,) * (4 + len(net.given) - 1)
-        x, token, *parameters = ctx.saved_tensors
         if not keep:
             # Freed with the saved tensors, not with the result: a list of losses keeps no memory of their passes.
             ctx.lease = None
+        if gy is None and pending is None:
+            return (None,) * (4 + len(net.given) - 1)
+        x, token, *parameters = ctx.saved_tensors
         batched = gy is not None and torch._C._functorch.is_legacy_batchedtensor(gy)
         found: list[Tensor | None] = []
         if pending is not None:
@@ -124,7 +149,7 @@ class Forward(torch.autograd.Function):
         if batched:  # `is_grads_batched`: many gradients in one
             assert gy is not None
             more = _plain_backward(net, ctx.buffers, gy, x, parameters)
-            found = [_sum(a, b) for a, b in zip(found, more, strict=True)] if found else more
+            found = [added(a, b) for a, b in zip(found, more, strict=True)] if found else more
         elif pending is None:
             wanted = net.wanted(ctx)
             if wanted != net.everything:
@@ -137,12 +162,16 @@ class Forward(torch.autograd.Function):
                 )
             else:
                 assert gy is not None
-                found = _gradients(net, lease, wanted, False, None, ctx.buffers, gy, x, parameters)[1]
+                to = () if ctx.heard or wanted != net.everything else ctx.next_functions[1:]
+                found = gradients_in(net, lease, wanted, False, None, ctx.buffers, gy, x, parameters, to)[1]
         moved, *rest = found
         return None, moved, None, None, *rest
 
 
-def _gradients(
+notes_listeners(Forward)
+
+
+def gradients_in(
     net: DifferentiableNetwork,
     lease: Lease,
     wanted: frozenset[str],
@@ -152,6 +181,7 @@ def _gradients(
     gy: Tensor,
     x: Tensor,
     parameters: Sequence[Tensor],
+    to: Sequence[tuple[Any, int]] = (),
 ) -> tuple[Lease, list[Tensor | None]]:
     """The gradients of the examples and of all parameters, None for those that are not wanted; and where they lie.
 
@@ -159,6 +189,7 @@ def _gradients(
         lease: of the forward pass; another is taken where that has no room for this backward pass.
         recorded: whether the values that its own derivative reads are to stay there.
         rate: as in :class:`Backward`.
+        to: the parameters' nodes, which may take their gradients where these lie; then there is None for all.
     """
     place = lease.place
     if place.busy or wanted not in place.of:  # or made before these gradients were ever wanted alone
@@ -172,11 +203,50 @@ def _gradients(
     found: list[Tensor | None]
     if rate is not None:
         found = [None, *place.gradients.take(parameters, parameters, -rate)]
+    elif _takes(place, to, parameters):
+        # By way of a copy: what is passing has no place of its own but while it is needed.
+        place.flat_directions.copy_(place.flat_gradients.clone())
+        hand_on(place, to, parameters, torch._C._current_graph_task_id())
+        return lease, [None] * (len(parameters) + 1)
     else:
         first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
         found = [first, *net.taken_of(wanted, place.gradients, parameters)]
     place.leave()
     return lease, found
+
+
+def hand_on(place: Place, to: Sequence[tuple[Any, int]], parameters: Sequence[Tensor], task: int) -> bool:
+    """Leaves the parameters' gradients, which lie in the directions of a place, to the step that they come from.
+
+    Whether it takes them: it has them as its own directions then, without a move.
+
+    Args:
+        to: the nodes that the parameters come from, and of what number each is there.
+        task: autograd's backward pass that is under way.
+    """
+    if not _takes(place, to, parameters):
+        return False
+    step = to[0][0]
+    step.handed = task
+    place.hand_to(step.lease.place)
+    return True
+
+
+def _takes(place: Place, to: Sequence[tuple[Any, int]], parameters: Sequence[Tensor]) -> bool:
+    """Whether all parameters are what one step led to, whose place goes through the same passage, and nobody listens.
+
+    Nor takes their gradients out: the backward pass goes to all leaves.
+    """
+    if not to:
+        return False
+    step = to[0][0]
+    lease = getattr(step, "lease", None)
+    if lease is None or not hasattr(step, "handed") or not place.passes_with(lease.place):
+        return False
+    if any(node is not step or number != i for i, (node, number) in enumerate(to)):
+        return False
+    ops = torch.ops.mamlpp_fast
+    return bool(ops.to_leaves.default()) and not ops.heard.default(parameters[0], 1)
 
 
 class Backward(torch.autograd.Function):
@@ -199,7 +269,7 @@ class Backward(torch.autograd.Function):
         x: Tensor,
         *parameters: Tensor,
     ) -> Any:
-        own, found = _gradients(net, lease, wanted, True, rate, buffers, gy, x, parameters)
+        own, found = gradients_in(net, lease, wanted, True, rate, buffers, gy, x, parameters)
         ctx.shared = token is not None and own is lease
         ctx.net, ctx.lease, ctx.wanted, ctx.rate, ctx.buffers = net, own, wanted, rate, buffers
         ctx.set_materialize_grads(False)
@@ -224,9 +294,9 @@ class Backward(torch.autograd.Function):
         if plain:
             net.curved()
             moving = [c if c is None or rate is None else -rate * c for c in cotangents]
-            by_gy, first, *found = _to_any_order(net, ctx.buffers, gy, x, parameters, (along, *moving))
+            by_gy, first, *found = to_any_order(net, ctx.buffers, gy, x, parameters, (along, *moving))
             if direct is not None:
-                found = [_sum(a, b) for a, b in zip(found, direct, strict=True)]
+                found = [added(a, b) for a, b in zip(found, direct, strict=True)]
             return *none, by_gy, None, first, *found
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         if not keep:
@@ -246,11 +316,11 @@ class Backward(torch.autograd.Function):
         return *none, moved, None, *found
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-def _to_any_order(
+def to_any_order(
     net: DifferentiableNetwork,
     buffers: Mapping[str, Tensor],
     gy: Tensor,

@@ -365,6 +365,12 @@ class DifferentiableNetwork:
             elif name in wanted:
                 held.zero_()
 
+    def add(self, to: Moves, given: Sequence[Tensor | None]) -> None:
+        """Adds to what lies in the places what there is for the parameters."""
+        for name, place, t in zip(self.names, to.places, given, strict=False):
+            if t is not None:
+                place.add_(self.slots[name].arrange(t.contiguous()))
+
     def second(
         self,
         place: Place,

@@ -7,8 +7,7 @@ something watches the caller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,20 +28,23 @@ class Moves:
     Args:
         slots: how each lies for the kernels.
         places: theirs, with the axes of that.
+
+    Attributes:
+        native: the native library's object for the same, None where there is none.
     """
 
     def __init__(self, slots: Sequence[Slot], places: Sequence[Tensor]) -> None:
         self.places = list(places)
         self._how = [(s.split, s.order) for s in slots]
-        self._native: Any = None
+        self.native: Any = None
         if all(place.device.type == "cpu" for place in places) and _native.status().loaded:
             splits, orders = [list(s.split) for s in slots], [list(s.order) for s in slots]
-            self._native = torch.classes.mamlpp_fast.Moves(splits, orders, self.places)
+            self.native = torch.classes.mamlpp_fast.Moves(splits, orders, self.places)
 
     def load(self, given: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Copies times a number to the places, zeros where there is nothing; what is beyond them is left out."""
-        if self._native is not None and not watched():
-            self._native.load(list(given), scale)
+        if self.native is not None and not watched():
+            self.native.load(list(given), scale)
             return
         zero = self.places[0].new_zeros(())
         rows = zip(self.places, given, self._how, strict=False)
@@ -60,8 +62,8 @@ class Moves:
             plus: for each of ``like`` what is added, or None.
             scale: what the places have is multiplied by this.
         """
-        if self._native is not None and not watched():
-            made: list[Tensor] = self._native.take(list(like), [] if plus is None else list(plus), scale)
+        if self.native is not None and not watched():
+            made: list[Tensor] = self.native.take(list(like), [] if plus is None else list(plus), scale)
             return made
         count = len(self.places)
         made = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in like[:count]]
@@ -77,32 +79,13 @@ class Moves:
 
     def give(self, own: Sequence[Tensor | None]) -> None:
         """Copies what lies in the places to tensors like the parameters, where there are any."""
-        if self._native is not None and not watched():
-            self._native.give(list(own))
+        if self.native is not None and not watched():
+            self.native.give(list(own))
             return
         each = zip(own, self._how, self.places, strict=True)
         rows = [(_laid(t, how), place) for t, how, place in each if t is not None]
         if rows:
             torch._foreach_copy_([laid for laid, _ in rows], [place for _, place in rows])
-
-    def loading(self, given: Sequence[Tensor | None]) -> Moving:
-        """What :meth:`load` does, later."""
-        return Moving(lambda: self.load(given), lambda: self._native.loading(list(given)))
-
-    def giving(self, own: Sequence[Tensor | None]) -> Moving:
-        """What :meth:`give` does, later."""
-        return Moving(lambda: self.give(own), lambda: self._native.giving(list(own)))
-
-
-@dataclass(frozen=True)
-class Moving:
-    """A call of :class:`Moves` that is yet to be made; ``listed`` makes the native library's list of it."""
-
-    call: Callable[[], None]
-    listed: Callable[[], Any]
-
-    def __call__(self) -> None:
-        self.call()
 
 
 def _laid(t: Tensor, how: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:

@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,8 +91,8 @@ class Sections:
                 self.beside = [em.new(f"{what} of the examples", self.x.shape) for what in "gds"]
             # How the output's gradient moves, and how the output does.
             self.gy_dot, self.moved = (em.new(what, (1, images, *shape)) for what in ("tangent", "moved"))
-            self._flats = [em.new(name, (layout.size,)) for name in ("gradients", "directions", "second")]
-        self.theta, self.grads, self.directions, self.seconds = map(layout.views, (theta, *self._flats))
+            self.flats = [em.new(name, (layout.size,)) for name in ("gradients", "directions", "second")]
+        self.theta, self.grads, self.directions, self.seconds = map(layout.views, (theta, *self.flats))
         self.statistics: dict[str, tuple[Ref, Ref]] = {}
         for name in network.norms:
             channels = network.channels(name)
@@ -150,7 +150,7 @@ class Sections:
                 self._leave(second, 2)
         end = em.here()
         em.keep(begin, middle, end)
-        gradients, directions, seconds = self._flats
+        gradients, directions, seconds = self.flats
         # What one pass leaves there is gone when the next begins: others have run in between.
         assert not em.names(middle, end, gradients, *self.beside[:1])
         assert not em.names(begin, middle, directions, seconds, self.gy_dot, self.moved, *self.beside[1:])
@@ -262,6 +262,7 @@ class Place:
         """Binds what is passing, and the calls on it, to this memory."""
         sections, lane = self.sections, self._lane
         self._passage, program = passage, sections.program
+        self._native: Any = None
         program.pass_through(lane, passage.memory)
         self.of = {
             wanted: Part(
@@ -273,6 +274,24 @@ class Place:
         self.gradients, self.directions = self._moves(sections.grads), self._moves(sections.directions)
         self.seconds = self._moves(sections.seconds)
         self.gy_dot, self.moved = sections.gy_dot.tensor(lane)[0], sections.moved.tensor(lane)[0]
+        flats = (ref.tensor(lane) for ref in sections.flats)
+        self.flat_gradients, self.flat_directions, self.flat_seconds = flats
+
+    @property
+    def native(self) -> Any:
+        """The native library's object that makes all gradients here, to run beside others; None where there is none."""
+        if self._native is None:
+            moves = [m.native for m in (self.parameters, self.directions, self.gradients, self.seconds)]
+            sections = [s.listed for s in (self.forward, *self.whole)]
+            if not any(part is None for part in (*moves, *sections)):
+                places = [self.result, self.gy, self.gy_dot, self.moved, *self.inputs]
+                self._native = torch.classes.mamlpp_fast.Lane(moves, sections, places)
+        return self._native
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Where the examples and the buffers lie."""
+        return [self.x, *(self.buffers[name] for name in self.sections.buffers)]
 
     def enter(self) -> None:
         """Before a pass that uses what is passing: nobody else does until :meth:`leave`.
@@ -292,6 +311,15 @@ class Place:
         if self._within:
             self._within = False
             self._passage.taken.release()
+
+    def passes_with(self, other: Place) -> bool:
+        """Whether both have what is passing in the same memory, which this one has entered."""
+        same = self.sections is other.sections and self._passage is other._passage
+        return same and self._within and other is not self
+
+    def hand_to(self, other: Place) -> None:
+        """Leaves to another place, of those that it passes with, what lies there."""
+        self._within, other._within = False, True
 
     @property
     def whole(self) -> Part:

@@ -11,6 +11,7 @@ from mamlpp_fast.compat.learn2learn._gradients import inner_gradients
 from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner, given
 from mamlpp_fast.compat.learn2learn.utils import (
     clone_module,
+    modules_of,
     parameters_of,
     replace_tensors,
     update_module,
@@ -93,11 +94,12 @@ class MAML(BaseLearner):
         """
         options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
         second_order = not options.pop("first_order")
-        parameters = parameters_of(self.module)
+        modules = modules_of(self.module)
+        parameters = parameters_of(self.module, modules)
         if second_order and isinstance(self.lr, int | float):
             moved = steps_of_loss(loss, parameters, self.lr)
             if moved is not None:
-                replace_tensors(self.module, {id(p): (p, new) for p, new in moved})
+                replace_tensors(self.module, {id(p): (p, new) for p, new in moved}, modules)
                 return
         gradients = inner_gradients(
             loss,
