@@ -58,6 +58,7 @@ void drop(Given given) {
 }
 void push(Stack& stack, at::Tensor result) { stack.emplace_back(std::move(result)); }
 void push(Stack& stack, double result) { stack.emplace_back(result); }
+void push(Stack& stack, bool result) { stack.emplace_back(result); }
 
 void add_kernel(const char* name, Kernel kernel) { on_cpu().impl(name, boxed(kernel)); }
 void add_operation(const char* schema, Kernel kernel) { everywhere().def(schema, boxed(kernel)); }

@@ -30,6 +30,7 @@ bool as_bool(Given, size_t i);
 void drop(Given);  ///< takes all of them from the stack
 void push(Stack&, at::Tensor);
 void push(Stack&, double);
+void push(Stack&, bool);
 
 template <typename T>
 struct Argument;
