@@ -54,9 +54,16 @@ def use_backend(backend: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             for name, operation in _library.OPERATIONS.items():
                 if not (backend == "native" and name in _native_names()):
-                    override.impl(name, _implementation(operation, backend), "CPU")
+                    # Of another choice around this one; PyTorch 2.11 refuses that unless told.
+                    override.impl(name, _implementation(operation, backend), "CPU", allow_override=True)
                     if torch._C._dispatch_has_kernel_for_dispatch_key(_qualified(name), "AutogradCPU"):
-                        override.impl(name, _python_autograd(name), "AutogradCPU", with_keyset=True)
+                        override.impl(
+                            name,
+                            _python_autograd(name),
+                            "AutogradCPU",
+                            with_keyset=True,
+                            allow_override=True,
+                        )
         yield
     finally:
         override._destroy()
