@@ -28,6 +28,13 @@ OURS, THEIRS, GREY = "#c8452c", "#5b7fa6", "#8a8a8a"
 
 
 def _svg(figure: Figure) -> bytes:
+    # The layout's solver goes through sets in the order of addresses, which the last bits of its result depend on; the
+    # names of clip paths are made of all of them.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for ax in figure.axes:
+        left, bottom, width, height = (round(part, 9) for part in ax.get_position().bounds)
+        ax.set_position((left, bottom, width, height))
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)

@@ -48,6 +48,10 @@ class NativeError(RuntimeError):
     """The library cannot be built or loaded; the message is one line."""
 
 
+class _NoLevelError(NativeError):
+    """The library is whole, but has no kernels for this processor."""
+
+
 @dataclass(frozen=True)
 class NativeStatus:
     """What became of the native library.
@@ -144,6 +148,8 @@ def _load(mode: str) -> NativeStatus:
     if path is not None:
         try:
             return _open(path)
+        except _NoLevelError:  # an emulator of a lesser processor, say: another build would be the same
+            raise
         except NativeError:
             # What the cache held is damaged: once more from the sources.
             shutil.rmtree(path.parent, ignore_errors=True)
@@ -165,7 +171,7 @@ def _open(path: Path) -> NativeStatus:
     _set_threads.argtypes, _set_threads.restype = [ctypes.c_int], None
     level = isa().decode()
     if not level:
-        raise NativeError(f"does not load: {path} has no kernels for this processor or MAMLPP_FAST_ISA")
+        raise _NoLevelError(f"does not load: {path} has no kernels for this processor or MAMLPP_FAST_ISA")
     return NativeStatus(True, "", path, level)
 
 

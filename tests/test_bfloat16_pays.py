@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mamlpp_fast import _native
 from mamlpp_fast.ops.task_conv2d import pays_in_bfloat16
@@ -36,6 +37,13 @@ def test_bfloat16_pays_where_it_is_faster(name: str) -> None:
     images, size, ci, co, kernel, stride, in_pairs = LAYERS[name]
     expected = {"amxbf16": True, "avx512bf16": in_pairs}.get(ISA or "", False)
     assert pays_in_bfloat16(images, size, (*kernel, ci, co), stride, kernel[0] // 2) is expected
+
+
+@pytest.mark.skipif(ISA is None, reason="no native library")
+@pytest.mark.parametrize(("size", "stride"), [((14,), 1), ((14, 14), 0)])
+def test_a_layer_that_is_none_is_refused(size: tuple[int, ...], stride: int) -> None:
+    with pytest.raises(ValueError, match="expected two sizes of image and of kernel and stride >= 1"):
+        torch.ops.mamlpp_fast.task_conv2d_pays_in_bfloat16(5, size, 64, (3, 3), 64, stride, 1)
 
 
 def test_bfloat16_pays_nowhere_without_products() -> None:

@@ -37,7 +37,7 @@ def test_sine_regression_falls_with_every_step(run: Any, capsys: pytest.CaptureF
     for errors in found.values():
         assert errors[0] > errors[1] > errors[5]
         assert errors[10] < errors[0]
-    assert "fused engine: every operation of the model has fused rules" in capsys.readouterr().out
+    assert "fused engine: the fastest, and nothing in model or loss has stopped it" in capsys.readouterr().out
 
 
 def test_a_siren_fits_fields_from_a_learned_start(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

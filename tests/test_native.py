@@ -121,6 +121,40 @@ def test_another_level_is_another_library(package: Path, cache: Path) -> None:
 
 
 @needs_compiler
+def test_a_library_without_a_level_is_not_built_again(fresh: Fresh, tmp_path: Path) -> None:
+    native = fresh()
+    source, library = tmp_path / "a.cpp", native._cache() / native._recipe().key / native._LIBRARY
+    source.write_text(
+        'extern "C" const char* mamlpp_fast_isa() { return ""; }\n'
+        'extern "C" void mamlpp_fast_set_threads(int) {}\n'
+    )
+    library.parent.mkdir(parents=True)
+    subprocess.run([str(_native._compiler()), "-shared", "-fPIC", source, "-o", library], check=True)
+    assert not native.load()
+    assert native.status().reason.startswith(f"does not load: {library} has no kernels for this processor")
+    assert library.is_file()
+
+
+def test_operations_run_where_a_library_has_no_level_for_the_processor() -> None:
+    """As closed forms: a library of the best level alone, asked for the lowest, stands for one of another machine."""
+    status = _native.status()
+    if status.isa in (None, "portable"):
+        pytest.skip("no library, or none without the lowest level")
+    script = (
+        "import torch, torch.nn.functional as F, mamlpp_fast as mf; from mamlpp_fast import _native\n"
+        "x, one, zero = torch.randn(4, 3, 2, 2), torch.ones(3), torch.zeros(3)\n"
+        "made = mf.ops.per_step_batch_norm(x, one, zero, negative_slope=1.0)\n"
+        "torch.testing.assert_close(made, F.batch_norm(x, None, None, one, zero, True))\n"
+        "print(_native.status().isa)"
+    )
+    own = {"MAMLPP_FAST_NATIVE": "1", "MAMLPP_FAST_ISA": "portable", "MAMLPP_FAST_LIBRARY": str(status.path)}
+    env = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() in (["None"], ["portable"])  # the latter of a library of all levels
+
+
+@needs_compiler
 def test_library_outlives_the_compiler(package: Path, cache: Path) -> None:
     assert _probe(package, cache, CXX="missing-g++")[0][0] == "True"
 

@@ -8,6 +8,8 @@
 
 #include <memory>
 
+#include "isa.h"
+
 namespace mf {
 namespace {
 
@@ -60,7 +62,10 @@ void push(Stack& stack, at::Tensor result) { stack.emplace_back(std::move(result
 void push(Stack& stack, double result) { stack.emplace_back(result); }
 void push(Stack& stack, bool result) { stack.emplace_back(result); }
 
-void add_kernel(const char* name, Kernel kernel) { on_cpu().impl(name, boxed(kernel)); }
+void add_kernel(const char* name, Kernel kernel) {
+  if (isa() == Isa::none) return;  // _native.py says so, and PyTorch's closed forms serve
+  on_cpu().impl(name, boxed(kernel));
+}
 void add_operation(const char* schema, Kernel kernel) { everywhere().def(schema, boxed(kernel)); }
 
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }

@@ -99,7 +99,7 @@ Kernel kernel(Result (*function)(Arguments...), std::index_sequence<i...>) {
   return {reinterpret_cast<void (*)()>(function), call, sizeof...(Arguments)};
 }
 
-/// For CPU tensors, behind an operation's name.
+/// For CPU tensors, behind an operation's name; nothing where the library has no level for this processor.
 void add_kernel(const char* name, Kernel kernel);
 /// An operation of this schema, for all tensors.
 void add_operation(const char* schema, Kernel kernel);

@@ -428,6 +428,9 @@ double fma_peak(int64_t iterations) { return winograd().fma_peak(iterations); }
 
 bool task_conv2d_pays_in_bfloat16(int64_t images, at::IntArrayRef image, int64_t ci, at::IntArrayRef kernel, int64_t co,
                                   int64_t stride, int64_t padding) {
+  TORCH_CHECK_VALUE(image.size() == 2 && kernel.size() == 2 && stride >= 1,
+                    "task_conv2d_pays_in_bfloat16: expected two sizes of image and of kernel and stride >= 1, got ",
+                    image, ", ", kernel, " and ", stride);
   return pays_in_bfloat16(
       shape_of({1, images, image[0], image[1], ci}, {1, kernel[0], kernel[1], ci, co}, stride, padding));
 }
@@ -438,9 +441,8 @@ bool task_conv2d_pays_in_bfloat16(int64_t images, at::IntArrayRef image, int64_t
     implement_all("fma_peak(int iterations) -> float", &fma_peak) &&
     implement_all("bf16_peak(int iterations) -> float", &bf16_peak) &&
     implement_all(
-        "task_conv2d_pays_in_bfloat16(int images, int[2] image, int ci, int[2] kernel, int co, int stride, int "
-        "padding) "
-        "-> bool",
+        "task_conv2d_pays_in_bfloat16(int images, int[2] image, int ci, int[2] kernel, int co, int stride, "
+        "int padding) -> bool",
         &task_conv2d_pays_in_bfloat16);
 
 }  // namespace

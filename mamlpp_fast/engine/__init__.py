@@ -92,9 +92,9 @@ def make_engine(
                 verify=verify,
                 waits=name == "auto",
             )
-            return EngineChoice(
-                fused, "every operation of the model has fused rules" if name == "auto" else reason
-            )
+            if name == "auto":
+                reason = "the fastest, and nothing in model or loss has stopped it"
+            return EngineChoice(fused, reason)
         except Unsupported as error:
             if name == "fused":
                 raise ValueError(f"engine: expected a model the fused engine can take, {error}") from error

@@ -46,7 +46,7 @@ class Visits:
     @property
     def why(self) -> str:
         """Why a form is not to have a program yet."""
-        return f"of one of many forms, more than {FREE}, that has not come {OFTEN} times yet"
+        return f"of a form, beyond the first {FREE}, that has not come {OFTEN} times yet"
 
     def pays(self, key: object) -> bool:
         """Takes in that a form came; whether its program is to be written now."""

@@ -100,9 +100,8 @@ class _State:
             own = [place.native for place in places]
             if not any(lane is None for lane in own):
                 team, joined = self._team
-                if not (
-                    joined and all(map(is_, joined, own))
-                ):  # a place may have got other memory on entering
+                # Another than before where a place got other memory on entering.
+                if not joined or not all(map(is_, joined, own)):
                     team = torch.classes.mamlpp_fast.Team(own)
                     self._team = team, own
                 for i, work in enumerate(works):
