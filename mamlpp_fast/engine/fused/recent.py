@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import TypeVar
 
 __all__ = ["KEPT", "Recent", "Visits"]
@@ -15,6 +15,8 @@ KEPT = 32
 FREE, OFTEN = 8, 16
 """So many forms are written as they come, and a further one once it has come so often: writing takes as long as a
 plain loop takes for some ten batches, which a form that does not come again never brings back."""
+_COUNTED = 1000
+"""Forms without a program that are counted."""
 
 
 class Recent(OrderedDict[_K, _V]):
@@ -41,7 +43,7 @@ class Visits:
 
     def __init__(self) -> None:
         self._written = 0
-        self._came: Counter[object] = Counter()
+        self._came: Recent[object, int] = Recent(_COUNTED)
 
     @property
     def why(self) -> str:
@@ -50,9 +52,9 @@ class Visits:
 
     def pays(self, key: object) -> bool:
         """Takes in that a form came; whether its program is to be written now."""
-        self._came[key] += 1
-        if self._written >= FREE and self._came[key] <= OFTEN:
+        came = self._came.pop(key, 0) + 1
+        if self._written >= FREE and came <= OFTEN:
+            self._came[key] = came
             return False
         self._written += 1
-        del self._came[key]
         return True
