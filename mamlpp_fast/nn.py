@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from mamlpp_fast import ops, reference
 from mamlpp_fast._modes import takes_pytorchs_norms
 from mamlpp_fast.ops._library import mapped
+from mamlpp_fast.ops.per_step_batch_norm import kept_versions
 from mamlpp_fast.reference import set_eval_stats, set_step
 
 __all__ = [
@@ -75,8 +76,7 @@ class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
             self.accumulate(mean, var * (count / (count - 1)))
         else:
             ops.update_running_stats(
-                self.running_mean,
-                self.running_var,
+                *kept_versions(self.running_mean, self.running_var),
                 mean,
                 var,
                 count=count,

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import accelerated as module
+from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.compat import higher
 from mamlpp_fast.compat import learn2learn as l2l
+from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.nn import plain_batch_norm
@@ -210,10 +212,13 @@ def per_step() -> nn.Module:
     return mf.convert_batch_norm(conv_net(), 2)
 
 
-@pytest.mark.parametrize(
+NORMS = pytest.mark.parametrize(
     ("make", "used"),
-    [(conv_net, learned), (conv_net, monkeypatched), (per_step, nn.Module.eval), (per_step, functional)],
+    [(conv_net, learned), (conv_net, monkeypatched), (per_step, nn.Module.train), (per_step, functional)],
 )
+
+
+@NORMS
 def test_third_derivatives_go_on_where_norms_of_ours_are_left_to_pytorch(
     make: Callable[[], nn.Module], used: Callable[[nn.Module], Callable[[Tensor], Tensor]]
 ) -> None:
@@ -230,10 +235,26 @@ def test_third_derivatives_go_on_where_norms_of_ours_are_left_to_pytorch(
 
     plain, fast = pair(make)
     with plain_batch_norm(plain):
-        expected = penalties(plain, nn.Module.eval if used is nn.Module.eval else lambda model: model)
+        expected = penalties(plain, nn.Module.train)
     torch.testing.assert_close(penalties(fast, used), expected, rtol=1e-8, atol=1e-11)
     (route,) = routes()
     assert route._rest > 0
+
+
+@NORMS
+def test_a_graph_of_pytorchs_norms_outlives_a_pass_of_ours(
+    make: Callable[[], nn.Module], used: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+) -> None:
+    plain, fast = pair(make)
+    x = data(1)[0][0]
+    net = used(fast)
+    with plainly(), pytorchs_norms():
+        found = net(x)
+    with torch.no_grad():
+        net(x)  # moves the running statistics
+    own = list(fast.parameters())
+    expected = torch.autograd.grad(plain(x).square().sum(), list(plain.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), own), expected, **CLOSE)
 
 
 def test_examples_that_lead_to_a_graph_of_their_own() -> None:
