@@ -276,8 +276,8 @@ def update_running_stats(
 
 
 def kept_versions(*running: Tensor) -> tuple[Tensor, ...]:
-    """Running statistics to write to as PyTorch's batch norm does: a graph that has saved them can still be gone through.
+    """Running statistics to write to as PyTorch's batch norm does: graphs that have saved them are still gone through.
 
-    Its nodes save them in training as well, though nothing of it reads them.
+    PyTorch's nodes save them in training as well, and read nothing of them.
     """
     return running if torch.compiler.is_compiling() else tuple(t.data for t in running)
