@@ -275,9 +275,9 @@ def update_running_stats(
     _update_running_stats(running_mean, running_var, mean, var, count, momentum, step)
 
 
-def kept_versions(*running: Tensor) -> tuple[Tensor, ...]:
+def kept_versions(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Running statistics to write to as PyTorch's batch norm does: graphs that have saved them are still gone through.
 
     PyTorch's nodes save them in training as well, and read nothing of them.
     """
-    return running if torch.compiler.is_compiling() else tuple(t.data for t in running)
+    return (mean, var) if torch.compiler.is_compiling() else (mean.data, var.data)
