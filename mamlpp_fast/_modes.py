@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["Switch", "float32_products", "quiet", "undisturbed"]
+__all__ = ["Switch", "float32_products", "pytorchs_norms", "quiet", "takes_pytorchs_norms", "undisturbed"]
 
 _T = TypeVar("_T")
 
@@ -24,6 +24,24 @@ def undisturbed() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+_norms = threading.local()
+
+
+@contextmanager
+def pytorchs_norms() -> Iterator[None]:
+    """Within it the calling thread's batch norms run PyTorch's operations: ours have no third derivative."""
+    before, _norms.own = takes_pytorchs_norms(), False
+    try:
+        yield
+    finally:
+        _norms.own = not before
+
+
+def takes_pytorchs_norms() -> bool:
+    """Whether the calling thread is within :func:`pytorchs_norms`."""
+    return not getattr(_norms, "own", True)
 
 
 class Switch(Generic[_T]):

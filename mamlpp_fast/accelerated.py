@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import threading
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
+from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
 from mamlpp_fast.engine.fingerprint import look
 from mamlpp_fast.engine.fused import transforms
@@ -178,7 +180,7 @@ def _routed(cls: Any) -> Any:
             return cls.forward(self, *args, **kwargs)
         if (made := served(self, args, kwargs)) is not None:
             return made
-        with reference.right_weight_norm(self):
+        with reference.right_weight_norm(self), as_left(self):
             return cls.forward(self, *args, **kwargs)  # which may have been set anew
 
     forward.__dict__[ROUTED] = True
@@ -260,6 +262,11 @@ def served(
     return route.call(Held(model, seen=seen), x)
 
 
+def as_left(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """For the call of a model that :func:`served` was none of: may be differentiated as often as it was to be."""
+    return pytorchs_norms() if model in _resting else contextlib.nullcontext()
+
+
 def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetwork | str:
     """What calls of a model on inputs like these are served by, outside of ``torch.func``; else why they are not."""
     x = _inputs(*_arguments(inputs))
@@ -296,7 +303,10 @@ def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inpu
             first is not None and first.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
         )
         made = served(model, *_arguments(x)) if own else None
-        return reference.called(model, x) if made is None else made
+        if made is not None:
+            return made
+        with as_left(model):
+            return reference.called(model, x)
 
 
 def _arguments(x: reference.Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

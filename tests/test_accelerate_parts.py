@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import accelerated as module
+from mamlpp_fast._modes import pytorchs_norms
+from mamlpp_fast.compat import higher
+from mamlpp_fast.compat import learn2learn as l2l
+from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.sections import EXAMPLES
+from mamlpp_fast.nn import plain_batch_norm
 
 pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
@@ -189,6 +194,76 @@ def test_a_physics_informed_loss_goes_to_pytorch_where_it_is_taken_again_and_aga
     # The calls that are left to PyTorch come to an end, and are twice as many then.
     torch.testing.assert_close(physics(fast, 80), physics(plain, 80), **CLOSE)
     assert route._next_rest == 4 * 64 and 100 < route._rest <= 128
+
+
+def learned(model: nn.Module) -> nn.Module:
+    return l2l.clone_module(model)
+
+
+def monkeypatched(model: nn.Module) -> nn.Module:
+    return higher.monkeypatch(model, copy_initial_weights=False)
+
+
+def functional(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: mf.functional_call(model, dict(model.named_parameters()), (x,))
+
+
+def per_step() -> nn.Module:
+    return mf.convert_batch_norm(conv_net(), 2)
+
+
+NORMS = pytest.mark.parametrize(
+    ("make", "used"),
+    [(conv_net, learned), (conv_net, monkeypatched), (per_step, nn.Module.train), (per_step, functional)],
+)
+
+
+@NORMS
+def test_third_derivatives_go_on_where_norms_of_ours_are_left_to_pytorch(
+    make: Callable[[], nn.Module], used: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+) -> None:
+    def penalties(
+        model: nn.Module, used: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+    ) -> list[Tensor] | str:
+        found, own = [], list(model.parameters())
+        x, y, *_ = data(1)[0]
+        for _ in range(4):
+            loss = F.cross_entropy(used(model)(x), y)
+            try:
+                for _ in range(2):
+                    grads = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+                    loss = torch.stack([g.square().sum() for g in grads if g is not None]).sum()
+                found += [loss.detach(), *torch.autograd.grad(loss, own)]
+            except RuntimeError as error:  # torch 2.14 has none of batch norms, and says so
+                return str(error)
+        return found
+
+    plain, fast = pair(make)
+    with plain_batch_norm(plain):
+        expected = penalties(plain, nn.Module.train)
+    found = penalties(fast, used)
+    if isinstance(expected, str):
+        assert "3rd" in expected and found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+        (route,) = routes()
+        assert route._rest > 0
+
+
+@NORMS
+def test_a_graph_of_pytorchs_norms_outlives_a_pass_of_ours(
+    make: Callable[[], nn.Module], used: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+) -> None:
+    plain, fast = pair(make)
+    x = data(1)[0][0]
+    net = used(fast)
+    with plainly(), pytorchs_norms():
+        found = net(x)
+    with torch.no_grad():
+        net(x)  # moves the running statistics
+    own = list(fast.parameters())
+    expected = torch.autograd.grad(plain(x).square().sum(), list(plain.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), own), expected, **CLOSE)
 
 
 def test_examples_that_lead_to_a_graph_of_their_own() -> None:

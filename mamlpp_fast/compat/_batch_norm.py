@@ -10,6 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from mamlpp_fast import ops
+from mamlpp_fast._modes import takes_pytorchs_norms
+from mamlpp_fast.ops.per_step_batch_norm import kept_versions
 
 __all__ = ["by_batch", "hooked", "in_turn", "normalises_by_batch"]
 
@@ -24,6 +26,7 @@ def normalises_by_batch(norm: _BatchNorm, x: Tensor) -> bool:
         and x.shape[1] == norm.num_features
         and x.is_floating_point()
         and x.numel() > x.shape[1]
+        and not takes_pytorchs_norms()
     )
 
 
@@ -42,7 +45,7 @@ def by_batch(norm: _BatchNorm, x: Tensor, slope: float | None) -> Tensor:
             momentum = 1.0 / float(norm.num_batches_tracked)
     count = x.numel() // x.shape[1]
     ops.update_running_stats(
-        norm.running_mean, norm.running_var, mean, var, count=count, momentum=momentum or 0.0
+        *kept_versions(norm.running_mean, norm.running_var), mean, var, count=count, momentum=momentum or 0.0
     )
     return y
 

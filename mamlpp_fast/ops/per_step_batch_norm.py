@@ -23,6 +23,7 @@ from mamlpp_fast.ops import _batch_norm_closed_form as closed_form
 from mamlpp_fast.ops._library import define, differentiate, launcher, transformed
 
 __all__ = [
+    "kept_versions",
     "per_step_batch_norm",
     "per_step_batch_norm_eval",
     "per_step_batch_norm_with_stats",
@@ -272,3 +273,11 @@ def update_running_stats(
         ValueError: shapes do not belong together, step is out of range, or count is below 2.
     """
     _update_running_stats(running_mean, running_var, mean, var, count, momentum, step)
+
+
+def kept_versions(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Running statistics to write to as PyTorch's batch norm does: graphs that have saved them are still gone through.
+
+    PyTorch's nodes save them in training as well, and read nothing of them.
+    """
+    return (mean, var) if torch.compiler.is_compiling() else (mean.data, var.data)

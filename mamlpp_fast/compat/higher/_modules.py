@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mamlpp_fast.accelerated import served
+from mamlpp_fast.accelerated import as_left, served
 from mamlpp_fast.compat.higher._batch_norm import FUSED
 from mamlpp_fast.reference import right_weight_norm
 
@@ -88,7 +88,7 @@ class FunctionalModule(InnerModule):
             made = served(self, args, kwargs, lambda: plain_tree(self))
             if made is not None:
                 return made
-        with right_weight_norm(self):
+        with right_weight_norm(self), as_left(self):
             return super().forward(*args, **kwargs)
 
     @property
