@@ -62,8 +62,8 @@ def accelerate(model: _M) -> _M:
     penalty) has calls of its own, checked likewise when it is first taken, up to three such sets. Copies, pickles and
     learners of the model work as before. Per-step batch norms use the row of their step at the call. Where a second
     derivative is taken with ``create_graph=True``, for a third, it is PyTorch's own, which is wrong of batch, instance
-    and layer norms (``findings/norm_third_derivative.sh``); where that comes again within eight calls, the next 63 calls
-    of that form are, then 127, up to 1023.
+    and layer norms (``findings/norm_third_derivative.sh``); where that comes again within eight calls, the next 63
+    calls of that form are, then 127, up to 1023.
 
     Args:
         model: any module.
