@@ -399,12 +399,6 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   const int64_t zero_count = round_line<float>(ci > co ? ci : co);
   memset(memory, 0, zero_count * sizeof(float));
-  const auto images = [&](int64_t task, int pair) {
-    return static_cast<const float*>(p.a[pair]) + task * p.images * source_image;
-  };
-  const auto outputs = [&](int64_t task, int pair) {
-    return static_cast<const float*>(p.b[pair]) + task * p.images * out_image;
-  };
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     const int64_t o = part * (co / 16) / p.parts * 16, own = (part + 1) * (co / 16) / p.parts * 16 - o;
@@ -416,25 +410,24 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const Panels<float> panels(own);
     const int64_t total = p.images * sizes.per_image;
     const auto count_at = [=](int64_t at) { return total - at < tiles ? total - at : tiles; };
+    const auto images = [&](int pair) { return static_cast<const float*>(p.a[pair]) + task * p.images * source_image; };
+    const auto outputs = [&](int pair) { return static_cast<const float*>(p.b[pair]) + task * p.images * out_image; };
     for (int pair = 0; pair < p.pairs; ++pair)
       for (int64_t at = 0; at < total; at += tiles) {
         const int64_t count = count_at(at);
-        transform_patches<side, side, M, Transform<M>::data>(images(task, pair), p.height, p.width, ci, p.pad_y,
+        transform_patches<side, side, M, Transform<M>::data>(images(pair), p.height, p.width, ci, p.pad_y,
                                                              sizes.columns, sizes.per_image, at, count, 0, ci, memory,
                                                              data, data_stride, ci, tiles);
-        transform_patches<M, side, M, Transform<M>::gradient>(outputs(task, pair), p.out_height, p.out_width, co, 0,
+        transform_patches<M, side, M, Transform<M>::gradient>(outputs(pair), p.out_height, p.out_width, co, 0,
                                                               sizes.columns, sizes.per_image, at, count, o, own, memory,
                                                               grads, grad_stride, kPanel<float>, tiles);
-        // The next chunk is of this pair, of the second one, or of the next unit's task.
-        const bool same = at + count < total, unit_ends = !same && pair + 1 == p.pairs;
-        const int64_t next = same ? at + count : 0;
-        const int of = same ? pair : unit_ends ? 0 : pair + 1;
+        const int64_t next = at + count < total ? at + count : 0;
+        const int of = next > 0 ? pair : pair + 1;
         Ahead ahead;
-        if (!unit_ends || unit + 1 < end) {
-          const int64_t of_task = unit_ends ? (unit + 1) / p.parts : task;
-          add_tiles<M>(ahead, sizes, images(of_task, of), p.height, p.width * ci, next, count_at(next), -p.pad_y,
+        if (of < p.pairs) {
+          add_tiles<M>(ahead, sizes, images(of), p.height, p.width * ci, next, count_at(next), -p.pad_y,
                        side - p.pad_y);
-          add_tiles<M>(ahead, sizes, outputs(of_task, of), p.out_height, p.out_width * co, next, count_at(next), 0, M);
+          add_tiles<M>(ahead, sizes, outputs(of), p.out_height, p.out_width * co, next, count_at(next), 0, M);
           ahead.spread(chains(ci, count) * points * panels.count);
         }
         for (int k = 0; k < points; ++k)
