@@ -376,13 +376,14 @@ def _looked_up(
 ) -> tuple[_Route, Seen | None]:
     """As :func:`_route`, which takes up to a millisecond: of calls that are refused again and again, one in 64."""
     kinds = _idle.setdefault(model, {})
-    kind = model.training, transformed(), form_of_inputs(x)
+    shapes = form_of_inputs(x)
+    kind = model.training, transformed(), shapes
     own = kinds.get(kind)
     for idle in (own, kinds.get(kind[:2]) if own is None or own.refused else None):
         if idle is not None and idle.left and idle.refusal is not None:
             idle.left -= 1
             return idle.refusal, None
-    route, seen = _route(model, x, plain)
+    route, seen = _route(model, x, shapes, plain)
     if len(kinds) >= _KEPT:
         kinds.clear()
     if not isinstance(route, _Refusal):
@@ -396,16 +397,16 @@ def _looked_up(
 
 
 def _route(
-    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None
+    model: nn.Module, x: reference.Inputs, shapes: object, plain: Callable[[], nn.Module] | None
 ) -> tuple[_Route, Seen | None]:
-    """What serves a call, and what the look at the model has found."""
+    """What serves a call on inputs of these shapes, and what the look at the model has found."""
     form, seen = look(model)
     # Empty without a transform of torch.func; with one, why its kind is refused.
     transform = (transforms.refusal(model, x),) if transformed() else ()
     given = tensors_of(x)
     inputs = any(t.requires_grad for t in given)
     devices = frozenset(t.device for t in given)
-    key = (_kind(model), form_of_inputs(x), devices, model.training, inputs, transform, form)
+    key = (_kind(model), shapes, devices, model.training, inputs, transform, form)
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
@@ -438,7 +439,7 @@ def _under_transforms(
     if refusal is not None:
         return _Refusal(refusal)
     with transforms.outside(model, x) as one:
-        route, _ = _route(model, one, plain)
+        route, _ = _route(model, one, form_of_inputs(one), plain)
     if not isinstance(route, DifferentiableNetwork):
         return route
     if any(norm.statistics is not None for norm in route.network.norms.values()):

@@ -90,9 +90,9 @@ def test_what_is_refused_again_and_again_is_seldom_looked_at(
     looks: list[tuple[int, ...]] = []
     made = accelerated._route
 
-    def watched(model: nn.Module, x: Tensor, plain: Any) -> Any:
+    def watched(model: nn.Module, x: Tensor, *more: Any) -> Any:
         looks.append(tuple(x.shape))
-        return made(model, x, plain)
+        return made(model, x, *more)
 
     monkeypatch.setattr(accelerated, "_route", watched)
     plain = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(28, 3))
