@@ -32,16 +32,16 @@ _norms = threading.local()
 @contextmanager
 def pytorchs_norms() -> Iterator[None]:
     """Within it the calling thread's batch norms run PyTorch's operations: ours have no third derivative."""
-    before, _norms.own = takes_pytorchs_norms(), False
+    before, _norms.pytorchs = takes_pytorchs_norms(), True
     try:
         yield
     finally:
-        _norms.own = not before
+        _norms.pytorchs = before
 
 
 def takes_pytorchs_norms() -> bool:
     """Whether the calling thread is within :func:`pytorchs_norms`."""
-    return not getattr(_norms, "own", True)
+    return getattr(_norms, "pytorchs", False)
 
 
 class Switch(Generic[_T]):

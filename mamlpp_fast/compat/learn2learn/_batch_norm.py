@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.compat._batch_norm import by_batch, hooked, in_turn, normalises_by_batch
-from mamlpp_fast.engine.fused.derivatives import RECORDED_UNDER, plainly
+from mamlpp_fast.engine.fused.derivatives import plainly
 
 __all__ = [
     "FusedBatchNorm1d",
@@ -29,14 +30,12 @@ class _Fused(_BatchNorm):
     PyTorch's way.
     """
 
-    plain: ClassVar[bool] = False
-
     def forward(self, input: Tensor) -> Tensor:
         return self.fused(input, None)
 
     def fused(self, x: Tensor, slope: float | None) -> Tensor:
         """The normalised x, with a leaky ReLU of this slope behind it if there is one."""
-        if not _Fused.plain and normalises_by_batch(self, x):
+        if normalises_by_batch(self, x):
             try:
                 return by_batch(self, x, slope)
             except NotImplementedError:  # under torch.func
@@ -100,13 +99,6 @@ def fused_class(module: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def plain_batch_norm() -> Iterator[None]:
-    """Within it, cloned modules run PyTorch's own operations (for a third derivative, say)."""
-    before, _Fused.plain = _Fused.plain, True
-    try:
-        with plainly():
-            yield
-    finally:
-        _Fused.plain = before
-
-
-RECORDED_UNDER.append(plain_batch_norm)
+    """Within it, the calling thread's cloned modules run PyTorch's own operations (for a third derivative, say)."""
+    with plainly(), pytorchs_norms():
+        yield

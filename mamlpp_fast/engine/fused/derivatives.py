@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast import reference
+from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.lanes import number
 from mamlpp_fast.ops._library import transformed
@@ -21,13 +22,11 @@ if TYPE_CHECKING:
     from mamlpp_fast.engine.fused.sections import Place
 
 __all__ = [
-    "RECORDED_UNDER",
     "Backward",
     "Forward",
     "Lease",
     "added",
     "applied",
-    "as_recorded",
     "gradients_in",
     "hand_on",
     "notes_listeners",
@@ -37,19 +36,6 @@ __all__ = [
     "runs",
     "to_any_order",
 ]
-
-
-RECORDED_UNDER: list[Callable[[], contextlib.AbstractContextManager[Any]]] = []
-"""Of modules that compute by operations of ours what PyTorch's do: within these they go PyTorch's way."""
-
-
-@contextlib.contextmanager
-def as_recorded() -> Iterator[None]:
-    """Within it modules compute as they were recorded: by PyTorch's own operations."""
-    with contextlib.ExitStack() as stack:
-        for context in RECORDED_UNDER:
-            stack.enter_context(context())
-        yield
 
 
 class Lease:
@@ -206,7 +192,7 @@ def gradients_in(
     elif _takes(place, to, parameters):
         # By way of a copy: what is passing has no place of its own but while it is needed.
         place.flat_directions.copy_(place.flat_gradients.clone())
-        hand_on(place, to, parameters, torch._C._current_graph_task_id())
+        _hand(place, to[0][0], torch._C._current_graph_task_id())
         return lease, [None] * (len(parameters) + 1)
     else:
         first = net.input_taken(place.beside[0], x) if EXAMPLES in wanted else None
@@ -224,12 +210,15 @@ def hand_on(place: Place, to: Sequence[tuple[Any, int]], parameters: Sequence[Te
         to: the nodes that the parameters come from, and of what number each is there.
         task: autograd's backward pass that is under way.
     """
-    if not _takes(place, to, parameters):
-        return False
-    step = to[0][0]
+    taken = _takes(place, to, parameters)
+    if taken:
+        _hand(place, to[0][0], task)
+    return taken
+
+
+def _hand(place: Place, step: Any, task: int) -> None:
     step.handed = task
     place.hand_to(step.lease.place)
-    return True
 
 
 def _takes(place: Place, to: Sequence[tuple[Any, int]], parameters: Sequence[Tensor]) -> bool:
@@ -382,7 +371,7 @@ def plain(
     held = dict(zip((*net.names, *net.inert), parameters, strict=True))
     inputs, own = net.written(x, buffers)
     # One template for all threads.
-    with plainly(), as_recorded(), net.lock, reference.swapped(net.template, held | own):
+    with plainly(), pytorchs_norms(), net.lock, reference.swapped(net.template, held | own):
         made: Tensor = reference.called(net.template, inputs)
     return made
 

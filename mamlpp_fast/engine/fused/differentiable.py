@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec
 
 from mamlpp_fast import reference
+from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
-from mamlpp_fast.engine.fused.derivatives import Forward, applied, as_recorded, plainly, runs
+from mamlpp_fast.engine.fused.derivatives import Forward, applied, plainly, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.lowering import lower
@@ -48,7 +49,8 @@ def differentiable(model: nn.Module, x: Inputs) -> DifferentiableNetwork:
     Raises:
         Unsupported: names what the model does that is no fixed list of operations, or where the check parts from it.
     """
-    with as_recorded(), handed_over(model):
+    # Passes through the model itself are among it.
+    with plainly(), pytorchs_norms(), handed_over(model):
         inputs = any(t.requires_grad for t in tensors_of(x))
         return _differentiable(model, mapped(Tensor.detach, x), inputs)
 
@@ -71,8 +73,7 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
         raise Unsupported(type(model).__name__, "normalises with running statistics")
     keep_one_row(template)
     parameters = dict(template.named_parameters())
-    with plainly():  # passes through the model itself are among it
-        recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
+    recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
     if recording.asks_gradients:
         raise Unsupported(
             type(model).__name__, "asks which tensors take a gradient, which may differ from call to call"
@@ -268,7 +269,7 @@ class DifferentiableNetwork:
             self.inputs,
             self.structure,
         )
-        with as_recorded():
+        with plainly(), pytorchs_norms():
             check_call(exact, self.template, few, wanted)
 
     def resting(self) -> bool:

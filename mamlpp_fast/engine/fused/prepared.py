@@ -55,7 +55,7 @@ class Prepared:
 
     @property
     def rounding(self) -> str:
-        """In words, which convolutions take operands in bfloat16; empty where none is asked to."""
+        """In words, which convolutions take operands in bfloat16, where that is the precision."""
         kinds: dict[str, set[torch.dtype]] = {}
         for i in self.program.instructions:
             if i.name.startswith("task_conv2d"):
