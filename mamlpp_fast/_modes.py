@@ -10,7 +10,17 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["Switch", "float32_products", "pytorchs_norms", "quiet", "takes_pytorchs_norms", "undisturbed"]
+from mamlpp_fast.reference.orders import norms_of_any_order
+
+__all__ = [
+    "Switch",
+    "float32_products",
+    "function_modes",
+    "pytorchs_norms",
+    "quiet",
+    "takes_pytorchs_norms",
+    "undisturbed",
+]
 
 _T = TypeVar("_T")
 
@@ -40,8 +50,15 @@ def pytorchs_norms() -> Iterator[None]:
 
 
 def takes_pytorchs_norms() -> bool:
-    """Whether the calling thread is within :func:`pytorchs_norms`."""
-    return getattr(_norms, "pytorchs", False)
+    """Whether the calling thread is within :func:`pytorchs_norms`, or where norms have derivatives of any order."""
+    return getattr(_norms, "pytorchs", False) or any(
+        isinstance(m, norms_of_any_order) for m in function_modes()
+    )
+
+
+def function_modes() -> Iterator[Any]:
+    """The torch-function modes that the calling thread is in."""
+    return map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
 
 
 class Switch(Generic[_T]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import functools
 import threading
@@ -18,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
-from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
 from mamlpp_fast.engine.fingerprint import look
 from mamlpp_fast.engine.fused import transforms
@@ -34,6 +32,7 @@ from mamlpp_fast.ops._library import transformed
 __all__ = ["accelerate", "acceleration", "functional_call"]
 
 _M = TypeVar("_M", bound=nn.Module)
+_R = TypeVar("_R")
 _OWN = ("_parameters", "_modules", "_flat_weights")  # the last are a recurrent layer's parameters again
 _KEPT = 64
 """Forms of models whose programs are kept, those used last."""
@@ -60,10 +59,13 @@ def accelerate(model: _M) -> _M:
     checked in float64 against the plain forward: output, gradients, second derivatives and running statistics to 1e-6;
     what differs runs as ever. A backward pass that wants some gradients alone (ANIL's head, the examples of a gradient
     penalty) has calls of its own, checked likewise when it is first taken, up to three such sets. Copies, pickles and
-    learners of the model work as before. Per-step batch norms use the row of their step at the call. Where a second
-    derivative is taken with ``create_graph=True``, for a third, it is PyTorch's own, which is wrong of batch, instance
-    and layer norms (``findings/norm_third_derivative.sh``); where that comes again within eight calls, the next 63
-    calls of that form are, then 127, up to 1023.
+    learners of the model work as before. Per-step batch norms use the row of their step at the call.
+
+    Where a second derivative is taken with ``create_graph=True``, for a third, it is made of PyTorch's operations, with
+    batch, instance and layer norms written out, since PyTorch's own third derivative of those is wrong
+    (``findings/norm_third_derivative.sh``); where that comes again within eight calls, the next 63 calls of that form
+    are made so, then 127, up to 1023. Of a form that the kernels do not serve,
+    ``with mf.reference.norms_of_any_order():`` around the calls does the same.
 
     Args:
         model: any module.
@@ -181,8 +183,8 @@ def _routed(cls: Any) -> Any:
             return cls.forward(self, *args, **kwargs)
         if (made := served(self, args, kwargs)) is not None:
             return made
-        with reference.right_weight_norm(self), as_left(self):
-            return cls.forward(self, *args, **kwargs)  # which may have been set anew
+        with reference.right_weight_norm(self):
+            return as_left(self, lambda: cls.forward(self, *args, **kwargs))  # which may have been set anew
 
     forward.__dict__[ROUTED] = True
 
@@ -263,9 +265,17 @@ def served(
     return route.call(Held(model, seen=seen), x)
 
 
-def as_left(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """For the call of a model that :func:`served` was none of: may be differentiated as often as it was to be."""
-    return pytorchs_norms() if model in _resting else contextlib.nullcontext()
+def as_left(model: nn.Module, run: Callable[[], _R]) -> _R:
+    """What ``run`` returns, a call of a model that :func:`served` was none of.
+
+    It may be differentiated as often as the model's last calls were, or as its own forward does.
+    """
+    if paused():
+        return run()
+    if (resting := _resting.get(model)) is None:
+        return reference.rightly(model, run)
+    with resting.to_any_order():
+        return run()
 
 
 def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetwork | str:
@@ -306,8 +316,7 @@ def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inpu
         made = served(model, *_arguments(x)) if own else None
         if made is not None:
             return made
-        with as_left(model):
-            return reference.called(model, x)
+        return as_left(model, lambda: reference.called(model, x))
 
 
 def _arguments(x: reference.Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

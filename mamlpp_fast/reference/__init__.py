@@ -5,8 +5,9 @@ autograd, any ``nn.Module``. Section and equation numbers are the paper's. Nothi
 imported in it, so that it is an independent witness.
 
 Read in order: ``schedules.py`` (multi-step loss, derivative order, meta learning rate), ``norms.py`` (the per-step
-batch norm), ``calling.py`` (a model with other tensors), ``adapting.py`` (which parameters adapt), ``inner.py`` (the
-inner loop), ``meta.py`` (the meta-gradient, evaluation).
+batch norm), ``orders.py`` (norms where the forward takes gradients itself), ``calling.py`` (a model with other
+tensors), ``adapting.py`` (which parameters adapt), ``inner.py`` (the inner loop), ``meta.py`` (the meta-gradient,
+evaluation).
 """
 
 from mamlpp_fast.reference.adapting import adapted_names
@@ -30,6 +31,15 @@ from mamlpp_fast.reference.norms import (
     set_eval_stats,
     set_step,
 )
+from mamlpp_fast.reference.orders import (
+    Watch,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    normalises,
+    norms_of_any_order,
+    rightly,
+)
 from mamlpp_fast.reference.schedules import cosine_annealing, is_second_order, msl_weights
 
 __all__ = [
@@ -41,21 +51,28 @@ __all__ = [
     "MetaResult",
     "PerStepBatchNorm2d",
     "Task",
+    "Watch",
     "adapted_names",
     "called",
     "check_recomputation",
     "cosine_annealing",
     "evaluate_task",
     "functional_call",
+    "group_norm",
     "inner_loop",
+    "instance_norm",
     "is_second_order",
+    "layer_norm",
     "math_attention",
     "meta_gradient",
     "msl_weights",
+    "normalises",
+    "norms_of_any_order",
     "per_step_norm",
     "predicted",
     "right_second_order",
     "right_weight_norm",
+    "rightly",
     "set_eval_stats",
     "set_step",
     "support_gradients",

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mamlpp_fast.reference.orders import rightly
+
 __all__ = ["Arguments", "Inputs", "called", "functional_call", "predicted", "swapped"]
 
 Inputs = Any
@@ -46,13 +48,14 @@ def functional_call(
         ValueError: for two different values of one tied tensor.
     """
     with swapped(model, tensors):
-        return model(*(args if isinstance(args, tuple) else (args,)), **(kwargs or {}))
+        given = args if isinstance(args, tuple) else (args,)
+        return rightly(model, lambda: model(*given, **(kwargs or {})))
 
 
 def predicted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
     """What ``model`` makes of inputs with ``tensors`` in place of its own; see :func:`functional_call`."""
     with swapped(model, tensors):
-        return called(model, inputs)
+        return rightly(model, lambda: called(model, inputs))
 
 
 def called(model: Callable[..., Any], inputs: Inputs) -> Any:

@@ -88,8 +88,9 @@ class FunctionalModule(InnerModule):
             made = served(self, args, kwargs, lambda: plain_tree(self))
             if made is not None:
                 return made
-        with right_weight_norm(self), as_left(self):
-            return super().forward(*args, **kwargs)
+        forward = super().forward
+        with right_weight_norm(self):
+            return as_left(self, lambda: forward(*args, **kwargs))
 
     @property
     def fast_params(self) -> list[Tensor] | None:

@@ -42,7 +42,8 @@ def make_functional(
         module: any module; it is neither changed nor referred to by what acts on the result.
         encapsulator: called with the result and ``module`` before the result is returned.
         fused: compute batch norms by batch statistics in one operation, double backward included. It has no third
-            derivative: pass False where the inner loss itself holds a second derivative.
+            derivative: call the model within :class:`mamlpp_fast.reference.norms_of_any_order` where the inner loss
+            itself holds a second one.
 
     Raises:
         ValueError: when a module has been made functional before.

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.compat._batch_norm import by_batch, hooked, in_turn, normalises_by_batch
 from mamlpp_fast.engine.fused.derivatives import plainly
+from mamlpp_fast.reference import norms_of_any_order
 
 __all__ = [
     "FusedBatchNorm1d",
@@ -99,6 +99,9 @@ def fused_class(module: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def plain_batch_norm() -> Iterator[None]:
-    """Within it, the calling thread's cloned modules run PyTorch's own operations (for a third derivative, say)."""
-    with plainly(), pytorchs_norms():
+    """Within it, the calling thread's cloned modules run PyTorch's own operations, for a third derivative, say.
+
+    Its batch, instance and layer norms are written out, since their own third derivative is wrong.
+    """
+    with plainly(), norms_of_any_order():
         yield

@@ -15,56 +15,6 @@ from mamlpp_fast import reference
 __all__ = ["COMPOSITES", "DENSE"]
 
 
-def _normalised(x: Tensor, axes: list[int], eps: float) -> Tensor:
-    centred = x - x.mean(axes, keepdim=True)
-    return centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    y = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
-    if weight is not None:
-        y = y * weight
-    return y if bias is None else y + bias
-
-
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    grouped = input.reshape(input.shape[0], num_groups, -1)
-    y = _normalised(grouped, [2], eps).reshape(input.shape)
-    channels = (-1, *[1] * (input.ndim - 2))
-    if weight is not None:
-        y = y * weight.reshape(channels)
-    return y if bias is None else y + bias.reshape(channels)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not use_input_stats:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return _group_norm(input, input.shape[1], weight, bias, eps)
-
-
 def _recurrent(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable[..., tuple[Tensor, ...]]:
     """``torch.gru`` and its like from a cell, (products of the input and of the state, states) to states."""
 
@@ -327,11 +277,11 @@ def _filled(input: Tensor, value: Any) -> Tensor:
 
 COMPOSITES: Mapping[Any, Callable[..., Any]] = {
     torch._weight_norm: reference.weight_norm,
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    torch.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
+    F.layer_norm: reference.layer_norm,
+    torch.layer_norm: reference.layer_norm,
+    F.group_norm: reference.group_norm,
+    torch.group_norm: reference.group_norm,
+    F.instance_norm: reference.instance_norm,
     torch.gru: _recurrent(_gru_cell, 1),
     torch.lstm: _recurrent(_lstm_cell, 2),
     torch.rnn_tanh: _recurrent(_tanh_cell, 1),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mamlpp_fast import reference
-from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.lanes import number
 from mamlpp_fast.ops._library import transformed
@@ -317,7 +316,7 @@ def to_any_order(
     parameters: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The derivative of the backward pass by PyTorch's own operations: somebody asks for one that has derivatives.
+    """The derivative of the backward pass by PyTorch's operations: somebody asks for one that has derivatives.
 
     Args:
         cotangents: of the examples' gradient and the parameters'.
@@ -371,7 +370,7 @@ def plain(
     held = dict(zip((*net.names, *net.inert), parameters, strict=True))
     inputs, own = net.written(x, buffers)
     # One template for all threads.
-    with plainly(), pytorchs_norms(), net.lock, reference.swapped(net.template, held | own):
+    with plainly(), net.to_any_order(), net.lock, reference.swapped(net.template, held | own):
         made: Tensor = reference.called(net.template, inputs)
     return made
 

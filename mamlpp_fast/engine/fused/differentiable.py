@@ -8,6 +8,7 @@ come back to it; memory is used again, so that the calls of an iteration find th
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -188,6 +189,7 @@ class DifferentiableNetwork:
         self.network = network
         # Not the model that calls: it may hold tensors with a graph, which would hold it.
         self.template = model
+        self._normalises = reference.normalises(model)
         self.constants = constants
         self.inputs = inputs
         self.structure = structure
@@ -271,6 +273,10 @@ class DifferentiableNetwork:
         )
         with plainly(), pytorchs_norms():
             check_call(exact, self.template, few, wanted)
+
+    def to_any_order(self) -> contextlib.AbstractContextManager[object]:
+        """Within it the calling thread's norms are PyTorch's, right in derivatives of any order."""
+        return reference.norms_of_any_order() if self._normalises else contextlib.nullcontext()
 
     def resting(self) -> bool:
         """Whether a call is left to PyTorch, by whose operations those before were differentiated a third time."""

@@ -1,0 +1,306 @@
+"""Derivatives of any order through norms: of functions, and of models whose forward takes gradients itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mamlpp_fast as mf
+from mamlpp_fast import reference
+from mamlpp_fast.compat import higher
+from mamlpp_fast.compat import learn2learn as l2l
+
+SHAPE = (5, 4, 6)
+
+
+def statistics() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+
+
+def batch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    mean, var = running or (None, None)
+    return F.batch_norm(x, mean, var, w, b, training=True, momentum=0.3, eps=0.1)
+
+
+def batch_by_torch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    mean, var = running or (None, None)
+    return torch.batch_norm(x, w, b, mean, var, True, 0.3, 0.1, False)
+
+
+def instance(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    mean, var = running or (None, None)
+    return F.instance_norm(x, mean, var, w, b, True, 0.3, 0.1)
+
+
+def instance_by_torch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
+    mean, var = running or (None, None)
+    return torch.instance_norm(x, w, b, mean, var, True, 0.3, 0.1, False)
+
+
+def layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, (4, 6), w[:, None].expand(4, 6), b[:, None].expand(4, 6), 0.1)
+
+
+def layer_by_torch(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.layer_norm(x, [4, 6], w[:, None].expand(4, 6), b[:, None].expand(4, 6), 0.1)
+
+
+AXES: dict[Callable[..., Tensor], tuple[int, ...]] = {
+    batch: (0, 2),
+    batch_by_torch: (0, 2),
+    instance: (2,),
+    instance_by_torch: (2,),
+    layer: (1, 2),
+    layer_by_torch: (1, 2),
+}
+BY_CHANNEL = [norm for norm in AXES if norm not in (layer, layer_by_torch)]
+
+
+def given() -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = (SHAPE, (4,), (4,))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def derivatives(norm: Callable[..., Tensor]) -> list[Tensor]:
+    """The value, and derivatives of up to the fourth order along lines."""
+    tensors = given()
+    found = [norm(*tensors)]
+    value = found[0].pow(3).mean()
+    for _ in range(4):
+        grads = torch.autograd.grad(value, tensors, create_graph=True)
+        found += grads
+        value = torch.stack([g.flatten() @ torch.linspace(-1, 1, g.numel()).to(g) for g in grads]).sum()
+    return [f.detach() for f in found]
+
+
+@pytest.mark.parametrize("norm", AXES)
+def test_derivatives_are_those_of_the_norm_written_out(norm: Callable[..., Tensor]) -> None:
+    def written_out(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, AXES[norm], correction=0, keepdim=True)
+        return (x - mean) / (var + 0.1).sqrt() * w[:, None] + b[:, None]
+
+    with reference.norms_of_any_order():
+        found = derivatives(norm)
+    torch.testing.assert_close(found, derivatives(written_out), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", BY_CHANNEL)
+def test_running_statistics_move_once(norm: Callable[..., Tensor]) -> None:
+    expected, found = statistics(), statistics()
+    y = norm(*given(), *expected)
+    with reference.norms_of_any_order():
+        torch.testing.assert_close(norm(*given(), *found), y)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("norm", [batch, instance])
+def test_results_have_the_type_of_pytorchs_and_its_error(
+    norm: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    tensors = [t.detach().to(dtype) for t in given()]
+    exact = norm(*(t.double() for t in tensors))
+    expected = norm(*tensors)
+    with reference.norms_of_any_order():
+        found = norm(*tensors)
+    assert found.dtype is expected.dtype is dtype
+    assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
+
+
+def test_errors_and_evaluation_are_pytorchs() -> None:
+    x = torch.randn(1, 4, dtype=torch.float64)
+    norm = nn.BatchNorm1d(4, dtype=torch.float64)
+    with reference.norms_of_any_order():
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            norm(x)
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            F.layer_norm(x, (3,))
+        found = norm.eval()(x)
+    torch.testing.assert_close(found, norm(x), rtol=0, atol=0)
+
+
+class WrittenOut(nn.Module):
+    """A norm of [N, 8] over an axis, in place of PyTorch's."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        if axis == 0:
+            self.register_buffer("running_mean", torch.zeros(8))
+            self.register_buffer("running_var", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, self.axis, correction=0, keepdim=True)
+        if self.axis == 0:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean[0], 0.1)
+                self.running_var.lerp_(var[0] * len(x) / (len(x) - 1), 0.1)
+        return (x - mean) / (var + 1e-5).sqrt() * self.weight + self.bias
+
+
+class Energy(nn.Module):
+    """The force of a learned energy: x [N, 6] to [N, 6], by ``order`` derivatives."""
+
+    def __init__(self, norm: nn.Module, order: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), norm, nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1))
+        self.order = order
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = self.net(x).sum()
+            for _ in range(self.order):
+                (found,) = torch.autograd.grad(value, x, create_graph=True)
+                value = found.square().sum()
+        return found
+
+
+SHARED = {"per_step_affine": False, "per_step_stats": False}
+
+
+def energies(kind: str, **options: Any) -> tuple[Energy, Energy]:
+    """One with a norm written out, and one with PyTorch's."""
+    torch.manual_seed(0)
+    norms = {
+        "batch": (WrittenOut(0), nn.BatchNorm1d(8)),
+        "layer": (WrittenOut(1), nn.LayerNorm(8)),
+        "per step": (WrittenOut(0), reference.PerStepBatchNorm2d(8, 1, **SHARED)),
+        "fused": (WrittenOut(0), mf.PerStepBatchNorm2d(8, 1, **SHARED)),
+    }
+    right, model = (Energy(norm, **options).double() for norm in norms[kind])
+    with torch.no_grad():
+        for p in right.parameters():
+            p.add_(torch.randn_like(p) / 4)
+    model.load_state_dict(right.state_dict(), strict=False)
+    return right, model
+
+
+def task() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    sx, sy, tx, ty = torch.randn(4, 5, 6, dtype=torch.float64)
+    return sx, sy, tx, ty
+
+
+def textbook(model: nn.Module, predict: Callable[..., Tensor], first_order: bool = False) -> list[Tensor]:
+    """The meta-gradients and buffers after two inner steps."""
+    sx, sy, tx, ty = task()
+    fast = dict(model.named_parameters())
+    for _ in range(2):
+        loss = F.mse_loss(predict(model, fast, (sx,)), sy)
+        grads = torch.autograd.grad(
+            loss, list(fast.values()), create_graph=not first_order, allow_unused=True
+        )
+        fast = {n: p if g is None else p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+    target = F.mse_loss(predict(model, fast, (tx,)), ty)
+    grads = torch.autograd.grad(target, list(model.parameters()), allow_unused=True)
+    return [*(g for g in grads if g is not None), *(b for b in model.buffers() if b.is_floating_point())]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+WAYS = (reference.functional_call, reference.predicted, mf.functional_call)
+
+
+@pytest.mark.parametrize(("order", "first_order"), [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize(
+    ("kind", "predict"),
+    [
+        *((kind, way) for kind in ("batch", "layer", "per step") for way in WAYS),
+        ("fused", mf.functional_call),
+    ],
+)
+def test_a_forward_that_takes_gradients(
+    kind: str, order: int, first_order: bool, predict: Callable[..., Tensor]
+) -> None:
+    right, model = energies(kind, order=order)
+    expected = textbook(right, torch.func.functional_call, first_order)
+    close(textbook(model, predict, first_order), expected)
+    assert model.calls == 4  # the first one twice
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer", "per step", "fused"])
+@pytest.mark.parametrize("engine", ["reference", "autograd", "auto"])
+def test_engines_and_a_forward_that_takes_gradients(kind: str, engine: Any) -> None:
+    right, model = energies(kind)
+    config = mf.MAMLConfig.maml(steps=2, inner_lr=0.1, loss="mse", adapt_norm=True)
+    learner = mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")
+    sx, sy, tx, ty = task()
+    learner.meta_step(mf.EpisodeBatch(sx[None], sy[None], tx[None], ty[None]))
+    found = [p.grad for p in model.parameters() if p.grad is not None and p.grad.any()]
+    floating = [b for b in model.buffers() if b.is_floating_point()]
+    close([*found, *floating], textbook(right, torch.func.functional_call))
+
+
+def test_accelerate_and_a_forward_that_takes_gradients() -> None:
+    right, model = energies("layer")
+    close(
+        textbook(mf.accelerate(model), torch.func.functional_call),
+        textbook(right, torch.func.functional_call),
+    )
+
+
+@pytest.mark.parametrize("way", ["accelerated", "functional", "learned", "per step"])
+def test_a_loop_of_ones_own_with_third_derivatives(way: str) -> None:
+    def penalties(model: Callable[[Tensor], Tensor], own: list[Tensor]) -> list[Tensor]:
+        loss = F.mse_loss(model(task()[0]), task()[1])
+        for _ in range(2):
+            grads = torch.autograd.grad(loss, own, create_graph=True)
+            loss = torch.stack([g.square().sum() for g in grads]).sum()
+        return list(torch.autograd.grad(loss, own))
+
+    torch.manual_seed(0)
+    right, model = (
+        nn.Sequential(nn.Linear(6, 8, bias=False), norm, nn.Tanh(), nn.Linear(8, 6)).double()
+        for norm in (WrittenOut(0), nn.BatchNorm1d(8))
+    )
+    model.load_state_dict(right.state_dict(), strict=False)
+    expected = penalties(right, list(right.parameters()))
+    with reference.norms_of_any_order():
+        if way == "accelerated":
+            found = penalties(mf.accelerate(model), list(model.parameters()))
+        elif way == "functional":
+            functional = higher.monkeypatch(model, copy_initial_weights=False)
+            found = penalties(functional, list(functional.parameters()))
+        elif way == "learned":
+            clone = l2l.clone_module(model)
+            found = penalties(clone, list(clone.parameters()))
+        else:
+            model = mf.convert_batch_norm(model, 1, per_step_affine=False, per_step_stats=False)
+            found = penalties(model, list(model.parameters()))
+    close(found, expected)
+
+
+def test_random_numbers_are_drawn_once() -> None:
+    right, model = energies("layer", dropout=0.5)
+    found = []
+    for each in (right, model):
+        torch.manual_seed(2)
+        found.append([*textbook(each, reference.predicted), torch.rand(1)])
+    close(found[1], found[0])
+
+
+def test_what_takes_no_gradient_is_called_once_with_pytorchs_norms() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)).double()
+    seen = []
+
+    class See(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(5, 6, dtype=torch.float64)
+    y = reference.predicted(model, {}, x)
+    with See():
+        assert torch.equal(reference.predicted(model, {}, x), y)
+    assert seen.count(F.layer_norm) == 1
