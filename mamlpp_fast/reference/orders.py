@@ -188,7 +188,7 @@ def normalises(model: nn.Module) -> bool:
     modules = list(model.modules())
     if any(type(m).__name__ == "OptimizedModule" for m in modules):
         return False
-    codes = (getattr(type(m).forward, "__code__", None) for m in modules)
+    codes = (getattr(getattr(type(m), "forward", None), "__code__", None) for m in modules)
     return any(isinstance(m, _NORMS) for m in modules) or any(
         code is not None and not _FUNCTIONS.isdisjoint(code.co_names) for code in codes
     )
