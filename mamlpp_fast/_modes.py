@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from mamlpp_fast.reference.orders import norms_of_any_order
+from mamlpp_fast.reference.orders import Watch, norms_of_any_order
 
 __all__ = [
     "Switch",
@@ -20,6 +20,7 @@ __all__ = [
     "quiet",
     "takes_pytorchs_norms",
     "undisturbed",
+    "unnoted",
 ]
 
 _T = TypeVar("_T")
@@ -59,6 +60,17 @@ def takes_pytorchs_norms() -> bool:
 def function_modes() -> Iterator[Any]:
     """The torch-function modes that the calling thread is in."""
     return map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+
+
+@contextmanager
+def unnoted() -> Iterator[None]:
+    """Within it gradients may be taken that are no part of a forward that is being watched."""
+    before = [(mode, mode.asked) for mode in function_modes() if isinstance(mode, Watch)]
+    try:
+        yield
+    finally:
+        for mode, asked in before:
+            mode.asked = asked
 
 
 class Switch(Generic[_T]):

@@ -163,7 +163,11 @@ class norms_of_any_order(TorchFunctionMode):
 
 
 class Watch(TorchFunctionMode):
-    """Notes whether gradients are taken within it, and changes nothing."""
+    """Notes whether the forward that runs within it takes gradients, and changes nothing.
+
+    Attributes:
+        asked: whether it has. Who takes some in between, to check an operation say, sets it back.
+    """
 
     asked = False
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec
 
 from mamlpp_fast import reference
-from mamlpp_fast._modes import pytorchs_norms
+from mamlpp_fast._modes import pytorchs_norms, unnoted
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
 from mamlpp_fast.engine.fused.derivatives import Forward, applied, plainly, runs
@@ -51,7 +51,7 @@ def differentiable(model: nn.Module, x: Inputs) -> DifferentiableNetwork:
         Unsupported: names what the model does that is no fixed list of operations, or where the check parts from it.
     """
     # Passes through the model itself are among it.
-    with plainly(), pytorchs_norms(), handed_over(model):
+    with plainly(), pytorchs_norms(), unnoted(), handed_over(model):
         inputs = any(t.requires_grad for t in tensors_of(x))
         return _differentiable(model, mapped(Tensor.detach, x), inputs)
 
