@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["Switch", "float32_products", "pytorchs_norms", "quiet", "takes_pytorchs_norms", "undisturbed"]
+__all__ = ["Switch", "float32_products", "plainly", "pytorchs_norms", "quiet", "undisturbed"]
 
 _T = TypeVar("_T")
 
@@ -26,22 +26,24 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-_norms = threading.local()
+class Within(threading.local):
+    """A context of the calling thread; ``now`` says whether it is in there."""
+
+    now = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        before, self.now = self.now, True
+        try:
+            yield
+        finally:
+            self.now = before
 
 
-@contextmanager
-def pytorchs_norms() -> Iterator[None]:
-    """Within it the calling thread's batch norms run PyTorch's operations: ours have no third derivative."""
-    before, _norms.pytorchs = takes_pytorchs_norms(), True
-    try:
-        yield
-    finally:
-        _norms.pytorchs = before
-
-
-def takes_pytorchs_norms() -> bool:
-    """Whether the calling thread is within :func:`pytorchs_norms`."""
-    return getattr(_norms, "pytorchs", False)
+pytorchs_norms = Within()
+"""In which batch norms run PyTorch's operations: ours have no third derivative."""
+plainly = Within()
+"""In which models run as PyTorch runs them."""
 
 
 class Switch(Generic[_T]):

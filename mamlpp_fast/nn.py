@@ -15,7 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from mamlpp_fast import ops, reference
-from mamlpp_fast._modes import takes_pytorchs_norms
+from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.ops._library import mapped
 from mamlpp_fast.ops.per_step_batch_norm import kept_versions
 from mamlpp_fast.reference import set_eval_stats, set_step
@@ -54,7 +54,7 @@ class PerStepBatchNorm2d(reference.PerStepBatchNorm2d):
         without = self.weight is None or self.bias is None
         # A file that is to leave the package (torch.export, ONNX) holds none of its operations.
         leaving = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-        plain = self.plain or without or leaving or takes_pytorchs_norms()
+        plain = self.plain or without or leaving or pytorchs_norms.now
         if plain or (not self.training and self.eval_stats == "running"):
             return super().normalise(x)
         step = self.row if self.per_step_affine else None

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from mamlpp_fast import ops
-from mamlpp_fast._modes import takes_pytorchs_norms
+from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.ops.per_step_batch_norm import kept_versions
 
 __all__ = ["by_batch", "hooked", "in_turn", "normalises_by_batch"]
@@ -26,7 +26,7 @@ def normalises_by_batch(norm: _BatchNorm, x: Tensor) -> bool:
         and x.shape[1] == norm.num_features
         and x.is_floating_point()
         and x.numel() > x.shape[1]
-        and not takes_pytorchs_norms()
+        and not pytorchs_norms.now
     )
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mamlpp_fast._modes import pytorchs_norms
+from mamlpp_fast._modes import plainly, pytorchs_norms
 from mamlpp_fast.compat._batch_norm import by_batch, hooked, in_turn, normalises_by_batch
-from mamlpp_fast.engine.fused.derivatives import plainly
 
 __all__ = [
     "FusedBatchNorm1d",
