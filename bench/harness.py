@@ -154,11 +154,7 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def interleaved(
-    jobs: dict[str, Callable[[], object]],
-    seconds: float,
-    *,
-    at_least: int = 5,
-    warm: bool = False,
+    jobs: dict[str, Callable[[], object]], seconds: float, *, at_least: int = 5, warm: bool = False
 ) -> dict[str, Times]:
     """Times every job in turn, round after round, for about so many seconds after two rounds of warming up.
 

@@ -25,10 +25,7 @@ from mamlpp_fast.data.errors import DataError, check_protocol, side_of
 
 __all__ = ["PROTOCOLS", "draw_strokes", "load_strokes"]
 
-PROTOCOLS = {
-    "rotated": "training turns each class by multiples of 90 degrees",
-    "upright": "no rotation",
-}
+PROTOCOLS = {"rotated": "training turns each class by multiples of 90 degrees", "upright": "no rotation"}
 ALPHABETS = {"train": 20, "val": 4, "test": 6}
 CHARACTERS = 20
 HANDS = 20

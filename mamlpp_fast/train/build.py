@@ -80,12 +80,7 @@ def make_sampler(
     )
 
 
-def build_learner(
-    config: TrainConfig,
-    channels: int,
-    image_size: int,
-    **options: Any,
-) -> MAMLPlusPlus:
+def build_learner(config: TrainConfig, channels: int, image_size: int, **options: Any) -> MAMLPlusPlus:
     """A learner at its initial parameters, which depend on ``config.initial_seed`` alone.
 
     Args:

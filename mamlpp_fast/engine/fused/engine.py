@@ -388,13 +388,7 @@ class FusedEngine:
         )
 
     def _ready(
-        self,
-        written: Written,
-        network: Network,
-        target: Network,
-        loss: Loss,
-        form: Form,
-        exact: bool,
+        self, written: Written, network: Network, target: Network, loss: Loss, form: Form, exact: bool
     ) -> Prepared:
         memory = written.memory
         transfer = Transfer(self.model, self.rates, loss, written, target.frozen | network.frozen)

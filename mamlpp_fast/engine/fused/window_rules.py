@@ -176,10 +176,7 @@ def _pool(low: Lowering, kind: type[Step], input: Any, kernel_size: Any, stride:
 
 
 @rule(
-    F.adaptive_avg_pool1d,
-    torch.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-    takes="to a divisor of the size",
+    F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_avg_pool2d, takes="to a divisor of the size"
 )
 def _adaptive_avg_pool(low: Lowering, input: Any, output_size: Any) -> None:
     axes = len(low.shape) - 1
