@@ -52,9 +52,7 @@ _QUICK_PEERS = "textbook,torch.func,ours-reference,ours-autograd,ours-fused"
 PARTS = {
     "environments": Part("-m bench.peers.environments --missing", 6, None),
     "kernels": Part(
-        f"{_KERNELS} --seconds 0.3 --passes 3",
-        6,
-        f"{_KERNELS} --groups lslr,head,dispatch --seconds 0.05",
+        f"{_KERNELS} --seconds 0.3 --passes 3", 6, f"{_KERNELS} --groups lslr,head,dispatch --seconds 0.05"
     ),
     "closed-form": Part(
         f"{_CLOSED} --seconds 0.2 --passes 3",

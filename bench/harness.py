@@ -154,11 +154,7 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def interleaved(
-    jobs: dict[str, Callable[[], object]],
-    seconds: float,
-    *,
-    at_least: int = 5,
-    warm: bool = False,
+    jobs: dict[str, Callable[[], object]], seconds: float, *, at_least: int = 5, warm: bool = False
 ) -> dict[str, Times]:
     """Times every job in turn, round after round, for about so many seconds after two rounds of warming up.
 
@@ -418,9 +414,18 @@ def earlier(path: Path | None) -> list[dict[str, Any]]:
     return [then | row for row in content["rows"]]
 
 
+def by_rows(value: Any) -> str:
+    """JSON in which each row of a list is a line: measured again, it is a line of a diff."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+    if isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
+        return "{\n" + ",\n".join(f"{json.dumps(k)}: {by_rows(v)}" for k, v in value.items()) + "\n}"
+    return json.dumps(value)
+
+
 def keep(path: Path | None, rows: Sequence[dict[str, Any]], **about: Any) -> None:
     """Writes rows and machine as JSON; called after every row, it leaves a run that is cut short what it has."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": machine() | about, "rows": rows}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(by_rows(content) + "\n")

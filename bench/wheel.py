@@ -67,11 +67,7 @@ def check(wheel: Path, site: Path, python: str, folder: Path) -> dict[str, objec
     # Its .pth files, an editable installation's above all, are left alone.
     (found / "others.pth").write_text(str(site))
     done = subprocess.run(
-        [own, "-c", _CHECK],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={"PATH": "", "HOME": str(folder)},
+        [own, "-c", _CHECK], cwd=folder, capture_output=True, text=True, env={"PATH": "", "HOME": str(folder)}
     )
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -41,10 +41,7 @@ def waves(tasks: int, generator: torch.Generator, *, targets: int = 10) -> mf.Ep
 
 
 def with_the_learner(
-    iterations: int,
-    held_out: mf.EpisodeBatch,
-    generator: torch.Generator,
-    act: type[nn.Module] = nn.ReLU,
+    iterations: int, held_out: mf.EpisodeBatch, generator: torch.Generator, act: type[nn.Module] = nn.ReLU
 ) -> dict[int, float]:
     config = mf.MAMLConfig(
         steps=STEPS,

@@ -11,12 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TYPE_NAMES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-}
+TYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the element types the kernels take."""
 
 ROWS = [

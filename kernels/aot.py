@@ -135,9 +135,7 @@ def _job(job: tuple[str, int, int]) -> Resources:
 
 
 def compile_all(
-    only: Sequence[str] | None = None,
-    archs: Sequence[int] = tuple(SHARED_MEMORY_LIMIT),
-    workers: int = 2,
+    only: Sequence[str] | None = None, archs: Sequence[int] = tuple(SHARED_MEMORY_LIMIT), workers: int = 2
 ) -> Iterator[Resources]:
     """Compiles all configurations of the modules named (default: all) for `archs`, `workers` at a time.
 

@@ -57,12 +57,7 @@ def _constants(kernel: Any, dtype: torch.dtype, values: int) -> dict[str, Any]:
 _PREPARE = (kernels.pixel_sums, kernels.pad, kernels.moments)
 _FORWARD = (kernels.forward, kernels.tangent)
 _BACKWARD = (kernels.backward, kernels.backward_tangent)
-_KERNELS = (
-    *_PREPARE,
-    kernels.patch_products,
-    *_FORWARD,
-    *_BACKWARD,
-)
+_KERNELS = (*_PREPARE, kernels.patch_products, *_FORWARD, *_BACKWARD)
 
 
 def _options(kernel: Any) -> tuple[int, int]:

@@ -193,10 +193,4 @@ def launch_configurations() -> Iterator[Configuration]:
                 f"{kernel.__name__}{' whole' * whole}{' moving' * moves} {'pool' if pool else 'no pool'} "
                 f"C%16={'0' if channels == 64 else 'any'}"
             )
-            yield Configuration(
-                f"{label} {TYPE_NAMES[dtype]}",
-                kernel,
-                types,
-                constants,
-                _warps(whole),
-            )
+            yield Configuration(f"{label} {TYPE_NAMES[dtype]}", kernel, types, constants, _warps(whole))

@@ -16,6 +16,7 @@ __all__ = [
     "Switch",
     "float32_products",
     "function_modes",
+    "plainly",
     "pytorchs_norms",
     "quiet",
     "takes_pytorchs_norms",
@@ -37,24 +38,29 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-_norms = threading.local()
+class Within(threading.local):
+    """A context of the calling thread; ``now`` says whether it is in there."""
+
+    now = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        before, self.now = self.now, True
+        try:
+            yield
+        finally:
+            self.now = before
 
 
-@contextmanager
-def pytorchs_norms() -> Iterator[None]:
-    """Within it the calling thread's batch norms run PyTorch's operations: ours have no third derivative."""
-    before, _norms.pytorchs = takes_pytorchs_norms(), True
-    try:
-        yield
-    finally:
-        _norms.pytorchs = before
+pytorchs_norms = Within()
+"""In which batch norms run PyTorch's operations: ours have no third derivative."""
+plainly = Within()
+"""In which models run as PyTorch runs them."""
 
 
 def takes_pytorchs_norms() -> bool:
-    """Whether the calling thread is within :func:`pytorchs_norms`, or where norms have derivatives of any order."""
-    return getattr(_norms, "pytorchs", False) or any(
-        isinstance(m, norms_of_any_order) for m in function_modes()
-    )
+    """Whether the calling thread is in :data:`pytorchs_norms`, or where norms have derivatives of any order."""
+    return pytorchs_norms.now or any(isinstance(m, norms_of_any_order) for m in function_modes())
 
 
 def function_modes() -> Iterator[Any]:

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
 from mamlpp_fast import reference
+from mamlpp_fast._modes import plainly
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
 from mamlpp_fast.engine.fingerprint import look
 from mamlpp_fast.engine.fused import transforms
-from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, gainless
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.glances import Seen, traits
@@ -243,7 +243,7 @@ def served(
         args, kwargs: of the call.
         plain: makes a module that computes what ``model`` does, of the user's own classes; ``model`` by default.
     """
-    if torch.compiler.is_compiling() or paused():
+    if torch.compiler.is_compiling() or plainly.now:
         return None
     # Without a look at the call or the form, which plain PyTorch does not need.
     if gainless(model):
@@ -270,7 +270,7 @@ def as_left(model: nn.Module, run: Callable[[], _R]) -> _R:
 
     It may be differentiated as often as the model's last calls were, or as its own forward does.
     """
-    if paused():
+    if plainly.now:
         return run()
     if (resting := _resting.get(model)) is None:
         return reference.rightly(model, run)

@@ -241,9 +241,7 @@ class MAMLPlusPlus:
         return StepMetrics(losses.mean(), accuracy, losses)
 
     def _train(
-        self,
-        batch: EpisodeBatch,
-        run: Callable[[Engine, EpisodeBatch, Tensor | None, bool], StepMetrics],
+        self, batch: EpisodeBatch, run: Callable[[Engine, EpisodeBatch, Tensor | None, bool], StepMetrics]
     ) -> StepMetrics:
         weights, second_order = self.step_weights(), self.second_order()
 

@@ -23,16 +23,7 @@ _INTEGERS = {  # the least of each
     "da_epoch": -1,
     "epoch": 0,
 }
-_SWITCHES = (
-    "lslr",
-    "inner_bn",
-    "msl",
-    "second_order",
-    "max_pool",
-    "per_step_bn",
-    "bn_gamma",
-    "bn_beta",
-)
+_SWITCHES = ("lslr", "inner_bn", "msl", "second_order", "max_pool", "per_step_bn", "bn_gamma", "bn_beta")
 _KEYS = frozenset([*_INTEGERS, *_SWITCHES, "inner_lr", "dataset"])
 _FIRST = "init/classifier.layer_dict.conv0.conv.weight"
 _MOST = 1 << 20  # of any number: epochs, steps, sides

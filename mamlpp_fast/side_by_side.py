@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from mamlpp_fast._modes import plainly
 from mamlpp_fast.copying import tied_function
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fingerprint import fingerprint
-from mamlpp_fast.engine.fused.derivatives import paused
 from mamlpp_fast.engine.named import own_bases, values_named
 from mamlpp_fast.ops._library import transformed
 
@@ -82,7 +82,7 @@ def _alone(model: nn.Module) -> bool:
     """Whether the calling thread has settings that others do not share, or other threads would not help."""
     return (
         lanes.here()
-        or paused()
+        or plainly.now
         or torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled("cpu")
         or transformed()

@@ -58,11 +58,7 @@ def use_backend(backend: str) -> Iterator[None]:
                     override.impl(name, _implementation(operation, backend), "CPU", allow_override=True)
                     if torch._C._dispatch_has_kernel_for_dispatch_key(_qualified(name), "AutogradCPU"):
                         override.impl(
-                            name,
-                            _python_autograd(name),
-                            "AutogradCPU",
-                            with_keyset=True,
-                            allow_override=True,
+                            name, _python_autograd(name), "AutogradCPU", with_keyset=True, allow_override=True
                         )
         yield
     finally:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import accelerated as module
-from mamlpp_fast._modes import pytorchs_norms
+from mamlpp_fast._modes import plainly, pytorchs_norms
 from mamlpp_fast.compat import higher
 from mamlpp_fast.compat import learn2learn as l2l
-from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.nn import plain_batch_norm

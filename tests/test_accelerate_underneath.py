@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import mamlpp_fast as mf
 from mamlpp_fast import accelerated as module
 from mamlpp_fast import reference
+from mamlpp_fast._modes import plainly
 from mamlpp_fast.compat import higher
-from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.nn import plain_batch_norm
 

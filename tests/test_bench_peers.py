@@ -39,10 +39,7 @@ def peers(*names: str) -> list[Peer]:
 
 @pytest.mark.parametrize(
     ("sizes", "names"),
-    [
-        (SMALL, ("ours-autograd",)),
-        (TINY["tiny"], ("torch.func", "ours-fused")),
-    ],
+    [(SMALL, ("ours-autograd",)), (TINY["tiny"], ("torch.func", "ours-fused"))],
     ids=["maml", "maml++"],
 )
 def test_peers_that_agree_are_timed(sizes: Sizes, names: tuple[str, ...], tmp_path: Path) -> None:

@@ -95,10 +95,7 @@ def test_transforms_of_a_new_task_and_of_a_description(dataset: l2l.data.MetaDat
         assert len(counts) == 2 and set(counts.values()) == {4}
         assert set(Counter(LABELS[i] for i in indices(KShots(dataset, k=3)(ways))).values()) == {3}
     assert sorted(LABELS) == [LABELS[i] for i in indices(ConsecutiveLabels(dataset)(everything))]
-    for fused in (
-        FusedNWaysKShots(dataset, n=2, k=3)(None),
-        FusedNWaysKShots(dataset, n=2, k=3)(everything),
-    ):
+    for fused in (FusedNWaysKShots(dataset, n=2, k=3)(None), FusedNWaysKShots(dataset, n=2, k=3)(everything)):
         assert len(set(indices(fused))) == 6 and len({LABELS[i] for i in indices(fused)}) == 2
     only = FusedNWaysKShots(dataset, n=1, k=9, replacement=True, filter_labels=[3])
     assert {LABELS[i] for i in indices(only(None))} == {3} and len(only(None)) == 9

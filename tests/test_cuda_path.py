@@ -51,11 +51,7 @@ class Convolutions(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("engine", "precision", "expected"),
-    [
-        ("reference", "float32", "ieee"),
-        ("autograd", "float32", "ieee"),
-        ("autograd", "tf32", "tf32"),
-    ],
+    [("reference", "float32", "ieee"), ("autograd", "float32", "ieee"), ("autograd", "tf32", "tf32")],
 )
 def test_every_convolution_has_the_precision_asked_for(engine: str, precision: Any, expected: str) -> None:
     """Those of the outer backward pass too: PyTorch's default rounds convolutions of float32 to TF32."""

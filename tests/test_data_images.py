@@ -250,17 +250,7 @@ def test_bad_mini_pickles(content: Any, message: str, tmp_path: Path) -> None:
         ),
         ("filename,label\n\udcff,b\n", "expected a list of images, got UnicodeDecodeError"),
     ],
-    ids=[
-        "empty",
-        "columns",
-        "mixed",
-        "no-image",
-        "no-image-by-class",
-        "short",
-        "lines",
-        "long",
-        "encoding",
-    ],
+    ids=["empty", "columns", "mixed", "no-image", "no-image-by-class", "short", "lines", "long", "encoding"],
 )
 def test_bad_mini_lists(content: str, message: str, tmp_path: Path) -> None:
     for split in SPLITS:

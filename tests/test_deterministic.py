@@ -46,12 +46,7 @@ def steps(engine: str, precision: str, threads: int, *, deterministic: bool | No
 
 @pytest.mark.parametrize(
     ("engine", "precision"),
-    [
-        ("fused", "float32"),
-        ("fused", "bfloat16"),
-        ("autograd", "float32"),
-        ("reference", "float32"),
-    ],
+    [("fused", "float32"), ("fused", "bfloat16"), ("autograd", "float32"), ("reference", "float32")],
 )
 def test_any_number_of_threads_gives_the_same_bits(engine: str, precision: str) -> None:
     first = steps(engine, precision, 1)

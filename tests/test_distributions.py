@@ -68,10 +68,7 @@ CASES: dict[str, tuple[Loss, str]] = {
     "normal, unasked": (lambda z, y: -td.Normal(z, 0.5, validate_args=False).log_prob(y).sum(), "values"),
     "independent": (lambda z, y: -td.Independent(td.Normal(z, 1.0), 1).log_prob(y).mean(), "values"),
     "categorical": (lambda z, y: -td.Categorical(logits=z).log_prob(y).mean(), "classes"),
-    "categorical, shares": (
-        lambda z, y: -td.Categorical(probs=z.softmax(-1)).log_prob(y).mean(),
-        "classes",
-    ),
+    "categorical, shares": (lambda z, y: -td.Categorical(probs=z.softmax(-1)).log_prob(y).mean(), "classes"),
     "policy": (policy, "classes"),
     "bernoulli": (lambda z, y: -td.Bernoulli(logits=z).log_prob(y).mean(), "signs"),
     "bernoulli, shares": (lambda z, y: -td.Bernoulli(probs=z.sigmoid()).log_prob(y).mean(), "signs"),

@@ -147,7 +147,7 @@ NETWORKS: dict[str, Case] = {
     "sequence": (_sequence, (4, 6)),
     "volume": (
         lambda: nn.Sequential(
-            *(nn.Conv3d(2, 3, 3, padding=1), nn.Dropout3d(0.3), nn.Flatten(), nn.Linear(3 * 27, WAYS)),
+            *(nn.Conv3d(2, 3, 3, padding=1), nn.Dropout3d(0.3), nn.Flatten(), nn.Linear(3 * 27, WAYS))
         ),
         (2, 3, 3, 3),
     ),

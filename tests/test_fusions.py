@@ -125,12 +125,7 @@ CASES: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], list[str], list[
         [*LOWERED, "AveragePool", "Add"],
         [],
     ),
-    "norm-read-twice": (
-        _norm_read_twice,
-        ["Conv", "NormActPool", "Activation", "Add", "MaxPool"],
-        [],
-        [],
-    ),
+    "norm-read-twice": (_norm_read_twice, ["Conv", "NormActPool", "Activation", "Add", "MaxPool"], [], []),
     "activation-read-twice": (
         _activation_read_twice,
         ["Conv", "NormActPool", "Activation", "MaxPool", "AveragePool", "Add"],
@@ -143,18 +138,8 @@ CASES: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], list[str], list[
         ["Conv", "Bias", "Detach", "NormActPool"],
         [],
     ),
-    "norm-detached": (
-        _norm_detached,
-        ["Conv", "NormActPool", "Detach", "Activation", "MaxPool"],
-        [],
-        [],
-    ),
-    "norm-in-no-grad": (
-        _norm_in_no_grad,
-        ["Conv", "NormActPool", "Detach", "Activation", "MaxPool"],
-        [],
-        [],
-    ),
+    "norm-detached": (_norm_detached, ["Conv", "NormActPool", "Detach", "Activation", "MaxPool"], [], []),
+    "norm-in-no-grad": (_norm_in_no_grad, ["Conv", "NormActPool", "Detach", "Activation", "MaxPool"], [], []),
     "activation-detached": (
         _activation_detached,
         ["Conv", "NormActPool", "Activation", "Detach", "MaxPool"],

@@ -188,10 +188,7 @@ def test_engines_that_serve_by_turns_are_captured_each_for_itself(
         for found, value in zip(learner.meta_step(batch), expected, strict=True):
             assert_close(found, value, rtol=1e-8, atol=1e-10, msg=lambda text, i=i: f"step {i}: {text}")
         assert_close(
-            gradients(learner.model, learner.rates),
-            gradients(plain.model, plain.rates),
-            rtol=1e-7,
-            atol=1e-9,
+            gradients(learner.model, learner.rates), gradients(plain.model, plain.rates), rtol=1e-7, atol=1e-9
         )
         served.append(learner.engine.name)
     assert served == ["fused", "autograd", "autograd", "fused", "autograd", "fused"]

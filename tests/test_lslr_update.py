@@ -15,12 +15,7 @@ from mamlpp_fast.testing import backends, use_backend
 ops = torch.ops.mamlpp_fast
 BACKENDS = backends("lslr_update")
 backend = backend_fixture("lslr_update")
-SIZES = {
-    "one": [1],
-    "primes": [7, 3, 11],
-    "empty-segment": [5, 0, 2],
-    "conv": [9 * 5, 5, 25 * 9, 5, 13],
-}
+SIZES = {"one": [1], "primes": [7, 3, 11], "empty-segment": [5, 0, 2], "conv": [9 * 5, 5, 25 * 9, 5, 13]}
 
 
 def segments(sizes: list[int]) -> Tensor:

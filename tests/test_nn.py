@@ -23,11 +23,7 @@ def test_fused_and_plain_modules_agree(
     torch.manual_seed(0)
     modules = [
         kind(
-            5,
-            3,
-            per_step_affine=per_step_affine,
-            per_step_stats=per_step_stats,
-            negative_slope=slope,
+            5, 3, per_step_affine=per_step_affine, per_step_stats=per_step_stats, negative_slope=slope
         ).double()
         for kind in (mf.PerStepBatchNorm2d, reference.PerStepBatchNorm2d)
     ]

@@ -132,6 +132,7 @@ def _more_for_more(net: Any, h: Tensor) -> Tensor:
     return h
 
 
+_STALE = "reads memory that an operation in place has changed under another name"
 REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
     "branch": (_sum_decides, "Net", "__bool__ asks for values, which decide what is executed"),
     "item": (lambda net, h: h * h.mean().item(), "Net", "item asks for values"),
@@ -171,21 +172,9 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
     "constant-write": (_write_constant, "a tensor of the forward's own", "is changed in place by add_"),
     "attribute-write": (_count, "Net", "its forward changes attributes of the model"),
     "activation-kept": (_keep_activation, "Net", "its forward changes attributes of the model"),
-    "stale-view": (
-        _stale_view,
-        "head",
-        "reads memory that an operation in place has changed under another name",
-    ),
-    "stale-whole": (
-        _stale_whole,
-        "head",
-        "reads memory that an operation in place has changed under another name",
-    ),
-    "stale-constant": (
-        _stale_constant,
-        "Net",
-        "reads memory that an operation in place has changed under another name",
-    ),
+    "stale-view": (_stale_view, "head", _STALE),
+    "stale-whole": (_stale_whole, "head", _STALE),
+    "stale-constant": (_stale_constant, "Net", _STALE),
     "constant-read-before": (_read_before, "a tensor of the forward's own", "is changed in place by add_"),
     "attribute-view-write": (_attribute_view, "an attribute", "is changed in place by add_"),
     "autocast": (_autocast, "Net", "computes under torch.autocast"),

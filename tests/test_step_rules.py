@@ -122,12 +122,7 @@ CASES: dict[str, Case] = {
     ),
     "mean": (AveragePool("f", (0,), 1, (4,), (7, 6, 7, 6, 0, 0)), lambda x: x.mean((1, 2)), IMAGE, []),
     "group-norm": (_norm(IMAGE, 2, 1.0, False), _group_norm(2, 1.0, False), IMAGE, [(4,), (4,)]),
-    "group-norm-relu-pool": (
-        _norm((3, 3, 4), 2, 0.1, True),
-        _group_norm(2, 0.1, True),
-        IMAGE,
-        [(4,), (4,)],
-    ),
+    "group-norm-relu-pool": (_norm((3, 3, 4), 2, 0.1, True), _group_norm(2, 0.1, True), IMAGE, [(4,), (4,)]),
     "instance-norm-pool": (_norm((3, 3, 4), 1, 0.0, True), _group_norm(4, 0.0, True), IMAGE, [(4,), (4,)]),
     "one-group": (_norm(IMAGE, 4, 0.1, False), _group_norm(1, 0.1, False), IMAGE, [(4,), (4,)]),
     "times": (Times("f", (0,), 1, (5,), -2.5), lambda x: x * -2.5, (5,), []),

@@ -218,15 +218,7 @@ def deciding(prediction: Tensor, y: Tensor) -> Tensor:
         (NETS["PyTorch's norms"], Tempered, "loss: has parameters"),
         (NETS["PyTorch's norms"], lambda: deciding, "loss: "),
     ],
-    ids=[
-        "counts",
-        "writes",
-        "gradient hook",
-        "hook",
-        "loss counts",
-        "loss learns",
-        "loss decides",
-    ],
+    ids=["counts", "writes", "gradient hook", "hook", "loss counts", "loss learns", "loss decides"],
 )
 def test_one_after_the_other(make: Callable[[], nn.Module], loss: Callable[[], Any] | None, why: str) -> None:
     """Side by side these would come in another order, or be left out."""

@@ -91,10 +91,7 @@ class Checkpoint(_Saved):
         self.learner, self.content = _training()
         model = {"model": self.learner.model.state_dict(), "rates": self.learner.rates.state_dict()}
         entry = self.content["best"][0]
-        self.valid = [
-            checkpoint_bytes("training", self.content),
-            checkpoint_bytes("model", model | entry),
-        ]
+        self.valid = [checkpoint_bytes("training", self.content), checkpoint_bytes("model", model | entry)]
         for content in self.valid:
             self.read(content)
 

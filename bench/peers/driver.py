@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Times, machine, parser_of
+from bench.harness import Times, by_rows, machine, parser_of
 from bench.peers.client import Failed, Peer, Worker, differs, distance
 from bench.peers.environments import ENVIRONMENTS, default_cache, python_of, recorded
 from bench.peers.problem import SIZES, TINY, Arrays, Sizes, make
@@ -206,5 +206,5 @@ def main() -> int:
         result["workloads"][name] = {"machine": machine(), "sizes": asdict(sizes), "rows": rows}
         if settings.json:
             settings.json.parent.mkdir(parents=True, exist_ok=True)
-            settings.json.write_text(json.dumps(result, indent=1) + "\n")
+            settings.json.write_text(by_rows(result) + "\n")
     return int(failed)

@@ -48,9 +48,7 @@ ENVIRONMENTS = {
     "higher": Environment(("higher==0.2.1", *_TORCH)),
     # The C files it comes with do not compile for Python 3.11 or later: they are made anew.
     "learn2learn": Environment(
-        (*_TORCH, *_BUILDS, *_LOADS),
-        sources=("learn2learn==0.2.0",),
-        cython=("learn2learn/data/*.pyx",),
+        (*_TORCH, *_BUILDS, *_LOADS), sources=("learn2learn==0.2.0",), cython=("learn2learn/data/*.pyx",)
     ),
     "jax": Environment(("jax==0.10.2", "numpy==2.4.6"), cuda=("jax[cuda12]==0.10.2", "numpy==2.4.6")),
 }

@@ -29,22 +29,25 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+/// make(i) for every i below `count`.
+template <typename Make>
+variable_list made(size_t count, const Make& make) {
+  variable_list all;
+  all.reserve(count);
+  for (size_t i = 0; i < count; ++i) all.push_back(make(i));
+  return all;
+}
+
 variable_list plain(TensorList parameters, TensorList gradients, double rate) {
-  variable_list made;
-  made.reserve(parameters.size());
-  for (size_t i = 0; i < parameters.size(); ++i) made.push_back(at::add(parameters[i], gradients[i], -rate));
-  return made;
+  return made(parameters.size(), [&](size_t i) { return at::add(parameters[i], gradients[i], -rate); });
 }
 
 variable_list plain_by_rates(TensorList parameters, TensorList gradients, TensorList rates) {
-  variable_list made;
-  made.reserve(parameters.size());
-  for (size_t i = 0; i < parameters.size(); ++i) {
+  return made(parameters.size(), [&](size_t i) {
     const Tensor &p = parameters[i], &g = gradients[i], &rate = rates[i];
     const bool one = g.layout() == at::kStrided && rate.device() == p.device();
-    made.push_back(one ? at::addcmul(p, rate, g, -1) : at::sub(p, at::mul(rate, g)));
-  }
-  return made;
+    return one ? at::addcmul(p, rate, g, -1) : at::sub(p, at::mul(rate, g));
+  });
 }
 
 class Stepped : public Function<Stepped> {
@@ -70,10 +73,7 @@ class Stepped : public Function<Stepped> {
 };
 
 variable_list plain_copies(TensorList tensors) {
-  variable_list made;
-  made.reserve(tensors.size());
-  for (const Tensor& t : tensors) made.push_back(at::clone(t));
-  return made;
+  return made(tensors.size(), [&](size_t i) { return at::clone(tensors[i]); });
 }
 
 class Copied : public Function<Copied> {

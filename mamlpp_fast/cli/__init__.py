@@ -7,14 +7,16 @@ Commands import what they need when they run, so that --help and mistakes in the
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from mamlpp_fast.cli import bench, evaluate, export, import_, info, replay, report, reproduce, runs, train
 from mamlpp_fast.cli._arguments import Parser
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 _COMMANDS = (info, train, runs, evaluate, report, reproduce, import_, export, replay, bench)
 
@@ -39,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mamlpp-fast {arguments.command}: error: {_message(error)}", file=sys.stderr)
         return 2
+
+
+def run() -> NoReturn:
+    """The process of a command, which ends with its exit status."""
+    status = main()
+    gc.freeze()  # else a search through all of torch for cycles, a quarter of a second, before the memory goes anyway
+    sys.exit(status)
 
 
 def _message(error: BaseException) -> str:

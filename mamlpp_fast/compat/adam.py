@@ -91,9 +91,7 @@ def _checked(entry: Entry, state: Mapping[str, Any], parameter: Tensor) -> dict[
 
 
 def adam_to_authors(
-    optimizer: Mapping[str, Any],
-    entries: Sequence[Entry],
-    unused: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Any], entries: Sequence[Entry], unused: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
     """The ``state_dict()`` of our Adam under their numbering.
 

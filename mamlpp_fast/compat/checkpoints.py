@@ -88,12 +88,7 @@ def import_checkpoints(
         wide = next(iter(latest.network.values())).dtype == torch.float64
         precision = "float64" if wide else "float32"
     learner = build_learner(
-        config,
-        experiment.channels,
-        experiment.image_size,
-        engine=engine,
-        precision=precision,
-        device=device,
+        config, experiment.channels, experiment.image_size, engine=engine, precision=precision, device=device
     )
     for c in checkpoints:  # all of them fit before anything is written
         _load(learner, c)

@@ -17,10 +17,7 @@ from mamlpp_fast.data.pictures import decode_image
 
 __all__ = ["PROTOCOLS", "load_cifar_fs", "load_fc100"]
 
-PROTOCOLS = {
-    "normalised": "/255, CIFAR-100 training mean and deviation",
-    "unnormalised": "/255",
-}
+PROTOCOLS = {"normalised": "/255, CIFAR-100 training mean and deviation", "unnormalised": "/255"}
 CIFAR_MEAN = (0.5071, 0.4865, 0.4409)
 CIFAR_STD = (0.2673, 0.2564, 0.2762)
 _FILE = "cifar_fs_subset.npz"

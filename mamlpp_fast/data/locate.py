@@ -44,10 +44,7 @@ def search_roots(path: str | os.PathLike[str] | None) -> list[tuple[str, Path]]:
 
 
 def find(
-    name: str,
-    path: str | os.PathLike[str] | None,
-    probe: Callable[[Path], Path | None],
-    expected: str,
+    name: str, path: str | os.PathLike[str] | None, probe: Callable[[Path], Path | None], expected: str
 ) -> Path:
     """The first root that ``probe`` accepts, as what ``probe`` returned.
 

@@ -11,15 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from mamlpp_fast.engine.autograd import AutogradEngine
-from mamlpp_fast.engine.base import (
-    ENGINES,
-    PRECISIONS,
-    Engine,
-    EngineName,
-    Precision,
-    Unsupported,
-    dtype_of,
-)
+from mamlpp_fast.engine.base import ENGINES, PRECISIONS, Engine, EngineName, Precision, Unsupported, dtype_of
 from mamlpp_fast.engine.fused import FusedEngine
 from mamlpp_fast.engine.reference import ReferenceEngine
 from mamlpp_fast.lslr import LSLR

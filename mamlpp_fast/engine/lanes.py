@@ -141,10 +141,7 @@ def shares(groups: int, most: int, threads: int) -> list[Share]:
         lanes = min(groups, most)
         return [(range(groups), lanes, max(1, threads // lanes))]
     whole = range(groups - rest)
-    return [
-        *([(whole, threads, 1)] if whole else []),
-        (range(len(whole), groups), rest, threads // rest),
-    ]
+    return [*([(whole, threads, 1)] if whole else []), (range(len(whole), groups), rest, threads // rest)]
 
 
 def run(work: Callable[[int, Halt], None], lanes: int = 1, threads: int = 1) -> None:

@@ -13,16 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from mamlpp_fast.engine.executions import Draw
 
-__all__ = [
-    "TAKE_SIZES",
-    "Buffer",
-    "Constant",
-    "Operation",
-    "Parameter",
-    "Value",
-    "is_reference",
-    "name_of",
-]
+__all__ = ["TAKE_SIZES", "Buffer", "Constant", "Operation", "Parameter", "Value", "is_reference", "name_of"]
 
 
 @dataclass(frozen=True)

@@ -216,10 +216,7 @@ class _Watched(nn.Module):
 
 
 def record_loss(
-    loss_fn: reference.LossFn,
-    support: tuple[Tensor, Tensor],
-    target: tuple[Tensor, Tensor],
-    model: nn.Module,
+    loss_fn: reference.LossFn, support: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], model: nn.Module
 ) -> tuple[Recording, nn.Module]:
     """Records a loss on the predictions and labels of both sides: values 0 and 1.
 

@@ -16,15 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
 from mamlpp_fast.engine.executions import Draw, Executions
-from mamlpp_fast.engine.operation import (
-    Buffer,
-    Constant,
-    Operation,
-    Parameter,
-    Value,
-    is_reference,
-    name_of,
-)
+from mamlpp_fast.engine.operation import Buffer, Constant, Operation, Parameter, Value, is_reference, name_of
 from mamlpp_fast.engine.questions import OF_A_CALL, asked_by_own_code
 from mamlpp_fast.engine.shared import NOTHING, Shared, held
 from mamlpp_fast.nn import PerStepBatchNorm2d

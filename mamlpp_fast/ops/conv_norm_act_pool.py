@@ -216,10 +216,7 @@ define_orders(
         "Tensor padded, Tensor moments, Tensor w, Tensor gamma, Tensor beta, float eps, float slope, "
         "Tensor(a!) y, Tensor(b!) index, Tensor(c!) mean, Tensor(d!) rstd",
     ),
-    (
-        _backward,
-        f"Tensor gy, {_SAVED}, Tensor(a!) gw, Tensor(b!) sums, Tensor(c!) ggamma, Tensor(d!) gbeta",
-    ),
+    (_backward, f"Tensor gy, {_SAVED}, Tensor(a!) gw, Tensor(b!) sums, Tensor(c!) ggamma, Tensor(d!) gbeta"),
     (
         _tangent,
         f"Tensor v, {_SAVED}, Tensor(a!) uy, Tensor(b!) t, Tensor? gamma_dot=None, Tensor? beta_dot=None",

@@ -104,10 +104,7 @@ define_orders(
         "Tensor f, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
         "Tensor(a!) logits, Tensor(b!) probabilities, Tensor(c!) gz, Tensor(d!)? loss",
     ),
-    (
-        _backward,
-        "Tensor gz, Tensor f, Tensor weight, Tensor(a!)? gf, Tensor(b!)? gweight, Tensor(c!)? gbias",
-    ),
+    (_backward, "Tensor gz, Tensor f, Tensor weight, Tensor(a!)? gf, Tensor(b!)? gweight, Tensor(c!)? gbias"),
     (
         _tangent,
         "Tensor? f_dot, Tensor? weight_dot, Tensor? bias_dot, Tensor f, Tensor weight, Tensor probabilities, "

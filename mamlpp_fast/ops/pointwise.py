@@ -78,10 +78,7 @@ def _bend(x: Tensor, g_dot: Tensor, g: Tensor, u: Tensor, function: int, a: floa
 
 
 define("pointwise(Tensor x, int function, float a, Tensor(a!) y) -> ()", fallback=_value)
-define(
-    "pointwise_slope(Tensor x, Tensor g, int function, float a, Tensor(a!) out) -> ()",
-    fallback=_slope,
-)
+define("pointwise_slope(Tensor x, Tensor g, int function, float a, Tensor(a!) out) -> ()", fallback=_slope)
 define(
     "pointwise_bend(Tensor x, Tensor g_dot, Tensor g, Tensor u, int function, float a, Tensor(a!) out) -> ()",
     fallback=_bend,

@@ -34,8 +34,8 @@ def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 
 def pads(w: Tensor, padding: int) -> tuple[int, int]:
-    """Padding above and below, left and right, of a convolution by `w` [T, kh, kw, Ci, Co]."""
-    kh, kw = w.shape[1:3]
+    """Padding above and below, left and right, of a convolution by `w` [..., kh, kw, Ci, Co]."""
+    kh, kw = w.shape[-4:-2]
     return padding if kh > 1 else 0, padding if kw > 1 else 0
 
 
@@ -95,10 +95,6 @@ def _check(
             )
 
 
-def _pairs(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    return [(a, b)] if a2 is None or b2 is None else [(a, b), (a2, b2)]
-
-
 def _images(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
@@ -107,51 +103,41 @@ def _filters(w: Tensor) -> Tensor:
     return w.permute(3, 2, 0, 1)
 
 
-def _each_task(
-    pairs: list[tuple[Tensor, Tensor]],
-    product: Callable[[Tensor, Tensor], Tensor],
-    order: tuple[int, int, int, int],
-    out: Tensor,
-) -> None:
+def _closed(
+    order: tuple[int, int, int, int], product: Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+) -> Callable[..., None]:
     """The sum of the pairs' products, task by task in the type of `out`, which has their axes in this order."""
-    for task in range(out.shape[0]):
-        terms = [product(a[task].to(out.dtype), b[task].to(out.dtype)) for a, b in pairs]
-        out[task].copy_(torch.stack(terms).sum(0).permute(order))
+
+    def closed(
+        a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, stride: int, padding: int, out: Tensor
+    ) -> None:
+        pairs = [(a, b)] if a2 is None or b2 is None else [(a, b), (a2, b2)]
+        for task, result in enumerate(out):
+            terms = [
+                product(a[task].to(out.dtype), b[task].to(out.dtype), result, stride, padding)
+                for a, b in pairs
+            ]
+            result.copy_(torch.stack(terms).sum(0).permute(order))
+
+    return closed
 
 
-def _forward(
-    x: Tensor, w: Tensor, x2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
-) -> None:
-    _each_task(
-        _pairs(x, w, x2, w2),
-        lambda x, v: F.conv2d(_images(x), _filters(v), None, stride, pads(w, padding)),
-        (0, 2, 3, 1),
-        out,
-    )
-
-
-def _to_input(
-    g: Tensor, w: Tensor, g2: Tensor | None, w2: Tensor | None, stride: int, padding: int, out: Tensor
-) -> None:
-    size = _images(out[0]).shape
-    _each_task(
-        _pairs(g, w, g2, w2),
-        lambda g, v: conv_grad.conv2d_input(size, _filters(v), _images(g), stride, pads(w, padding)),
-        (0, 2, 3, 1),
-        out,
-    )
-
-
-def _to_weight(
-    x: Tensor, g: Tensor, x2: Tensor | None, g2: Tensor | None, stride: int, padding: int, out: Tensor
-) -> None:
-    size = _filters(out[0]).shape
-    _each_task(
-        _pairs(x, g, x2, g2),
-        lambda x, g: conv_grad.conv2d_weight(_images(x), size, _images(g), stride, pads(out, padding)),
-        (2, 3, 1, 0),
-        out,
-    )
+_forward = _closed(
+    (0, 2, 3, 1),
+    lambda x, w, _, stride, padding: F.conv2d(_images(x), _filters(w), None, stride, pads(w, padding)),
+)
+_to_input = _closed(
+    (0, 2, 3, 1),
+    lambda g, w, gx, stride, padding: conv_grad.conv2d_input(
+        _images(gx).shape, _filters(w), _images(g), stride, pads(w, padding)
+    ),
+)
+_to_weight = _closed(
+    (2, 3, 1, 0),
+    lambda x, g, gw, stride, padding: conv_grad.conv2d_weight(
+        _images(x), _filters(gw).shape, _images(g), stride, pads(gw, padding)
+    ),
+)
 
 
 def _gradients(
@@ -174,16 +160,16 @@ def _check_gradients(*, gx: Tensor, gw: Tensor, stride: int, padding: int, **nam
 
 
 _SHARED = Shared(frozenset({"w", "w2"}), {"gw": 5})
-for _name, _first, _second, _roles, _closed, _shared in (
-    ("task_conv2d", "x", "w", ("x", "w", "out"), _forward, _SHARED),
-    ("task_conv2d_to_input", "g", "w", ("out", "w", "g"), _to_input, None),
-    ("task_conv2d_to_weight", "x", "g", ("x", "out", "g"), _to_weight, None),
+for _order, _first, _second, _roles, _fallback, _shared in (
+    ("", "x", "w", ("x", "w", "out"), _forward, _SHARED),
+    ("_to_input", "g", "w", ("out", "w", "g"), _to_input, None),
+    ("_to_weight", "x", "g", ("x", "out", "g"), _to_weight, None),
 ):
     define(
-        f"{_name}(Tensor {_first}, Tensor {_second}, Tensor? {_first}2, Tensor? {_second}2, "
+        f"task_conv2d{_order}(Tensor {_first}, Tensor {_second}, Tensor? {_first}2, Tensor? {_second}2, "
         "int stride, int padding, Tensor(a!) out) -> ()",
-        fallback=_closed,
-        triton=launcher("task_conv2d", _closed.__name__[1:]),
+        fallback=_fallback,
+        triton=launcher("task_conv2d", _order[1:] or "forward"),
         check=partial(_check, *_roles),
         shared=_shared,
     )

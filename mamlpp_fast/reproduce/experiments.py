@@ -133,15 +133,7 @@ def cells(
             before, after = whole.to_dict(), config.to_dict()
             changes = tuple(f"{k}={after[k]} (was {before[k]})" for k in after if after[k] != before[k])
             found.append(
-                Cell(
-                    key,
-                    label,
-                    number,
-                    name,
-                    config,
-                    changes,
-                    PUBLISHED.get((table, key, number), ()),
-                )
+                Cell(key, label, number, name, config, changes, PUBLISHED.get((table, key, number), ()))
             )
     if not found:
         raise ValueError(

@@ -17,14 +17,7 @@ from mamlpp_fast.engine import EngineName, Precision
 from mamlpp_fast.learner import NonFiniteLossError
 from mamlpp_fast.machine import peak_memory_mib
 from mamlpp_fast.train._resumable import check_training
-from mamlpp_fast.train.build import (
-    build_learner,
-    device_name,
-    fingerprint,
-    load_data,
-    make_sampler,
-    versions,
-)
+from mamlpp_fast.train.build import build_learner, device_name, fingerprint, load_data, make_sampler, versions
 from mamlpp_fast.train.config import TrainConfig
 from mamlpp_fast.train.evaluate import Predictions, Score, predict, score, score_models
 from mamlpp_fast.train.files import run_lock

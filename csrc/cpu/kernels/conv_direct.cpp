@@ -55,6 +55,17 @@ bool read_unpacked(const Gather& p) {
   return kValues<T> == 1 && !p.transposed && panels.count == 1 && panels.lanes(0) == panels.width(0);
 }
 
+template <class T, int Step>
+void accumulate_block(const Block<T>& block, int rows, int64_t lanes, int vectors, const Segment* segments,
+                      int64_t count, int64_t step_a, const T* panel, int64_t step_b, bool accumulate) {
+  const Multiply<T> kernel = pick<T, Step>(rows, vectors);
+  if (lanes == vectors * kLanes<T>) {
+    kernel(block, segments, count, step_a, panel, step_b, accumulate);
+  } else {
+    multiply_partial(kernel, block, rows, lanes, segments, count, step_a, panel, step_b, accumulate);
+  }
+}
+
 /// A part of the pixels of a class, those of a task's images behind each other.
 template <class T>
 void gather_class(const Gather& p, const PixelClass& cls, int64_t part, int64_t task, int64_t panel,
@@ -94,17 +105,12 @@ void gather_class(const Gather& p, const PixelClass& cls, int64_t part, int64_t 
           ++image;
         }
       }
-      const Multiply<T> kernel = pick<T, 1>(rows, panels.vectors(panel));
       for (int pair = 0; pair < p.pairs; ++pair) {
         const T* a = static_cast<const T*>(p.a[pair]) + task * p.images * p.src_image;
         for (int i = 0; i < rows; ++i) block.rows[i] = a + src[i];
         const T* weights = weights_of[pair] + o * p.taps * ci;
-        const bool accumulate = pair > 0 || c > 0;
-        if (lanes == width) {
-          kernel(block, segments, count, 1, weights, width, accumulate);
-        } else {
-          multiply_partial(kernel, block, rows, lanes, segments, count, 1, weights, width, accumulate);
-        }
+        accumulate_block<T, 1>(block, rows, lanes, panels.vectors(panel), segments, count, 1, weights, width,
+                               pair > 0 || c > 0);
       }
     }
   }
@@ -276,17 +282,6 @@ int64_t outer_scratch(const Outer& p) {
   const int64_t grad = chunk.images * chunk.rows * p.out_width * divide_up(p.co, kPanel<T>) * kPanel<T>;
   const int64_t segments = p.kh * p.kw * chunk.rows * p.out_width * sizeof(Segment) / sizeof(T);
   return round_line<T>(source) + round_line<T>(grad) + round_line<T>(segments);
-}
-
-template <class T, int Step>
-void accumulate_block(const Block<T>& block, int rows, int64_t lanes, int vectors, const Segment* segments,
-                      int64_t count, int64_t step_a, const T* panel, int64_t step_b, bool accumulate) {
-  const Multiply<T> kernel = pick<T, Step>(rows, vectors);
-  if (lanes == vectors * kLanes<T>) {
-    kernel(block, segments, count, step_a, panel, step_b, accumulate);
-  } else {
-    multiply_partial(kernel, block, rows, lanes, segments, count, step_a, panel, step_b, accumulate);
-  }
 }
 
 template <class T>

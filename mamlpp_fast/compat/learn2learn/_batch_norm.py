@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mamlpp_fast._modes import plainly
 from mamlpp_fast.compat._batch_norm import by_batch, hooked, in_turn, normalises_by_batch
-from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.reference import norms_of_any_order
 
 __all__ = [

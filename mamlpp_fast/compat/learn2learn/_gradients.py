@@ -36,11 +36,7 @@ def inner_gradients(
         chosen = [p for p in parameters if p.requires_grad]
         gradients = iter(
             torch.autograd.grad(
-                loss,
-                chosen,
-                retain_graph=create_graph,
-                create_graph=create_graph,
-                allow_unused=allow_unused,
+                loss, chosen, retain_graph=create_graph, create_graph=create_graph, allow_unused=allow_unused
             )
         )
         return [next(gradients) if p.requires_grad else None for p in parameters]

@@ -76,12 +76,7 @@ def _once(cell: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
     """``torch.gru_cell`` and its like, one time step, from a cell."""
 
     def run(
-        input: Tensor,
-        hx: Any,
-        w_x: Tensor,
-        w_h: Tensor,
-        b_x: Tensor | None = None,
-        b_h: Tensor | None = None,
+        input: Tensor, hx: Any, w_x: Tensor, w_h: Tensor, b_x: Tensor | None = None, b_h: Tensor | None = None
     ) -> Any:
         state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         made = cell(F.linear(input, w_x, b_x), F.linear(state[0], w_h, b_h), *state)

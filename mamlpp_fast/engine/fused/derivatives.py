@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mamlpp_fast import reference
+from mamlpp_fast._modes import plainly
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.lanes import number
 from mamlpp_fast.ops._library import transformed
@@ -29,9 +28,7 @@ __all__ = [
     "gradients_in",
     "hand_on",
     "notes_listeners",
-    "paused",
     "plain",
-    "plainly",
     "runs",
     "to_any_order",
 ]
@@ -375,9 +372,6 @@ def plain(
     return made
 
 
-_paused = threading.local()
-
-
 def runs(node: Any) -> bool:
     """Whether the backward pass that is under way comes to a node of the graph."""
     if node is None:
@@ -386,18 +380,3 @@ def runs(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf whose gradient `autograd.grad` returns: torch tells it by an error
         return True
-
-
-@contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Within it the calling thread's models run as PyTorch runs them."""
-    before, _paused.now = paused(), True
-    try:
-        yield
-    finally:
-        _paused.now = before
-
-
-def paused() -> bool:
-    """Whether the calling thread is within :func:`plainly`."""
-    return getattr(_paused, "now", False)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec
 
 from mamlpp_fast import reference
-from mamlpp_fast._modes import pytorchs_norms, unnoted
+from mamlpp_fast._modes import plainly, pytorchs_norms, unnoted
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported, handed_over
-from mamlpp_fast.engine.fused.derivatives import Forward, applied, plainly, runs
+from mamlpp_fast.engine.fused.derivatives import Forward, applied, runs
 from mamlpp_fast.engine.fused.fusions import drop_inert_biases, fuse_first_layer, fuse_norms
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.lowering import lower

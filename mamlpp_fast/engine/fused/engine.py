@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
-from mamlpp_fast._modes import float32_products
+from mamlpp_fast._modes import float32_products, plainly
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.base import Precision, Seldom, Unsupported, handed_over
-from mamlpp_fast.engine.fused.derivatives import plainly
 from mamlpp_fast.engine.fused.form import Form, Written
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.losses import RecordedLoss, recorded_loss
@@ -389,13 +388,7 @@ class FusedEngine:
         )
 
     def _ready(
-        self,
-        written: Written,
-        network: Network,
-        target: Network,
-        loss: Loss,
-        form: Form,
-        exact: bool,
+        self, written: Written, network: Network, target: Network, loss: Loss, form: Form, exact: bool
     ) -> Prepared:
         memory = written.memory
         transfer = Transfer(self.model, self.rates, loss, written, target.frozen | network.frozen)

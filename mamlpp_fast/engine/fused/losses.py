@@ -109,13 +109,7 @@ class RecordedLoss(Loss):
         goal, z, net = ps.goal, ps.values[output], self.network
         assert goal is not None
         own = Pass(
-            ps.tasks,
-            ps.images,
-            ps.step,
-            {},
-            {},
-            {_PREDICTIONS: z, _LABELS: goal.target},
-            buffers=ps.buffers,
+            ps.tasks, ps.images, ps.step, {}, {}, {_PREDICTIONS: z, _LABELS: goal.target}, buffers=ps.buffers
         )
         write_forward(em, net, own)
         for value, answer in net.asked:

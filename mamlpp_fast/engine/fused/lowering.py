@@ -80,12 +80,7 @@ def taken() -> dict[str, list[Any]]:
     return found
 
 
-def lower(
-    recording: Recording,
-    model: nn.Module,
-    adapted: frozenset[str],
-    running: bool = False,
-) -> Network:
+def lower(recording: Recording, model: nn.Module, adapted: frozenset[str], running: bool = False) -> Network:
     """The network of a recording, step after step an operation.
 
     Args:
@@ -186,14 +181,7 @@ class Lowering:
         output = self.value(Value(self.recording.output)) if len(shape) == 1 else None
         if output is None or output in self.grids:
             output = self.settled(self.native(self.recording.output))
-        return Network(
-            self._read(output),
-            self.shapes,
-            output,
-            self.norms,
-            self.frozen,
-            self._inputs(),
-        )
+        return Network(self._read(output), self.shapes, output, self.norms, self.frozen, self._inputs())
 
     def run_loss(self) -> Network:
         self._values, self._natives = {}, self._values

@@ -397,12 +397,7 @@ def _detach(low: Lowering, input: Any, *_: Any) -> None:
 
 
 @rule(
-    torch.flatten,
-    Tensor.flatten,
-    Tensor.view,
-    Tensor.reshape,
-    torch.reshape,
-    takes="of all but the examples",
+    torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape, takes="of all but the examples"
 )
 def _reshape(low: Lowering, input: Any, *_: Any, **__: Any) -> None:
     x = low.value(input)

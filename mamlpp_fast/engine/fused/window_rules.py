@@ -30,17 +30,8 @@ _POOLS = (
 
 
 @rule(F.conv1d, torch.conv1d, F.conv2d, torch.conv2d, takes=_CONVOLUTIONS)
-def _conv(
-    low: Lowering,
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> None:
-    x, shape, slot, step, pad = _geometry(low, input, weight, stride, padding, dilation, groups)
+def _conv(low: Lowering, input: Any, weight: Any, bias: Any = None, *windows: Any, **named: Any) -> None:
+    x, shape, slot, step, pad = _geometry(low, input, weight, *windows, **named)
     sizes = (
         (s + 2 * (pad if k > 1 else 0) - k) // step + 1
         for s, k in zip(shape[:2], slot.shape[:2], strict=True)
@@ -90,10 +81,10 @@ def _geometry(
     low: Lowering,
     input: Any,
     weight: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> tuple[int, tuple[int, ...], Slot, int, int]:
     """Input, its shape [H, W, C] (of a sequence [L, 1, C]), weight, stride and padding of a convolution."""
     name = low.parameter(weight)
@@ -185,10 +176,7 @@ def _pool(low: Lowering, kind: type[Step], input: Any, kernel_size: Any, stride:
 
 
 @rule(
-    F.adaptive_avg_pool1d,
-    torch.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-    takes="to a divisor of the size",
+    F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d, F.adaptive_avg_pool2d, takes="to a divisor of the size"
 )
 def _adaptive_avg_pool(low: Lowering, input: Any, output_size: Any) -> None:
     axes = len(low.shape) - 1

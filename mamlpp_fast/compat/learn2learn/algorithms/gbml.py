@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast.accelerated import accelerate
-from mamlpp_fast.compat.learn2learn.algorithms.base_learner import given
+from mamlpp_fast.compat.learn2learn.algorithms.base_learner import Adapting, given
 from mamlpp_fast.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
 from mamlpp_fast.compat.learn2learn.utils import clone_module
 
 __all__ = ["GBML"]
 
 
-class GBML(nn.Module):
+class GBML(Adapting, nn.Module):
     """MAML whose inner gradients pass through a transform that is meta-learned with the module.
 
     Args:
@@ -77,20 +77,7 @@ class GBML(nn.Module):
             **given(self, adapt_transform=adapt_transform),
         )
 
-    def adapt(
-        self,
-        loss: Tensor,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-    ) -> None:
-        """One transformed gradient step on ``loss``, in place; what is not given is as the learner has it.
-
-        Raises:
-            AdaptationError: a RuntimeError; a parameter is unused or takes no gradient, and that is not allowed.
-        """
-        options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
-        second_order = not options.pop("first_order")
+    def _step(self, loss: Tensor, second_order: bool, options: dict[str, Any]) -> None:
         if self.adapt_transform and self._params_updated:
             gradients = torch.autograd.grad(
                 loss,

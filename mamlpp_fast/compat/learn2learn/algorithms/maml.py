@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from mamlpp_fast.accelerated import accelerate
 from mamlpp_fast.compat.learn2learn._gradients import inner_gradients
-from mamlpp_fast.compat.learn2learn.algorithms.base_learner import BaseLearner, given
+from mamlpp_fast.compat.learn2learn.algorithms.base_learner import Adapting, BaseLearner, given
 from mamlpp_fast.compat.learn2learn.utils import (
     clone_module,
     modules_of,
@@ -51,7 +52,7 @@ def _updated(
     return model
 
 
-class MAML(BaseLearner):
+class MAML(Adapting, BaseLearner):
     """Model-agnostic meta-learning (Finn et al. 2017) of any module.
 
     ``clone()`` it for a task, ``adapt(loss)`` the clone, and call ``backward`` on the adapted clone's loss: gradients
@@ -80,20 +81,7 @@ class MAML(BaseLearner):
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
 
-    def adapt(
-        self,
-        loss: Tensor,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-    ) -> None:
-        """One gradient step on ``loss``, in place; what is not given is as the learner has it.
-
-        Raises:
-            AdaptationError: a RuntimeError; a parameter is unused or takes no gradient, and that is not allowed.
-        """
-        options = given(self, first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
-        second_order = not options.pop("first_order")
+    def _step(self, loss: Tensor, second_order: bool, options: dict[str, Any]) -> None:
         modules = modules_of(self.module)
         parameters = parameters_of(self.module, modules)
         if second_order and isinstance(self.lr, int | float):

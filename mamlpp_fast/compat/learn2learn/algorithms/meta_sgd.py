@@ -23,9 +23,7 @@ __all__ = ["MetaSGD", "meta_sgd_update"]
 
 
 def meta_sgd_update(
-    model: nn.Module,
-    lrs: Iterable[Tensor] | None = None,
-    grads: Sequence[Tensor | None] | None = None,
+    model: nn.Module, lrs: Iterable[Tensor] | None = None, grads: Sequence[Tensor | None] | None = None
 ) -> nn.Module:
     """Replaces every parameter p of a module by p − lr·grad, differentiably; returns the module.
 

@@ -28,12 +28,7 @@ class KroneckerLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        n: int,
-        m: int,
-        bias: bool = True,
-        psd: bool = False,
-        device: torch.device | str | None = None,
+        self, n: int, m: int, bias: bool = True, psd: bool = False, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
         self.left = nn.Parameter(torch.eye(n, device=device))

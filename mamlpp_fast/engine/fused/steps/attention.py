@@ -164,8 +164,7 @@ class _Chunk:
             later = self.em.once(
                 ("later keys", length, keys),
                 lambda: self.em.own(
-                    "later keys",
-                    torch.ones(length, keys, dtype=torch.bool, device=self.em.device).triu(1),
+                    "later keys", torch.ones(length, keys, dtype=torch.bool, device=self.em.device).triu(1)
                 ),
             )
             self.em.call(aten.masked_fill_.Scalar, scores, later, -math.inf)

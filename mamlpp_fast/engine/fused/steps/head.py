@@ -75,11 +75,7 @@ class Head(Linear):
             slot.name: out.of(em, slot, ps.tasks) for slot in self.slots if slot.name in out.wanted_params
         }
         out.params.update(found)
-        results = (
-            gx,
-            found.get(self.weight.name),
-            None if self.bias is None else found.get(self.bias.name),
-        )
+        results = (gx, found.get(self.weight.name), None if self.bias is None else found.get(self.bias.name))
         products = sum(r is not None for r in results[:2])
         if gx is None and not found:
             return

@@ -92,15 +92,7 @@ class Conv(OneBackward):
                 r if r is None else em.operand(r) for r in (x, w, g, u, v, g0 if u is not None else None)
             ]
             flops = 2 * self._flops(ps, 1 if u is None else 2)
-            em.call(
-                ps.op(self.gradients_op),
-                *operands,
-                self.stride,
-                self.padding,
-                gx,
-                gw,
-                flops=flops,
-            )
+            em.call(ps.op(self.gradients_op), *operands, self.stride, self.padding, gx, gw, flops=flops)
             out.add(source, gx)
             out.params[name] = gw
             return

@@ -168,12 +168,7 @@ class OmniglotCNN(Classifier):
         super().__init__()
         self.hidden_size = hidden_size
         self.base = ConvBase(hidden=hidden_size, channels=1, max_pool=False, layers=layers)
-        self.features = nn.Sequential(
-            Lambda(_as_images),
-            self.base,
-            Lambda(_average),
-            Flatten(),
-        )
+        self.features = nn.Sequential(Lambda(_as_images), self.base, Lambda(_average), Flatten())
         self.classifier = nn.Linear(hidden_size, output_size)
         nn.init.normal_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
