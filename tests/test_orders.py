@@ -13,6 +13,12 @@ from mamlpp_fast import reference
 from mamlpp_fast.compat import higher
 from mamlpp_fast.compat import learn2learn as l2l
 
+# torch's own: of its forward mode, and of `backward` with a graph.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning"),
+]
 SHAPE = (5, 4, 6)
 
 
@@ -205,6 +211,26 @@ def textbook(model: nn.Module, predict: Callable[..., Tensor], first_order: bool
     return [*(g for g in grads if g is not None), *(b for b in model.buffers() if b.is_floating_point())]
 
 
+class Pushed(Energy):
+    """The tangent of an energy, by forward mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        pushed: Tensor = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))[1]
+        return pushed.expand(-1, 6)
+
+
+class Left(Energy):
+    """The force by what ``torch.autograd.backward`` leaves, of which no mode is told."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x.detach().requires_grad_()
+        torch.autograd.backward(self.net(x).sum(), create_graph=True, inputs=[x])
+        assert x.grad is not None
+        return x.grad
+
+
 def close(found: list[Tensor], expected: list[Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
@@ -240,6 +266,27 @@ def test_engines_and_a_forward_that_takes_gradients(kind: str, engine: Any) -> N
     found = [p.grad for p in model.parameters() if p.grad is not None and p.grad.any()]
     floating = [b for b in model.buffers() if b.is_floating_point()]
     close([*found, *floating], textbook(right, torch.func.functional_call))
+
+
+@pytest.mark.parametrize("forward", [Pushed, Left])
+def test_derivatives_by_other_means(forward: type[Energy]) -> None:
+    right, model = energies("layer")
+    for each in (right, model):
+        each.__class__ = forward
+    close(textbook(model, reference.predicted), textbook(right, torch.func.functional_call))
+
+
+@pytest.mark.parametrize("way", ["accelerated", "functional_call"])
+def test_gradients_of_tangents_of_a_model(way: str) -> None:
+    right, model = (energy.net for energy in energies("layer"))
+    x, along, *_ = task()
+    called = mf.accelerate(model) if way == "accelerated" else lambda x: mf.functional_call(model, {}, (x,))
+
+    def gradient(f: Callable[[Tensor], Tensor]) -> Tensor:
+        found: Tensor = torch.func.grad(lambda x: torch.func.jvp(f, (x,), (along,))[1].pow(2).sum())(x)
+        return found
+
+    torch.testing.assert_close(gradient(called), gradient(right), rtol=1e-9, atol=1e-11)
 
 
 def test_accelerate_and_a_forward_that_takes_gradients() -> None:

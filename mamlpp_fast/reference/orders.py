@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
@@ -162,8 +163,12 @@ class norms_of_any_order(TorchFunctionMode):
         return run(*args, **(kwargs or {}))
 
 
+# Tensor.grad: nobody overrides torch.autograd.backward, but what it leaves is read.
+_ASKING = frozenset({torch.autograd.grad, Tensor.backward, Tensor.grad.__get__})  # type: ignore[union-attr]
+
+
 class Watch(TorchFunctionMode):
-    """Notes whether the forward that runs within it takes gradients, and changes nothing.
+    """Notes whether the forward that runs within it takes derivatives, and changes nothing.
 
     Attributes:
         asked: whether it has. Who takes some in between, to check an operation say, sets it back.
@@ -172,8 +177,7 @@ class Watch(TorchFunctionMode):
     asked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.autograd.grad or func is Tensor.backward:
-            self.asked = True
+        self.asked |= func in _ASKING or forward_ad._current_level >= 0
         if func is per_step_norm:
             with self:
                 return func(*args, **(kwargs or {}))
@@ -216,37 +220,42 @@ def _state(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-_asks: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
-"""Of models with norms, by whether they train: whether their forward takes gradients."""
+_asks: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool] | None] = weakref.WeakKeyDictionary()
+"""By whether a model trains: whether its forward takes derivatives; None of models without norms."""
 
 
 def rightly(model: nn.Module, run: Callable[[], _T]) -> _T:
-    """What ``run``, a call of ``model``, returns, with right derivatives where its forward takes gradients itself.
+    """What ``run``, a call of ``model``, returns, with norms of any order where its forward takes derivatives itself.
 
     The energy of a Hamiltonian network is such a forward, or the residual of a physics-informed one: the inner
     gradient is the second derivative of its norms then, and the meta-gradient the third. The first call tells, and is
-    made again where it was made with PyTorch's norms (buffers and random numbers as before it).
+    made again where it was made with PyTorch's norms (buffers and random numbers as before it). In forward mode their
+    tangents have wrong gradients at once (``findings/norm_gradient_of_tangent.sh``).
     """
     if torch.compiler.is_compiling():
         return run()
-    known = _asks.get(model)
+    if model not in _asks:
+        _asks[model] = {} if normalises(model) else None
+    known = _asks[model]
     if known is None:
-        known = _asks[model] = {} if normalises(model) else {True: False, False: False}
+        return run()
     asks = known.get(model.training)
+    if asks or forward_ad._current_level >= 0:
+        with norms_of_any_order():
+            return run()
     if asks is False:
         return run()
-    if asks is None:
-        undo = _state(model)
-        watch = Watch()
-        try:
-            with watch:
-                made = run()
-        except RuntimeError:  # PyTorch's and our own where there is no third derivative
-            if not watch.asked:
-                raise
-        known[model.training] = watch.asked
+    undo = _state(model)
+    watch = Watch()
+    try:
+        with watch:
+            made = run()
+    except RuntimeError:  # PyTorch's and our own where there is no third derivative
         if not watch.asked:
-            return made
-        undo()
+            raise
+    known[model.training] = watch.asked
+    if not watch.asked:
+        return made
+    undo()
     with norms_of_any_order():
         return run()
