@@ -20,6 +20,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast import reference
 from mamlpp_fast._modes import pytorchs_norms
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
+from mamlpp_fast.engine.counts import kind_of, known_counts
 from mamlpp_fast.engine.fingerprint import look
 from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.derivatives import paused
@@ -89,7 +90,7 @@ def acceleration(model: nn.Module) -> str:
         return "not accelerated: a linear layer alone, which PyTorch is faster at"
     if not _is_routed(type(model)):
         return "not accelerated: made by torch.jit or torch.fx, or never given to mamlpp_fast.accelerate"
-    kind, shapes = _kind(model), _shapes(model)
+    kind, shapes = kind_of(type(model)), _shapes(model)
     with _lock:
         lines = [
             f"{_said(key)}: {route}"
@@ -99,12 +100,6 @@ def acceleration(model: nn.Module) -> str:
         ]
         left = list(_left.get(model, ()))
     return "\n".join([*lines, *(f"other calls: plain PyTorch: {why}" for why in left)]) or "no call yet"
-
-
-def _kind(model: nn.Module) -> type:
-    """The class that a model was made of."""
-    cls = type(model)
-    return cls.__mro__[1] if vars(cls).get(ROUTED) else vars(cls).get("_fast_original", cls)
 
 
 def _shapes(model: nn.Module) -> _Shapes:
@@ -406,7 +401,7 @@ def _route(
     given = tensors_of(x)
     inputs = any(t.requires_grad for t in given)
     devices = frozenset(t.device for t in given)
-    key = (_kind(model), shapes, devices, model.training, inputs, transform, form)
+    key = (kind_of(type(model)), shapes, devices, model.training, inputs, transform, form)
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
@@ -421,7 +416,12 @@ def _route(
         if transform:
             route = _under_transforms(model, x, plain, *transform)
         else:
+            counts = known_counts()
             route = _made(model if plain is None else plain(), x)
+            if known_counts() != counts:  # and the form another one
+                if isinstance(route, _Refusal):
+                    return route, None
+                key = (*key[:-1], look(model)[0])
         turnover.add(route)
         if isinstance(route, _Refusal) and not transform:
             refused[key[:-1]] += 1
@@ -444,6 +444,8 @@ def _under_transforms(
         return route
     if any(norm.statistics is not None for norm in route.network.norms.values()):
         return _Refusal("keeps running statistics, which a transform changes as PyTorch does, or refuses")
+    if route.network.counts:
+        return _Refusal("counts its calls, which a transform makes as many of as PyTorch does")
     return transforms.Transformed(route)
 
 

@@ -52,11 +52,11 @@ class Counted(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return super().forward(x)
+        return super().forward(x) * min(1.0, 0.1 * self.calls)
 
 
 def test_what_is_another_model_at_each_call_is_seldom_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a count of its calls, as many a ResNet-12 for few shots keeps it; whatever the sizes."""
+    """By a count of its calls from which it anneals; whatever the sizes."""
     looks: list[int] = []
     made = accelerated.look
     monkeypatch.setattr(accelerated, "look", lambda model: looks.append(model.calls) or made(model))

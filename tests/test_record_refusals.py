@@ -57,9 +57,14 @@ def _write_constant(net: Any, h: Tensor) -> Tensor:
     return h * shift
 
 
+def _sum_up(net: Any, h: Tensor) -> Tensor:
+    net.calls += 0.5
+    return h
+
+
 def _count(net: Any, h: Tensor) -> Tensor:
     net.calls += 1
-    return h
+    return h * net.calls
 
 
 def _keep_activation(net: Any, h: Tensor) -> Tensor:
@@ -169,7 +174,8 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
     "buffer-put": (_put_buffer, "scale", "is replaced in the forward"),
     "tensor-attribute-write": (_write_attribute_tensor, "an attribute", "is changed in place by add_"),
     "constant-write": (_write_constant, "a tensor of the forward's own", "is changed in place by add_"),
-    "attribute-write": (_count, "Net", "its forward changes attributes of the model"),
+    "attribute-write": (_sum_up, "Net", "its forward changes attributes of the model"),
+    "computes-with-a-count": (_count, "Net", "computes with a count of its calls"),
     "activation-kept": (_keep_activation, "Net", "its forward changes attributes of the model"),
     "stale-view": (
         _stale_view,

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mamlpp_fast import reference
 from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
+from mamlpp_fast.engine.counts import unmoved
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.steps import Attention
@@ -262,7 +263,7 @@ def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
     norms = [m for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)]
     before = [m.step for m in norms]
     try:
-        with reference.swapped(model, exact), plain_batch_norm(model), _Wider():
+        with unmoved(model), reference.swapped(model, exact), plain_batch_norm(model), _Wider():
             yield
     except Exception as error:
         if not any(m is model for m in called_modules(traceback.walk_tb(error.__traceback__))):

@@ -292,6 +292,7 @@ class DifferentiableNetwork:
             given = [p.detach() if n in self.constants else p for n, p in named]
         first, buffers = self.read(tensors, x)
         made: Tensor = applied(Forward, self, first, tensors, buffers, *given)[0]
+        tensors.count(self.network.counts)
         return made
 
     def read(self, tensors: Held, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:

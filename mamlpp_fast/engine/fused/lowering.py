@@ -193,6 +193,7 @@ class Lowering:
             self.norms,
             self.frozen,
             self._inputs(),
+            counts=self.recording.counts,
         )
 
     def run_loss(self) -> Network:
