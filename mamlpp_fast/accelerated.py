@@ -129,6 +129,8 @@ class _Refusal:
 
 _FREE, _CALLS = 8, 64
 """So many forms of a model are written as they come, and a further one for each so many calls that they served."""
+_MOST = 1024
+"""Calls that are left one after the other without a look, which takes some ms of a model of one's own classes."""
 
 
 class _Turnover:
@@ -160,6 +162,9 @@ _changing: weakref.WeakKeyDictionary[nn.Module, _Turnover] = weakref.WeakKeyDict
 """Of models for which programs were written."""
 _idle: weakref.WeakKeyDictionary[nn.Module, dict[object, _Idle]] = weakref.WeakKeyDictionary()
 """Of models the kinds of calls that were refused."""
+_alone: dict[type, _Alone] = {}
+_UNASKED = 15
+"""To ask for the kind takes some 20 us, of a layer or two a tenth of the time."""
 _left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
 """Why calls of a model were not looked at, in order."""
 _resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
@@ -239,6 +244,9 @@ def served(
     if torch.compiler.is_compiling() or paused():
         return None
     # Without a look at the call or the form, which plain PyTorch does not need.
+    if (alone := _alone.get(type(model))) is not None and alone.left > 0 and alone.model() is model:
+        alone.left -= 1
+        return None
     if gainless(model):
         return None
     if (before := _resting.get(model)) is not None:
@@ -366,16 +374,26 @@ class _Idle:
         self.refusal: _Refusal | None = None
 
 
+class _Alone:
+    """A model of which no kind of calls is served, and how many more of its calls are not even asked for their kind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.left = weakref.ref(model), _UNASKED
+
+
 def _looked_up(
     model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None
 ) -> tuple[_Route, Seen | None]:
-    """As :func:`_route`, which takes up to a millisecond: of calls that are refused again and again, one in 64."""
+    """As :func:`_route`, which takes some ms: of calls that are refused again and again one in 64, 128, ... 1024."""
     kinds = _idle.setdefault(model, {})
     shapes = form_of_inputs(x)
     kind = model.training, transformed(), shapes
     own = kinds.get(kind)
     for idle in (own, kinds.get(kind[:2]) if own is None or own.refused else None):
-        if idle is not None and idle.left and idle.refusal is not None:
+        if idle is not None and idle.left > 0 and idle.refusal is not None:
+            if all(i.refusal is not None for i in kinds.values()):
+                _alone[type(model)] = _Alone(model)
+                idle.left -= _UNASKED
             idle.left -= 1
             return idle.refusal, None
     route, seen = _route(model, x, shapes, plain)
@@ -387,7 +405,7 @@ def _looked_up(
     idle = kinds.setdefault(kind[:2] if route.of_all else kind, _Idle())
     idle.refused += 1
     if idle.refused >= _FREE:
-        idle.left, idle.refusal = _CALLS - 1, route
+        idle.left, idle.refusal = min(_CALLS << (idle.refused - _FREE), _MOST) - 1, route
     return route, seen
 
 

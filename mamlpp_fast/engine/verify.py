@@ -53,11 +53,11 @@ _EXAMPLES = 4
 _LONG = 2
 
 
-def enough(x: reference.Inputs, network: Network) -> int:
-    """How many examples [n, ...] a check takes of a network."""
+def enough(x: reference.Inputs, network: Network | None = None) -> int:
+    """How many examples [n, ...] a check takes of a network, at most where there is none yet."""
     values = sum(t[0].numel() for t in tensors_of(x))
-    least = _LONG if any(isinstance(step, Attention) for step in network.steps) else _EXAMPLES
-    return min(examples_of(x), max(least, _VALUES // max(values, 1)))
+    long = network is not None and any(isinstance(step, Attention) for step in network.steps)
+    return min(examples_of(x), max(_LONG if long else _EXAMPLES, _VALUES // max(values, 1)))
 
 
 def sample(batch: EpisodeBatch, network: Network) -> EpisodeBatch:
