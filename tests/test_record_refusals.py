@@ -213,6 +213,13 @@ def test_refusals_name_module_and_reason(fn: Callable[[Any, Tensor], Any], modul
     assert why in found[1]
 
 
+def test_a_sparse_buffer() -> None:
+    """A constant adjacency, say."""
+    net: nn.Module = Net(lambda net, h: torch.sparse.mm(net.edges, h.t()).t())
+    net.register_buffer("edges", torch.eye(4).to_sparse())
+    assert refusal(net) == ("edges", "is a tensor of torch.sparse_coo")
+
+
 def test_the_module_is_the_innermost_that_was_called() -> None:
     class Part(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

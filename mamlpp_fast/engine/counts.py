@@ -8,6 +8,7 @@ no part of a model's form, and whoever runs a program in place of the model's ca
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -31,9 +32,10 @@ __all__ = [
 Count = tuple[str, str, int]
 """Path of a module, name of its attribute, and by how much a call moves it."""
 
-_known: dict[type, frozenset[str]] = {}
-_computed: set[tuple[type, str]] = set()
 _NONE: frozenset[str] = frozenset()
+_Names = weakref.WeakKeyDictionary[type, frozenset[str]]
+_known, _computed = _Names(), _Names()
+"""By class the names of what forwards count, and of what some of them compute with as well."""
 
 
 def kind_of(cls: Any) -> type:
@@ -69,16 +71,16 @@ def learn(model: nn.Module, before: dict[tuple[str, str], int]) -> bool:
     before_it = known_counts()
     for (path, name), value in integers(model).items():
         kind = kind_of(type(model.get_submodule(path)))
-        if before.get((path, name), value) != value and (kind, name) not in _computed:
+        if before.get((path, name), value) != value and name not in _computed.get(kind, _NONE):
             _known[kind] = _known.get(kind, _NONE) | {name}
-    return before_it != _known
+    return before_it != known_counts()
 
 
 def computes(model: nn.Module) -> None:
     """Takes in that passes of a model compute with its counts, whose values count from now on."""
     for module in model.modules():
         kind = kind_of(type(module))
-        _computed.update((kind, name) for name in _known.pop(kind, ()))
+        _computed[kind] = _computed.get(kind, _NONE) | _known.pop(kind, _NONE)
 
 
 def advance(model: nn.Module, counts: Iterable[Count], calls: int = 1) -> None:
