@@ -110,9 +110,9 @@ def record(
     original = model if original is None else original
     if (why := fingerprint(original).unfollowed()) is not None:
         raise Unsupported(type(model).__name__, why)
-    for name, t in (*original.named_parameters(), *original.named_buffers()):
+    for place, t in (*original.named_parameters(), *original.named_buffers()):
         if t.layout is not torch.strided:
-            raise Unsupported(name, f"is a tensor of {t.layout}")
+            raise Unsupported(place, f"is a tensor of {t.layout}")
     if (name := with_a_graph(original)) is not None:
         raise Unsupported(type(model).__name__, f"the attribute {name} was computed with a gradient")
     places = shared(original)
