@@ -19,6 +19,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast import reference
 from mamlpp_fast._modes import plainly
 from mamlpp_fast.engine.base import UncheckedError, Unsupported
+from mamlpp_fast.engine.counts import kind_of, known_counts
 from mamlpp_fast.engine.fingerprint import look
 from mamlpp_fast.engine.fused import transforms
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, gainless
@@ -91,7 +92,7 @@ def acceleration(model: nn.Module) -> str:
         return "not accelerated: a linear layer alone, which PyTorch is faster at"
     if not _is_routed(type(model)):
         return "not accelerated: made by torch.jit or torch.fx, or never given to mamlpp_fast.accelerate"
-    kind, shapes = _kind(model), _shapes(model)
+    kind, shapes = kind_of(type(model)), _shapes(model)
     with _lock:
         lines = [
             f"{_said(key)}: {route}"
@@ -101,12 +102,6 @@ def acceleration(model: nn.Module) -> str:
         ]
         left = list(_left.get(model, ()))
     return "\n".join([*lines, *(f"other calls: plain PyTorch: {why}" for why in left)]) or "no call yet"
-
-
-def _kind(model: nn.Module) -> type:
-    """The class that a model was made of."""
-    cls = type(model)
-    return cls.__mro__[1] if vars(cls).get(ROUTED) else vars(cls).get("_fast_original", cls)
 
 
 def _shapes(model: nn.Module) -> _Shapes:
@@ -136,6 +131,8 @@ class _Refusal:
 
 _FREE, _CALLS = 8, 64
 """So many forms of a model are written as they come, and a further one for each so many calls that they served."""
+_MOST = 1024
+"""Calls that are left one after the other without a look, which takes some ms of a model of one's own classes."""
 
 
 class _Turnover:
@@ -167,6 +164,9 @@ _changing: weakref.WeakKeyDictionary[nn.Module, _Turnover] = weakref.WeakKeyDict
 """Of models for which programs were written."""
 _idle: weakref.WeakKeyDictionary[nn.Module, dict[object, _Idle]] = weakref.WeakKeyDictionary()
 """Of models the kinds of calls that were refused."""
+_alone: dict[type, _Alone] = {}
+_UNASKED = 15
+"""To ask for the kind takes some 20 us, of a layer or two a tenth of the time."""
 _left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
 """Why calls of a model were not looked at, in order."""
 _resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
@@ -246,6 +246,9 @@ def served(
     if torch.compiler.is_compiling() or plainly.now:
         return None
     # Without a look at the call or the form, which plain PyTorch does not need.
+    if (alone := _alone.get(type(model))) is not None and alone.left > 0 and alone.model() is model:
+        alone.left -= 1
+        return None
     if gainless(model):
         return None
     if (before := _resting.get(model)) is not None:
@@ -380,16 +383,26 @@ class _Idle:
         self.refusal: _Refusal | None = None
 
 
+class _Alone:
+    """A model of which no kind of calls is served, and how many more of its calls are not even asked for their kind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.left = weakref.ref(model), _UNASKED
+
+
 def _looked_up(
     model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None
 ) -> tuple[_Route, Seen | None]:
-    """As :func:`_route`, which takes up to a millisecond: of calls that are refused again and again, one in 64."""
+    """As :func:`_route`, which takes some ms: of calls that are refused again and again one in 64, 128, ... 1024."""
     kinds = _idle.setdefault(model, {})
     shapes = form_of_inputs(x)
     kind = model.training, transformed(), shapes
     own = kinds.get(kind)
     for idle in (own, kinds.get(kind[:2]) if own is None or own.refused else None):
-        if idle is not None and idle.left and idle.refusal is not None:
+        if idle is not None and idle.left > 0 and idle.refusal is not None:
+            if all(i.refusal is not None for i in kinds.values()):
+                _alone[type(model)] = _Alone(model)
+                idle.left -= _UNASKED
             idle.left -= 1
             return idle.refusal, None
     route, seen = _route(model, x, shapes, plain)
@@ -401,7 +414,7 @@ def _looked_up(
     idle = kinds.setdefault(kind[:2] if route.of_all else kind, _Idle())
     idle.refused += 1
     if idle.refused >= _FREE:
-        idle.left, idle.refusal = _CALLS - 1, route
+        idle.left, idle.refusal = min(_CALLS << (idle.refused - _FREE), _MOST) - 1, route
     return route, seen
 
 
@@ -415,7 +428,7 @@ def _route(
     given = tensors_of(x)
     inputs = any(t.requires_grad for t in given)
     devices = frozenset(t.device for t in given)
-    key = (_kind(model), shapes, devices, model.training, inputs, transform, form)
+    key = (kind_of(type(model)), shapes, devices, model.training, inputs, transform, form)
     with _lock:
         if (known := _routes.get(key)) is not None:
             _routes.move_to_end(key)
@@ -430,7 +443,12 @@ def _route(
         if transform:
             route = _under_transforms(model, x, plain, *transform)
         else:
+            counts = known_counts()
             route = _made(model if plain is None else plain(), x)
+            if known_counts() != counts:  # and the form another one
+                if isinstance(route, _Refusal):
+                    return route, None
+                key = (*key[:-1], look(model)[0])
         turnover.add(route)
         if isinstance(route, _Refusal) and not transform:
             refused[key[:-1]] += 1
@@ -453,6 +471,8 @@ def _under_transforms(
         return route
     if any(norm.statistics is not None for norm in route.network.norms.values()):
         return _Refusal("keeps running statistics, which a transform changes as PyTorch does, or refuses")
+    if route.network.counts:
+        return _Refusal("counts its calls, which a transform makes as many of as PyTorch does")
     return transforms.Transformed(route)
 
 

@@ -57,9 +57,14 @@ def _write_constant(net: Any, h: Tensor) -> Tensor:
     return h * shift
 
 
+def _sum_up(net: Any, h: Tensor) -> Tensor:
+    net.calls += 0.5
+    return h
+
+
 def _count(net: Any, h: Tensor) -> Tensor:
     net.calls += 1
-    return h
+    return h * net.calls
 
 
 def _keep_activation(net: Any, h: Tensor) -> Tensor:
@@ -170,7 +175,8 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
     "buffer-put": (_put_buffer, "scale", "is replaced in the forward"),
     "tensor-attribute-write": (_write_attribute_tensor, "an attribute", "is changed in place by add_"),
     "constant-write": (_write_constant, "a tensor of the forward's own", "is changed in place by add_"),
-    "attribute-write": (_count, "Net", "its forward changes attributes of the model"),
+    "attribute-write": (_sum_up, "Net", "its forward changes attributes of the model"),
+    "computes-with-a-count": (_count, "Net", "computes with a count of its calls"),
     "activation-kept": (_keep_activation, "Net", "its forward changes attributes of the model"),
     "stale-view": (_stale_view, "head", _STALE),
     "stale-whole": (_stale_whole, "head", _STALE),
@@ -194,6 +200,13 @@ def test_refusals_name_module_and_reason(fn: Callable[[Any, Tensor], Any], modul
     found = refusal(net)
     assert found[0] == module
     assert why in found[1]
+
+
+def test_a_sparse_buffer() -> None:
+    """A constant adjacency, say."""
+    net: nn.Module = Net(lambda net, h: torch.sparse.mm(net.edges, h.t()).t())
+    net.register_buffer("edges", torch.eye(4).to_sparse())
+    assert refusal(net) == ("edges", "is a tensor of torch.sparse_coo")
 
 
 def test_the_module_is_the_innermost_that_was_called() -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
+from mamlpp_fast.engine.counts import counts_of
 from mamlpp_fast.engine.fragments import PLAIN, number_of, others, told
 from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, Seen, forward_of, traits
 from mamlpp_fast.engine.named import (
@@ -118,7 +119,7 @@ class Fingerprint:
 class _Reader:
     """Writes what it meets into one flat list, which is far cheaper to make and compare than nested ones."""
 
-    def __init__(self, form: bool = False) -> None:
+    def __init__(self, form: bool = False, counts: bool = True) -> None:
         self.key: list[Any] = []
         self.held: list[object] = []
         self.queue: list[nn.Module] = []
@@ -126,6 +127,7 @@ class _Reader:
         self.opaque: list[object] = []
         # Modules, parameters and buffers by their order and not by identity: which of them are the same one.
         self.form = form
+        self.counts = counts
         self.tensors: dict[int, int] = {}
         self.followed: set[tuple[int, types.CodeType]] = set()
         self.functions: set[int] = set()
@@ -183,6 +185,8 @@ class _Reader:
             skipped = _PLUMBING_OF_NORMS
             if self.form:  # of one call; its step is read when it is made
                 key += (module.eval_stats, getattr(module, "plain", False))
+        elif not self.counts and (own := counts_of(module)):
+            skipped |= own
         names = others(tuple(state), skipped)
         values = tuple(map(state.__getitem__, names))
         number = number_of(names, values)
@@ -439,13 +443,14 @@ def look(model: nn.Module) -> tuple[Fingerprint, Seen | None]:
 
     The form is as :func:`fingerprint`, but equal for copies, and for a model that holds other tensors of the same
     shapes: modules, parameters and buffers count by their order, with which of them are one and the same; the other
-    attributes as ever. Hooks on gradients, ``requires_grad`` and strides of parameters do not count.
+    attributes as ever, but for counts of calls. Hooks on gradients, ``requires_grad`` and strides of parameters do not
+    count.
     """
     cls = type(model)
     last = _glances.get(cls)
     if last is not None and (tensors := last.fits(model)) is not None:
         return last.form, Seen(last, tensors)
-    form = _fingerprint(model, (), form=True)
+    form = _fingerprint(model, (), form=True, counts=False)
     if (glance := Glance.of(form, model)) is not None:
         _glances[cls] = glance
     return form, None
@@ -455,7 +460,7 @@ _glances: dict[type, Glance] = {}
 """Of a model of each class, the one that was looked at last."""
 
 
-def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
+def fingerprint(model: nn.Module, *beside: object, counts: bool = True) -> Fingerprint:
     """Everything about a model, but for the values in it, that decides what a pass through it computes.
 
     These are: its modules, their classes and own ``forward``; training flags that differ from the root's; identity,
@@ -475,12 +480,13 @@ def fingerprint(model: nn.Module, *beside: object) -> Fingerprint:
     Args:
         model: any module. Nothing is read from a device.
         beside: what else counts, read as an attribute is.
+        counts: whether the counts that modules keep of their calls are among it.
     """
-    return _fingerprint(model, beside)
+    return _fingerprint(model, beside, counts=counts)
 
 
-def _fingerprint(model: nn.Module, beside: tuple[object, ...], form: bool = False) -> Fingerprint:
-    reader = _Reader(form)
+def _fingerprint(model: nn.Module, beside: tuple[object, ...], **how: bool) -> Fingerprint:
+    reader = _Reader(**how)
     # What torch.distributions looks at is the process's as well: torch.compile switches it off.
     reader.key += (torch.get_default_dtype(), torch.distributions.Distribution._validate_args)
     for name in GLOBAL_HOOKS:

@@ -17,6 +17,7 @@ examples, which tells sizes that follow the batch from those that do not.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import types
@@ -34,6 +35,7 @@ from mamlpp_fast import reference
 from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
+from mamlpp_fast.engine.counts import Count, StandIns, computes, integers, learn
 from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.named import of_library, tensors_named
 from mamlpp_fast.engine.operation import Operation
@@ -62,6 +64,7 @@ class Recording:
         counted: names of the buffers that count batches, as often as they were counted up.
         asked: truth values of one element that the pass asked for, and the answers that it goes on from.
         asks_gradients: whether the forward asks which tensors take a gradient.
+        counts: that modules keep of their calls, which nothing is computed from.
     """
 
     inputs: int
@@ -74,6 +77,7 @@ class Recording:
     counted: tuple[str, ...]
     asked: tuple[tuple[int, bool], ...] = ()
     asks_gradients: bool = False
+    counts: tuple[Count, ...] = ()
 
     @property
     def draws(self) -> str | None:
@@ -106,12 +110,28 @@ def record(
     original = model if original is None else original
     if (why := fingerprint(original).unfollowed()) is not None:
         raise Unsupported(type(model).__name__, why)
+    for place, t in (*original.named_parameters(), *original.named_buffers()):
+        if t.layout is not torch.strided:
+            raise Unsupported(place, f"is a tensor of {t.layout}")
     if (name := with_a_graph(original)) is not None:
         raise Unsupported(type(model).__name__, f"the attribute {name} was computed with a gradient")
     places = shared(original)
 
     def watched(examples: reference.Inputs, gradient: bool = True) -> Recorder:
-        return _watched(_own_copy(model), examples, gradient=gradient, places=places)
+        own = _own_copy(model)
+        before = integers(own)
+        recorder = _watched(own, examples, gradient=gradient, places=places)
+        if recorder.problem is None:
+            return recorder
+        if learn(own, before):
+            return watched(examples, gradient)
+        if StandIns(own):
+            plain = _watched(_own_copy(model), examples, gradient=gradient, places=places, counting=False)
+            if plain.problem is None or str(plain.problem).endswith(_CHANGED):  # the stand-ins are it
+                computes(own)
+                plain.problem = Unsupported(type(model).__name__, _COMPUTES)
+            return plain
+        return recorder
 
     first, second = watched(x), watched(other)
     if fixed and first.problem is None and second.problem is not None:
@@ -124,6 +144,8 @@ def record(
             raise recorder.problem
     if _calls(third) != _calls(second):
         raise Unsupported(type(model).__name__, "executes other operations where no gradient is taken")
+    if not first.counts == second.counts == third.counts:
+        raise Unsupported(type(model).__name__, "counts otherwise for another number of examples")
     _told_by_objects(model, original, other, places, second)
     given = tensors_of(x)
     shapes = {i: tuple(t.shape[1:]) for i, t in enumerate(given)}
@@ -151,6 +173,7 @@ def record(
         dtypes,
         tuple(first.counted),
         asks_gradients=first.asks_gradients,
+        counts=first.counts,
     )
 
 
@@ -192,6 +215,8 @@ def _as_parameter(p: Tensor) -> Tensor:
 
 
 _LOSS = "the loss"
+_CHANGED = "its forward changes attributes of the model"
+_COMPUTES = "computes with a count of its calls"
 
 
 class _Watched(nn.Module):
@@ -251,6 +276,8 @@ def record_loss(
     for recorder in found:
         if recorder.problem is not None:
             raise recorder.problem
+        if recorder.counts:
+            raise Unsupported("loss", _CHANGED)
     first, second = (recorder.operations for recorder in found)
     asked = found[0].asked
     if [(a.function, a.outputs) for a in first] != [(b.function, b.outputs) for b in second] or (
@@ -337,17 +364,20 @@ def _watched(
     places: Shared = NOTHING,
     answers: bool = False,
     stand_in: Callable[[Tensor], Tensor] = as_fast_weight,
+    counting: bool = True,
 ) -> Recorder:
-    """Runs one pass under both modes, on stand-ins for the model's tensors."""
+    """Runs one pass under both modes, on stand-ins for the model's tensors, and where ``counting`` for its counts."""
     recorder = Recorder(model, tensors_of(inputs), places, answers, stand_in)
     before = fingerprint(model)
     states = before.states()
+    counts = StandIns(model) if counting else contextlib.nullcontext()
     with _random_state() as drawn:
         try:
             with (
                 reference.swapped(model, recorder.stand_ins),
                 torch.set_grad_enabled(gradient),
                 OwnGenerators(),
+                counts,
                 recorder.watch,
                 recorder,
             ):
@@ -362,7 +392,11 @@ def _watched(
     if drawn():
         recorder.complain(type(model).__name__, "draws random numbers")
     if recorder.problem is None and (fingerprint(model) != before or before.states() != states):
-        recorder.complain(type(model).__name__, "its forward changes attributes of the model")
+        recorder.complain(type(model).__name__, _CHANGED)
+    if isinstance(counts, StandIns):
+        recorder.counts = counts.counts
+        if counts.used:
+            recorder.complain(type(model).__name__, _COMPUTES)
     return recorder
 
 

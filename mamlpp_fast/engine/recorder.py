@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported, called_modules, first_line
+from mamlpp_fast.engine.counts import Count
 from mamlpp_fast.engine.executions import Draw, Executions
 from mamlpp_fast.engine.operation import Buffer, Constant, Operation, Parameter, Value, is_reference, name_of
 from mamlpp_fast.engine.questions import OF_A_CALL, asked_by_own_code
@@ -94,6 +95,7 @@ class Recorder(TorchFunctionMode):
         self._buffers = {name: self.stand_ins[name].clone() for name, _ in model.named_buffers()}
         self._statistics: set[str] = set()
         self.counted: list[str] = []
+        self.counts: tuple[Count, ...] = ()
         self.asks_gradients = False
         for t in self.inputs:
             self._new(t, [])

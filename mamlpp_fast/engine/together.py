@@ -16,7 +16,7 @@ from mamlpp_fast import accelerated
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
-from mamlpp_fast.engine.fused.held import Held, Taken
+from mamlpp_fast.engine.fused.held import Counted, Held, Taken
 from mamlpp_fast.engine.record import hooks, of_a_thread, record_loss
 from mamlpp_fast.episodes import Episode, EpisodeBatch
 from mamlpp_fast.inputs import form_of_inputs
@@ -40,7 +40,7 @@ class Passes:
         networks: by the form of the examples.
 
     Attributes:
-        later: what running statistics are to take in, in order.
+        later: what running statistics and counts are to take in, in order.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Passes:
         self._model = model
         self._loss_fn = loss_fn
         self._networks = networks
-        self.later: list[Taken] = []
+        self.later: list[Taken | Counted] = []
 
     def call(self, fast: Mapping[str, Tensor], x: Inputs, step: int) -> Tensor:
         """The model's prediction with the fast weights, per-step norms at a step."""

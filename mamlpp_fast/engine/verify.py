@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mamlpp_fast import reference
 from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
+from mamlpp_fast.engine.counts import unmoved
 from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.fused.sections import EXAMPLES
 from mamlpp_fast.engine.fused.steps import Attention
@@ -52,11 +53,11 @@ _EXAMPLES = 4
 _LONG = 2
 
 
-def enough(x: reference.Inputs, network: Network) -> int:
-    """How many examples [n, ...] a check takes of a network."""
+def enough(x: reference.Inputs, network: Network | None = None) -> int:
+    """How many examples [n, ...] a check takes of a network, at most where there is none yet."""
     values = sum(t[0].numel() for t in tensors_of(x))
-    least = _LONG if any(isinstance(step, Attention) for step in network.steps) else _EXAMPLES
-    return min(examples_of(x), max(least, _VALUES // max(values, 1)))
+    long = network is not None and any(isinstance(step, Attention) for step in network.steps)
+    return min(examples_of(x), max(_LONG if long else _EXAMPLES, _VALUES // max(values, 1)))
 
 
 def sample(batch: EpisodeBatch, network: Network) -> EpisodeBatch:
@@ -262,7 +263,7 @@ def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
     norms = [m for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)]
     before = [m.step for m in norms]
     try:
-        with reference.swapped(model, exact), plain_batch_norm(model), _Wider():
+        with unmoved(model), reference.swapped(model, exact), plain_batch_norm(model), _Wider():
             yield
     except Exception as error:
         if not any(m is model for m in called_modules(traceback.walk_tb(error.__traceback__))):

@@ -29,10 +29,10 @@ class Watch:
         flags, mode = [(module, module.training) for module in model.modules()], model.training
         for training in (not mode, mode):  # back by its own `train`, which may do more than set flags
             model.train(training)
-            self._known[training] = fingerprint(model, *self._beside)
+            self._known[training] = fingerprint(model, *self._beside, counts=False)
         for module, training in flags:
             module.training = training
 
     def changed(self, model: nn.Module) -> bool:
         """Whether the model is another than when it was last looked at."""
-        return self._known[model.training] != fingerprint(model, *self._beside)
+        return self._known[model.training] != fingerprint(model, *self._beside, counts=False)

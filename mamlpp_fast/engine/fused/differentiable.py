@@ -9,6 +9,7 @@ come back to it; memory is used again, so that the calls of an iteration find th
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from mamlpp_fast.engine.fused.network import Network
 from mamlpp_fast.engine.fused.sections import EXAMPLES, Form, Place, Sections, input_name
 from mamlpp_fast.engine.fused.steps import Attention, Generic
 from mamlpp_fast.engine.operation import Parameter
-from mamlpp_fast.engine.record import record
+from mamlpp_fast.engine.record import Recording, record
 from mamlpp_fast.engine.verify import check_call, enough
 from mamlpp_fast.inputs import examples_of, joined, mapped, structure_of, tensors_of
 from mamlpp_fast.machine import release_memory
@@ -74,18 +75,11 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
         raise Unsupported(type(model).__name__, "normalises with running statistics")
     keep_one_row(template)
     parameters = dict(template.named_parameters())
-    recording = record(template, x, mapped(lambda t: torch.cat([t, t[:1]]), x), original=model)
-    if recording.asks_gradients:
-        raise Unsupported(
-            type(model).__name__, "asks which tensors take a gradient, which may differ from call to call"
-        )
-    if recording.draws is not None:
-        raise Unsupported(type(model).__name__, recording.draws)
-    network = lower(recording, template, frozenset(parameters))
-    for fusion in (drop_inert_biases, fuse_norms):
-        network = fusion(network)
-    if not inputs:  # the fused first layer has no gradient for its images
-        network = fuse_first_layer(network)
+    count = enough(x)
+    recording, network = _lowered(model, template, x, count, inputs)
+    if (fewer := enough(x, network)) < count:  # by the steps that it has
+        count = fewer
+        recording, network = _lowered(model, template, x, count, inputs)
     if network.frozen:
         raise Unsupported(next(iter(network.frozen)), "normalises with running statistics")
     if network.rows():
@@ -97,7 +91,8 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
     if not EVEN_WITHOUT_GAIN and not _gains(network):
         raise Unsupported(
             type(model).__name__,
-            "is of products, pointwise functions and the like alone, and of few of them, which PyTorch is faster at",
+            "is of few steps, all of them products, pointwise functions and the like, or reads large tables, which "
+            "PyTorch is faster at",
         )
     if network.output not in network.depends(frozenset(network.slots())):
         raise Unsupported(type(model).__name__, "its results take part in no gradient")
@@ -105,8 +100,8 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
         (r.name, r.detached) for op in recording.operations for r in op.inputs() if isinstance(r, Parameter)
     }
     constants = frozenset(name for name, detached in read if detached and (name, False) not in read)
-    count, device = enough(x, network), tensors_of(x)[0].device
-    few, structure = mapped(lambda t: t[:count].clone(), x), structure_of(x)
+    device, structure = tensors_of(x)[0].device, structure_of(x)
+    few = mapped(lambda t: t[:count].clone(), x)
     exact = DifferentiableNetwork(
         network, template, count, device, torch.float64, constants, inputs, structure
     )
@@ -118,21 +113,53 @@ def _differentiable(model: nn.Module, x: Inputs, inputs: bool) -> Differentiable
     )
 
 
+def _lowered(
+    model: nn.Module, template: nn.Module, x: Inputs, few: int, inputs: bool
+) -> tuple[Recording, Network]:
+    """The recording of a model, and its network for so many examples as there are and as few as a check takes."""
+    whole = few == examples_of(x)
+    other = mapped(lambda t: torch.cat([t, t[:1]]) if whole else t[:few], x)
+    recording = record(template, x, other, original=model)
+    if recording.asks_gradients:
+        raise Unsupported(
+            type(model).__name__, "asks which tensors take a gradient, which may differ from call to call"
+        )
+    if recording.draws is not None:
+        raise Unsupported(type(model).__name__, recording.draws)
+    network = lower(recording, template, frozenset(dict(template.named_parameters())))
+    for fusion in (drop_inert_biases, fuse_norms):
+        network = fusion(network)
+    if not inputs:  # the fused first layer has no gradient for its images
+        network = fuse_first_layer(network)
+    return recording, network
+
+
 _SCANS = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
-_MANY = 48
-"""Steps that gain by their number. An operation of ours takes some 0.2 ms a call beside what it computes, and each of
-PyTorch's that it stands for some 5 us, forwards, backwards and twice so: of 20 small networks without convolutions,
-norms and scans those of 10 to 40 steps took 0.6 to 0.96 of a plain loop's speed, those of 58 and more 1.05 to 1.6."""
+_MANY, _OF_A_NORM = 48, 6
+"""Steps that gain by their number, and as how many a batch norm counts beside its own. An operation of ours takes some
+0.2 ms a call beside what it computes, and each of PyTorch's that it stands for some 5 us, forwards, backwards and twice
+so: of 20 small networks without convolutions, norms and scans those of 10 to 40 steps took 0.6 to 0.96 of a plain
+loop's speed, those of 58 and more 1.05 to 1.6; MLPs with 1, 2, 4 and 6 batch norms 0.72, 0.91, 1.10 and 1.21."""
+_TABLE = 2**19
+"""Numbers in embeddings from which a network without scans gains nothing, and of eight times as many one with them:
+each pass copies tables, and their gradients, where PyTorch reads some rows. Convolutions of texts took 1.6 of a plain
+loop's speed with tables of 2^18 numbers, 0.67 with 2^21; an LSTM 1.8 with 2^19, 1.3 with 2^21."""
 
 
 def _gains(network: Network) -> bool:
     """Whether the kernels are faster at a network, of any size."""
-    return len(network.steps) >= _MANY or any(
-        step.convolves
-        or isinstance(step, Attention)
-        or (step.recorded.name in _SCANS if isinstance(step, Generic) else step.name in network.norms)
-        for step in network.steps
-    )
+    generic = [step for step in network.steps if isinstance(step, Generic)]
+    scans = any(step.recorded.name in _SCANS for step in generic)
+    tables = {
+        s.name: math.prod(s.shape)
+        for step in generic
+        if step.recorded.name == "embedding"
+        for s in step.slots
+    }
+    if sum(tables.values()) > (8 * _TABLE if scans else _TABLE):
+        return False
+    heavy = scans or any(step.convolves or isinstance(step, Attention) for step in network.steps)
+    return heavy or len(network.steps) + _OF_A_NORM * len(network.norms) >= _MANY
 
 
 def keep_one_row(model: nn.Module) -> None:
@@ -298,6 +325,7 @@ class DifferentiableNetwork:
             given = [p.detach() if n in self.constants else p for n, p in named]
         first, buffers = self.read(tensors, x)
         made: Tensor = applied(Forward, self, first, tensors, buffers, *given)[0]
+        tensors.count(self.network.counts)
         return made
 
     def read(self, tensors: Held, x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the low
 from mamlpp_fast._modes import float32_products, plainly
 from mamlpp_fast.engine import base
 from mamlpp_fast.engine.base import Precision, Seldom, Unsupported, handed_over
+from mamlpp_fast.engine.counts import advance
 from mamlpp_fast.engine.fused.form import Form, Written
 from mamlpp_fast.engine.fused.fusions import fuse
 from mamlpp_fast.engine.fused.losses import RecordedLoss, recorded_loss
@@ -130,6 +131,8 @@ class FusedEngine:
             self._captured_generation = self.generation
         with float32_products(self.device, tf32=self.precision == "tf32"):
             losses, logits = self._step(batch, step_weights, second_order)
+        passes = int(made_passes(self.rates.num_steps, step_weights is not None).sum())
+        advance(self.model, self._current.network.counts, passes * batch.num_tasks)
         self._gradients.hand_over()
         task_losses = losses.clone()
         return MetaResult(task_losses.mean(), task_losses, logits.clone())
@@ -140,6 +143,7 @@ class FusedEngine:
         prepared = self.prepare_evaluation(batch, steps, stats)
         with torch.no_grad(), float32_products(self.device, tf32=self.precision == "tf32"):
             prepared.run(batch)
+        advance(self.model, prepared.network.counts, 2 * steps * batch.num_tasks)
         return prepared.logits.clone()
 
     @property
@@ -344,6 +348,8 @@ class FusedEngine:
             if recording.draws is not None and self.device.type != "cpu":
                 # A captured draw there would be another operator's than the one that was recorded.
                 raise Unsupported(type(self.model).__name__, f"{recording.draws}, which is for a CPU alone")
+            if recording.counts and self.device.type != "cpu":
+                raise Unsupported(type(self.model).__name__, "counts its calls, which no captured graph does")
             self._recordings[training, *examples] = recording
         key = training, running, loss, *examples
         if key not in self._networks:

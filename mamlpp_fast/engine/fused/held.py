@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mamlpp_fast import reference
+from mamlpp_fast.engine.counts import Count
 from mamlpp_fast.engine.glances import Seen
 
-__all__ = ["Held", "Taken"]
+__all__ = ["Counted", "Held", "Taken"]
 
 
 class Taken(NamedTuple):
@@ -36,13 +37,24 @@ def _path(name: str) -> tuple[str, str]:
     return path, leaf
 
 
+class Counted(NamedTuple):
+    """A call that a module counts."""
+
+    module: nn.Module
+    name: str
+    by: int
+
+    def apply(self) -> None:
+        vars(self.module)[self.name] += self.by
+
+
 class Held:
     """What a model holds now, by name: its own tensors, or those that a functional call gives it.
 
     Args:
         fast: takes the place of parameters of these names.
         step: of per-step norms, where it is not theirs.
-        later: takes what running statistics are to take in, in place of them.
+        later: takes what running statistics and counts are to take in, in place of them.
         seen: what a glance at the model has just found.
     """
 
@@ -51,7 +63,7 @@ class Held:
         model: nn.Module,
         fast: Mapping[str, Tensor] | None = None,
         step: int | None = None,
-        later: list[Taken] | None = None,
+        later: list[Taken | Counted] | None = None,
         seen: Seen | None = None,
     ) -> None:
         self._modules = {"": model}
@@ -75,6 +87,12 @@ class Held:
     def buffer(self, name: str) -> Tensor:
         module, leaf = self._module(name)
         return self._own(module, module._buffers[leaf], "per_step_stats")
+
+    def count(self, counts: Sequence[Count]) -> None:
+        """Moves the model's counts as a call does; at once, or later."""
+        for path, name, by in counts:
+            counted = Counted(self._module(f"{path}.{name}".removeprefix("."))[0], name, by)
+            counted.apply() if self.later is None else self.later.append(counted)
 
     def _own(self, module: nn.Module, held: Tensor | None, by_step: str) -> Tensor:
         """A module's tensor, or its row where the module says that it has one for every step."""

@@ -181,7 +181,8 @@ class Lowering:
         output = self.value(Value(self.recording.output)) if len(shape) == 1 else None
         if output is None or output in self.grids:
             output = self.settled(self.native(self.recording.output))
-        return Network(self._read(output), self.shapes, output, self.norms, self.frozen, self._inputs())
+        own = self.norms, self.frozen, self._inputs()
+        return Network(self._read(output), self.shapes, output, *own, counts=self.recording.counts)
 
     def run_loss(self) -> Network:
         self._values, self._natives = {}, self._values

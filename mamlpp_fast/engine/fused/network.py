@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mamlpp_fast.engine.counts import Count
 from mamlpp_fast.engine.fused.steps import Rows, Slot, Step
 
 __all__ = ["Network", "Norm", "Statistics"]
@@ -60,6 +61,7 @@ class Network:
         inputs: types of the first values, as the model is given them; integers are token ids.
         inert: biases that a norm of each example takes out again; those of batch norms are with ``norms``.
         asked: values [tasks] of a loss, and the answers by which it is this network.
+        counts: that modules keep of their calls.
     """
 
     steps: tuple[Step, ...]
@@ -70,6 +72,7 @@ class Network:
     inputs: tuple[torch.dtype, ...]
     inert: tuple[str, ...] = ()
     asked: tuple[tuple[int, bool], ...] = ()
+    counts: tuple[Count, ...] = ()
 
     def channels(self, norm: str) -> int:
         """Of a batch norm, by name."""
