@@ -54,10 +54,15 @@ class Local:
 
 
 class Remote:
-    """A script in a process of its own, which is its owner's to close."""
+    """A script in a process of its own, which is its owner's to close.
 
-    def __init__(self, worker: Worker) -> None:
+    Args:
+        iterations: that it makes each time it is timed.
+    """
+
+    def __init__(self, worker: Worker, iterations: int = 1) -> None:
         self.worker = worker
+        self._iterations = iterations
 
     def setup(self, sizes: Sizes, dtype: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -67,8 +72,10 @@ class Remote:
     def found(self) -> Arrays:
         return self.worker.computed()
 
-    def __call__(self) -> None:
-        self.worker.ask("time", runs=1)
+    def __call__(self) -> float:
+        """Seconds of an iteration, as the script's process takes them: asking takes a few milliseconds."""
+        (seconds,) = self.worker.ask("time", runs=1)["seconds"]
+        return float(seconds) / self._iterations
 
 
 @dataclass(frozen=True)
@@ -97,17 +104,26 @@ def rows(tasks: int) -> Iterator[Row]:
                 replace(sizes, tasks=tasks if sizes.image_size < 84 else 1),
                 lambda _, builds=builds: {which: Local(build) for which, build in builds.items()},  # type: ignore[misc]
             )
-    for library, module, scripts in (
-        ("higher", "bench.peers.higher_scripts", higher_scripts.SCRIPTS),
-        ("learn2learn", "bench.learn2learn_scripts", learn2learn_scripts.SCRIPTS),
+    for library, module, scripts, iterations in (
+        ("higher", "bench.peers.higher_scripts", higher_scripts.SCRIPTS, 1),
+        (
+            "learn2learn",
+            "bench.learn2learn_scripts",
+            learn2learn_scripts.SCRIPTS,
+            learn2learn_scripts.ITERATIONS,
+        ),
     ):
         for name in scripts:
 
             def jobs(
-                stack: ExitStack, library: str = library, module: str = module, name: str = name
+                stack: ExitStack,
+                library: str = library,
+                module: str = module,
+                name: str = name,
+                iterations: int = iterations,
             ) -> dict[str, Local | Remote]:
                 return {
-                    which: Remote(stack.enter_context(worker(library, module, name, which)))
+                    which: Remote(stack.enter_context(worker(library, module, name, which)), iterations)
                     for which in ("before", "after")
                 }
 

@@ -158,7 +158,8 @@ def interleaved(
 ) -> dict[str, Times]:
     """Times every job in turn, round after round, for about so many seconds after two rounds of warming up.
 
-    ``warm`` runs each job once untimed right before, so that none starts on the caches that another left.
+    A job that returns a number has taken the time itself, in seconds. ``warm`` runs each job once untimed right before,
+    so that none starts on the caches that another left.
     On a GPU the clock runs from an idle device until it is idle again.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
@@ -173,10 +174,10 @@ def interleaved(
                 job()
             wait()
             start = time.perf_counter()
-            job()
+            own = job()
             wait()
             if round_ >= 2:
-                times[name].seconds.append(time.perf_counter() - start)
+                times[name].seconds.append(own if isinstance(own, float) else time.perf_counter() - start)
         round_ += 1
     return times
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_elsewhere
+from helpers import assert_equal_on_any_threads, run_elsewhere
 from torch import Tensor
 
 from mamlpp_fast import _native
@@ -386,16 +386,41 @@ def test_both_gradients_at_once_are_those_of_two_calls(by: str, name: str, dtype
                 assert torch.equal(a, b)
 
 
-def test_gradients_that_do_not_belong_together_are_refused() -> None:
+@pytest.mark.skipif("native" not in backends("task_conv2d"), reason="there is no native library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["omniglot-14", "omniglot-3", "stride-2-full-panel", "sequence", "many-channels"]
+)
+def test_both_gradients_at_once_are_those_of_two_calls_on_any_number_of_threads(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Of one task on two threads each makes one of them, or both make either where the products are many."""
+    tasks = (1, 40) if name == "omniglot-14" else SHAPES[name][:2]
+    case = Case((*tasks, *SHAPES[name][2:]), dtype)
+    with use_backend("native"):
+        for second in (False, True):
+            two = gradients(case, second, both=False)
+            assert not any(t.isnan().any() for t in two)
+            assert_equal_on_any_threads(lambda second=second: gradients(case, second, both=True))  # type: ignore[misc]
+            torch.testing.assert_close(gradients(case, second, both=True), two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("by", [b for b in ("python", "native") if b in backends("task_conv2d")])
+def test_gradients_that_do_not_belong_together_are_refused(by: str) -> None:
     case = Case(INTERPRETED["odd-3x3"], torch.float32)
-    (x, u), (w, v), (g, _) = case.x, case.w, case.g
+    (x, u), (w, v), (g, h) = case.x, case.w, case.g
     rest = case.stride, case.padding
-    with pytest.raises(ValueError, match="second operands: expected all three or none, got two"):
-        ops.task_conv2d_gradients(x, w, g, u, v, None, *rest, torch.empty_like(x), torch.empty_like(w))
-    with pytest.raises(ValueError, match="gw: expected the shape"):
-        ops.task_conv2d_gradients(x, w, g, None, None, None, *rest, torch.empty_like(x), w[:1])
-    with pytest.raises(ValueError, match="task_conv2d: expected output"):
-        ops.task_conv2d_gradients(x, w, g[:, :1], None, None, None, *rest, torch.empty_like(x), w)
+    gx, gw = torch.empty_like(x), torch.empty_like(w)
+    alone = (x, w, g, None, None, None, *rest)
+    with use_backend(by):
+        for given in ((u, v, None), (u, None, h), (None, v, h), (None, None, h)):
+            with pytest.raises(ValueError, match="second operand"):
+                ops.task_conv2d_gradients(x, w, g, *given, *rest, gx, gw)
+        for results in ((gx, w[:1]), (gx, w[..., :1]), (gx[:, :1], gw)):
+            with pytest.raises(ValueError, match=r"expected (the shape|output)"):
+                ops.task_conv2d_gradients(*alone, *results)
+        with pytest.raises(ValueError, match="task_conv2d: expected output"):
+            ops.task_conv2d_gradients(x, w, g[:, :1], None, None, None, *rest, gx, gw)
 
 
 @interpreted

@@ -2,6 +2,8 @@
 // layout, gradients out of it, and a batch's statistics into the running ones. Each in one call, for in a small network
 // a call from Python for each tensor takes as long as the kernels. Used by mamlpp_fast/engine/fused/moves.py.
 
+#include "kernels/moves.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
@@ -14,52 +16,12 @@
 
 #include "arguments.h"
 #include "calls.h"
-#include "kernels/linear_cross_entropy.h"
 
 namespace mf {
 namespace {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-/// Of a weight [outputs, inputs, window], which the kernels have as [window, inputs, outputs].
-struct Weight {
-  int64_t outputs, inputs, window;
-
-  int64_t columns() const { return inputs * window; }
-  /// Where the kernels have the values of a column, for all outputs.
-  int64_t row(int64_t column) const { return (column % window * inputs + column / window) * outputs; }
-};
-
-/// to = scale · from.
-template <typename T>
-void scaled(const T* from, int64_t count, T scale, T* to) {
-  if (scale == 1) {
-    std::copy_n(from, count, to);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) to[i] = scale * from[i];
-  }
-}
-
-/// Copies outputs [begin, end) of a weight into the kernels' layout, times a number: these become the last axis, then
-/// whole rows of them are moved.
-template <typename T>
-void copy_in(const Weight& w, int64_t begin, int64_t end, const T* own, T scale, T* kernels) {
-  const int64_t columns = w.columns(), count = end - begin;
-  T* turned = scratch<T>(columns * count);
-  MF_DISPATCH(head_transpose<T>)(own + begin * columns, count, columns, turned);
-  for (int64_t j = 0; j < columns; ++j) scaled(turned + j * count, count, scale, kernels + w.row(j) + begin);
-}
-
-/// And out of it.
-template <typename T>
-void copy_out(const Weight& w, int64_t begin, int64_t end, const T* kernels, T* own) {
-  const int64_t columns = w.columns(), count = end - begin;
-  T* gathered = scratch<T>(columns * count);
-  for (int64_t j = 0; j < columns; ++j) std::copy_n(kernels + w.row(j) + begin, count, gathered + j * count);
-  MF_DISPATCH(head_transpose<T>)(gathered, columns, count, own + begin * columns);
-}
 
 /// The share of a thread in so many elements, in whole cache lines of float.
 std::pair<int64_t, int64_t> share(int64_t count, int64_t part, int64_t parts) {
@@ -75,7 +37,10 @@ class Arrangement {
       : split_(std::move(split)), order_(std::move(order)) {
     const bool matrix = order_ == std::vector<int64_t>{1, 0};
     if (matrix || order_ == std::vector<int64_t>{2, 3, 1, 0}) {
-      weight_ = Weight{split_[0], split_[1], matrix ? 1 : split_[2] * split_[3]};
+      // A weight [outputs, inputs, window], which the kernels have as [window, inputs, outputs].
+      const int64_t outputs = split_[0], inputs = split_[1], window = matrix ? 1 : split_[2] * split_[3];
+      for (int64_t i = 0; i < inputs; ++i)
+        for (int64_t tap = 0; tap < window; ++tap) rows_.push_back((tap * inputs + i) * outputs);
     }
     plain_ = true;
     for (size_t i = 0; i < order_.size(); ++i) plain_ &= order_[i] == static_cast<int64_t>(i);
@@ -83,7 +48,7 @@ class Arrangement {
 
   /// Whether `copy_share` takes a tensor of the owner and the place that the kernels have for it.
   bool shares(const Tensor& own, const Tensor& place) const {
-    return (plain_ || weight_) && bare(own) && bare(place) && own.scalar_type() == place.scalar_type() &&
+    return (plain_ || !rows_.empty()) && bare(own) && bare(place) && own.scalar_type() == place.scalar_type() &&
            own.numel() == place.numel();
   }
 
@@ -95,25 +60,17 @@ class Arrangement {
       using T = typename decltype(type)::type;
       const T* of = (out ? place : own).template const_data_ptr<T>();
       T* to = (out ? own : place).template mutable_data_ptr<T>();
-      const auto [begin, end] = share(plain_ ? own.numel() : weight_->outputs, part, parts);
-      if (begin == end) return;
+      const T* added = out && plus ? plus->const_data_ptr<T>() : nullptr;
+      const auto columns = static_cast<int64_t>(rows_.size());
+      const auto [begin, end] = share(plain_ ? own.numel() : split_[0], part, parts);
       const T factor = static_cast<T>(scale);
       if (plain_) {
-        scaled(of + begin, end - begin, out ? T(1) : factor, to + begin);
-      } else if constexpr (out) {
-        copy_out<T>(*weight_, begin, end, of, to);
-      } else {
-        copy_in<T>(*weight_, begin, end, of, factor, to);
-      }
-      if constexpr (out) {
-        const int64_t row = plain_ ? 1 : weight_->columns(), first = begin * row, count = (end - begin) * row;
-        if (plus) {
-          const T* term = plus->const_data_ptr<T>();
 #pragma omp simd
-          for (int64_t i = first; i < first + count; ++i) to[i] = term[i] + factor * to[i];
-        } else if (factor != 1) {
-          scaled(to + first, count, factor, to + first);
-        }
+        for (int64_t i = begin; i < end; ++i) to[i] = added == nullptr ? factor * of[i] : added[i] + factor * of[i];
+      } else if constexpr (out) {
+        MF_DISPATCH(move_out<T>)(rows_.data(), columns, begin, end, of, factor, added, to);
+      } else {
+        MF_DISPATCH(move_in<T>)(rows_.data(), columns, begin, end, of, factor, to);
       }
     });
   }
@@ -130,7 +87,7 @@ class Arrangement {
 
  private:
   std::vector<int64_t> split_, order_;
-  std::optional<Weight> weight_;
+  std::vector<int64_t> rows_;  // where the kernels have a weight's columns
   bool plain_ = false;
 };
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "amx/conv_amx.h"
+#include "arguments.h"
 #include "conv_choice.h"
 #include "kernels/conv_kernels.h"
 #include "registry.h"
@@ -423,6 +424,24 @@ void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2
   dispatch(s, Product::to_weight, x, g, x2, g2, out);
 }
 
+/// Multiply-adds of a product, up to which two threads take less time for two products if each takes one of them: they
+/// meet once then, and nothing is packed twice.
+constexpr int64_t kBeside = int64_t{1} << 26;
+
+/// Both gradients of a convolution.
+void task_conv2d_gradients(const Tensor& x, const Tensor& w, const Tensor& g, const OptTensor& x2, const OptTensor& w2,
+                           const OptTensor& g2, int64_t stride, int64_t padding, Tensor& gx, Tensor& gw) {
+  const Shape s = check(gx, w, g, stride, padding);
+  check(x, gw, g, stride, padding);
+  const bool beside = s.tasks == 1 && at::get_num_threads() == 2 && conv::direct_cost(s) <= kBeside;
+  const auto one = [&](int64_t which) {
+    which == 0 ? task_conv2d_to_input(g, w, g2, w2, stride, padding, gx)
+               : task_conv2d_to_weight(x, g, x2, g2, stride, padding, gw);
+  };
+  if (beside) return each(2, one);
+  for (int64_t which : {0, 1}) one(which);
+}
+
 // Floating-point operations of `iterations` rounds of independent multiply-adds in registers, for timing the peaks.
 double fma_peak(int64_t iterations) { return winograd().fma_peak(iterations); }
 
@@ -437,7 +456,7 @@ bool task_conv2d_pays_in_bfloat16(int64_t images, at::IntArrayRef image, int64_t
 
 [[maybe_unused]] const bool registered =
     implement("task_conv2d", &task_conv2d, "task_conv2d_to_input", &task_conv2d_to_input, "task_conv2d_to_weight",
-              &task_conv2d_to_weight) &&
+              &task_conv2d_to_weight, "task_conv2d_gradients", &task_conv2d_gradients) &&
     implement_all("fma_peak(int iterations) -> float", &fma_peak) &&
     implement_all("bf16_peak(int iterations) -> float", &bf16_peak) &&
     implement_all(

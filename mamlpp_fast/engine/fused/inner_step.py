@@ -131,10 +131,10 @@ class CrossEntropy(NamedTuple):
         return -slope.sum(1, keepdim=True) * log_p.exp() * moved
 
     @staticmethod
-    def curvature(log_p: Tensor, slope: Tensor, moved: Tensor) -> Tensor:
-        """And by the logits: how gy moves where they do."""
-        pulled, p = CrossEntropy.pulled(log_p, slope, moved), log_p.exp()
-        return pulled - p * pulled.sum(1, keepdim=True)
+    def curvature(log_p: Tensor, slope: Tensor, moved: Tensor, out: Tensor) -> None:
+        """And by the logits, to ``out``: how gy moves where they do, -r p (moved - <p, moved>) in each row."""
+        turned = aten._softmax_backward_data.default(moved, log_p.exp(), 1, log_p.dtype)
+        torch.mul(turned, slope.sum(1, keepdim=True).neg_(), out=out)
 
 
 def _entropy(loss: Tensor, call: Any) -> tuple[CrossEntropy, Tensor] | None:
@@ -237,7 +237,7 @@ class Step(torch.autograd.Function):
                 place.busy = False
             return *none, by_log_p, None, None, *found
         place.whole.tangent()
-        place.gy_dot.copy_(CrossEntropy.curvature(log_p, ctx.slope, place.moved))
+        CrossEntropy.curvature(log_p, ctx.slope, place.moved, place.gy_dot)
         place.whole.second()
         place.flat_directions.sub_(place.flat_seconds, alpha=rate)
         if not keep:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 
-from mamlpp_fast.engine import base
 from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, OneBackward, Pass, Slot, Step, aten
 from mamlpp_fast.ops.task_conv2d import pays_in_bfloat16
@@ -86,11 +85,11 @@ class Conv(OneBackward):
         x, w = ps.values[source], ps.weights[name]
         u, v = (None, None) if g0 is None else (ps.tangents.get(source), ps.directions.get(name))
         both = source in out.wanted_values and name in out.wanted_params and (u is None) == (v is None)
-        if both and self.gradients_op is not None and base.launches_cost(em.device):
+        if both and self.gradients_op is not None:
             gx, gw = em.like(f"gradient of input of {self.name}", x), out.of(em, self.weight, ps.tasks)
-            operands = [
-                r if r is None else em.operand(r) for r in (x, w, g, u, v, g0 if u is not None else None)
-            ]
+            second = [None] * 3 if u is None else [u, v, g0]
+            rounds = em.operand_dtype is not None and self._rounds(em, ps)
+            operands = [em.operand(r) if r is not None and rounds else r for r in (x, w, g, *second)]
             flops = 2 * self._flops(ps, 1 if u is None else 2)
             em.call(ps.op(self.gradients_op), *operands, self.stride, self.padding, gx, gw, flops=flops)
             out.add(source, gx)
