@@ -432,10 +432,9 @@ def test_gpu_kernels_refuse_another_memory_order() -> None:
         ("MAMLPP_FAST_ISA", "avx512"),
         ("MAMLPP_FAST_ISA", "avx512bf16"),
         ("MAMLPP_FAST_WINOGRAD", "0"),
-        ("MAMLPP_FAST_WINOGRAD", "3"),
         ("MAMLPP_FAST_WINOGRAD", "4"),
     ],
-    ids=["portable", "avx512", "avx512bf16", "direct", "winograd3", "winograd4"],
+    ids=["portable", "avx512", "avx512bf16", "direct", "winograd4"],
 )
 def test_forms_chosen_by_environment(variable: str, value: str) -> None:
     """The other instruction sets, and every form at every shape it can take, in a process of its own."""
