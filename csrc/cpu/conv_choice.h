@@ -54,7 +54,7 @@ inline Choice choose(const Shape& s, Product product) {
   const Choice direct{false, direct_cost(s)};
   if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return direct;
   // Multiply-adds in whose time a value and a weight are transformed, as measured; see docs/derivations/task_conv2d.md.
-  constexpr int64_t kValue = 16, kWeight = 15;
+  constexpr int64_t kValue = 8, kWeight = 11;
   const bool to_input = product == Product::to_input;
   const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
   const int64_t rest = std::max(height % 4, width % 4);
@@ -68,7 +68,7 @@ inline Choice choose(const Shape& s, Product product) {
 inline bool pairs_pay(const Shape& s) {
   // Times, of 1/100 of a multiply-add of the direct form in float32, as measured on Zen 5: of one in pairs, of one that
   // is counted for a Winograd form, and of rounding an activation and a gradient for what takes them of three products.
-  constexpr int64_t kPairs = 60, kWinograd = 84, kRounded = 1500;
+  constexpr int64_t kPairs = 60, kWinograd = 95, kRounded = 1500;
   int64_t pairs = 0, single = 0;
   for (const Product product : {Product::forward, Product::to_input, Product::to_weight}) {
     const Choice choice = choose(s, product);
