@@ -244,7 +244,7 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     if (task != ready) {
       for (int pair = 0; pair < p.pairs; ++pair)
         transform_weights(p, sizes, static_cast<const float*>(p.b[pair]) + task * 9 * weights,
-                             filters + pair * kPoints * filter_stride, filter_stride, turned);
+                          filters + pair * kPoints * filter_stride, filter_stride, turned);
       ready = task;
     }
     const int64_t total = p.images * sizes.per_image;
@@ -261,8 +261,7 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
         transform_patches<Data>({images(pair), p.height, p.width, ci, p.pad_y, 0, ci, zeros,
                                  data + pair * kPoints * data_stride, data_stride, ci, tiles},
                                 chunk);
-        add_tiles(ahead, sizes, images(pair), p.height, p.width * ci, next, count_at(next), -p.pad_y,
-                  kSide - p.pad_y);
+        add_tiles(ahead, sizes, images(pair), p.height, p.width * ci, next, count_at(next), -p.pad_y, kSide - p.pad_y);
       }
       int64_t visits = 0;
       for (int k = 0; k < kPoints; ++k) visits += chains(chunk.to(k) - chunk.from(k), ci);
@@ -321,15 +320,14 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
         const Chunk chunk(sizes, at, count);
         transform_patches<Data>(
             {images(pair), p.height, p.width, ci, p.pad_y, 0, ci, memory, data, data_stride, ci, tiles}, chunk);
-        transform_patches<Gradient>({outputs(pair), p.out_height, p.out_width, co, 0, o, own, memory, grads,
-                                     grad_stride, kPanel<float>, tiles},
-                                    chunk);
+        transform_patches<Gradient>(
+            {outputs(pair), p.out_height, p.out_width, co, 0, o, own, memory, grads, grad_stride, kPanel<float>, tiles},
+            chunk);
         const int64_t next = at + count < total ? at + count : 0;
         const int of = next > 0 ? pair : pair + 1;
         Ahead ahead;
         if (of < p.pairs) {
-          add_tiles(ahead, sizes, images(of), p.height, p.width * ci, next, count_at(next), -p.pad_y,
-                    kSide - p.pad_y);
+          add_tiles(ahead, sizes, images(of), p.height, p.width * ci, next, count_at(next), -p.pad_y, kSide - p.pad_y);
           add_tiles(ahead, sizes, outputs(of), p.out_height, p.out_width * co, next, count_at(next), 0, kPixels);
           int64_t visits = 0;
           for (int k = 0; k < kPoints; ++k) visits += chains(ci, chunk.to(k) - chunk.from(k));

@@ -11,16 +11,16 @@ using Problem = mf::conv::Winograd;
 constexpr int W = kLanes<float>;
 constexpr int kPoints = kSide * kSide;
 
-/// Tiles are short in y or x, that is, of `rest` pixels, where they are the last ones of an axis that 4 does not divide:
-/// 4 kinds. As the rows of a product they are in the order short in y, whole, short in x, short in both, so that those
-/// that use a point are neighbours.
+/// Tiles are short in y or x, that is, of `rest` pixels, where they are the last ones of an axis that 4 does not
+/// divide: 4 kinds. As the rows of a product they are in the order short in y, whole, short in x, short in both, so
+/// that those that use a point are neighbours.
 struct Tiles {
   explicit Tiles(const Problem& p)
       : rows(divide_up(p.out_height, kPixels)),
         columns(divide_up(p.out_width, kPixels)),
         per_image(rows * columns),
         rest(static_cast<int>(p.out_height % kPixels > p.out_width % kPixels ? p.out_height % kPixels
-                                                                            : p.out_width % kPixels)),
+                                                                             : p.out_width % kPixels)),
         short_y(p.out_height % kPixels > 0),
         short_x(p.out_width % kPixels > 0) {}
 
@@ -65,8 +65,8 @@ struct Chunk {
 };
 
 /// Transforms a register of weights, into the points that tiles of up to in_y x in_x pixels use.
-[[gnu::noinline]] inline void transform_weight(const float* from, int64_t from_stride, float* to, int64_t to_stride, int in_y,
-                                        int in_x) {
+[[gnu::noinline]] inline void transform_weight(const float* from, int64_t from_stride, float* to, int64_t to_stride,
+                                               int in_y, int in_x) {
   both_axes<Filter, Filter>([=](int r, int s) { return V::load(from + (r * 3 + s) * from_stride); },
                             [=](int r, int s, V u) {
                               if (uses(in_y, r) && uses(in_x, s)) u.store(to + (r * kSide + s) * to_stride);
@@ -76,7 +76,7 @@ struct Chunk {
 /// [panel][channel][panel width] for every point: weights of one task, transformed. Those that are turned for the
 /// gradient to the input are so a square of every tap at a time, in `turned`, which stays in the first-level cache.
 inline void transform_weights(const Problem& p, const Tiles& tiles, const float* w, float* to, int64_t to_stride,
-                       float* turned) {
+                              float* turned) {
   const int64_t ci = p.ci, co = p.co, stride = ci * co;
   const int in_y = p.out_height < kPixels ? tiles.rest : kPixels, in_x = p.out_width < kPixels ? tiles.rest : kPixels;
   const auto transform = [=](const float* from, int64_t from_stride, float* place) {
@@ -111,8 +111,8 @@ struct Patches {
 };
 
 /// Pointers to the first channel of the rows x columns pixels from (y0, x0) on.
-[[gnu::noinline]] inline void find_pixels(const Patches& p, int64_t image, int64_t y0, int64_t x0, int rows, int columns,
-                                          const float* (*pixel)[kSide]) {
+[[gnu::noinline]] inline void find_pixels(const Patches& p, int64_t image, int64_t y0, int64_t x0, int rows,
+                                          int columns, const float* (*pixel)[kSide]) {
   const float* origin = p.images + image * p.height * p.width * p.channels + p.channel_begin;
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) {
@@ -177,7 +177,7 @@ void transform_patches(const Patches& p, const Chunk& chunk) {
 }
 
 inline void store_outputs(const Problem& p, const float* products, int64_t pitch, int64_t stride, float* images,
-                   const Chunk& chunk) {
+                          const Chunk& chunk) {
   const int rest = chunk.tiles.rest;
   const auto* const kinds = rest == 3 ? kStore<3> : rest == 2 ? kStore<2> : kStore<1>;
   chunk.visit([&](int64_t image, int64_t y, int64_t x, int kind, int64_t row) {

@@ -16,8 +16,8 @@ constexpr int kPixels = 4, kSide = kPixels + 2;  ///< of the largest tile along 
 /// Points 0, 2/3, -2/3, 3/2, -3/2 and infinity: less than half the rounding error of 0, 1, -1, 2, -2 and infinity. The
 /// pairs share their even and odd parts; the product of their squares is 1.
 constexpr float a = 2.f / 3, b = 3.f / 2, aa = 4.f / 9, bb = 9.f / 4, aaa = 8.f / 27, bbb = 27.f / 8;
-constexpr float both = 97.f / 36;      // aa + bb
-constexpr float apart = -65.f / 36;    // aa - bb
+constexpr float both = 97.f / 36;                 // aa + bb
+constexpr float apart = -65.f / 36;               // aa - bb
 constexpr float na = -81.f / 130, nb = 8.f / 65;  // 1 / (2 aa (aa - bb)), 1 / (2 bb (bb - aa))
 
 /// Whether tiles of `pixels` use a point. Those of fewer than 4 take some of the same points, with the same G: what it
@@ -144,9 +144,9 @@ constexpr int written() {
   return count;
 }
 
-/// Applies a transform along each axis of a tile, `Rows` down its columns first: reads `load(row, column)` once each, or
-/// once a part, gives every result to `store(row, column, value)`. Between the axes are up to 6 x 6 values: too many for
-/// 32 registers, so they are made in two parts. Of 16 registers two parts are too many as well, and cost.
+/// Applies a transform along each axis of a tile, `Rows` down its columns first: reads `load(row, column)` once each,
+/// or once a part, gives every result to `store(row, column, value)`. Between the axes are up to 6 x 6 values: too many
+/// for 32 registers, so they are made in two parts. Of 16 registers two parts are too many as well, and cost.
 template <class Rows, class Columns, class Load, class Store>
 MF_INLINE void both_axes(const Load& load, const Store& store) {
   constexpr int between = written<Rows>() * Columns::in;
