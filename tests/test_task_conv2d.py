@@ -192,7 +192,7 @@ def test_bfloat16_operands_are_summed_in_float32(backend: str, name: str) -> Non
 def test_winograd_rounds_twice_as_much_as_the_direct_form_at_most(name: str) -> None:
     """Root-mean-square errors: the largest one of a tensor is half luck.
 
-    The direct form's are 2.4e-7 to 4.2e-7 (docs/derivations/task_conv2d.md), these 4.7e-7 to 6.1e-7; points 0, ±1, ±2
+    The direct form's are 2.4e-7 to 4.2e-7 (docs/derivations/task_conv2d.md), these 4.7e-7 to 5.6e-7; points 0, ±1, ±2
     and infinity would give 9e-7. PyTorch's are no yardstick: 1.2e-7 to 4e-7, by machine and product.
     """
 
