@@ -33,7 +33,6 @@ _FORMS = {
     "PyTorch": ("reference", ""),
     "direct": ("fused", "0"),
     "default": ("fused", ""),
-    "F(3x3)": ("fused", "3"),
     "F(4x4)": ("fused", "4"),
 }
 _WORKLOAD = dataclasses.replace(WORKLOADS["omniglot-5w1s"], tasks=1)

@@ -20,9 +20,11 @@ LAYERS = {
     "omniglot-20w-7": (20, (7, 7), 64, 64, (3, 3), 1, False),
     "omniglot-20w-3": (20, (3, 3), 64, 64, (3, 3), 1, True),
     "omniglot-5w-14": (5, (14, 14), 64, 64, (3, 3), 1, False),
-    "omniglot-5w-7": (5, (7, 7), 64, 64, (3, 3), 1, True),
+    "omniglot-5w-7": (5, (7, 7), 64, 64, (3, 3), 1, False),
+    "omniglot-5w-3": (5, (3, 3), 64, 64, (3, 3), 1, True),
     "imagenet-42": (5, (42, 42), 48, 48, (3, 3), 1, False),
     "imagenet-21": (5, (21, 21), 48, 48, (3, 3), 1, False),
+    "imagenet-10": (5, (10, 10), 48, 48, (3, 3), 1, False),
     "stride-2": (20, (14, 14), 64, 64, (3, 3), 2, True),
     "no-winograd": (20, (14, 14), 40, 40, (3, 3), 1, True),
     "pointwise": (5, (21, 21), 64, 64, (1, 1), 1, True),
@@ -33,7 +35,10 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_bfloat16_pays_where_it_is_faster(name: str) -> None:
-    """On Zen 5 pairs take 0.45 to 0.7 of float32's time where they pay here, 1.05 to 1.7 times it where they do not."""
+    """On Zen 5 pairs take 0.45 to 0.7 of float32's time where they pay here, 1.05 to 1.7 times it where they do not.
+
+    On Zen 4 1.07 and 1.15 times it in the cases that are nearest, "omniglot-5w-7" and "imagenet-10".
+    """
     images, size, ci, co, kernel, stride, in_pairs = LAYERS[name]
     expected = {"amxbf16": True, "avx512bf16": in_pairs}.get(ISA or "", False)
     assert pays_in_bfloat16(images, size, (*kernel, ci, co), stride, kernel[0] // 2) is expected

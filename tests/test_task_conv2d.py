@@ -28,6 +28,11 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "imagenet-first": (1, 2, 20, 21, 3, 48, 3, 1, 1),
     "imagenet-wide": (1, 2, 13, 42, 48, 48, 3, 1, 1),
     "no-padding": (2, 2, 15, 14, 32, 48, 3, 1, 0),
+    "one-more-than-tiles": (2, 3, 9, 13, 48, 32, 3, 1, 1),
+    "other-remainders": (1, 2, 10, 7, 32, 32, 3, 1, 1),
+    "row-of-tiles": (1, 3, 2, 20, 16, 64, 3, 1, 1),
+    "column-of-tiles": (2, 2, 11, 3, 48, 16, 3, 1, 1),
+    "short-tile-alone": (1, 9, 2, 2, 32, 16, 3, 1, 1),
     "few-channels": (2, 3, 7, 6, 3, 5, 3, 1, 1),
     "odd-channels": (5, 1, 9, 5, 17, 33, 3, 1, 1),
     "narrow": (1, 4, 12, 1, 6, 8, 3, 1, 1),
@@ -187,7 +192,7 @@ def test_bfloat16_operands_are_summed_in_float32(backend: str, name: str) -> Non
 def test_winograd_rounds_twice_as_much_as_the_direct_form_at_most(name: str) -> None:
     """Root-mean-square errors: the largest one of a tensor is half luck.
 
-    The direct form's are 2.4e-7 to 4.2e-7 (docs/derivations/task_conv2d.md), these 4.7e-7 to 6.1e-7; points 0, ±1, ±2
+    The direct form's are 2.4e-7 to 4.2e-7 (docs/derivations/task_conv2d.md), these 4.7e-7 to 5.6e-7; points 0, ±1, ±2
     and infinity would give 9e-7. PyTorch's are no yardstick: 1.2e-7 to 4e-7, by machine and product.
     """
 
@@ -457,10 +462,9 @@ def test_gpu_kernels_refuse_another_memory_order() -> None:
         ("MAMLPP_FAST_ISA", "avx512"),
         ("MAMLPP_FAST_ISA", "avx512bf16"),
         ("MAMLPP_FAST_WINOGRAD", "0"),
-        ("MAMLPP_FAST_WINOGRAD", "3"),
         ("MAMLPP_FAST_WINOGRAD", "4"),
     ],
-    ids=["portable", "avx512", "avx512bf16", "direct", "winograd3", "winograd4"],
+    ids=["portable", "avx512", "avx512bf16", "direct", "winograd4"],
 )
 def test_forms_chosen_by_environment(variable: str, value: str) -> None:
     """The other instruction sets, and every form at every shape it can take, in a process of its own."""

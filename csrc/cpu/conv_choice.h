@@ -10,12 +10,12 @@
 
 namespace mf::conv {
 
-/// MAMLPP_FAST_WINOGRAD: 0 asks for the direct form everywhere, 3 and 4 for one tile wherever it can be; else -1.
+/// MAMLPP_FAST_WINOGRAD: 0 asks for the direct form everywhere, 4 for Winograd's wherever it can be; else -1.
 inline int64_t winograd_setting() {
   static const int64_t setting = []() -> int64_t {
     const char* text = std::getenv("MAMLPP_FAST_WINOGRAD");
     const std::string value = text == nullptr ? "" : text;
-    return value == "0" ? 0 : value == "3" ? 3 : value == "4" ? 4 : -1;
+    return value == "0" ? 0 : value == "4" ? 4 : -1;
   }();
   return setting;
 }
@@ -39,39 +39,40 @@ inline int64_t direct_cost(const Shape& s) {
          valid_taps(s.width, s.out_width, s.kw, s.stride, s.pad_x) * s.ci * s.co;
 }
 
+/// Points of the tiles of an axis: 2 more than the pixels of each; those of 4 pixels and a rest.
+inline int64_t axis_points(int64_t size, int64_t rest) { return size / 4 * 6 + (size % 4 > 0 ? rest + 2 : 0); }
+
 /// A form of a product and the multiply-adds of the direct form that would take as long.
 struct Choice {
-  int64_t tile;  ///< pixels a side of the Winograd tile; 0 for the direct form
+  bool tiled;  ///< Winograd's form, and not the direct one
   int64_t cost;
 };
 
 /// The form that serves a product of float32 best, or that winograd_setting asks for.
 inline Choice choose(const Shape& s, Product product) {
   const int64_t setting = winograd_setting();
-  Choice best{0, direct_cost(s)};
-  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return best;
+  const Choice direct{false, direct_cost(s)};
+  if (setting == 0 || s.kh != 3 || s.kw != 3 || s.stride != 1 || s.ci % 16 != 0 || s.co % 16 != 0) return direct;
   // Multiply-adds in whose time a value and a weight are transformed, as measured; see docs/derivations/task_conv2d.md.
-  constexpr int64_t kValue = 16, kWeight = 15;
+  constexpr int64_t kValue = 8, kWeight = 11;
   const bool to_input = product == Product::to_input;
   const int64_t height = to_input ? s.height : s.out_height, width = to_input ? s.width : s.out_width;
-  for (const int64_t tile : {3, 4}) {
-    const int64_t points = (tile + 2) * (tile + 2);
-    const int64_t tiles = ((height + tile - 1) / tile) * ((width + tile - 1) / tile);
-    const int64_t cost = points * (s.images * tiles * (s.ci * s.co + kValue * (s.ci + s.co)) + kWeight * s.ci * s.co);
-    if (setting > 0 ? tile == setting : cost < best.cost) best = {tile, cost};
-  }
-  return best;
+  const int64_t rest = std::max(height % 4, width % 4);
+  const int64_t rows = axis_points(height, rest), columns = axis_points(width, rest);
+  const int64_t weights = std::min<int64_t>(6, rows) * std::min<int64_t>(6, columns) * s.ci * s.co;
+  const int64_t cost = s.images * rows * columns * (s.ci * s.co + kValue * (s.ci + s.co)) + kWeight * weights;
+  return setting > 0 || cost < direct.cost ? Choice{true, cost} : direct;
 }
 
 /// Whether a layer's three products take less time in pairs of bfloat16, operands rounded first, than in float32.
 inline bool pairs_pay(const Shape& s) {
   // Times, of 1/100 of a multiply-add of the direct form in float32, as measured on Zen 5: of one in pairs, of one that
   // is counted for a Winograd form, and of rounding an activation and a gradient for what takes them of three products.
-  constexpr int64_t kPairs = 60, kWinograd = 84, kRounded = 1500;
+  constexpr int64_t kPairs = 60, kWinograd = 95, kRounded = 1500;
   int64_t pairs = 0, single = 0;
   for (const Product product : {Product::forward, Product::to_input, Product::to_weight}) {
     const Choice choice = choose(s, product);
-    single += choice.cost * (choice.tile > 0 ? kWinograd : 100);
+    single += choice.cost * (choice.tiled ? kWinograd : 100);
     // Reduced channels go in pairs, images to-weight; where one is left over, all are widened.
     const int64_t reduced = product == Product::forward ? s.ci : product == Product::to_input ? s.co : 2;
     pairs += direct_cost(s) * (reduced % 2 == 0 ? kPairs : 100);

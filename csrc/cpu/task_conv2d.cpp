@@ -360,11 +360,11 @@ void outer_swapped(const Shape& s, const Operands& o, T* out) {
     }
 }
 
-void winograd_run(const Shape& s, const Operands& o, Product product, int64_t tile, void* out) {
+void winograd_run(const Shape& s, const Operands& o, Product product, void* out) {
   const bool to_input = product == Product::to_input, weight = product == Product::to_weight;
   const int64_t parts = parts_for(s.tasks, weight ? s.co / 16 : s.images);
   const conv::Winograd p{o, to_input ? turned(s) : s, out, parts, to_input};
-  const conv::WinogradForm& k = tile == 3 ? winograd().f3 : winograd().f4;
+  const conv::WinogradKernels& k = winograd();
   run_units<float>(
       p.tasks * p.parts, weight ? k.weight_scratch(p) : k.scratch(p),
       [&](int64_t begin, int64_t end, float* scratch) { (weight ? k.weight_run : k.run)(p, begin, end, scratch); });
@@ -375,9 +375,9 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
   if (out.numel() == 0) return;
   void* data = out.mutable_data_ptr();
   const bool to_weight = product == Product::to_weight, to_input = product == Product::to_input;
-  const int64_t tile = out.scalar_type() == at::kDouble ? 0 : conv::choose(s, product).tile;
+  const bool tiled = out.scalar_type() == at::kFloat && conv::choose(s, product).tiled;
   // The direct form in bfloat16 is faster than Winograd's in float32.
-  if ((tile == 0 || conv::winograd_setting() < 0) && readable_in_pairs(a, b, a2, b2)) {
+  if ((!tiled || conv::winograd_setting() < 0) && readable_in_pairs(a, b, a2, b2)) {
     const Operands o = operands(a, b, a2, b2, true);
     if (to_weight) return outer<conv::Pair>(s, o, data);
     Shape paired = s;
@@ -395,7 +395,7 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
     better_swapped(s) ? outer_swapped<T>(s, o, to) : outer<T>(s, o, to);
   };
   if (out.scalar_type() == at::kDouble) return direct(static_cast<double*>(data));
-  if (tile > 0) return winograd_run(s, o, product, tile, data);
+  if (tiled) return winograd_run(s, o, product, data);
   direct(static_cast<float*>(data));
 }
 

@@ -78,16 +78,12 @@ struct Kernels {
   int64_t rows;   ///< and input channels; 0 where it takes no range of them
 };
 
-/// Kernels of one tile size; for float alone.
-struct WinogradForm {
+/// For float alone.
+struct WinogradKernels {
   int64_t (*scratch)(const Winograd&);
   void (*run)(const Winograd&, int64_t begin, int64_t end, float* scratch);
   int64_t (*weight_scratch)(const Winograd&);
   void (*weight_run)(const Winograd&, int64_t begin, int64_t end, float* scratch);
-};
-
-struct WinogradKernels {
-  WinogradForm f3, f4;  ///< F(3x3, 3x3) and F(4x4, 3x3)
   double (*fma_peak)(int64_t iterations);
 };
 

@@ -1,29 +1,17 @@
-// Winograd forms F(4x4, 3x3) and F(3x3, 3x3) of the stride-1 3x3 products: forward, to-input and to-weight.
+// Winograd form F(4x4, 3x3) of the stride-1 3x3 products: forward, to-input and to-weight.
 //
 // Everything between the transforms is a batch of matrix products, one for each point. Tiles are transformed,
 // multiplied and transformed back in chunks that stay in the second-level cache. A second operand pair joins in the
-// transformed domain, before the one output transform.
+// transformed domain, before the one output transform. The last tile of an axis that 4 does not divide is F(3), F(2) or
+// F(1), whose points are some of F(4)'s: they use the same weights, and take fewer products.
 
 #include "conv_kernels.h"
-#include "conv_micro.h"
-#include "winograd_transforms.h"
+#include "winograd_tiles.h"
 
 namespace mf::MF_ISA::conv {
 namespace {
 
 using namespace winograd;
-using Problem = mf::conv::Winograd;
-constexpr int W = kLanes<float>;
-
-template <int M>
-struct Sizes {
-  static constexpr int side = M + 2, points = side * side;
-
-  explicit Sizes(const Problem& p)
-      : rows(divide_up(p.out_height, M)), columns(divide_up(p.out_width, M)), per_image(rows * columns) {}
-
-  int64_t rows, columns, per_image;
-};
 
 /// Products summed one after the other before they join the rest: sums of sums round less. Twice as long, a random
 /// network's meta-gradient errs twice as much, for 1 % less time; half as long, products take 2 to 5 % more.
@@ -60,12 +48,11 @@ struct Ahead {
 
 /// Adds the pixel rows, of `row` elements, that tiles [first, first + count) cover with `above` to `below` of their own
 /// first one.
-template <int M>
-void add_tiles(Ahead& ahead, const Sizes<M>& sizes, const float* images, int64_t height, int64_t row, int64_t first,
+void add_tiles(Ahead& ahead, const Tiles& tiles, const float* images, int64_t height, int64_t row, int64_t first,
                int64_t count, int64_t above, int64_t below) {
   const auto at = [&](int64_t tile, int64_t offset) {
-    const int64_t y = tile % sizes.per_image / sizes.columns * M + offset;
-    return images + (tile / sizes.per_image * height + (y < 0 ? 0 : y > height ? height : y)) * row;
+    const int64_t y = tile % tiles.per_image / tiles.columns * kPixels + offset;
+    return images + (tile / tiles.per_image * height + (y < 0 ? 0 : y > height ? height : y)) * row;
   };
   if (count > 0) ahead.add(at(first, above), at(first + count - 1, below));
 }
@@ -220,111 +207,25 @@ inline bool in_place(const Problem& p) { return p.co <= kPanel<float> && p.co <=
 
 /// Tiles worked on at a time: with their products they should stay in the second-level cache; the transformed weights
 /// stream past them.
-template <int M>
 int64_t chunk_tiles(const Problem& p) {
   constexpr int64_t kCacheBytes = 416 << 10, kLeast = 4 * kMaxRows, kMost = 16 * kMaxRows;
-  const int64_t tile_bytes = (p.pairs * p.ci + p.co) * Sizes<M>::points * int64_t{sizeof(float)};
+  const int64_t tile_bytes = (p.pairs * p.ci + p.co) * kPoints * int64_t{sizeof(float)};
   const int64_t fits = kCacheBytes / tile_bytes / kMaxRows * kMaxRows;
   return fits < kLeast ? kLeast : fits > kMost ? kMost : fits;
 }
 
-/// [panel][channel][panel width] for every point: weights of one task, transformed. Those that are turned for the
-/// gradient to the input are so a square of every tap at a time, in `turned`, which stays in the first-level cache.
-template <int M>
-void transform_weights(const Problem& p, const float* w, float* to, int64_t to_stride, float* turned) {
-  using S = Sizes<M>;
-  const int64_t ci = p.ci, co = p.co, stride = ci * co;
-  const auto transform = [=](const float* from, int64_t from_stride, float* place) {
-    both_axes<3, S::side, Transform<M>::filter>(
-        [=](int r, int s) { return V::load(from + (r * 3 + s) * from_stride); },
-        [=](int r, int s, V u) { u.store(place + (r * S::side + s) * to_stride); });
-  };
-  const Panels<float> panels(co);
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
-    const int64_t width = panels.width(panel), o = panels.begin(panel);
-    float* const place = to + o * ci;
-    if (!p.transposed) {
-      for (int64_t c = 0; c < ci; ++c)
-        for (int64_t v = 0; v < width; v += W) transform(w + c * co + o + v, stride, place + c * width + v);
-      continue;
-    }
-    for (int64_t c = 0; c < ci; c += W)
-      for (int64_t v = 0; v < width; v += W) {
-        for (int tap = 0; tap < 9; ++tap)
-          transpose_square(w + (8 - tap) * stride + (o + v) * ci + c, ci, turned + tap * W * W, W);
-        for (int i = 0; i < W; ++i) transform(turned + i * W, W * W, place + (c + i) * width + v);
-      }
-  }
-}
-
-/// Transforms patches of side `From`, `Step` pixels apart, into planes [points][channel group][tile][channel of the
-/// group]; pixels outside read zeros.
-template <int From, int To, int Step, Line line>
-void transform_patches(const float* images, int64_t height, int64_t width, int64_t channels, int64_t padding,
-                       int64_t columns, int64_t per_image, int64_t first, int64_t count, int64_t channel_begin,
-                       int64_t channel_count, const float* zeros, float* to, int64_t stride, int64_t group,
-                       int64_t tiles) {
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t image = (first + t) / per_image, tile = (first + t) % per_image;
-    const int64_t y0 = tile / columns * Step - padding, x0 = tile % columns * Step - padding;
-    const float* origin = images + image * height * width * channels + channel_begin;
-    const float* pixel[From][From];
-    for (int r = 0; r < From; ++r)
-      for (int c = 0; c < From; ++c) {
-        const int64_t y = y0 + r, x = x0 + c;
-        const bool inside = y >= 0 && y < height && x >= 0 && x < width;
-        pixel[r][c] = inside ? origin + (y * width + x) * channels : zeros;
-      }
-    for (int64_t v = 0; v < channel_count; v += W) {
-      const int64_t g = v / group * group, own = channel_count - g < group ? channel_count - g : group;
-      float* place = to + g * tiles + t * own + v - g;
-      // What the next patch has and this one has not; in vain behind the last one of a row.
-      for (int r = 0; r < From; ++r)
-        for (int c = From - Step; c < From; ++c) __builtin_prefetch(pixel[r][c] + v + Step * channels);
-      both_axes<From, To, line>([&](int r, int c) { return V::load(pixel[r][c] + v); },
-                                [=](int r, int c, V x) { x.store(place + (r * To + c) * stride); });
-    }
-  }
-}
-
-template <int M>
-void store_outputs(const Problem& p, const Sizes<M>& sizes, const float* products, int64_t pitch, int64_t stride,
-                   float* images, int64_t first, int64_t count) {
-  using S = Sizes<M>;
-  const int64_t co = p.co;
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t image = (first + t) / sizes.per_image, tile = (first + t) % sizes.per_image;
-    const int64_t y0 = tile / sizes.columns * M, x0 = tile % sizes.columns * M;
-    const int rows = static_cast<int>(p.out_height - y0 < M ? p.out_height - y0 : M);
-    const int columns = static_cast<int>(p.out_width - x0 < M ? p.out_width - x0 : M);
-    const int64_t row = p.out_width * co;
-    float* origin = images + ((image * p.out_height + y0) * p.out_width + x0) * co;
-    for (int64_t v = 0; v < co; v += W) {
-      const float* from = products + t * pitch + v;
-      both_axes<S::side, M, Transform<M>::output>(
-          [=](int r, int c) { return V::load(from + (r * S::side + c) * stride); },
-          [=](int r, int c, V y) {
-            if (r < rows && c < columns) y.store(origin + r * row + c * co + v);
-          });
-    }
-  }
-}
-
-template <int M>
 int64_t scratch(const Problem& p) {
   const int64_t zeros = round_line<float>(p.ci);
   return part_size(p) + zeros +
-         Sizes<M>::points * (p.pairs * (plane(p.ci, p.co) + plane(chunk_tiles<M>(p), p.ci)) +
-                             (in_place(p) ? 0 : plane(chunk_tiles<M>(p), p.co))) +
+         kPoints * (p.pairs * (plane(p.ci, p.co) + plane(chunk_tiles(p), p.ci)) +
+                    (in_place(p) ? 0 : plane(chunk_tiles(p), p.co))) +
          (p.transposed ? 9 * W * W : 0);
 }
 
-template <int M>
 void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
-  constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
-  const Sizes<M> sizes(p);
+  const Tiles sizes(p);
   const int64_t ci = p.ci, co = p.co, weights = ci * co;
-  const int64_t tiles = chunk_tiles<M>(p);
+  const int64_t tiles = chunk_tiles(p);
   const bool inside = in_place(p);
   const int64_t data_stride = plane(tiles, ci), filter_stride = plane(ci, co);
   const int64_t product_stride = inside ? data_stride : plane(tiles, co), product_pitch = inside ? ci : co;
@@ -332,9 +233,9 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
   float* partial = memory;
   float* zeros = partial + part_size(p);
   float* filters = zeros + round_line<float>(ci);
-  float* data = filters + p.pairs * points * filter_stride;
-  float* products = inside ? data : data + p.pairs * points * data_stride;
-  float* turned = products + (inside ? p.pairs : 1) * points * product_stride;
+  float* data = filters + p.pairs * kPoints * filter_stride;
+  float* products = inside ? data : data + p.pairs * kPoints * data_stride;
+  float* turned = products + (inside ? p.pairs : 1) * kPoints * product_stride;
   memset(zeros, 0, ci * sizeof(float));
   const Panels<float> panels(co);
   int64_t ready = -1;
@@ -342,8 +243,8 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const int64_t task = unit / p.parts, part = unit % p.parts;
     if (task != ready) {
       for (int pair = 0; pair < p.pairs; ++pair)
-        transform_weights<M>(p, static_cast<const float*>(p.b[pair]) + task * 9 * weights,
-                             filters + pair * points * filter_stride, filter_stride, turned);
+        transform_weights(p, sizes, static_cast<const float*>(p.b[pair]) + task * 9 * weights,
+                          filters + pair * kPoints * filter_stride, filter_stride, turned);
       ready = task;
     }
     const int64_t total = p.images * sizes.per_image;
@@ -353,30 +254,34 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     float* out = static_cast<float*>(p.out) + task * p.images * out_image;
     for (int64_t at = first; at < last; at += tiles) {
       const int64_t count = count_at(at), next = at + count;
+      const Chunk chunk(sizes, at, count);
       Ahead ahead;
-      add_tiles<M>(ahead, sizes, out, p.out_height, p.out_width * co, at, count, 0, M);
+      add_tiles(ahead, sizes, out, p.out_height, p.out_width * co, at, count, 0, kPixels);
       for (int pair = 0; pair < p.pairs; ++pair) {
-        transform_patches<side, side, M, Transform<M>::data>(
-            images(pair), p.height, p.width, ci, p.pad_y, sizes.columns, sizes.per_image, at, count, 0, ci, zeros,
-            data + pair * points * data_stride, data_stride, ci, tiles);
-        add_tiles<M>(ahead, sizes, images(pair), p.height, p.width * ci, next, count_at(next), -p.pad_y,
-                     side - p.pad_y);
+        transform_patches<Data>({images(pair), p.height, p.width, ci, p.pad_y, 0, ci, zeros,
+                                 data + pair * kPoints * data_stride, data_stride, ci, tiles},
+                                chunk);
+        add_tiles(ahead, sizes, images(pair), p.height, p.width * ci, next, count_at(next), -p.pad_y, kSide - p.pad_y);
       }
-      ahead.spread(chains(count, ci) * points * panels.count * p.pairs);
-      for (int k = 0; k < points; ++k)
+      int64_t visits = 0;
+      for (int k = 0; k < kPoints; ++k) visits += chains(chunk.to(k) - chunk.from(k), ci);
+      ahead.spread(visits * panels.count * p.pairs);
+      for (int k = 0; k < kPoints; ++k)
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t o = panels.begin(panel);
-          const float* patches = data + k * data_stride;
+          const int64_t row = chunk.from(k);
+          const float* patches = data + k * data_stride + row * ci;
           const float* weight = filters + k * filter_stride + o * ci;
-          const Factors f{{patches, patches + points * data_stride},
-                          {weight, weight + points * filter_stride},
+          const Factors f{{patches, patches + kPoints * data_stride},
+                          {weight, weight + kPoints * filter_stride},
                           p.pairs,
                           ci,
                           ci,
                           partial};
-          pick_product(panels.vectors(panel))(f, count, products + k * product_stride + o, product_pitch, ahead);
+          pick_product(panels.vectors(panel))(
+              f, chunk.to(k) - row, products + k * product_stride + row * product_pitch + o, product_pitch, ahead);
         }
-      store_outputs<M>(p, sizes, products, product_pitch, product_stride, out, at, count);
+      store_outputs(p, products, product_pitch, product_stride, out, chunk);
     }
   }
 }
@@ -385,16 +290,13 @@ void run(const Problem& p, int64_t begin, int64_t end, float* memory) {
 constexpr int64_t kWeightTiles = 2 * kChain;
 
 /// Weight gradient: G^T [ sum over tiles (B^T x B) * (A g A^T) ] G, channels of g in ranges of 16.
-template <int M>
 int64_t weight_scratch(const Problem& p) {
   const int64_t zeros = round_line<float>(p.ci > p.co ? p.ci : p.co);
-  return zeros + Sizes<M>::points * (plane(kWeightTiles, p.ci) + plane(kWeightTiles, p.co) + plane(p.ci, p.co));
+  return zeros + kPoints * (plane(kWeightTiles, p.ci) + plane(kWeightTiles, p.co) + plane(p.ci, p.co));
 }
 
-template <int M>
 void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
-  constexpr int points = Sizes<M>::points, side = Sizes<M>::side;
-  const Sizes<M> sizes(p);
+  const Tiles sizes(p);
   const int64_t ci = p.ci, co = p.co;
   const int64_t source_image = p.height * p.width * ci, out_image = p.out_height * p.out_width * co;
   const int64_t zero_count = round_line<float>(ci > co ? ci : co);
@@ -405,8 +307,8 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     const int64_t tiles = kWeightTiles;
     const int64_t data_stride = plane(tiles, ci), grad_stride = plane(tiles, own), sum_stride = plane(ci, own);
     float* data = memory + zero_count;
-    float* grads = data + points * data_stride;
-    float* sums = grads + points * grad_stride;
+    float* grads = data + kPoints * data_stride;
+    float* sums = grads + kPoints * grad_stride;
     const Panels<float> panels(own);
     const int64_t total = p.images * sizes.per_image;
     const auto count_at = [=](int64_t at) { return total - at < tiles ? total - at : tiles; };
@@ -415,34 +317,42 @@ void weight_run(const Problem& p, int64_t begin, int64_t end, float* memory) {
     for (int pair = 0; pair < p.pairs; ++pair)
       for (int64_t at = 0; at < total; at += tiles) {
         const int64_t count = count_at(at);
-        transform_patches<side, side, M, Transform<M>::data>(images(pair), p.height, p.width, ci, p.pad_y,
-                                                             sizes.columns, sizes.per_image, at, count, 0, ci, memory,
-                                                             data, data_stride, ci, tiles);
-        transform_patches<M, side, M, Transform<M>::gradient>(outputs(pair), p.out_height, p.out_width, co, 0,
-                                                              sizes.columns, sizes.per_image, at, count, o, own, memory,
-                                                              grads, grad_stride, kPanel<float>, tiles);
+        const Chunk chunk(sizes, at, count);
+        transform_patches<Data>(
+            {images(pair), p.height, p.width, ci, p.pad_y, 0, ci, memory, data, data_stride, ci, tiles}, chunk);
+        transform_patches<Gradient>(
+            {outputs(pair), p.out_height, p.out_width, co, 0, o, own, memory, grads, grad_stride, kPanel<float>, tiles},
+            chunk);
         const int64_t next = at + count < total ? at + count : 0;
         const int of = next > 0 ? pair : pair + 1;
         Ahead ahead;
         if (of < p.pairs) {
-          add_tiles<M>(ahead, sizes, images(of), p.height, p.width * ci, next, count_at(next), -p.pad_y,
-                       side - p.pad_y);
-          add_tiles<M>(ahead, sizes, outputs(of), p.out_height, p.out_width * co, next, count_at(next), 0, M);
-          ahead.spread(chains(ci, count) * points * panels.count);
+          add_tiles(ahead, sizes, images(of), p.height, p.width * ci, next, count_at(next), -p.pad_y, kSide - p.pad_y);
+          add_tiles(ahead, sizes, outputs(of), p.out_height, p.out_width * co, next, count_at(next), 0, kPixels);
+          int64_t visits = 0;
+          for (int k = 0; k < kPoints; ++k) visits += chains(ci, chunk.to(k) - chunk.from(k));
+          ahead.spread(visits * panels.count);
         }
-        for (int k = 0; k < points; ++k)
+        for (int k = 0; k < kPoints; ++k)
           for (int64_t panel = 0; panel < panels.count; ++panel) {
-            const int64_t column = panels.begin(panel);
-            pick_turned(panels.vectors(panel))(data + k * data_stride, ci, grads + k * grad_stride + column * tiles,
-                                               count, sums + k * sum_stride + column, own, ci, pair + at > 0, ahead);
+            const int64_t column = panels.begin(panel), width = panels.width(panel);
+            const int64_t row = chunk.from(k), length = chunk.to(k) - row;
+            float* const sum = sums + k * sum_stride + column;
+            if (length > 0) {
+              pick_turned(panels.vectors(panel))(data + k * data_stride + row * ci, ci,
+                                                 grads + k * grad_stride + column * tiles + row * width, length, sum,
+                                                 own, ci, pair + at > 0, ahead);
+            } else if (pair + at == 0) {  // nor do later chunks use it: the first tile is the largest
+              for (int64_t c = 0; c < ci; ++c) memset(sum + c * own, 0, width * sizeof(float));
+            }
           }
       }
     float* out = static_cast<float*>(p.out) + task * 9 * ci * co + o;
     for (int64_t c = 0; c < ci; ++c)
       for (int64_t v = 0; v < own; v += W) {
         const float* from = sums + c * own + v;
-        both_axes<side, 3, Transform<M>::filter_gradient>(
-            [=](int r, int s) { return V::load(from + (r * side + s) * sum_stride); },
+        both_axes<FilterGradient, FilterGradient>(
+            [=](int r, int s) { return V::load(from + (r * kSide + s) * sum_stride); },
             [=](int r, int s, V g) { g.store(out + ((r * 3 + s) * ci + c) * co + v); });
       }
   }
@@ -469,9 +379,7 @@ namespace mf::MF_ISA {
 
 mf::conv::WinogradKernels winograd_kernels() {
   using namespace conv;
-  return {{scratch<3>, run<3>, weight_scratch<3>, weight_run<3>},
-          {scratch<4>, run<4>, weight_scratch<4>, weight_run<4>},
-          fma_peak};
+  return {scratch, run, weight_scratch, weight_run, fma_peak};
 }
 
 }  // namespace mf::MF_ISA
