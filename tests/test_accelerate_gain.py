@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import random_batch, small_conv4
 from test_accelerate import conv_net, mlp
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
@@ -138,6 +139,31 @@ def test_generic_steps_are_served_whatever_a_check_takes(as_for_users: None, exa
             found.append([*grads, *more])
     assert_close(found[:2], found[2:], rtol=1e-9, atol=1e-9)
     assert "one operation" in mf.acceleration(own) and "plain PyTorch" not in mf.acceleration(own)
+
+
+def test_generic_steps_beside_attention_of_long_sequences_are_served(as_for_users: None) -> None:
+    """Of which a check takes two examples, fewer than of others."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unsqueeze(1) for t in self.qkv(x * self.scale).chunk(3, -1))
+            return self.head(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0].mean(1))
+
+    plain = Attending().double()
+    own, x = mf.accelerate(copy.deepcopy(plain)), torch.randn(5, 512, 4, dtype=torch.float64)
+    found = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for model in (own, plain):
+            parameters = list(model.parameters())
+            grads = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+            found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)])
+    assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+    assert "one operation" in mf.acceleration(own)
 
 
 def test_what_is_refused_again_and_again_is_seldom_looked_at(
