@@ -112,7 +112,8 @@ def _closed(
         a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, stride: int, padding: int, out: Tensor
     ) -> None:
         pairs = [(a, b)] if a2 is None or b2 is None else [(a, b), (a2, b2)]
-        for task, result in enumerate(out):
+        for task in range(out.shape[0]):
+            result = out[task]  # no view of `unbind`, into which nothing may be written
             terms = [
                 product(a[task].to(out.dtype), b[task].to(out.dtype), result, stride, padding)
                 for a, b in pairs
