@@ -346,7 +346,10 @@ PLAIN = [
 @pytest.mark.parametrize("use", SERVED + PLAIN)
 def test_other_uses(name: str, use: Use) -> None:
     plain, fast = pair(MODELS[name])
-    close(use(fast), use(plain))
+    found = use(fast)
+    with mf.reference.norms_of_any_order():  # PyTorch's own are wrong in reverse over forward mode
+        expected = use(plain)
+    close(found, expected)
     assert served(fast) == (use in SERVED), mf.acceleration(fast)
 
 

@@ -131,8 +131,9 @@ class FusedEngine:
             self._captured_generation = self.generation
         with float32_products(self.device, tf32=self.precision == "tf32"):
             losses, logits = self._step(batch, step_weights, second_order)
-        passes = int(made_passes(self.rates.num_steps, step_weights is not None).sum())
-        advance(self.model, self._current.network.counts, passes * batch.num_tasks)
+        if counts := self._current.network.counts:  # on a CPU alone, where no graph is captured
+            passes = int(made_passes(self.rates.num_steps, step_weights is not None).sum())
+            advance(self.model, counts, passes * batch.num_tasks)
         self._gradients.hand_over()
         task_losses = losses.clone()
         return MetaResult(task_losses.mean(), task_losses, logits.clone())
