@@ -272,12 +272,11 @@ def test_functions_are_right_under_torch_func(backend: str, name: str, transform
 
 def of_operations_and_functions() -> list[tuple[str, str]]:
     refused = [(name, transform) for name in OPERATIONS for transform in UNDER_FUNC | FORWARD_MODE]
-    return refused + [
-        (name, transform) for name in sorted(FUNCTIONS.keys() - {"module"}) for transform in FORWARD_MODE
-    ]
+    refused += [(name, transform) for name in FUNCTIONS if name != "module" for transform in FORWARD_MODE]
+    return [*refused, ("module", "dual cotangent")]  # whose forward is in no forward mode
 
 
-@pytest.mark.parametrize("transform", FORWARD_MODE)
+@pytest.mark.parametrize("transform", [name for name in FORWARD_MODE if name != "dual cotangent"])
 def test_a_module_is_right_in_forward_mode(backend: str, transform: str) -> None:
     args = arguments("module")
     differentiate = FORWARD_MODE[transform][0]
