@@ -5,9 +5,9 @@ autograd, any ``nn.Module``. Section and equation numbers are the paper's. Nothi
 imported in it, so that it is an independent witness.
 
 Read in order: ``schedules.py`` (multi-step loss, derivative order, meta learning rate), ``norms.py`` (the per-step
-batch norm), ``orders.py`` (norms where the forward takes gradients itself), ``calling.py`` (a model with other
-tensors), ``adapting.py`` (which parameters adapt), ``inner.py`` (the inner loop), ``meta.py`` (the meta-gradient,
-evaluation).
+batch norm), ``orders.py`` (norms where the forward takes gradients itself, ``code.py`` by which code), ``calling.py``
+(a model with other tensors), ``adapting.py`` (which parameters adapt), ``inner.py`` (the inner loop), ``meta.py`` (the
+meta-gradient, evaluation).
 """
 
 from mamlpp_fast.reference.adapting import adapted_names
