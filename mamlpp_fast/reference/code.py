@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["names_in"]
+__all__ = ["PLUMBING", "names_in"]
 
 _OTHERS = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "mamlpp_fast"}
 """Packages whose code calls nothing of a model's but the model."""
-_PLUMBING = frozenset(vars(nn.Module()))
+PLUMBING = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
 
 
 def _own(name: str | None) -> bool:
@@ -35,7 +36,7 @@ def _parts(model: nn.Module) -> frozenset[Any]:
     for m in model.modules():
         held += [type(m), *m._forward_pre_hooks.values(), *m._forward_hooks.values()]
         if _own(type(m).__module__):
-            held += [value for name, value in vars(m).items() if name not in _PLUMBING]
+            held += [value for name, value in vars(m).items() if name not in PLUMBING]
     parts: set[Any] = set()
     for thing in held:  # grows meanwhile
         if type(thing) in (list, tuple):

@@ -14,7 +14,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from mamlpp_fast.reference.code import names_in
+from mamlpp_fast.reference.code import PLUMBING, names_in
 from mamlpp_fast.reference.norms import PerStepBatchNorm2d, per_step_norm
 
 __all__ = [
@@ -206,13 +206,25 @@ def normalises(model: nn.Module) -> bool:
 
 
 def _state(model: nn.Module) -> Callable[[], None]:
-    """Makes what puts back buffers and random numbers, once."""
+    """Makes what puts back buffers, attributes, what is in their lists and dicts, and random numbers, once."""
     with torch._C.DisableTorchFunction():
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    own = [value for m in modules for name, value in vars(m).items() if name not in PLUMBING]
+    places: list[dict[str, Any]] = [place for m in modules for place in (vars(m), m._buffers)]
+    named = [(place, dict(place)) for place in (*places, *(v for v in own if type(v) is dict))]
+    listed = [(found, list(found)) for found in own if type(found) is list]
     random = torch.get_rng_state()
     of_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def undo() -> None:
+        for place, held in named:
+            for name in place.keys() - held.keys():
+                del place[name]
+            # What is gone stays so: lazy modules' own.
+            place.update((name, held[name]) for name in place.keys() & held.keys())
+        for found, items in listed:
+            found[:] = items
         for b, before in buffers:
             # PyTorch's norms do not count their changes, for the sake of graphs that keep the buffers.
             with torch.no_grad(), _unsafe_preserve_version_counter(b):
@@ -246,8 +258,8 @@ def rightly(model: nn.Module, run: Callable[[], _T]) -> _T:
     The energy of a Hamiltonian network is such a forward, or the residual of a physics-informed one: the inner
     gradient is the second derivative of its norms then, and the meta-gradient the third. The first call tells (of code
     that names what takes derivatives, each call until one has taken some), and is made again where it was made with
-    PyTorch's norms (buffers and random numbers as before it). In forward mode their tangents have wrong gradients at
-    once (``findings/norm_gradient_of_tangent.sh``).
+    PyTorch's norms (attributes, buffers and random numbers as before it). In forward mode their tangents have wrong
+    gradients at once (``findings/norm_gradient_of_tangent.sh``).
     """
     if torch.compiler.is_compiling():
         return run()
