@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import grad as gradient_of
+from torch.nn.functional import layer_norm as by_layer
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
@@ -370,11 +372,11 @@ class Switched(Energy):
 
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, (8,), weight, bias)
+    return by_layer(x, (8,), weight, bias)
 
 
 def pulled(y: Tensor, x: Tensor) -> Tensor:
-    return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+    return gradient_of(y.sum(), x, create_graph=True)[0]
 
 
 class Helped(Energy):
@@ -429,6 +431,21 @@ def test_norms_and_gradients_of_functions_that_a_forward_calls(predict: Any) -> 
     if predict == "accelerated":
         model, own = mf.accelerate(model), torch.func.functional_call
     close(textbook(model, own), textbook(right, torch.func.functional_call))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_lazy_modules_of_a_forward_that_takes_gradients(way: Callable[..., Tensor]) -> None:
+    right, ready = energies("batch")
+    net = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Dropout(0), nn.LazyLinear(1))
+    model = Energy(nn.Identity())
+    model.net = net.double()
+    x = task()[0]
+    way(model, {}, (x,))
+    ready.load_state_dict(model.state_dict())
+    assert ready.net[1].num_batches_tracked == 1
+    right.load_state_dict({n: t for n, t in model.state_dict().items() if "tracked" not in n})
+    close(textbook(model, way), textbook(right, torch.func.functional_call))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -81,11 +81,15 @@ def _names(parts: frozenset[Any]) -> frozenset[str]:
     seen: set[Any] = set()
     for thing in queue:  # grows meanwhile
         found = _unwrapped(thing)
-        if not isinstance(found, types.FunctionType | type) or found in seen or not _own(found.__module__):
+        if not isinstance(found, types.FunctionType | types.BuiltinFunctionType | type) or found in seen:
             continue
         seen.add(found)
+        if not _own(found.__module__):
+            names.add(found.__name__)  # by whatever name it was imported
+            continue
         if isinstance(found, type):
             queue += vars(found).values()
+        if not isinstance(found, types.FunctionType):
             continue
         own = {name for code in _codes(found.__code__) for name in code.co_names}
         queue += _refers_to(found, own)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from mamlpp_fast.reference.code import PLUMBING, names_in
@@ -221,8 +222,7 @@ def _state(model: nn.Module) -> Callable[[], None]:
         for place, held in named:
             for name in place.keys() - held.keys():
                 del place[name]
-            # What is gone stays so: lazy modules' own.
-            place.update((name, held[name]) for name in place.keys() & held.keys())
+            place.update(held)
         for found, items in listed:
             found[:] = items
         for b, before in buffers:
@@ -270,9 +270,13 @@ def rightly(model: nn.Module, run: Callable[[], _T]) -> _T:
         return run()
     kind = model.training, torch.is_grad_enabled()
     asks = known.asks.get(kind)
-    # What a checkpoint saves has to be the same in its second pass, whatever was found meanwhile.
-    checkpointed = known.may_ask and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if asks or checkpointed or forward_ad._current_level >= 0:
+    # What a checkpoint saves has to be the same in its second pass, whatever was found meanwhile; lazy modules are made
+    # by their first call, which cannot be made again.
+    once = known.may_ask and (
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or (not known.asks and any(map(is_lazy, (*model.parameters(), *model.buffers()))))
+    )
+    if asks or once or forward_ad._current_level >= 0:
         with norms_of_any_order():
             return run()
     if asks is False and not known.may_ask:
