@@ -183,8 +183,7 @@ def _routed(cls: Any) -> Any:
             return cls.forward(self, *args, **kwargs)
         if (made := served(self, args, kwargs)) is not None:
             return made
-        with reference.right_weight_norm(self):
-            return as_left(self, lambda: cls.forward(self, *args, **kwargs))  # which may have been set anew
+        return as_left(self, lambda: cls.forward(self, *args, **kwargs))  # which may have been set anew
 
     forward.__dict__[ROUTED] = True
 
@@ -273,12 +272,13 @@ def as_left(model: nn.Module, run: Callable[[], _R]) -> _R:
 
     It may be differentiated as often as the model's last calls were, or as its own forward does.
     """
-    if plainly.now:
-        return run()
-    if (resting := _resting.get(model)) is None:
-        return reference.rightly(model, run)
-    with resting.to_any_order():
-        return run()
+    with reference.right_weight_norm(model):
+        if plainly.now:
+            return run()
+        if (resting := _resting.get(model)) is None:
+            return reference.rightly(model, run)
+        with resting.to_any_order():
+            return run()
 
 
 def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetwork | str:

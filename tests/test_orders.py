@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import grad as gradient_of
+from torch.nn.functional import layer_norm as by_layer
+from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
 from mamlpp_fast import reference
@@ -170,6 +173,24 @@ class Energy(nn.Module):
         return found
 
 
+class Counting(Energy):
+    """Computes with what its calls leave: a number, a list, a dict, and a buffer that it sets anew."""
+
+    def __init__(self, norm: nn.Module, **options: Any) -> None:
+        super().__init__(norm, **options)
+        self.seen: list[float] = []
+        self.by_name: dict[str, int] = {}
+        self.register_buffer("average", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average: Tensor = 0.9 * self.average + x.detach().mean(0)
+        self.seen.append(float(x.sum()))
+        self.by_name["calls"] = self.by_name.get("calls", 0) + 1
+        self.last = getattr(self, "last", 1.0) / 2
+        found: Tensor = super().forward(x) * (self.average + sum(self.seen) + self.by_name["calls"])
+        return found * self.last + self.calls
+
+
 SHARED = {"per_step_affine": False, "per_step_stats": False}
 
 
@@ -238,6 +259,15 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
 WAYS = (reference.functional_call, reference.predicted, mf.functional_call)
 
 
+@pytest.mark.parametrize("predict", WAYS)
+def test_what_a_forward_that_takes_gradients_leaves_is_as_of_one_call(predict: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    right, model = (Counting(norm).double() for norm in (WrittenOut(1), nn.LayerNorm(8)))
+    model.load_state_dict(right.state_dict())
+    close(textbook(model, predict), textbook(right, torch.func.functional_call))
+    assert (model.calls, model.seen, model.by_name) == (3, right.seen, {"calls": 3})
+
+
 @pytest.mark.parametrize(("order", "first_order"), [(1, False), (2, True), (2, False)])
 @pytest.mark.parametrize(
     ("kind", "predict"),
@@ -252,7 +282,7 @@ def test_a_forward_that_takes_gradients(
     right, model = energies(kind, order=order)
     expected = textbook(right, torch.func.functional_call, first_order)
     close(textbook(model, predict, first_order), expected)
-    assert model.calls == 4  # the first one twice
+    assert model.calls == right.calls == 3
 
 
 @pytest.mark.parametrize("kind", ["batch", "layer", "per step", "fused"])
@@ -326,6 +356,108 @@ def test_a_loop_of_ones_own_with_third_derivatives(way: str) -> None:
             model = mf.convert_batch_norm(model, 1, per_step_affine=False, per_step_stats=False)
             found = penalties(model, list(model.parameters()))
     close(found, expected)
+
+
+class Switched(Energy):
+    """Takes gradients where it is told to, and where they are recorded."""
+
+    on = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.on and torch.is_grad_enabled():
+            return super().forward(x)
+        self.calls += 1
+        y: Tensor = self.net(x)
+        return y.expand(-1, 6)
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return by_layer(x, (8,), weight, bias)
+
+
+def pulled(y: Tensor, x: Tensor) -> Tensor:
+    return gradient_of(y.sum(), x, create_graph=True)[0]
+
+
+class Helped(Energy):
+    """Names neither norm nor gradient itself: its functions do, one of a module that names it for it."""
+
+    of: Any
+
+    def features(self, x: Tensor) -> Tensor:
+        norm: Any = self.net[1]
+        return normed(x, norm.weight, norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x.detach().requires_grad_()
+        force: Tensor = self.of["gradient"][0](self.net[4](self.net[2](self.features(self.net[0](x)))), x)
+        return force
+
+
+class Bare(nn.Module):
+    """Affine parameters alone, for a norm that is a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+
+@pytest.mark.parametrize("predict", [*WAYS, "accelerated"])
+def test_a_forward_that_takes_gradients_later(predict: Any) -> None:
+    """Behind calls without: of its own accord, or since none are recorded."""
+    right, model = energies("batch")
+    for each in (right, model):
+        each.__class__ = Switched
+    own = predict
+    if predict == "accelerated":
+        model, own = mf.accelerate(model), torch.func.functional_call
+    for on in (False, True):
+        for each, call in ((right, torch.func.functional_call), (model, own)):
+            vars(each)["on"] = on
+            with torch.no_grad():
+                call(each, dict(each.named_parameters()), (task()[0],))
+        close(textbook(model, own), textbook(right, torch.func.functional_call))
+
+
+@pytest.mark.parametrize("predict", [*WAYS, "accelerated"])
+def test_norms_and_gradients_of_functions_that_a_forward_calls(predict: Any) -> None:
+    right, model = energies("layer")
+    bare, own = Bare().double(), predict
+    bare.load_state_dict(model.net[1].state_dict())
+    model.net[1] = bare
+    model.__class__ = Helped
+    vars(model)["of"] = {"gradient": [pulled]}
+    if predict == "accelerated":
+        model, own = mf.accelerate(model), torch.func.functional_call
+    close(textbook(model, own), textbook(right, torch.func.functional_call))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_lazy_modules_of_a_forward_that_takes_gradients(way: Callable[..., Tensor]) -> None:
+    right, ready = energies("batch")
+    net = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Dropout(0), nn.LazyLinear(1))
+    model = Energy(nn.Identity())
+    model.net = net.double()
+    x = task()[0]
+    way(model, {}, (x,))
+    ready.load_state_dict(model.state_dict())
+    assert ready.net[1].num_batches_tracked == 1
+    right.load_state_dict({n: t for n, t in model.state_dict().items() if "tracked" not in n})
+    close(textbook(model, way), textbook(right, torch.func.functional_call))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpoints_of_a_forward_that_takes_gradients(way: Callable[..., Tensor]) -> None:
+    """Both passes of the first call save the same."""
+    right, model = energies("layer")
+    x = task()[0].requires_grad_()
+    expected = torch.autograd.grad(right(x).square().sum(), list(right.parameters())[:3])
+    for _ in range(2):
+        y = checkpoint(lambda x: way(model, {}, (x,)), x, use_reentrant=False)
+        found = torch.autograd.grad(y.square().sum(), list(model.parameters())[:3])
+        close(list(found), list(expected))
 
 
 def test_random_numbers_are_drawn_once() -> None:

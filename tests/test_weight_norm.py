@@ -86,6 +86,15 @@ def test_adapt(norm: str) -> None:
     torch.testing.assert_close(found, expected(model, batch), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("call", [mf.functional_call, mf.reference.functional_call, mf.reference.predicted])
+def test_loops_of_ones_own(norm: str, call: Callable[..., Tensor]) -> None:
+    """Of a model that the kernels leave to PyTorch: two linear layers."""
+    model, batch = model_of(norm), noise(6)
+    found = expected(model, batch, lambda held, x: call(model, held, (x,)))
+    torch.testing.assert_close(found, expected(model, batch), rtol=1e-9, atol=1e-12)
+
+
 def test_accelerate() -> None:
     model, batch = model_of("parametrization"), noise(6)
     fast = mf.accelerate(copy.deepcopy(model))

@@ -21,7 +21,7 @@ import mamlpp_fast.ops.lslr_update  # noqa: F401 - registers the operation
 from mamlpp_fast import _native
 from mamlpp_fast._modes import function_modes
 from mamlpp_fast.engine.deterministic import one_thread
-from mamlpp_fast.reference import Watch
+from mamlpp_fast.reference import Watch, WeightNormByFormula
 
 __all__ = ["NEVER", "Halt", "Share", "each", "here", "number", "run", "shares", "watched"]
 
@@ -120,7 +120,7 @@ def watched() -> bool:
     """Whether a mode or the profiler watches what the calling thread calls."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or any(not isinstance(mode, Watch) for mode in function_modes())
+        or any(not isinstance(mode, Watch | WeightNormByFormula) for mode in function_modes())
         or torch._C._autograd._profiler_enabled()
     )
 

@@ -5,9 +5,9 @@ autograd, any ``nn.Module``. Section and equation numbers are the paper's. Nothi
 imported in it, so that it is an independent witness.
 
 Read in order: ``schedules.py`` (multi-step loss, derivative order, meta learning rate), ``norms.py`` (the per-step
-batch norm), ``orders.py`` (norms where the forward takes gradients itself), ``calling.py`` (a model with other
-tensors), ``adapting.py`` (which parameters adapt), ``inner.py`` (the inner loop), ``meta.py`` (the meta-gradient,
-evaluation).
+batch norm), ``orders.py`` (norms where the forward takes gradients itself, ``code.py`` by which code), ``weights.py``
+(weight norm), ``calling.py`` (a model with other tensors), ``adapting.py`` (which parameters adapt), ``inner.py`` (the
+inner loop), ``meta.py`` (the meta-gradient, evaluation).
 """
 
 from mamlpp_fast.reference.adapting import adapted_names
@@ -18,9 +18,7 @@ from mamlpp_fast.reference.inner import (
     inner_loop,
     math_attention,
     right_second_order,
-    right_weight_norm,
     support_gradients,
-    weight_norm,
 )
 from mamlpp_fast.reference.meta import MetaResult, Task, evaluate_task, meta_gradient, task_loss
 from mamlpp_fast.reference.norms import (
@@ -41,6 +39,7 @@ from mamlpp_fast.reference.orders import (
     rightly,
 )
 from mamlpp_fast.reference.schedules import cosine_annealing, is_second_order, msl_weights
+from mamlpp_fast.reference.weights import WeightNormByFormula, right_weight_norm, weight_norm
 
 __all__ = [
     "NORMS",
@@ -52,6 +51,7 @@ __all__ = [
     "PerStepBatchNorm2d",
     "Task",
     "Watch",
+    "WeightNormByFormula",
     "adapted_names",
     "called",
     "check_recomputation",

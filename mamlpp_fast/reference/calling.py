@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mamlpp_fast.reference.orders import rightly
+from mamlpp_fast.reference.weights import right_weight_norm
 
 __all__ = ["Arguments", "Inputs", "called", "functional_call", "predicted", "swapped"]
 
@@ -47,14 +48,14 @@ def functional_call(
         KeyError: for a name that ``model`` lacks.
         ValueError: for two different values of one tied tensor.
     """
-    with swapped(model, tensors):
+    with swapped(model, tensors), right_weight_norm(model):
         given = args if isinstance(args, tuple) else (args,)
         return rightly(model, lambda: model(*given, **(kwargs or {})))
 
 
 def predicted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
     """What ``model`` makes of inputs with ``tensors`` in place of its own; see :func:`functional_call`."""
-    with swapped(model, tensors):
+    with swapped(model, tensors), right_weight_norm(model):
         return rightly(model, lambda: called(model, inputs))
 
 

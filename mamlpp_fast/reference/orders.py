@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from mamlpp_fast.reference.code import PLUMBING, names_in
 from mamlpp_fast.reference.norms import PerStepBatchNorm2d, per_step_norm
 
 __all__ = [
@@ -186,30 +188,43 @@ class Watch(TorchFunctionMode):
 
 _NORMS = (PerStepBatchNorm2d, _NormBase, nn.LayerNorm)
 _FUNCTIONS = frozenset({"batch_norm", "instance_norm", "layer_norm"})
+_BY_NAME = frozenset(
+    {"grad", "grad_and_value", "backward", "vjp", "jvp", "vhp", "hvp", "linearize", "make_dual"}
+)
+_BY_NAME |= {"jacobian", "jacrev", "jacfwd", "hessian"}
+"""By which code takes derivatives."""
 
 
 def normalises(model: nn.Module) -> bool:
-    """Whether it holds norms that are not right in any order, or its modules name their functions.
+    """Whether it holds norms that are not right in any order, or its code names their functions.
 
     Compiled modules are left alone: a mode around them would have them compiled again.
     """
     modules = list(model.modules())
     if any(type(m).__name__ == "OptimizedModule" for m in modules):
         return False
-    codes = (getattr(getattr(type(m), "forward", None), "__code__", None) for m in modules)
-    return any(isinstance(m, _NORMS) for m in modules) or any(
-        code is not None and not _FUNCTIONS.isdisjoint(code.co_names) for code in codes
-    )
+    return any(isinstance(m, _NORMS) for m in modules) or not _FUNCTIONS.isdisjoint(names_in(model))
 
 
 def _state(model: nn.Module) -> Callable[[], None]:
-    """Makes what puts back buffers and random numbers, once."""
+    """Makes what puts back buffers, attributes, what is in their lists and dicts, and random numbers, once."""
     with torch._C.DisableTorchFunction():
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    own = [value for m in modules for name, value in vars(m).items() if name not in PLUMBING]
+    places: list[dict[str, Any]] = [place for m in modules for place in (vars(m), m._buffers)]
+    named = [(place, dict(place)) for place in (*places, *(v for v in own if type(v) is dict))]
+    listed = [(found, list(found)) for found in own if type(found) is list]
     random = torch.get_rng_state()
     of_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def undo() -> None:
+        for place, held in named:
+            for name in place.keys() - held.keys():
+                del place[name]
+            place.update(held)
+        for found, items in listed:
+            found[:] = items
         for b, before in buffers:
             # PyTorch's norms do not count their changes, for the sake of graphs that keep the buffers.
             with torch.no_grad(), _unsafe_preserve_version_counter(b):
@@ -220,30 +235,51 @@ def _state(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-_asks: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool] | None] = weakref.WeakKeyDictionary()
-"""By whether a model trains: whether its forward takes derivatives; None of models without norms."""
+class _Model:
+    """What is known of a model with norms.
+
+    Attributes:
+        may_ask: whether its code names what takes derivatives.
+        asks: whether it has taken some, by whether it trained and gradients were recorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.may_ask = not _BY_NAME.isdisjoint(names_in(model))
+        self.asks: dict[tuple[bool, bool], bool] = {}
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Model | None] = weakref.WeakKeyDictionary()
+"""None of models without norms."""
 
 
 def rightly(model: nn.Module, run: Callable[[], _T]) -> _T:
     """What ``run``, a call of ``model``, returns, with norms of any order where its forward takes derivatives itself.
 
     The energy of a Hamiltonian network is such a forward, or the residual of a physics-informed one: the inner
-    gradient is the second derivative of its norms then, and the meta-gradient the third. The first call tells, and is
-    made again where it was made with PyTorch's norms (buffers and random numbers as before it). In forward mode their
-    tangents have wrong gradients at once (``findings/norm_gradient_of_tangent.sh``).
+    gradient is the second derivative of its norms then, and the meta-gradient the third. The first call tells (of code
+    that names what takes derivatives, each call until one has taken some), and is made again where it was made with
+    PyTorch's norms (attributes, buffers and random numbers as before it). In forward mode their tangents have wrong
+    gradients at once (``findings/norm_gradient_of_tangent.sh``).
     """
     if torch.compiler.is_compiling():
         return run()
-    if model not in _asks:
-        _asks[model] = {} if normalises(model) else None
-    known = _asks[model]
+    if model not in _known:
+        _known[model] = _Model(model) if normalises(model) else None
+    known = _known[model]
     if known is None:
         return run()
-    asks = known.get(model.training)
-    if asks or forward_ad._current_level >= 0:
+    kind = model.training, torch.is_grad_enabled()
+    asks = known.asks.get(kind)
+    # What a checkpoint saves has to be the same in its second pass, whatever was found meanwhile; lazy modules are made
+    # by their first call, which cannot be made again.
+    once = known.may_ask and (
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or (not known.asks and any(map(is_lazy, (*model.parameters(), *model.buffers()))))
+    )
+    if asks or once or forward_ad._current_level >= 0:
         with norms_of_any_order():
             return run()
-    if asks is False:
+    if asks is False and not known.may_ask:
         return run()
     undo = _state(model)
     watch = Watch()
@@ -253,7 +289,7 @@ def rightly(model: nn.Module, run: Callable[[], _T]) -> _T:
     except RuntimeError:  # PyTorch's and our own where there is no third derivative
         if not watch.asked:
             raise
-    known[model.training] = watch.asked
+    known.asks[kind] = watch.asked
     if not watch.asked:
         return made
     undo()

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from mamlpp_fast.accelerated import as_left, served
 from mamlpp_fast.compat.higher._batch_norm import FUSED
-from mamlpp_fast.reference import right_weight_norm
 
 __all__ = ["FunctionalModule", "functional_tree", "plain_tree"]
 
@@ -89,8 +88,7 @@ class FunctionalModule(InnerModule):
             if made is not None:
                 return made
         forward = super().forward
-        with right_weight_norm(self):
-            return as_left(self, lambda: forward(*args, **kwargs))
+        return as_left(self, lambda: forward(*args, **kwargs))
 
     @property
     def fast_params(self) -> list[Tensor] | None:
