@@ -29,6 +29,13 @@ def task(seed: int) -> Task:
     return *side(5), *side(7)
 
 
+def plainly(model: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The model's call with these tensors, of PyTorch's operations alone."""
+    with reference.swapped(model, tensors):
+        made: Tensor = model(x)
+    return made
+
+
 def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None, right: bool = True) -> Loss:
     """The target loss after the steps, with the model's own buffers or copies of the given ones.
 
@@ -40,14 +47,12 @@ def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None, right: 
         copies = {} if buffers is None else {name: b.clone() for name, b in model.named_buffers()}
         for _ in range(STEPS):
             with reference.right_weight_norm(model) if right else contextlib.nullcontext():
-                support = F.cross_entropy(
-                    mf.reference.functional_call(model, fast | copies, (data[0],)), data[1]
-                )
+                support = F.cross_entropy(plainly(model, fast | copies, data[0]), data[1])
             grads = torch.autograd.grad(support, list(fast.values()), create_graph=True, allow_unused=True)
             fast = {
                 n: p if g is None else p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)
             }
-        return F.cross_entropy(mf.reference.functional_call(model, fast | copies, (data[2],)), data[3])
+        return F.cross_entropy(plainly(model, fast | copies, data[2]), data[3])
 
     return loss
 
