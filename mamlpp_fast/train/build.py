@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mamlpp_fast import data as datasets
 from mamlpp_fast._seeded import seeded
 from mamlpp_fast._version import __version__
 from mamlpp_fast.data import EpisodeSampler, FewShotData
 from mamlpp_fast.data.classes import SPLITS
-from mamlpp_fast.engine import Precision, dtype_of
+from mamlpp_fast.engine import EngineName, Precision, dtype_of
 from mamlpp_fast.learner import MAMLPlusPlus
 from mamlpp_fast.models import Conv4, ResNet12
 from mamlpp_fast.reference import PerStepBatchNorm2d
@@ -80,14 +81,26 @@ def make_sampler(
     )
 
 
-def build_learner(config: TrainConfig, channels: int, image_size: int, **options: Any) -> MAMLPlusPlus:
+def build_learner(
+    config: TrainConfig,
+    channels: int,
+    image_size: int,
+    *,
+    engine: EngineName = "auto",
+    precision: Precision = "float32",
+    device: torch.device | str = "cpu",
+    process_group: dist.ProcessGroup | None = None,
+) -> MAMLPlusPlus:
     """A learner at its initial parameters, which depend on ``config.initial_seed`` alone.
 
     Args:
         config: the run's configuration.
         channels: channels of the images.
         image_size: their height and width in pixels.
-        options: engine, precision, device and process group of :class:`mamlpp_fast.MAMLPlusPlus`.
+        engine: see :class:`mamlpp_fast.MAMLPlusPlus`, as for the others.
+        precision: ditto.
+        device: ditto.
+        process_group: ditto.
     """
     with seeded(config.initial_seed):
         if config.model == "conv4":
@@ -115,7 +128,14 @@ def build_learner(config: TrainConfig, channels: int, image_size: int, **options
         if isinstance(module, PerStepBatchNorm2d):
             module.weight.requires_grad_(config.learn_gamma)
             module.bias.requires_grad_(config.learn_beta)
-    return MAMLPlusPlus(model, config.learner_config(), **options)
+    return MAMLPlusPlus(
+        model,
+        config.learner_config(),
+        engine=engine,
+        precision=precision,
+        device=device,
+        process_group=process_group,
+    )
 
 
 def fingerprint(data: FewShotData) -> dict[str, Any]:

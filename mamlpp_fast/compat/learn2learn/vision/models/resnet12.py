@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,16 +99,7 @@ class DropBlock(nn.Module):
 
 
 class ResNet12Backbone(nn.Module):
-    """:class:`ResNet12` without its last layer: features [N, elements].
-
-    Args:
-        avg_pool: average the last feature map.
-        wider: channels 64, 160, 320, 640, else 64, 128, 256, 512.
-        embedding_dropout: share of the features dropped.
-        dropblock_dropout: share dropped after each block.
-        dropblock_size: side of the blocks dropped after the last two.
-        channels: of the images.
-    """
+    """:class:`ResNet12` without its last layer: features [N, elements]; arguments as there."""
 
     def __init__(
         self,
@@ -156,10 +146,27 @@ class ResNet12(Classifier):
     Args:
         output_size: ways.
         hidden_size: elements of the features; 640 for 84x84 pixels, 16000 there without ``avg_pool``.
-        backbone, options: as of :class:`ResNet12Backbone`, in this order or by name.
+        avg_pool: average the last feature map.
+        wider: channels 64, 160, 320, 640, else 64, 128, 256, 512.
+        embedding_dropout: share of the features dropped.
+        dropblock_dropout: share dropped after each block.
+        dropblock_size: side of the blocks dropped after the last two.
+        channels: of the images.
     """
 
-    def __init__(self, output_size: int, hidden_size: int = 640, *backbone: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        output_size: int,
+        hidden_size: int = 640,
+        avg_pool: bool = True,
+        wider: bool = True,
+        embedding_dropout: float = 0.0,
+        dropblock_dropout: float = 0.1,
+        dropblock_size: int = 5,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
-        self.features = ResNet12Backbone(*backbone, **options)
+        self.features = ResNet12Backbone(
+            avg_pool, wider, embedding_dropout, dropblock_dropout, dropblock_size, channels
+        )
         self.classifier = nn.Linear(hidden_size, output_size)
