@@ -127,7 +127,7 @@ def record(
             return watched(examples, gradient)
         if StandIns(own):
             plain = _watched(_own_copy(model), examples, gradient=gradient, places=places, counting=False)
-            if plain.problem is None or str(plain.problem).endswith(_CHANGED):  # the stand-ins are it
+            if plain.problem is None or plain.problem.why == _CHANGED:  # the stand-ins are it
                 computes(own)
                 plain.problem = Unsupported(type(model).__name__, _COMPUTES)
             return plain

@@ -180,9 +180,6 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.asked |= func in _ASKING or forward_ad._current_level >= 0
-        if func is per_step_norm:
-            with self:
-                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
