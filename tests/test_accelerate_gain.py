@@ -35,6 +35,13 @@ def as_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(differentiable, "EVEN_WITHOUT_GAIN", False)
 
 
+def of_both_orders(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The gradients of a call, and of their squares' sum."""
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+    return [*grads, *torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), parameters)]
+
+
 @pytest.mark.parametrize("last", [nn.Identity, lambda: nn.Softmax(1), nn.Softplus])
 def test_linear_layers_alone_are_left_to_pytorch(as_for_users: None, last: Callable[[], nn.Module]) -> None:
     """With a softmax behind them too: its step is a generic one, and took 1.5 times PyTorch's time."""
@@ -156,13 +163,8 @@ def test_generic_steps_beside_attention_of_long_sequences_are_served(as_for_user
 
     plain = Attending().double()
     own, x = mf.accelerate(copy.deepcopy(plain)), torch.randn(5, 512, 4, dtype=torch.float64)
-    found = []
     with sdpa_kernel(SDPBackend.MATH):
-        for model in (own, plain):
-            parameters = list(model.parameters())
-            grads = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
-            found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)])
-    assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+        assert_close(of_both_orders(own, x), of_both_orders(plain, x), rtol=1e-9, atol=1e-9)
     assert "one operation" in mf.acceleration(own)
 
 
@@ -242,12 +244,7 @@ def test_powers(power: Callable[[Tensor, Tensor], Tensor]) -> None:
     plain = Power().double()
     own = mf.accelerate(copy.deepcopy(plain))
     x = torch.randn(5, 4, dtype=torch.float64)
-    found = []
-    for model in (own, plain):
-        parameters = list(model.parameters())
-        grads = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
-        found.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)])
-    assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    assert_close(of_both_orders(own, x), of_both_orders(plain, x), rtol=1e-9, atol=1e-11)
     assert "one operation" in mf.acceleration(own)
     config = mf.MAMLConfig(steps=1)
     batch = mf.EpisodeBatch(x[None], torch.arange(5)[None] % 3, x[None], torch.arange(5)[None] % 3)
