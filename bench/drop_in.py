@@ -25,7 +25,7 @@ import torch
 from bench import learn2learn_scripts
 from bench.compare import name_of
 from bench.drop_in_loops import LOOPS, Build
-from bench.harness import before_after, earlier, interleaved, keep, parser_of, taken
+from bench.harness import Seconds, before_after, earlier, interleaved, keep, parser_of, taken
 from bench.peers import higher_scripts
 from bench.peers.client import Failed, Peer, Worker
 from bench.peers.environments import default_cache, python_of, recorded
@@ -72,10 +72,10 @@ class Remote:
     def found(self) -> Arrays:
         return self.worker.computed()
 
-    def __call__(self) -> float:
-        """Seconds of an iteration, as the script's process takes them: asking takes a few milliseconds."""
+    def __call__(self) -> Seconds:
+        """Those of an iteration, as the script's process takes them: asking takes a few milliseconds."""
         (seconds,) = self.worker.ask("time", runs=1)["seconds"]
-        return float(seconds) / self._iterations
+        return Seconds(float(seconds) / self._iterations)
 
 
 @dataclass(frozen=True)

@@ -153,12 +153,16 @@ def _quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
+class Seconds(float):
+    """What a job returns that has taken the time itself."""
+
+
 def interleaved(
     jobs: dict[str, Callable[[], object]], seconds: float, *, at_least: int = 5, warm: bool = False
 ) -> dict[str, Times]:
     """Times every job in turn, round after round, for about so many seconds after two rounds of warming up.
 
-    A job that returns a number has taken the time itself, in seconds. ``warm`` runs each job once untimed right before,
+    What a job returns is its time where it is :class:`Seconds`. ``warm`` runs each job once untimed right before,
     so that none starts on the caches that another left.
     On a GPU the clock runs from an idle device until it is idle again.
     """
@@ -177,7 +181,7 @@ def interleaved(
             own = job()
             wait()
             if round_ >= 2:
-                times[name].seconds.append(own if isinstance(own, float) else time.perf_counter() - start)
+                times[name].seconds.append(own if isinstance(own, Seconds) else time.perf_counter() - start)
         round_ += 1
     return times
 

@@ -158,6 +158,12 @@ def test_two_runs_agree_within_the_spread_that_they_state() -> None:
     assert not same
 
 
+def test_a_number_that_a_job_returns_is_no_time() -> None:
+    times = harness.interleaved({"number": lambda: 1e9, "own": lambda: harness.Seconds(2.0)}, 0.0, at_least=1)
+    assert times["number"].median < 1.0 and times["own"].median == 2.0
+    assert harness.peak_flops() > 1e8
+
+
 def test_a_ratio_is_taken_round_by_round() -> None:
     # The machine slowed down by half in the third round: times differ, the ratio does not.
     ours, theirs = harness.Times([1.0, 1.0, 1.5]), harness.Times([2.0, 2.0, 3.0])
