@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import threading
 import weakref
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
-import mamlpp_fast.engine.fused.rules  # noqa: F401 - fills the table of the lowering
-from mamlpp_fast import reference
+from mamlpp_fast import reference, routes
 from mamlpp_fast._modes import plainly
-from mamlpp_fast.engine.base import UncheckedError, Unsupported
-from mamlpp_fast.engine.counts import kind_of, known_counts
-from mamlpp_fast.engine.fingerprint import look
-from mamlpp_fast.engine.fused import transforms
-from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, differentiable, gainless
+from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork, gainless
 from mamlpp_fast.engine.fused.held import Held
-from mamlpp_fast.engine.glances import Seen, traits
 from mamlpp_fast.engine.lanes import watched
-from mamlpp_fast.engine.named import ROUTED
-from mamlpp_fast.inputs import Call, call_of, form_of_inputs, tensors_of
+from mamlpp_fast.inputs import Call, call_of, tensors_of
 from mamlpp_fast.ops._library import transformed
+from mamlpp_fast.reference.code import ROUTED
 
 __all__ = ["accelerate", "acceleration", "functional_call"]
 
 _M = TypeVar("_M", bound=nn.Module)
 _R = TypeVar("_R")
-_OWN = ("_parameters", "_modules", "_flat_weights")  # the last are a recurrent layer's parameters again
-_KEPT = 64
-"""Forms of models whose programs are kept, those used last."""
+_left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
+"""Why calls of a model were not looked at, in order."""
+_resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
+"""Models whose last call was left to PyTorch, and the network that says for how long."""
 
 
 def accelerate(model: _M) -> _M:
@@ -92,85 +84,9 @@ def acceleration(model: nn.Module) -> str:
         return "not accelerated: a linear layer alone, which PyTorch is faster at"
     if not _is_routed(type(model)):
         return "not accelerated: made by torch.jit or torch.fx, or never given to mamlpp_fast.accelerate"
-    kind, shapes = kind_of(type(model)), _shapes(model)
-    with _lock:
-        lines = [
-            f"{_said(key)}: {route}"
-            for whole, route in _routes.items()
-            for cls, *key, _ in (whole,)
-            if cls is kind and _holders[whole] == shapes
-        ]
-        left = list(_left.get(model, ()))
-    return "\n".join([*lines, *(f"other calls: plain PyTorch: {why}" for why in left)]) or "no call yet"
-
-
-def _shapes(model: nn.Module) -> _Shapes:
-    return [(name, traits(p)[:2]) for name, p in model.named_parameters()]
-
-
-def _said(key: list[Any]) -> str:
-    (_, *tensors), _, training, inputs, why = key
-    shown = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in tensors)
-    kind = "training" if training else "evaluation"
-    beside = ", examples with a gradient" if inputs else ""
-    under = ", under torch.func" if why else ""
-    return f"{shown}, {kind}{beside}{under}"
-
-
-class _Refusal:
-    """Why a form of a model runs plain PyTorch."""
-
-    def __init__(self, why: str, *, passing: bool = False, of_all: bool = False) -> None:
-        self.why = why
-        self.passing = passing  # of these examples alone
-        self.of_all = of_all  # of whatever form that was not served before
-
-    def __str__(self) -> str:
-        return f"plain PyTorch: {self.why}"
-
-
-_FREE, _CALLS = 8, 64
-"""So many forms of a model are written as they come, and a further one for each so many calls that they served."""
-_MOST = 1024
-"""Calls that are left one after the other without a look, which takes some ms of a model of one's own classes."""
-
-
-class _Turnover:
-    """Whether a further form of a model is worth writing, which takes longer than some hundred calls of PyTorch."""
-
-    def __init__(self) -> None:
-        self._written: list[weakref.ref[DifferentiableNetwork]] = []
-
-    def pays(self) -> bool:
-        served = sum(net.calls for ref in self._written if (net := ref()) is not None)
-        return served >= _CALLS * (len(self._written) - _FREE + 1)
-
-    def add(self, route: _Route) -> None:
-        if isinstance(route, DifferentiableNetwork):
-            self._written.append(weakref.ref(route))
-
-
-_Route = DifferentiableNetwork | transforms.Transformed | _Refusal
-_Shapes = list[tuple[str, tuple[object, ...]]]
-_routes: OrderedDict[tuple[Any, ...], _Route] = OrderedDict()
-_holders: dict[tuple[Any, ...], _Shapes] = {}
-"""The parameters' shapes by the key of a route, which tell a model and its copies from others of the class."""
-_lock = threading.RLock()
-_unsettled: weakref.WeakKeyDictionary[nn.Module, Counter[Any]] = weakref.WeakKeyDictionary()
-"""In how many forms a model was refused on examples of each shape: one that changes at each call, by a count of its
-calls say, is not looked at for ever, for that runs its forward."""
-_TRIES = 3
-_changing: weakref.WeakKeyDictionary[nn.Module, _Turnover] = weakref.WeakKeyDictionary()
-"""Of models for which programs were written."""
-_idle: weakref.WeakKeyDictionary[nn.Module, dict[object, _Idle]] = weakref.WeakKeyDictionary()
-"""Of models the kinds of calls that were refused."""
-_alone: dict[type, _Alone] = {}
-_UNASKED = 15
-"""To ask for the kind takes some 20 us, of a layer or two a tenth of the time."""
-_left: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = weakref.WeakKeyDictionary()
-"""Why calls of a model were not looked at, in order."""
-_resting: weakref.WeakKeyDictionary[nn.Module, DifferentiableNetwork] = weakref.WeakKeyDictionary()
-"""Models whose last call was left to PyTorch, and the network that says for how long."""
+    left = list(_left.get(model, ()))
+    lines = [*routes.described(model), *(f"other calls: plain PyTorch: {why}" for why in left)]
+    return "\n".join(lines) or "no call yet"
 
 
 @functools.cache
@@ -244,11 +160,7 @@ def served(
     """
     if torch.compiler.is_compiling() or plainly.now:
         return None
-    # Without a look at the call or the form, which plain PyTorch does not need.
-    if (alone := _alone.get(type(model))) is not None and alone.left > 0 and alone.model() is model:
-        alone.left -= 1
-        return None
-    if gainless(model):
+    if routes.unasked(model) or gainless(model):
         return None
     if (before := _resting.get(model)) is not None:
         if before.resting():
@@ -258,8 +170,8 @@ def served(
     if isinstance(x, str):
         _left.setdefault(model, {})[x] = None
         return None
-    route, seen = _looked_up(model, x, plain)
-    if isinstance(route, _Refusal):
+    route, seen = routes.looked_up(model, x, plain)
+    if isinstance(route, routes.Refusal):
         return None
     if isinstance(route, DifferentiableNetwork) and route.resting():
         _resting[model] = route
@@ -286,7 +198,7 @@ def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetw
     x = _inputs(*_arguments(inputs))
     if isinstance(x, str):
         return x
-    route, _ = _looked_up(model, x, None)
+    route, _ = routes.looked_up(model, x, None)
     if isinstance(route, DifferentiableNetwork):
         return "its passes are differentiated a third time" if route.resting() else route
     return str(route)
@@ -373,138 +285,3 @@ def _unfit(x: Tensor | Call) -> str | None:
     if watched():
         return "something watches the calling thread: a mode, or the profiler"
     return None
-
-
-class _Idle:
-    """Calls of one kind that were refused one after the other, of which few are looked at then; none: it was served."""
-
-    def __init__(self) -> None:
-        self.refused = self.left = 0
-        self.refusal: _Refusal | None = None
-
-
-class _Alone:
-    """A model of which no kind of calls is served, and how many more of its calls are not even asked for their kind."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.left = weakref.ref(model), _UNASKED
-
-
-def _looked_up(
-    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None
-) -> tuple[_Route, Seen | None]:
-    """As :func:`_route`, which takes some ms: of calls that are refused again and again one in 64, 128, ... 1024."""
-    kinds = _idle.setdefault(model, {})
-    shapes = form_of_inputs(x)
-    kind = model.training, transformed(), shapes
-    own = kinds.get(kind)
-    for idle in (own, kinds.get(kind[:2]) if own is None or own.refused else None):
-        if idle is not None and idle.left > 0 and idle.refusal is not None:
-            if all(i.refusal is not None for i in kinds.values()):
-                _alone[type(model)] = _Alone(model)
-                idle.left -= _UNASKED
-            idle.left -= 1
-            return idle.refusal, None
-    route, seen = _route(model, x, shapes, plain)
-    if len(kinds) >= _KEPT:
-        kinds.clear()
-    if not isinstance(route, _Refusal):
-        kinds[kind] = _Idle()
-        return route, seen
-    idle = kinds.setdefault(kind[:2] if route.of_all else kind, _Idle())
-    idle.refused += 1
-    if idle.refused >= _FREE:
-        idle.left, idle.refusal = min(_CALLS << (idle.refused - _FREE), _MOST) - 1, route
-    return route, seen
-
-
-def _route(
-    model: nn.Module, x: reference.Inputs, shapes: object, plain: Callable[[], nn.Module] | None
-) -> tuple[_Route, Seen | None]:
-    """What serves a call on inputs of these shapes, and what the look at the model has found."""
-    form, seen = look(model)
-    # Empty without a transform of torch.func; with one, why its kind is refused.
-    transform = (transforms.refusal(model, x),) if transformed() else ()
-    given = tensors_of(x)
-    inputs = any(t.requires_grad for t in given)
-    devices = frozenset(t.device for t in given)
-    key = (kind_of(type(model)), shapes, devices, model.training, inputs, transform, form)
-    with _lock:
-        if (known := _routes.get(key)) is not None:
-            _routes.move_to_end(key)
-            return known, seen
-        refused = _unsettled.setdefault(model, Counter())
-        if max(refused.values(), default=0) >= _TRIES:
-            return _Refusal("refused in too many forms", of_all=True), None
-        turnover = _changing.setdefault(model, _Turnover())
-        if not turnover.pays():
-            why = "forms change from call to call, so that no program would serve often"
-            return _Refusal(why, of_all=True), None
-        if transform:
-            route = _under_transforms(model, x, plain, *transform)
-        else:
-            counts = known_counts()
-            route = _made(model if plain is None else plain(), x)
-            if known_counts() != counts:  # and the form another one
-                if isinstance(route, _Refusal):
-                    return route, None
-                key = (*key[:-1], look(model)[0])
-        turnover.add(route)
-        if isinstance(route, _Refusal) and not transform:
-            refused[key[:-1]] += 1
-            if route.passing and refused[key[:-1]] < _TRIES:
-                return route, None
-        _routes[key], _holders[key] = route, _shapes(model)
-        while len(_routes) > _KEPT:
-            _holders.pop(_routes.popitem(last=False)[0], None)
-        return route, None
-
-
-def _under_transforms(
-    model: nn.Module, x: reference.Inputs, plain: Callable[[], nn.Module] | None, refusal: str | None
-) -> _Route:
-    if refusal is not None:
-        return _Refusal(refusal)
-    with transforms.outside(model, x) as one:
-        route, _ = _route(model, one, form_of_inputs(one), plain)
-    if not isinstance(route, DifferentiableNetwork):
-        return route
-    if any(norm.statistics is not None for norm in route.network.norms.values()):
-        return _Refusal("keeps running statistics, which a transform changes as PyTorch does, or refuses")
-    if route.network.counts:
-        return _Refusal("counts its calls, which a transform makes as many of as PyTorch does")
-    return transforms.Transformed(route)
-
-
-def _made(model: nn.Module, x: reference.Inputs) -> _Route:
-    if type(model).__call__ is not nn.Module.__call__:
-        return _Refusal("its class has a __call__ of its own, which is around what is served")
-    if next(model.parameters(), None) is None:
-        return _Refusal("expected parameters, there are none")
-    for t in (*model.parameters(), *model.buffers()):
-        if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided:
-            return _Refusal(
-                f"a parameter or buffer is no plain tensor, but a {type(t).__name__} of {t.layout}"
-            )
-    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
-    given = tensors_of(x)
-    if any(t.dtype != tensors[0].dtype for t in tensors) or len({t.device for t in (*tensors, *given)}) > 1:
-        return _Refusal("expected parameters and buffers of one type on the examples' device")
-    if tensors[0].dtype not in (torch.float32, torch.float64):
-        return _Refusal(f"expected parameters in float32 or float64, got {tensors[0].dtype}")
-    for t in given:
-        if t.dtype != tensors[0].dtype and t.is_floating_point():
-            return _Refusal(f"expected examples of the parameters' {tensors[0].dtype}, got {t.dtype}")
-    if sum(t.requires_grad for t in given) > 1:
-        return _Refusal("expected at most one argument that takes a gradient, got several")
-    if any(
-        getattr(m, "plain", False) for m in model.modules() if isinstance(m, reference.PerStepBatchNorm2d)
-    ):
-        return _Refusal("its batch norms are to run PyTorch's own operations")
-    for name, value in ((n, t) for m in model.modules() for n, t in vars(m).items() if n not in _OWN):
-        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(value)):
-            return _Refusal(f"the attribute {name} is no parameter and takes a gradient")
-    try:
-        return differentiable(model, x)
-    except Unsupported as error:
-        return _Refusal(str(error), passing=isinstance(error, UncheckedError))

@@ -19,8 +19,8 @@ from mamlpp_fast._modes import plainly
 from mamlpp_fast.copying import tied_function
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fingerprint import fingerprint
-from mamlpp_fast.engine.named import own_bases, values_named
 from mamlpp_fast.ops._library import transformed
+from mamlpp_fast.reference.code import own_bases, values_named
 
 __all__ = ["map_tasks"]
 

@@ -123,9 +123,9 @@ def own_threads() -> Iterator[None]:
 @pytest.fixture
 def nothing_accelerated() -> None:
     """Forgets what accelerated models were served by."""
-    from mamlpp_fast import accelerated
+    from mamlpp_fast import routes
 
-    accelerated._routes.clear()
+    routes.kept.clear()
 
 
 def _folder(variable: str, default: Path, what: str) -> Path:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated as module
+from mamlpp_fast import routes as module
 from mamlpp_fast.compat import learn2learn as l2l
 
 WAYS = 3
@@ -207,7 +207,7 @@ def test_a_graph_may_be_gone_through_again_in_any_order() -> None:
 def test_memory_is_used_again() -> None:
     _, model = pair(conv_net)
     textbook(model)
-    (route,) = module._routes.values()
+    (route,) = module.kept.values()
     sections = route.sections  # type: ignore[union-attr]
     made = sections.lanes
     for _ in range(3):
@@ -368,7 +368,7 @@ def test_the_model_stays_itself() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is type(model)
         torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
-    assert served(model) and len(module._routes) == 1  # copies share what was prepared
+    assert served(model) and len(module.kept) == 1  # copies share what was prepared
 
 
 def test_frozen_and_permuted_parameters() -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated as module
+from mamlpp_fast import routes as module
 
 pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
@@ -79,7 +79,7 @@ def test_kept_results_keep_no_memory_of_their_passes() -> None:
         total = loss + torch.stack([g.square().sum() for g in grads]).sum()
         total.backward()
         kept += [loss, total]
-    (route,) = module._routes.values()
+    (route,) = module.kept.values()
     assert isinstance(route, module.DifferentiableNetwork) and route.sections.lanes <= 2
 
 
@@ -186,9 +186,9 @@ def test_settings_elsewhere_are_seen(place: Any, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(place, "body", lambda self, x: body(self, x) - 1)
     else:
         monkeypatch.setattr(place, "scale", 2.0)
-    before = len(module._routes)
+    before = len(module.kept)
     torch.testing.assert_close(fast(x), plain(x), **CLOSE)
-    assert before == 1 and len(module._routes) == 2 and served(fast)
+    assert before == 1 and len(module.kept) == 2 and served(fast)
 
 
 class Counted(Beside):

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated
+from mamlpp_fast import routes
 from mamlpp_fast.engine.fused import differentiable, lowering
 
 
@@ -53,7 +53,7 @@ def test_linear_layers_alone_are_left_to_pytorch(as_for_users: None, last: Calla
 def test_a_linear_layer_alone_is_not_even_looked_at(
     as_for_users: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerated, "look", None)
+    monkeypatch.setattr(routes, "look", None)
     model, x = nn.Linear(4, 3), torch.randn(2, 4)
     assert mf.accelerate(model) is model and type(model) is nn.Linear
     assert_close(mf.functional_call(model, {}, x), model(x), rtol=0, atol=0)
@@ -71,8 +71,8 @@ class Counted(nn.Linear):
 def test_what_is_another_model_at_each_call_is_seldom_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a count of its calls from which it anneals; whatever the sizes."""
     looks: list[int] = []
-    made = accelerated.look
-    monkeypatch.setattr(accelerated, "look", lambda model: looks.append(model.calls) or made(model))
+    made = routes.look
+    monkeypatch.setattr(routes, "look", lambda model: looks.append(model.calls) or made(model))
     model = mf.accelerate(Counted(4, 3))
     for call in range(100):
         model(torch.randn(2 + call % 5, 4))
@@ -173,13 +173,13 @@ def test_what_is_refused_again_and_again_is_seldom_looked_at(
 ) -> None:
     """A look takes longer than many a small layer; examples of another form are looked at soon all the same."""
     looks: list[tuple[int, ...]] = []
-    made = accelerated._route
+    made = routes._route
 
     def watched(model: nn.Module, x: Tensor, *more: Any) -> Any:
         looks.append(tuple(x.shape))
         return made(model, x, *more)
 
-    monkeypatch.setattr(accelerated, "_route", watched)
+    monkeypatch.setattr(routes, "_route", watched)
     plain = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(28, 3))
     model, x = mf.accelerate(copy.deepcopy(plain)), torch.randint(9, (6, 7))
     for _ in range(8 + 63):
@@ -193,7 +193,7 @@ def test_what_is_refused_again_and_again_is_seldom_looked_at(
         model(x)
     assert len(looks) <= 4
     monkeypatch.setattr(differentiable, "EVEN_WITHOUT_GAIN", True)
-    monkeypatch.setattr(accelerated, "_routes", type(accelerated._routes)())
+    monkeypatch.setattr(routes, "kept", type(routes.kept)())
     for _ in range(1024):  # what is served from now on is found
         model(x)
     assert "one operation" in mf.acceleration(model)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_accelerate import CLOSE, conv_net, data, mlp, pair, served, textbook
 from torch import Tensor, nn
 
-from mamlpp_fast import accelerated as module
+from mamlpp_fast import routes as module
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 from mamlpp_fast.engine.fused.sections import Place
@@ -182,7 +182,7 @@ def _raise(g: Tensor) -> Tensor:
 
 
 def places() -> list[Place]:
-    (route,) = (r for r in module._routes.values() if isinstance(r, DifferentiableNetwork))
+    (route,) = (r for r in module.kept.values() if isinstance(r, DifferentiableNetwork))
     found = [place for free in route.sections.free.values() for place in free]
     assert len(found) == route.sections.lanes
     return found

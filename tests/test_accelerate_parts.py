@@ -12,7 +12,8 @@ from test_accelerate import CLOSE, WAYS, conv_net, data, mlp, pair, served
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated as module
+from mamlpp_fast import accelerated
+from mamlpp_fast import routes as module
 from mamlpp_fast._modes import plainly, pytorchs_norms
 from mamlpp_fast.compat import higher
 from mamlpp_fast.compat import learn2learn as l2l
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
 
 def routes() -> list[DifferentiableNetwork]:
-    return [r for r in module._routes.values() if isinstance(r, DifferentiableNetwork)]
+    return [r for r in module.kept.values() if isinstance(r, DifferentiableNetwork)]
 
 
 def parts() -> list[frozenset[str]]:
@@ -88,7 +89,7 @@ def test_parts_are_few_and_one_that_fails_its_check_is_not_taken(monkeypatch: py
     for name in names:
         torch.testing.assert_close(some(fast, name), some(plain, name), **CLOSE)
     assert len(parts()) == 3
-    module._routes.clear()
+    module.kept.clear()
 
     def failing(self: DifferentiableNetwork, few: Tensor, wanted: frozenset[str]) -> None:
         raise module.Unsupported("it", "differs")
@@ -189,7 +190,7 @@ def test_a_physics_informed_loss_goes_to_pytorch_where_it_is_taken_again_and_aga
     torch.testing.assert_close(physics(fast, 6), physics(plain, 6), **CLOSE)
     assert served(fast)
     (route,) = routes()
-    assert route._rest > 0 and module._resting[fast] is route
+    assert route._rest > 0 and accelerated._resting[fast] is route
     # The calls that are left to PyTorch come to an end, and are twice as many then.
     torch.testing.assert_close(physics(fast, 80), physics(plain, 80), **CLOSE)
     assert route._next_rest == 4 * 64 and 100 < route._rest <= 128

@@ -12,8 +12,8 @@ from test_accelerate import CLOSE, WAYS, Scaled, conv_net, data, mlp
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated as module
 from mamlpp_fast import reference
+from mamlpp_fast import routes as module
 from mamlpp_fast._modes import plainly
 from mamlpp_fast.compat import higher
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("nothing_accelerated")
 
 def served() -> bool:
     """Whether there were calls, and all were served."""
-    routes = list(module._routes.values())
+    routes = list(module.kept.values())
     return bool(routes) and all(isinstance(r, DifferentiableNetwork) for r in routes)
 
 
@@ -77,7 +77,7 @@ def both(make: Callable[[], nn.Module], use: Callable[[nn.Module], dict[str, Ten
     plain = copy.deepcopy(model)
     with plainly(), plain_batch_norm(plain):
         expected = use(plain)
-    assert not module._routes
+    assert not module.kept
     found = use(model)
     assert served()
     same(found, expected, 1e-12, **CLOSE)
@@ -136,7 +136,7 @@ def test_rows_are_told_apart() -> None:
     torch.manual_seed(0)
     model = NETS["per step"]().double()
     found = loop(model, False, first_order=False)
-    (route,) = module._routes.values()
+    (route,) = module.kept.values()
     assert isinstance(route, DifferentiableNetwork)
     rows = found["1.weight"]
     assert len(rows) == STEPS and all(float(row.abs().max()) > 1e-6 for row in rows)
@@ -263,7 +263,7 @@ def test_higher(name: str, kind: str, again: bool) -> None:
     plain = copy.deepcopy(model)
     with plainly():
         expected = script(plain, False, kind)
-    assert not module._routes
+    assert not module.kept
     found = script(model, True, kind, again)
     assert served()
     close = {"rtol": 1e-7, "atol": 1e-9} if kind == "Adam" else CLOSE  # Adam divides by small gradients
@@ -274,10 +274,10 @@ def test_higher_has_one_program_for_all_tasks_and_steps_and_none_unfused() -> No
     torch.manual_seed(0)
     model = SCRIPTS["conv"]().double()
     script(model, False, "SGD")
-    assert not module._routes
+    assert not module.kept
     for _ in range(2):
         script(model, True, "SGD")
-    assert len(module._routes) == 1
+    assert len(module.kept) == 1
 
 
 def test_a_functional_module_whose_attributes_change() -> None:
@@ -287,4 +287,4 @@ def test_a_functional_module_whose_attributes_change() -> None:
     before = fmodel(x)
     fmodel.power = 3.0  # type: ignore[assignment]
     assert not torch.allclose(fmodel(x), before)
-    assert len(module._routes) == 2 and served()
+    assert len(module.kept) == 2 and served()

@@ -19,7 +19,8 @@ import mamlpp_fast as mf
 from mamlpp_fast.compat import learn2learn as l2l
 from mamlpp_fast.engine import fingerprint
 from mamlpp_fast.engine.glances import Glance
-from mamlpp_fast.engine.named import of_library, written_in
+from mamlpp_fast.engine.named import of_library
+from mamlpp_fast.reference.code import written_in
 
 settings = {"scale": 1.0}
 

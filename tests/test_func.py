@@ -14,8 +14,9 @@ from test_accelerate import CLOSE, Scaled, conv_net, mlp, pair
 from torch import Tensor, func, nn
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated as module
+from mamlpp_fast import routes as module
 from mamlpp_fast.engine.fused import transforms, uses
+from mamlpp_fast.reference.code import ROUTED
 
 # Forward mode loads decompositions written for torch.jit: a DeprecationWarning in torch 2.13, a FutureWarning in 2.14.
 pytestmark = [
@@ -56,7 +57,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    module._routes.clear()
+    module.kept.clear()
     batch()  # not made first within a transform, which its tensors would be bound to
 
 
@@ -265,7 +266,7 @@ def pulled_in_vmap(model: nn.Module) -> Any:
 
 
 def plainly(model: nn.Module) -> bool:
-    return not vars(type(model)).get(module.ROUTED)
+    return not vars(type(model)).get(ROUTED)
 
 
 def both_again(model: nn.Module) -> Any:
@@ -429,7 +430,7 @@ def test_buffers_may_be_mapped_and_differentiated() -> None:
 def test_memory_is_used_again() -> None:
     _, fast = pair(norms)
     expected = meta(mapped, fast)
-    route = next(r for r in module._routes.values() if isinstance(r, transforms.Transformed))
+    route = next(r for r in module.kept.values() if isinstance(r, transforms.Transformed))
     sections = route.net.sections
     made = sections.lanes
     for _ in range(3):
@@ -478,7 +479,7 @@ def test_eager_calls_and_transforms_share_what_was_prepared() -> None:
     for model in (plain, fast):
         F.cross_entropy(model(x[1]), y[1]).backward()
     close({n: p.grad for n, p in fast.named_parameters()}, {n: p.grad for n, p in plain.named_parameters()})
-    nets = {id(r.net if isinstance(r, transforms.Transformed) else r) for r in module._routes.values()}
+    nets = {id(r.net if isinstance(r, transforms.Transformed) else r) for r in module.kept.values()}
     assert len(nets) == 1
 
 

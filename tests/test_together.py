@@ -16,7 +16,7 @@ from test_accelerate_underneath import NETS, STEPS, Tied, own_loss
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
-from mamlpp_fast import accelerated
+from mamlpp_fast import routes
 from mamlpp_fast.engine import together
 from mamlpp_fast.engine.fused.differentiable import DifferentiableNetwork
 
@@ -224,7 +224,7 @@ def test_one_after_the_other(make: Callable[[], nn.Module], loss: Callable[[], A
     """Side by side these would come in another order, or be left out."""
     results = []
     for engine in ("reference", "autograd"):
-        accelerated._routes.clear()
+        routes.kept.clear()
         given = {} if loss is None else {"loss_fn": loss()}
         ours = learner(make, engine, bnwb=False, bnrs=False, **given)
         metrics = quickly(ours)

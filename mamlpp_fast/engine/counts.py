@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from mamlpp_fast.engine.named import ROUTED
+from mamlpp_fast.reference.code import ROUTED
 
 __all__ = [
     "Count",

@@ -21,23 +21,13 @@ from mamlpp_fast.engine.counts import counts_of
 from mamlpp_fast.engine.fragments import PLAIN, number_of, others, told
 from mamlpp_fast.engine.glances import GLOBAL_HOOKS, HOOKS, PLUMBING, Glance, Seen, forward_of, traits
 from mamlpp_fast.engine.named import (
-    CACHED,
-    FUNCTIONS,
-    LIBRARIES,
     MADE_BY,
-    attributes_of,
     beyond,
-    from_library,
-    function_of,
-    functions_of,
-    globals_of,
     imported,
     installed,
     is_operator,
     of_library,
-    own_bases,
     reads_environment,
-    written_in,
 )
 from mamlpp_fast.engine.objects import (
     BUFFERS,
@@ -54,6 +44,18 @@ from mamlpp_fast.engine.objects import (
 )
 from mamlpp_fast.engine.reached import ITERATOR, REFERENCE, SETTINGS, reach, settings_of
 from mamlpp_fast.reference import PerStepBatchNorm2d
+from mamlpp_fast.reference.code import (
+    CACHED,
+    FUNCTIONS,
+    LIBRARIES,
+    attributes_of,
+    from_library,
+    function_of,
+    functions_of,
+    globals_of,
+    own_bases,
+    written_in,
+)
 
 __all__ = ["Fingerprint", "fingerprint", "look"]
 

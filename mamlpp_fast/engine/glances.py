@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mamlpp_fast.engine.fragments import content
-from mamlpp_fast.engine.named import ROUTED, from_library, of_library, written_in
+from mamlpp_fast.engine.named import of_library
 from mamlpp_fast.reference import PerStepBatchNorm2d
+from mamlpp_fast.reference.code import ROUTED, from_library, written_in
 
 __all__ = ["GLOBAL_HOOKS", "HOOKS", "PLUMBING", "Glance", "Seen", "forward_of", "traits"]
 

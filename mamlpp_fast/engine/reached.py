@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mamlpp_fast.engine.named import attributes_of, functions_of, globals_of
 from mamlpp_fast.engine.objects import attributes_held
+from mamlpp_fast.reference.code import attributes_of, functions_of, globals_of
 
 if TYPE_CHECKING:
     from mamlpp_fast.engine.fingerprint import _Reader
