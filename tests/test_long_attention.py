@@ -179,9 +179,9 @@ def test_heads_of_long_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert ("generic multi_head_attention_forward" in kinds) == (name in WHOLE)
 
 
-def test_heads_of_short_sequences_are_one_step() -> None:
+def test_heads_of_short_sequences_are_all_at_once() -> None:
     make, how = LAYERS["without weights"]
     engine: Any = learners(Heads(make(), how).double())[0].engine
     engine.verify = False
     kinds = [step.kind for step in engine.prepare(batch(6), False, True).network.steps]
-    assert "generic multi_head_attention_forward" in kinds and "Attention" not in kinds
+    assert "generic scaled_dot_product_attention" in kinds and "Attention" not in kinds
