@@ -204,7 +204,15 @@ def _parts(model: nn.Module) -> frozenset[Any]:
 
 @functools.lru_cache(256)
 def _names(parts: frozenset[Any]) -> frozenset[str]:
-    methods = [functions_of(part) for part in parts if isinstance(part, type)]
+    # An accelerated class's forward is ours, and closes over the user's class with all its methods.
+    methods = [
+        {
+            name: [f for f in own if not from_library(written_in(f))]
+            for name, own in functions_of(part).items()
+        }
+        for part in parts
+        if isinstance(part, type)
+    ]
     queue: list[Any] = [part for part in parts if not isinstance(part, type)]
     queue += [f for own in methods for name in ("forward", "__call__") for f in own.get(name, ())]
     names, seen = set[str](), set[Any]()
