@@ -197,12 +197,8 @@ class _Call:
             raise ValueError(
                 f"theta: expected fewer than 2**31 elements a task, got shape {tuple(self.shape)}"
             )
-        self.segments, self.steps, self.pieces, self.table = (
-            0,
-            0,
-            triton.cdiv(self.size, _BLOCK),
-            _SEGMENTS[0],
-        )
+        self.segments = self.steps = 0
+        self.pieces, self.table = triton.cdiv(self.size, _BLOCK), _SEGMENTS[0]
         if offsets is not None:
             self.segments, self.steps = rows[0].shape
             self.pieces = self.size // _BLOCK + self.segments

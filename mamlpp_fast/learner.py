@@ -368,17 +368,9 @@ class MAMLPlusPlus:
         batch = EpisodeBatch.of(Episode(support_x, support_y, support_x, support_y))
         serving = self._follow(False, batch)
         batch = serving.as_taken(batch)
-        task = batch[0]
+        x, y = batch[0].support_x, batch[0].support_y
         with serving.mistakes_named(batch), one_thread(self.deterministic):
-            weights = adapt(
-                self.model,
-                task.support_x,
-                task.support_y,
-                self.rates,
-                steps=steps,
-                loss_fn=self.loss_fn,
-                first_order=True,
-            )
+            weights = adapt(self.model, x, y, self.rates, steps=steps, loss_fn=self.loss_fn, first_order=True)
         serving.settle()
         return Predictor(
             self.model,

@@ -52,9 +52,9 @@ def noise(*shape: int, images: int = 6, ways: int = 3, seed: int = 0) -> mf.Epis
 
 
 def moved(loss: Tensor, weights: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
-    """The weights after a textbook's step on a loss of them, differentiable."""
-    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-    return {n: p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+    """The weights after a textbook's step on a loss of them, differentiable; what takes no part in it stays."""
+    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+    return {n: p if g is None else p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
 
 
 def form_of(model: nn.Module) -> Fingerprint:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from helpers import moved
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -48,10 +49,7 @@ def textbook(model: nn.Module, buffers: dict[str, Tensor] | None = None, right: 
         for _ in range(STEPS):
             with reference.right_weight_norm(model) if right else contextlib.nullcontext():
                 support = F.cross_entropy(plainly(model, fast | copies, data[0]), data[1])
-            grads = torch.autograd.grad(support, list(fast.values()), create_graph=True, allow_unused=True)
-            fast = {
-                n: p if g is None else p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)
-            }
+            fast = moved(support, fast, RATE)
         return F.cross_entropy(plainly(model, fast | copies, data[2]), data[3])
 
     return loss

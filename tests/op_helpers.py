@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -30,10 +30,10 @@ def pointwise_functions(a: float) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def backend_fixture(operation: str, *, poisoned: bool = False) -> Any:
+def backend_fixture(operation: str, *, but: str = "", poisoned: bool = False) -> Any:
     """A fixture `backend`: once on every backend that serves the operation here; on memory full of NaN if asked."""
 
-    @pytest.fixture(params=backends(operation), name="backend")
+    @pytest.fixture(params=[b for b in backends(operation) if b != but], name="backend")
     def fixture(request: pytest.FixtureRequest) -> Iterator[str]:
         if poisoned:
             request.getfixturevalue("poisoned_memory")
@@ -43,10 +43,13 @@ def backend_fixture(operation: str, *, poisoned: bool = False) -> Any:
     return fixture
 
 
-def opcheck(samples: Mapping[str, tuple[Any, ...]]) -> None:
-    """torch's own check of operations, on arguments of each."""
+def opcheck(samples: Mapping[str, tuple[Any, ...]], moving: Sequence[Tensor] = ()) -> None:
+    """torch's own check of operations, on arguments of each; with `moving`, rows of γ and β, of tangents again."""
     for name, sample in samples.items():
         torch.library.opcheck(OPERATIONS[name].overload, sample)
+        if len(moving) and name.endswith("tangent"):
+            rows = moving[:1] if name.endswith("backward_tangent") else moving  # γ's alone
+            torch.library.opcheck(OPERATIONS[name].overload, (*sample, *rows))
 
 
 def tangents(directions: Mapping[str, tuple[Tensor, Mapping[Tensor, Tensor]]]) -> dict[str, Tensor]:

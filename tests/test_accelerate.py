@@ -19,6 +19,8 @@ from mamlpp_fast.compat import learn2learn as l2l
 
 WAYS = 3
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+Make = Callable[[], nn.Module]
+Use = Callable[[nn.Module, Tensor], Tensor]
 
 
 def conv_net(slope: float = 0.0, **norm: Any) -> nn.Sequential:
@@ -36,7 +38,7 @@ def conv_net(slope: float = 0.0, **norm: Any) -> nn.Sequential:
     )
 
 
-def mlp(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+def mlp(activation: Make = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 7), activation(), nn.LayerNorm(7), nn.Linear(7, WAYS))
 
 
@@ -58,7 +60,7 @@ class Scaled(nn.Module):
         return self.last(h)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Make] = {
     "conv": conv_net,
     "leaky": lambda: conv_net(slope=0.2),
     "no statistics": lambda: conv_net(track_running_stats=False),
@@ -83,13 +85,13 @@ def data(tasks: int = 2, images: int = 6) -> list[tuple[Tensor, ...]]:
     return made
 
 
-def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+def pair(make: Make) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     plain = make().double()
     return plain, mf.accelerate(copy.deepcopy(plain))
 
 
-def same(make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def same(make: Make, use: Use) -> None:
     """Asserts that a use of an accelerated model leaves what it leaves of a plain one."""
     plain, fast = pair(make)
     x = data(1)[0][0]
@@ -289,9 +291,7 @@ def unrecorded(model: nn.Module, x: Tensor) -> Tensor:
         (mlp, lambda model, x: model(input=x)),
     ],
 )
-def test_what_is_not_served_runs_as_ever(
-    make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], Tensor]
-) -> None:
+def test_what_is_not_served_runs_as_ever(make: Make, use: Use) -> None:
     same(make, use)
 
 

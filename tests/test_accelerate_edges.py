@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from test_accelerate import CLOSE, WAYS, conv_net, data, mlp, pair, same, served
+from test_accelerate import CLOSE, WAYS, Make, Use, conv_net, data, mlp, pair, same, served
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
@@ -63,9 +63,7 @@ def checkpointed(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 @pytest.mark.parametrize("make", [conv_net, mlp])
 @pytest.mark.parametrize("use", [in_many, curved, forward_mode, checkpointed])
-def test_other_ways_to_differentiate(
-    make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], Tensor]
-) -> None:
+def test_other_ways_to_differentiate(make: Make, use: Use) -> None:
     same(make, use)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_accelerate import CLOSE, conv_net, data, mlp, pair, served, textbook
+from test_accelerate import CLOSE, Make, conv_net, data, mlp, pair, served, textbook
 from torch import Tensor, nn
 
 from mamlpp_fast import routes as module
@@ -139,9 +139,7 @@ USES = [
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("make", [unbiased, mlp, lambda: mlp(nn.GELU)])
-def test_graphs_of_all_kinds(
-    make: Callable[[], nn.Module], use: Callable[[nn.Module, Tensor], list[Tensor]]
-) -> None:
+def test_graphs_of_all_kinds(make: Make, use: Callable[[nn.Module, Tensor], list[Tensor]]) -> None:
     plain, fast = pair(make)
     x = data(1)[0][0]
     for _ in range(2):

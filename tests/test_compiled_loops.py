@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_accelerate import CLOSE, conv_net, data, mlp, pair
+from test_accelerate import CLOSE, Make, conv_net, data, mlp, pair
 from torch import Tensor, func, nn
 
 import mamlpp_fast as mf
@@ -79,9 +79,7 @@ def compiled_func(model: nn.Module, backend: str, *task: Tensor) -> Grads:
 @pytest.mark.parametrize("use", [compiled_loss, compiled_meta, compiled_model, compiled_func])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("make", [mlp, lambda: conv_net(track_running_stats=False)], ids=["mlp", "conv"])
-def test_second_order_is_eagers_or_refused(
-    make: Callable[[], nn.Module], backend: str, use: Callable[..., Grads]
-) -> None:
+def test_second_order_is_eagers_or_refused(make: Make, backend: str, use: Callable[..., Grads]) -> None:
     plain, fast = pair(make)
     task = data(1)[0]
     expected = meta(plain, *task)

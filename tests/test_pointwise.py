@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_equal_on_any_threads, run_elsewhere
-from op_helpers import backend_fixture, pointwise_functions
+from op_helpers import backend_fixture, opcheck, pointwise_functions
 from torch import Tensor
 
-from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.ops.pointwise import FUNCTIONS
 from mamlpp_fast.testing import backends
 
@@ -112,12 +111,12 @@ def test_wrong_arguments_are_refused(backend: str) -> None:
 
 def test_opcheck() -> None:
     x, g, u, out = torch.randn(4, 6)
-    for name, sample in {
+    samples = {
         "pointwise": (x, 4, 1.0, out),
         "pointwise_slope": (x, g, 4, 1.0, out),
         "pointwise_bend": (x, g, g.clone(), u, 4, 1.0, out),
-    }.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
+    }
+    opcheck(samples)
 
 
 @pytest.mark.skipif(not NATIVE, reason="native library not loaded")

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 import mamlpp_fast as mf
 from mamlpp_fast import data, replay, testing
 from mamlpp_fast.benchmarking import bench, cpu_name
+from mamlpp_fast.cli._arguments import resolve_device
 from mamlpp_fast.data import locate
 from mamlpp_fast.train import TrainConfig
-from mamlpp_fast.train.build import build_learner, resolve_device
+from mamlpp_fast.train.build import build_learner
 from mamlpp_fast.train.files import append_line, read_json, write_json
 from mamlpp_fast.train.signals import StopSignal
 from mamlpp_fast.workloads import WORKLOADS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_helpers import opcheck
+from op_helpers import backend_fixture, opcheck
 from torch import Tensor
 
 from mamlpp_fast.ops._library import OPERATIONS
@@ -14,12 +14,7 @@ from mamlpp_fast.testing import backends, use_backend
 
 SHARED = ("task_conv2d", "conv_norm_act_pool", "linear_cross_entropy")
 TASKS, IMAGES = 2, 3
-
-
-@pytest.fixture(params=[b for b in backends("task_conv2d") if b != "native"])
-def backend(request: pytest.FixtureRequest) -> Any:
-    with use_backend(request.param):
-        yield request.param
+backend = backend_fixture("task_conv2d", but="native")
 
 
 class Roles:

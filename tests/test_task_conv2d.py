@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads, run_elsewhere
+from op_helpers import backend_fixture
 from torch import Tensor
 
 from mamlpp_fast import _native
@@ -102,12 +103,7 @@ FEW = ("omniglot-14", "omniglot-7", "imagenet-first", "stride-2", "odd-channels"
 native = pytest.mark.skipif("native" not in backends("task_conv2d"), reason="native library not loaded")
 interpreted = pytest.mark.skipif("triton" not in backends("task_conv2d"), reason="no Triton interpreter")
 ISA = _native.status().isa
-
-
-@pytest.fixture(params=[name for name in ("python", "native") if name in backends("task_conv2d")])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
+backend = backend_fixture("task_conv2d", but="triton")
 
 
 class Case:
@@ -391,7 +387,7 @@ def test_both_gradients_at_once_are_those_of_two_calls(by: str, name: str, dtype
                 assert torch.equal(a, b)
 
 
-@pytest.mark.skipif("native" not in backends("task_conv2d"), reason="there is no native library")
+@native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "name", ["omniglot-14", "omniglot-3", "stride-2-full-panel", "sequence", "many-channels"]

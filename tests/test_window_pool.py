@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads
-from op_helpers import backend_fixture
+from op_helpers import backend_fixture, opcheck
 from torch import Tensor
 
-from mamlpp_fast.ops._library import OPERATIONS
 from mamlpp_fast.ops.window_pool import output_shape
 from mamlpp_fast.testing import backends
 
@@ -154,11 +153,11 @@ def test_opcheck() -> None:
     window = [2, 2, 2, 2, 0, 0]
     x, y = torch.randn(1, 2, 4, 4, 3), torch.empty(1, 2, 2, 2, 3)
     index = torch.zeros(y.shape, dtype=torch.uint8)
-    for name, sample in {
+    samples = {
         "window_max": (x, window, y, index),
         "window_max_pick": (x, index, window, y),
         "window_max_place": (y.zero_(), index, window, x.clone()),
         "window_mean": (x, window, y.clone()),
         "window_mean_place": (y, window, x.clone()),
-    }.items():
-        torch.library.opcheck(OPERATIONS[name].overload, sample)
+    }
+    opcheck(samples)

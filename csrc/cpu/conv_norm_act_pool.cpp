@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -56,8 +58,9 @@ void check_pooled(const Problem& p, const char* name, const Tensor& t, at::Scala
   check_like(name, t, {p.tasks, p.images, p.s.rows, p.s.columns, p.s.co}, type);
 }
 
-void check_row(const Problem& p, const char* name, const Tensor& t, const Tensor& like) {
-  check_like(name, t, {p.tasks, p.s.co}, like.scalar_type());
+void check_rows(const Problem& p, std::initializer_list<std::pair<const char*, const Tensor&>> rows,
+                const Tensor& like) {
+  for (const auto& [name, row] : rows) check_like(name, row, {p.tasks, p.s.co}, like.scalar_type());
 }
 
 /// gamma or beta, [C] or [T, C].
@@ -360,7 +363,7 @@ void patch_moments_op(const Tensor& images, int64_t kh, int64_t kw, int64_t padd
   check_like("images", images, images.sizes(), padded.scalar_type());
   check_like("padded", padded, {p.tasks, p.images, p.s.height, p.s.width, p.s.ci}, images.scalar_type());
   check_like("moments", moments, {p.tasks, p.s.values() + 2, p.s.values()}, at::kDouble);
-  typed(images, [&](auto type) { moments_of<typename decltype(type)::type>(p, images, padding, padded, moments); });
+  typed(images, [&]<typename T>(Type<T>) { moments_of<T>(p, images, padding, padded, moments); });
 }
 
 void conv_norm_act_pool(const Tensor& padded, const Tensor& moments, const Tensor& w, const Tensor& gamma,
@@ -369,10 +372,8 @@ void conv_norm_act_pool(const Tensor& padded, const Tensor& moments, const Tenso
   const Problem p = check(padded, moments, w, slope);
   check_pooled(p, "y", y, padded.scalar_type());
   check_pooled(p, "index", index, at::kByte);
-  check_row(p, "mean", mean, padded);
-  check_row(p, "rstd", rstd, padded);
-  typed(padded, [&](auto type) {
-    using T = typename decltype(type)::type;
+  check_rows(p, {{"mean", mean}, {"rstd", rstd}}, padded);
+  typed(padded, [&]<typename T>(Type<T>) {
     forward<T>(p, padded, moments, w, gamma, beta, eps, static_cast<T>(slope), y, index, mean, rstd);
   });
 }
@@ -384,7 +385,7 @@ Problem check_saved(const Tensor& pooled, const Tensor& y, const Tensor& index, 
   check_pooled(p, "y", y, padded.scalar_type());
   check_pooled(p, "index", index, at::kByte);
   check_pooled(p, "gradient or tangent", pooled, padded.scalar_type());
-  check_row(p, "rstd", rstd, padded);
+  check_rows(p, {{"rstd", rstd}}, padded);
   return p;
 }
 
@@ -394,10 +395,8 @@ void conv_norm_act_pool_backward(const Tensor& gy, const Tensor& y, const Tensor
   const Problem p = check_saved(gy, y, index, padded, moments, w, rstd, slope);
   check_like("gw", gw, w.sizes(), w.scalar_type());
   check_like("sums", sums, {p.tasks, p.s.values(), p.s.co}, w.scalar_type());
-  check_row(p, "ggamma", ggamma, w);
-  check_row(p, "gbeta", gbeta, w);
-  typed(padded, [&](auto type) {
-    using T = typename decltype(type)::type;
+  check_rows(p, {{"ggamma", ggamma}, {"gbeta", gbeta}}, w);
+  typed(padded, [&]<typename T>(Type<T>) {
     backward<T>(p, gy, y, index, padded, moments, w, gamma, rstd, static_cast<T>(slope), gw, sums, ggamma, gbeta);
   });
 }
@@ -408,9 +407,8 @@ void conv_norm_act_pool_tangent(const Tensor& v, const Tensor& y, const Tensor& 
                                 const OptTensor& beta_dot) {
   const Problem p = check_saved(uy, y, index, padded, moments, w, rstd, slope);
   check_like("v", v, w.sizes(), w.scalar_type());
-  check_row(p, "t", t, w);
-  typed(padded, [&](auto type) {
-    using T = typename decltype(type)::type;
+  check_rows(p, {{"t", t}}, w);
+  typed(padded, [&]<typename T>(Type<T>) {
     tangent<T>(p, v, y, index, padded, moments, w, gamma, rstd, static_cast<T>(slope), gamma_dot, beta_dot, uy, t);
   });
 }
@@ -424,11 +422,8 @@ void conv_norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& v, 
   check_like("v", v, w.sizes(), w.scalar_type());
   check_like("sums", sums, {p.tasks, p.s.values(), p.s.co}, w.scalar_type());
   check_like("gw_dot", gw_dot, w.sizes(), w.scalar_type());
-  for (const auto& [name, row] :
-       {std::pair<const char*, const Tensor&>("t", t), {"ggamma_dot", ggamma_dot}, {"gbeta_dot", gbeta_dot}})
-    check_row(p, name, row, w);
-  typed(padded, [&](auto type) {
-    using T = typename decltype(type)::type;
+  check_rows(p, {{"t", t}, {"ggamma_dot", ggamma_dot}, {"gbeta_dot", gbeta_dot}}, w);
+  typed(padded, [&]<typename T>(Type<T>) {
     backward_tangent<T>(p, gy_dot, v, y, index, padded, moments, w, gamma, rstd, static_cast<T>(slope), sums, t,
                         gamma_dot, gw_dot, ggamma_dot, gbeta_dot);
   });

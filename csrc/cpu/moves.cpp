@@ -56,8 +56,7 @@ class Arrangement {
   template <bool out>
   void copy_share(const Tensor& own, const Tensor& place, double scale, const OptTensor& plus, int64_t part,
                   int64_t parts) const {
-    typed(own, [&](auto type) {
-      using T = typename decltype(type)::type;
+    typed(own, [&]<typename T>(Type<T>) {
       const T* of = (out ? place : own).template const_data_ptr<T>();
       T* to = (out ? own : place).template mutable_data_ptr<T>();
       const T* added = out && plus ? plus->const_data_ptr<T>() : nullptr;
@@ -225,8 +224,7 @@ class Statistics : public torch::CustomClassHolder {
       t.unsafeGetTensorImpl()->bump_version();
     }
     for (size_t i = 0; i < count; ++i) {
-      typed(means[i], [&](auto type) {
-        using T = typename decltype(type)::type;
+      typed(means[i], [&]<typename T>(Type<T>) {
         T *mean = means[i].mutable_data_ptr<T>(), *var = vars[i].mutable_data_ptr<T>();
         const T *m = batch[i].const_data_ptr<T>(), *r = rstds[i].const_data_ptr<T>();
         const T* b = biases[i] ? biases[i]->const_data_ptr<T>() : nullptr;

@@ -10,7 +10,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -61,6 +63,11 @@ Problem check(const Tensor& z, const Tensor& gamma, const Tensor& beta, bool poo
 
 void check_shape(const char* name, const Tensor& t, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(t.sizes() == expected, name, ": expected ", expected, ", got ", t.sizes());
+}
+
+/// Statistics and gradients of rows: one for every task.
+void check_rows(const Problem& p, std::initializer_list<std::pair<const char*, const Tensor&>> rows) {
+  for (const auto& [name, row] : rows) check_shape(name, row, {p.tasks, p.shape.channels});
 }
 
 void check_pooled(const Problem& p, const char* name, const Tensor& t) {
@@ -221,8 +228,7 @@ struct Saved {
         const Tensor& gamma, const Tensor& beta, double slope)
       : p(p), z(z), mean(p, mean), rstd(p, rstd), gamma(p, gamma), beta(p, beta), slope(static_cast<T>(slope)) {
     check_index(p, index);
-    check_shape("mean", mean, {p.tasks, p.shape.channels});
-    check_shape("rstd", rstd, {p.tasks, p.shape.channels});
+    check_rows(p, {{"mean", mean}, {"rstd", rstd}});
     if (p.shape.pool) positions = index.const_data_ptr<uint8_t>();
   }
   /// Memory whose row 0 is a task's scale = gamma / sigma.
@@ -388,11 +394,8 @@ void norm_act_pool(const Tensor& z, const Tensor& gamma, const Tensor& beta, dou
   const Problem p = check(z, gamma, beta, pool, group);
   check_pooled(p, "y", y);
   check_index(p, index);
-  check_shape("mean", mean, {p.tasks, p.shape.channels});
-  check_shape("rstd", rstd, {p.tasks, p.shape.channels});
-  typed(z, [&](auto type) {
-    forward<typename decltype(type)::type>(p, z, gamma, beta, eps, slope, y, index, mean, rstd);
-  });
+  check_rows(p, {{"mean", mean}, {"rstd", rstd}});
+  typed(z, [&]<typename T>(Type<T>) { forward<T>(p, z, gamma, beta, eps, slope, y, index, mean, rstd); });
 }
 
 void norm_act_pool_backward(const Tensor& gy, const Tensor& z, const Tensor& index, const Tensor& mean,
@@ -401,10 +404,9 @@ void norm_act_pool_backward(const Tensor& gy, const Tensor& z, const Tensor& ind
   const Problem p = check(z, gamma, beta, pool, group);
   check_pooled(p, "gy", gy);
   check_shape("gz", gz, z.sizes());
-  check_shape("ggamma", ggamma, {p.tasks, p.shape.channels});
-  check_shape("gbeta", gbeta, {p.tasks, p.shape.channels});
-  typed(z, [&](auto type) {
-    const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
+  check_rows(p, {{"ggamma", ggamma}, {"gbeta", gbeta}});
+  typed(z, [&]<typename T>(Type<T>) {
+    const Saved<T> saved(p, z, index, mean, rstd, gamma, beta, slope);
     backward(p, gy, saved, gz, ggamma, gbeta);
   });
 }
@@ -416,10 +418,9 @@ void norm_act_pool_tangent(const Tensor& u, const Tensor& z, const Tensor& index
   const Problem p = check(z, gamma, beta, pool, group);
   check_shape("u", u, z.sizes());
   check_pooled(p, "uy", uy);
-  check_shape("r", r, {p.tasks, p.shape.channels});
-  check_shape("t", t, {p.tasks, p.shape.channels});
-  typed(z, [&](auto type) {
-    const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
+  check_rows(p, {{"r", r}, {"t", t}});
+  typed(z, [&]<typename T>(Type<T>) {
+    const Saved<T> saved(p, z, index, mean, rstd, gamma, beta, slope);
     tangent(p, u, saved, gamma_dot, beta_dot, uy, r, t);
   });
 }
@@ -434,11 +435,9 @@ void norm_act_pool_backward_tangent(const Tensor& gy_dot, const Tensor& gy, cons
   check_pooled(p, "gy", gy);
   check_shape("u", u, z.sizes());
   check_shape("gz_dot", gz_dot, z.sizes());
-  for (const auto& [name, row] :
-       {std::pair<const char*, const Tensor&>("r", r), {"t", t}, {"ggamma_dot", ggamma_dot}, {"gbeta_dot", gbeta_dot}})
-    check_shape(name, row, {p.tasks, p.shape.channels});
-  typed(z, [&](auto type) {
-    const Saved<typename decltype(type)::type> saved(p, z, index, mean, rstd, gamma, beta, slope);
+  check_rows(p, {{"r", r}, {"t", t}, {"ggamma_dot", ggamma_dot}, {"gbeta_dot", gbeta_dot}});
+  typed(z, [&]<typename T>(Type<T>) {
+    const Saved<T> saved(p, z, index, mean, rstd, gamma, beta, slope);
     backward_tangent(p, gy_dot, gy, u, saved, r, t, gamma_dot, gz_dot, ggamma_dot, gbeta_dot);
   });
 }

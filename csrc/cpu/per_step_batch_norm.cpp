@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "registry.h"
+#include "arguments.h"
 
 namespace mf::of_per_step_batch_norm {
 namespace {
@@ -20,8 +20,6 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 using Step = std::optional<int64_t>;
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrain = 16384;
 // Bytes of x in a piece of a channels-last tensor, and the most pieces of a task.
 constexpr int64_t kPieceBytes = 131072;
 constexpr int64_t kMaxPieces = 64;

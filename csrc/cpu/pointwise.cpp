@@ -35,8 +35,7 @@ void spread(const Tensor& x, const Work& work) {
 
 void pointwise(const Tensor& x, int64_t function, double a, Tensor& y) {
   const Function f = check(function, {&x, &y});
-  spread(x, [&](auto type, int64_t i, int64_t n) {
-    using T = typename decltype(type)::type;
+  spread(x, [&]<typename T>(Type<T>, int64_t i, int64_t n) {
     static const auto run = MF_DISPATCH(pointwise<T>);
     run(f, static_cast<T>(a), x.const_data_ptr<T>() + i, y.mutable_data_ptr<T>() + i, n);
   });
@@ -44,8 +43,7 @@ void pointwise(const Tensor& x, int64_t function, double a, Tensor& y) {
 
 void pointwise_slope(const Tensor& x, const Tensor& g, int64_t function, double a, Tensor& out) {
   const Function f = check(function, {&x, &g, &out});
-  spread(x, [&](auto type, int64_t i, int64_t n) {
-    using T = typename decltype(type)::type;
+  spread(x, [&]<typename T>(Type<T>, int64_t i, int64_t n) {
     static const auto run = MF_DISPATCH(pointwise_slope<T>);
     run(f, static_cast<T>(a), x.const_data_ptr<T>() + i, g.const_data_ptr<T>() + i, out.mutable_data_ptr<T>() + i, n);
   });
@@ -54,8 +52,7 @@ void pointwise_slope(const Tensor& x, const Tensor& g, int64_t function, double 
 void pointwise_bend(const Tensor& x, const Tensor& g_dot, const Tensor& g, const Tensor& u, int64_t function, double a,
                     Tensor& out) {
   const Function f = check(function, {&x, &g_dot, &g, &u, &out});
-  spread(x, [&](auto type, int64_t i, int64_t n) {
-    using T = typename decltype(type)::type;
+  spread(x, [&]<typename T>(Type<T>, int64_t i, int64_t n) {
     static const auto run = MF_DISPATCH(pointwise_bend<T>);
     run(f, static_cast<T>(a), x.const_data_ptr<T>() + i, g_dot.const_data_ptr<T>() + i, g.const_data_ptr<T>() + i,
         u.const_data_ptr<T>() + i, out.mutable_data_ptr<T>() + i, n);

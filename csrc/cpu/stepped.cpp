@@ -92,8 +92,7 @@ bool products(const Tensor& g, const Tensor& a, const Tensor& b, Tensor& by_a, T
   if (at::GradMode::is_enabled() || !bare(g) || !bare(a) || !bare(b)) return false;
   by_a = at::empty_like(g);
   by_b = at::empty_like(g);
-  typed(g, [&](auto type) {
-    using T = typename decltype(type)::type;
+  typed(g, [&]<typename T>(Type<T>) {
     const T *from = g.const_data_ptr<T>(), *left = a.const_data_ptr<T>(), *right = b.const_data_ptr<T>();
     T *to_a = by_a.mutable_data_ptr<T>(), *to_b = by_b.mutable_data_ptr<T>();
     at::parallel_for(0, g.numel(), kGrain, [&](int64_t begin, int64_t end) {

@@ -19,7 +19,6 @@
 #include "arguments.h"
 #include "conv_choice.h"
 #include "kernels/conv_kernels.h"
-#include "registry.h"
 
 namespace mf::of_task_conv2d {
 namespace {
@@ -370,9 +369,15 @@ void winograd_run(const Shape& s, const Operands& o, Product product, void* out)
       [&](int64_t begin, int64_t end, float* scratch) { (weight ? k.weight_run : k.run)(p, begin, end, scratch); });
 }
 
+/// Checks the operands beside the shape, and computes.
 void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b, const OptTensor& a2,
               const OptTensor& b2, const Tensor& out) {
+  check_pair(a, b, a2, b2, out);
   if (out.numel() == 0) return;
+  if (s.images == 0) {  // the gradient of weights that nothing was seen by
+    out.zero_();
+    return;
+  }
   void* data = out.mutable_data_ptr();
   const bool to_weight = product == Product::to_weight, to_input = product == Product::to_input;
   const bool tiled = out.scalar_type() == at::kFloat && conv::choose(s, product).tiled;
@@ -401,27 +406,17 @@ void dispatch(const Shape& s, Product product, const Tensor& a, const Tensor& b,
 
 void task_conv2d(const Tensor& x, const Tensor& w, const OptTensor& x2, const OptTensor& w2, int64_t stride,
                  int64_t padding, Tensor& out) {
-  const Shape s = check(x, w, out, stride, padding);
-  check_pair(x, w, x2, w2, out);
-  dispatch(s, Product::forward, x, w, x2, w2, out);
+  dispatch(check(x, w, out, stride, padding), Product::forward, x, w, x2, w2, out);
 }
 
 void task_conv2d_to_input(const Tensor& g, const Tensor& w, const OptTensor& g2, const OptTensor& w2, int64_t stride,
                           int64_t padding, Tensor& out) {
-  const Shape s = check(out, w, g, stride, padding);
-  check_pair(g, w, g2, w2, out);
-  dispatch(s, Product::to_input, g, w, g2, w2, out);
+  dispatch(check(out, w, g, stride, padding), Product::to_input, g, w, g2, w2, out);
 }
 
 void task_conv2d_to_weight(const Tensor& x, const Tensor& g, const OptTensor& x2, const OptTensor& g2, int64_t stride,
                            int64_t padding, Tensor& out) {
-  const Shape s = check(x, out, g, stride, padding);
-  check_pair(x, g, x2, g2, out);
-  if (s.images == 0) {
-    out.zero_();
-    return;
-  }
-  dispatch(s, Product::to_weight, x, g, x2, g2, out);
+  dispatch(check(x, out, g, stride, padding), Product::to_weight, x, g, x2, g2, out);
 }
 
 /// Multiply-adds of a product, up to which two threads take less time for two products if each takes one of them: they

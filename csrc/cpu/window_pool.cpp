@@ -5,8 +5,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <type_traits>
-
 #include "arguments.h"
 
 namespace mf::of_window_pool {
@@ -44,22 +42,18 @@ Problem check(const Tensor& dense, at::IntArrayRef w, const Tensor& pooled, cons
 /// work(from, to, dense, pooled) for every image: the values of both tensors, and where the image begins in them.
 template <typename Work>
 void each_image(const Problem& p, const Tensor& from, const Tensor& to, const Work& work) {
-  typed(from, [&](auto type) {
-    using T = typename decltype(type)::type;
+  typed(from, [&]<typename T>(Type<T>) {
     const T* in = from.const_data_ptr<T>();
     T* out = to.mutable_data_ptr<T>();
     each(p.images, [&](int64_t i) { work(in, out, i * p.dense, i * p.pooled); });
   });
 }
 
-template <typename T>
-using Value = std::remove_pointer_t<T>;
-
 void window_max(const Tensor& x, at::IntArrayRef window, Tensor& y, Tensor& index) {
   const Problem p = check(x, window, y, &index);
   uint8_t* at = index.mutable_data_ptr<uint8_t>();
-  each_image(p, x, y, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
-    static const auto run = MF_DISPATCH(window_max<Value<decltype(to)>>);
+  each_image(p, x, y, [&]<typename T>(const T* from, T* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_max<T>);
     run(p.windows, from + dense, to + pooled, at + pooled);
   });
 }
@@ -67,8 +61,8 @@ void window_max(const Tensor& x, at::IntArrayRef window, Tensor& y, Tensor& inde
 void window_max_pick(const Tensor& u, const Tensor& index, at::IntArrayRef window, Tensor& uy) {
   const Problem p = check(u, window, uy, &index);
   const uint8_t* at = index.const_data_ptr<uint8_t>();
-  each_image(p, u, uy, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
-    static const auto run = MF_DISPATCH(window_max_pick<Value<decltype(to)>>);
+  each_image(p, u, uy, [&]<typename T>(const T* from, T* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_max_pick<T>);
     run(p.windows, from + dense, at + pooled, to + pooled);
   });
 }
@@ -76,24 +70,24 @@ void window_max_pick(const Tensor& u, const Tensor& index, at::IntArrayRef windo
 void window_max_place(const Tensor& gy, const Tensor& index, at::IntArrayRef window, Tensor& gx) {
   const Problem p = check(gx, window, gy, &index);
   const uint8_t* at = index.const_data_ptr<uint8_t>();
-  each_image(p, gy, gx, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
-    static const auto run = MF_DISPATCH(window_max_place<Value<decltype(to)>>);
+  each_image(p, gy, gx, [&]<typename T>(const T* from, T* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_max_place<T>);
     run(p.windows, from + pooled, at + pooled, to + dense);
   });
 }
 
 void window_mean(const Tensor& x, at::IntArrayRef window, Tensor& y) {
   const Problem p = check(x, window, y, nullptr);
-  each_image(p, x, y, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
-    static const auto run = MF_DISPATCH(window_mean<Value<decltype(to)>>);
+  each_image(p, x, y, [&]<typename T>(const T* from, T* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_mean<T>);
     run(p.windows, from + dense, to + pooled);
   });
 }
 
 void window_mean_place(const Tensor& gy, at::IntArrayRef window, Tensor& gx) {
   const Problem p = check(gx, window, gy, nullptr);
-  each_image(p, gy, gx, [&](const auto* from, auto* to, int64_t dense, int64_t pooled) {
-    static const auto run = MF_DISPATCH(window_mean_place<Value<decltype(to)>>);
+  each_image(p, gy, gx, [&]<typename T>(const T* from, T* to, int64_t dense, int64_t pooled) {
+    static const auto run = MF_DISPATCH(window_mean_place<T>);
     run(p.windows, from + pooled, to + dense);
   });
 }

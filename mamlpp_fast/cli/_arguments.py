@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from mamlpp_fast.engine import ENGINES, PRECISIONS
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ __all__ = [
     "add_json",
     "add_settings",
     "print_result",
+    "resolve_device",
     "stopped",
 ]
 
@@ -49,10 +52,31 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)"
-    )
+def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    shown = "cuda where there is one" if default is None else default
+    text = f"cpu, cuda or cuda:N (default: {shown})"
+    parser.add_argument("--device", default=default, metavar="D", help=text)
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device of this name; without one a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a name torch does not know or a device that is not there.
+    """
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device: expected one of {count} CUDA devices and the CPU, got {name!r}")
+    return device
 
 
 def add_data(parser: argparse.ArgumentParser, text: str = "") -> None:

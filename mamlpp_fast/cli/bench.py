@@ -21,7 +21,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.benchmarking import bench
-    from mamlpp_fast.train.build import resolve_device
     from mamlpp_fast.train.config import suggestion
     from mamlpp_fast.workloads import WORKLOADS
 
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         workload,
         engine=arguments.engine,
         precision=arguments.precision,
-        device=resolve_device(arguments.device),
+        device=common.resolve_device(arguments.device),
         iters=arguments.iters,
         warmup=arguments.warmup,
     )

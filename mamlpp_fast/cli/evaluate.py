@@ -27,7 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from mamlpp_fast.train import evaluate_run
-    from mamlpp_fast.train.build import resolve_device
 
     scores = evaluate_run(
         arguments.dir,
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         ensemble=arguments.ensemble,
         data_path=arguments.data,
         engine=arguments.engine,
-        device=resolve_device(arguments.device),
+        device=common.resolve_device(arguments.device),
         steps=arguments.steps,
         stats=arguments.stats,
     )

@@ -32,7 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.compat.checkpoints import import_checkpoints
     from mamlpp_fast.compat.experiment import read_experiment
     from mamlpp_fast.train import parse_settings
-    from mamlpp_fast.train.build import resolve_device
     from mamlpp_fast.train.run_folder import read_config
 
     experiment = read_experiment(arguments.config, parse_settings(arguments.set))
@@ -42,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         engine=arguments.engine,
         precision=arguments.precision,
-        device=resolve_device(arguments.device),
+        device=common.resolve_device(arguments.device),
         data_path=experiment.data if arguments.data is None else arguments.data,
     )
     for note in (*experiment.notes, *notes):

@@ -15,19 +15,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=common.ENGINES, default="auto", metavar="E", help=", ".join(common.ENGINES)
     )
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
+    common.add_device(parser, "cpu")
     common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.replay import replay
-    from mamlpp_fast.train.build import resolve_device
 
     report = replay(
         arguments.file,
         engine=arguments.engine,
         dtype=arguments.dtype,
-        device=resolve_device(arguments.device),
+        device=common.resolve_device(arguments.device),
     )
     common.print_result(arguments, report.to_dict(), report.describe)
     return 0 if report.ok else 1

@@ -21,14 +21,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.report import write_report
-    from mamlpp_fast.train.build import resolve_device
 
     path = write_report(
         arguments.dirs,
         arguments.out,
         tasks=arguments.tasks,
         data_path=arguments.data,
-        device=resolve_device(arguments.device),
+        device=common.resolve_device(arguments.device),
     )
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     return 0

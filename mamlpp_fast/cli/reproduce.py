@@ -32,7 +32,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from mamlpp_fast.reproduce import reproduce
     from mamlpp_fast.train import Interrupted, parse_settings
-    from mamlpp_fast.train.build import resolve_device
 
     out = Path("runs") / f"reproduce-{arguments.table}" if arguments.out is None else Path(arguments.out)
     try:
@@ -48,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             data_path=arguments.data,
             engine=arguments.engine,
             precision=arguments.precision,
-            device=resolve_device(arguments.device),
+            device=common.resolve_device(arguments.device),
         )
     except Interrupted as stop:
         return common.stopped(stop, out)

@@ -49,7 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
         preset_names,
         train,
     )
-    from mamlpp_fast.train.build import resolve_device
 
     if arguments.list:
         print("\n".join(preset_names()))
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         out = Path(arguments.out)
     first = os.environ.get("RANK", "0") == "0"
-    device = own_device(resolve_device(arguments.device))
+    device = own_device(common.resolve_device(arguments.device))
     if evaluate_only:
         for s in evaluate_run(out, tasks=config.test_tasks, data_path=data, device=device):
             print(f"test accuracy: {s.describe()}")

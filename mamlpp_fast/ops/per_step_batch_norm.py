@@ -130,18 +130,6 @@ _update_running_stats = define(
 )
 
 
-def _normalise(
-    x: Tensor, weight: Tensor, bias: Tensor, step: int | None, eps: float, negative_slope: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slope = 1.0 if negative_slope is None else negative_slope
-    if transformed():
-        y, *statistics = closed_form.forward(x, weight, bias, step, eps, slope)
-        mean, rstd, var = (s.detach() for s in statistics)
-        return y, mean, rstd, var
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(x, weight, bias, step, eps, slope)
-    return results
-
-
 def per_step_batch_norm(
     x: Tensor,
     weight: Tensor,
@@ -174,7 +162,10 @@ def per_step_batch_norm(
         TypeError: x is not of a floating type.
         NotImplementedError: in forward mode without ``torch.func``.
     """
-    return _normalise(x, weight, bias, step, eps, negative_slope)[0]
+    y, _, _ = per_step_batch_norm_with_stats(
+        x, weight, bias, step=step, eps=eps, negative_slope=negative_slope
+    )
+    return y
 
 
 def per_step_batch_norm_with_stats(
@@ -193,7 +184,11 @@ def per_step_batch_norm_with_stats(
     Returns:
         y; mean and biased variance of x, [C] or [T, C], float32 or wider, not differentiable.
     """
-    y, mean, _, var = _normalise(x, weight, bias, step, eps, negative_slope)
+    slope = 1.0 if negative_slope is None else negative_slope
+    if transformed():
+        y, mean, _, var = closed_form.forward(x, weight, bias, step, eps, slope)
+        return y, mean.detach(), var.detach()
+    y, mean, _, var = _forward(x, weight, bias, step, eps, slope)
     return y, mean, var
 
 

@@ -28,30 +28,8 @@ __all__ = [
     "fingerprint",
     "load_data",
     "make_sampler",
-    "resolve_device",
     "versions",
 ]
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """The device of this name; without one a GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: for a name torch does not know or a device that is not there.
-    """
-    if name is None or name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"--device: expected one of {count} CUDA devices and the CPU, got {name!r}")
-    return device
 
 
 def device_name(device: torch.device) -> str:

@@ -23,14 +23,6 @@ MF_INLINE void each_block(int64_t count, const Body& body) {
   for (; i < count; ++i) body(std::integral_constant<int, 1>{}, i);
 }
 
-// Calls body(i, Whole or Part) for all registers of n elements.
-template <typename T, typename Body>
-MF_INLINE void each_register(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + Vec<T>::size <= n; i += Vec<T>::size) body(i, Whole<T>{});
-  if (i < n) body(i, Part<T>{static_cast<int>(n - i)});
-}
-
 }  // namespace
 
 template <typename T>
@@ -46,7 +38,7 @@ void head_products(const Head& s, const T* f, const T* wt, T* z) {
       constexpr int size = decltype(block)::value;
       V sums[size];
       for (int b = 0; b < size; ++b) sums[b] = V::zero();
-      each_register<T>(s.features, [&](int64_t i, auto tile) {
+      each_register<T>(s.features, [&](auto tile, int64_t i) {
         const V x = tile.load(f + i);
         for (int b = 0; b < size; ++b) sums[b] = fma(x, tile.load(wt + (o + b) * s.features + i), sums[b]);
       });
@@ -61,7 +53,7 @@ void head_combine(int64_t rows, int64_t terms, int64_t features, const T* factor
   using V = Vec<T>;
   each_block(rows, [&](auto block, int64_t r) {
     constexpr int size = decltype(block)::value;
-    each_register<T>(features, [&](int64_t i, auto tile) {
+    each_register<T>(features, [&](auto tile, int64_t i) {
       V sums[size];
       for (int b = 0; b < size; ++b) sums[b] = add ? tile.load(out + (r + b) * features + i) : V::zero();
       for (int64_t t = 0; t < terms; ++t) {

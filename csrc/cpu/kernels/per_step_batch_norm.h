@@ -43,15 +43,16 @@ struct Call : Problem<Compute<S>> {
   S* out[2];  // forward: y; backward: gx; double backward: c_gy, c_x
 };
 
+template <typename S>
+using Pass = void (*)(const Call<S>& p, int64_t begin, int64_t end);
+
 // The three phases of channels-last; contiguous tensors do all of an order in one call.
 template <typename S>
 struct Kernels {
-  // [begin, end) of tasks * channels.
-  void (*planes)(const Call<S>& p, int64_t begin, int64_t end);
-  // [begin, end) of tasks * pieces.
-  void (*sums)(const Call<S>& p, int64_t begin, int64_t end);
+  Pass<S> planes;  // [begin, end) of tasks * channels
+  Pass<S> sums;    // [begin, end) of tasks * pieces
   void (*combine)(const Call<S>& p);
-  void (*apply)(const Call<S>& p, int64_t begin, int64_t end);
+  Pass<S> apply;  // of tasks * pieces
 };
 
 enum class Order { forward, backward, double_backward };

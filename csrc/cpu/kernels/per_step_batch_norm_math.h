@@ -5,7 +5,7 @@
 #pragma once
 
 #include "per_step_batch_norm.h"
-#include "vec.h"
+#include "tiles.h"
 
 namespace mf::MF_ISA {
 
@@ -192,33 +192,6 @@ struct DoubleBackward {
   }
 };
 
-// How a register is read and written: all lanes, or the first n.
-template <typename T>
-struct AllLanes {
-  static constexpr int n = Vec<T>::size;
-  template <typename S>
-  MF_INLINE Vec<T> load(const S* p) const {
-    return Vec<T>::load(p);
-  }
-  template <typename S>
-  MF_INLINE void store(Vec<T> v, S* p) const {
-    v.store(p);
-  }
-};
-
-template <typename T>
-struct FirstLanes {
-  int n;
-  template <typename S>
-  MF_INLINE Vec<T> load(const S* p) const {
-    return Vec<T>::load(p, n);
-  }
-  template <typename S>
-  MF_INLINE void store(Vec<T> v, S* p) const {
-    v.store(p, n);
-  }
-};
-
 // Running mean and sum of squared deviations; `add` is Chan's formula.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
@@ -238,8 +211,8 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-// The function for contiguous tensors, in `planes`.
+// The function for contiguous tensors.
 template <typename S, bool kLeaky>
-bn::Kernels<S> plane_kernels(bn::Order order);
+bn::Pass<S> plane_kernel(bn::Order order);
 
 }  // namespace mf::MF_ISA

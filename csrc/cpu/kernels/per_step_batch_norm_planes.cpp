@@ -55,17 +55,17 @@ struct Walk {
   MF_INLINE void operator()(F f) const {
     int64_t i = 0;
     for (; i + 2 * kWidth <= full; i += 2 * kWidth) {
-      f(AllLanes<T>{}, i, KeepAll{}, Constant<0>{});
-      f(AllLanes<T>{}, i + kWidth, KeepAll{}, Constant<1>{});
+      f(Whole<T>{}, i, KeepAll{}, Constant<0>{});
+      f(Whole<T>{}, i + kWidth, KeepAll{}, Constant<1>{});
     }
     if (i < full) {
-      f(AllLanes<T>{}, i, KeepAll{}, Constant<0>{});
+      f(Whole<T>{}, i, KeepAll{}, Constant<0>{});
     }
     if (full < n) {
       if (full > 0) {
-        f(AllLanes<T>{}, n - kWidth, tail, Constant<1>{});
+        f(Whole<T>{}, n - kWidth, tail, Constant<1>{});
       } else {
-        f(FirstLanes<T>{static_cast<int>(n)}, int64_t{0}, tail, Constant<1>{});
+        f(Part<T>{static_cast<int>(n)}, int64_t{0}, tail, Constant<1>{});
       }
     }
   }
@@ -210,27 +210,22 @@ void differentiate(const Call<S>& p, int64_t begin, int64_t end) {
 }  // namespace
 
 template <typename S, bool kLeaky>
-bn::Kernels<S> plane_kernels(bn::Order order) {
-  bn::Kernels<S> kernels{};
+bn::Pass<S> plane_kernel(bn::Order order) {
   switch (order) {
-    case bn::Order::forward:
-      kernels.planes = forward<S, kLeaky>;
-      break;
     case bn::Order::backward:
-      kernels.planes = differentiate<Backward, S, kLeaky>;
-      break;
+      return differentiate<Backward, S, kLeaky>;
     case bn::Order::double_backward:
-      kernels.planes = differentiate<DoubleBackward, S, kLeaky>;
-      break;
+      return differentiate<DoubleBackward, S, kLeaky>;
+    default:
+      return forward<S, kLeaky>;
   }
-  return kernels;
 }
 
-template bn::Kernels<float> plane_kernels<float, false>(bn::Order);
-template bn::Kernels<float> plane_kernels<float, true>(bn::Order);
-template bn::Kernels<double> plane_kernels<double, false>(bn::Order);
-template bn::Kernels<double> plane_kernels<double, true>(bn::Order);
-template bn::Kernels<Bf16> plane_kernels<Bf16, false>(bn::Order);
-template bn::Kernels<Bf16> plane_kernels<Bf16, true>(bn::Order);
+template bn::Pass<float> plane_kernel<float, false>(bn::Order);
+template bn::Pass<float> plane_kernel<float, true>(bn::Order);
+template bn::Pass<double> plane_kernel<double, false>(bn::Order);
+template bn::Pass<double> plane_kernel<double, true>(bn::Order);
+template bn::Pass<Bf16> plane_kernel<Bf16, false>(bn::Order);
+template bn::Pass<Bf16> plane_kernel<Bf16, true>(bn::Order);
 
 }  // namespace mf::MF_ISA

@@ -17,17 +17,17 @@ MF_INLINE void for_channels(int64_t channels, F f) {
   int64_t c = 0;
   if constexpr (kStrip > 1) {
     for (; c + kStrip * kWidth <= channels; c += kStrip * kWidth) {
-      f(AllLanes<T>{}, Constant<kStrip>{}, c, 0);
+      f(Whole<T>{}, Constant<kStrip>{}, c, 0);
     }
   }
   for (; c + kWidth <= channels; c += kWidth) {
-    f(AllLanes<T>{}, Constant<1>{}, c, 0);
+    f(Whole<T>{}, Constant<1>{}, c, 0);
   }
   if (c < channels) {
     if (channels >= kWidth) {
-      f(AllLanes<T>{}, Constant<1>{}, channels - kWidth, static_cast<int>(kWidth - (channels - c)));
+      f(Whole<T>{}, Constant<1>{}, channels - kWidth, static_cast<int>(kWidth - (channels - c)));
     } else {
-      f(FirstLanes<T>{static_cast<int>(channels)}, Constant<1>{}, int64_t{0}, 0);
+      f(Part<T>{static_cast<int>(channels)}, Constant<1>{}, int64_t{0}, 0);
     }
   }
 }
@@ -268,7 +268,7 @@ bn::Kernels<S> row_kernels(bn::Order order) {
 template <typename S>
 bn::Kernels<S> batch_norm_kernels(bn::Order order, bool leaky) {
   bn::Kernels<S> kernels = leaky ? row_kernels<S, true>(order) : row_kernels<S, false>(order);
-  kernels.planes = (leaky ? plane_kernels<S, true>(order) : plane_kernels<S, false>(order)).planes;
+  kernels.planes = leaky ? plane_kernel<S, true>(order) : plane_kernel<S, false>(order);
   return kernels;
 }
 

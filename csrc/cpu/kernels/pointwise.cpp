@@ -206,18 +206,6 @@ MF_INLINE void chosen(Function f, const Body& body) {
 #undef MF_CASE
 }
 
-template <typename T, typename Body>
-MF_INLINE void each_register(int64_t n, const Body& body) {
-  constexpr int64_t size = Vec<T>::size;
-  int64_t i = 0;
-  for (; i + size <= n; i += size) {
-    body(Whole<T>{}, i);
-  }
-  if (i < n) {
-    body(Part<T>{static_cast<int>(n - i)}, i);
-  }
-}
-
 }  // namespace
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Neighbouring channels as registers: whole ones and the last, partial one. Lives in mf::MF_ISA like vec.h.
+// Neighbours in memory as registers: whole ones and the last, partial one. Lives in mf::MF_ISA like vec.h.
 #pragma once
 
 #include "vec.h"
@@ -14,14 +14,21 @@ MF_INLINE Vec<T> choose(Lanes<T> mask, Vec<T> yes, Vec<T> no) {
   return {mask ? yes.v : no.v};
 }
 
-// A whole register of neighbouring channels.
+// A whole register of neighbours, which memory may have in another type that Vec reads.
 template <typename T>
 struct Whole {
   using V = Vec<T>;
   typedef uint8_t Bytes __attribute__((vector_size(V::size)));
+  static constexpr int n = V::size;
 
-  MF_INLINE V load(const T* p) const { return V::load(p); }
-  MF_INLINE void store(V v, T* p) const { v.store(p); }
+  template <typename S>
+  MF_INLINE V load(const S* p) const {
+    return V::load(p);
+  }
+  template <typename S>
+  MF_INLINE void store(V v, S* p) const {
+    v.store(p);
+  }
   MF_INLINE Lanes<T> load_index(const uint8_t* p) const {
     Bytes bytes;
     __builtin_memcpy(&bytes, p, sizeof(bytes));
@@ -33,14 +40,20 @@ struct Whole {
   }
 };
 
-// The last channels, fewer than a register.
+// The last ones, fewer than a register.
 template <typename T>
 struct Part {
   using V = Vec<T>;
   int n;
 
-  MF_INLINE V load(const T* p) const { return V::load(p, n); }
-  MF_INLINE void store(V v, T* p) const { v.store(p, n); }
+  template <typename S>
+  MF_INLINE V load(const S* p) const {
+    return V::load(p, n);
+  }
+  template <typename S>
+  MF_INLINE void store(V v, S* p) const {
+    v.store(p, n);
+  }
   MF_INLINE Lanes<T> load_index(const uint8_t* p) const {
     Lanes<T> index{};
     for (int i = 0; i < n; ++i) {
@@ -54,5 +67,18 @@ struct Part {
     }
   }
 };
+
+// body(Whole or Part, i) for the registers of n elements.
+template <typename T, typename Body>
+MF_INLINE void each_register(int64_t n, const Body& body) {
+  constexpr int64_t size = Vec<T>::size;
+  int64_t i = 0;
+  for (; i + size <= n; i += size) {
+    body(Whole<T>{}, i);
+  }
+  if (i < n) {
+    body(Part<T>{static_cast<int>(n - i)}, i);
+  }
+}
 
 }  // namespace mf::MF_ISA

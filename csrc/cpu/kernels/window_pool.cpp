@@ -10,7 +10,7 @@ struct Inside {
   int64_t top, bottom, left, right;
 };
 
-// body(channel, tile, place of the window's first pixel in the image, place in the result, what lies in the image) for
+// body(tile, place of the window's first pixel in the image, place in the result, what lies in the image) for
 // every window; the first pixel itself may lie in the padding.
 template <typename T, typename Body>
 MF_INLINE void each_window(const Windows& s, const Body& body) {
@@ -24,10 +24,10 @@ MF_INLINE void each_window(const Windows& s, const Body& body) {
       const int64_t from = (y * s.width + x) * s.channels, to = (row * s.columns + column) * s.channels;
       int64_t c = 0;
       for (; c + size <= s.channels; c += size) {
-        body(c, Whole<T>{}, from + c, to + c, in);
+        body(Whole<T>{}, from + c, to + c, in);
       }
       if (c < s.channels) {
-        body(c, Part<T>{static_cast<int>(s.channels - c)}, from + c, to + c, in);
+        body(Part<T>{static_cast<int>(s.channels - c)}, from + c, to + c, in);
       }
     }
   }
@@ -52,7 +52,7 @@ MF_INLINE void place(const Windows& s, T* gx, const Share& share) {
     std::memset(gx, 0, s.height * s.width * s.channels * sizeof(T));
   }
   const bool add = !s.apart();
-  each_window<T>(s, [&](int64_t, auto tile, int64_t from, int64_t to, const Inside& in) {
+  each_window<T>(s, [&](auto tile, int64_t from, int64_t to, const Inside& in) {
     const auto part = share(tile, to);
     each_pixel(s, in, [&](int64_t position, int64_t offset) {
       T* at = gx + from + offset;
@@ -67,7 +67,7 @@ MF_INLINE void place(const Windows& s, T* gx, const Share& share) {
 template <typename T>
 void window_max(const Windows& s, const T* x, T* y, uint8_t* index) {
   using V = Vec<T>;
-  each_window<T>(s, [&](int64_t, auto tile, int64_t from, int64_t to, const Inside& in) {
+  each_window<T>(s, [&](auto tile, int64_t from, int64_t to, const Inside& in) {
     const int64_t first = in.top * s.kw + in.left;
     V best = tile.load(x + from + (in.top * s.width + in.left) * s.channels);
     Lanes<T> at = Lanes<T>{} + static_cast<int>(first);
@@ -85,7 +85,7 @@ void window_max(const Windows& s, const T* x, T* y, uint8_t* index) {
 template <typename T>
 void window_max_pick(const Windows& s, const T* u, const uint8_t* index, T* uy) {
   using V = Vec<T>;
-  each_window<T>(s, [&](int64_t, auto tile, int64_t from, int64_t to, const Inside& in) {
+  each_window<T>(s, [&](auto tile, int64_t from, int64_t to, const Inside& in) {
     const Lanes<T> at = tile.load_index(index + to);
     V picked = V::zero();
     each_pixel(s, in, [&](int64_t position, int64_t offset) {
@@ -108,7 +108,7 @@ void window_max_place(const Windows& s, const T* gy, const uint8_t* index, T* gx
 template <typename T>
 void window_mean(const Windows& s, const T* x, T* y) {
   const Vec<T> share = Vec<T>::broadcast(T(1) / static_cast<T>(s.kh * s.kw));
-  each_window<T>(s, [&](int64_t, auto tile, int64_t from, int64_t to, const Inside& in) {
+  each_window<T>(s, [&](auto tile, int64_t from, int64_t to, const Inside& in) {
     // Row by row: means over whole images are long sums.
     Vec<T> total = Vec<T>::zero();
     for (int64_t i = in.top; i < in.bottom; ++i) {

@@ -63,14 +63,4 @@ def innerloop_ctx(
         ValueError: as :func:`monkeypatch` and :func:`get_diff_optim`.
     """
     fmodel = monkeypatch(model, device, copy_initial_weights, track_higher_grads, fused=fused)
-    yield (
-        fmodel,
-        get_diff_optim(
-            opt,
-            model.parameters(),
-            fmodel=fmodel,
-            device=device,
-            override=override,
-            track_higher_grads=track_higher_grads,
-        ),
-    )
+    yield fmodel, get_diff_optim(opt, model.parameters(), fmodel, device, override, track_higher_grads)

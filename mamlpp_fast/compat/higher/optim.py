@@ -121,7 +121,7 @@ def create_diff_optim(
     Raises:
         ValueError: without ``params`` and ``fmodel``, and as :func:`get_diff_optim` does.
     """
-    kind = _kind(opt_type)
+    _kind(opt_type)  # or raises
     if params is None and fmodel is None:
         raise ValueError("params, fmodel: expected one of them, got neither")
     given = list(fmodel.parameters() if params is None and fmodel is not None else params or ())
@@ -140,15 +140,7 @@ def create_diff_optim(
         opt = opt_type(groups, **(opt_kwargs or {}))
     else:
         opt = opt_type(stand_ins(given), **(opt_kwargs or {}))
-    return kind(
-        opt,
-        reference,
-        fmodel=fmodel,
-        device=device,
-        override=override,
-        track_higher_grads=track_higher_grads,
-        **kwargs,
-    )
+    return get_diff_optim(opt, reference, fmodel, device, override, track_higher_grads, **kwargs)
 
 
 def get_trainable_opt_params(

@@ -231,6 +231,12 @@ class Step:
     def new_output(self, em: Emitter, ps: Pass, prefix: str = "") -> Ref:
         return em.new(f"{prefix}{self.name}", (ps.tasks, ps.images, *self.shape))
 
+    def new_gradient(self, em: Emitter, ps: Pass, out: Gradients) -> Ref:
+        """Where the gradient of the first input goes, which is a term of it from now on."""
+        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
+        out.add(self.inputs[0], gx)
+        return gx
+
 
 class OneBackward(Step):
     """A step whose backward rule is one: its derivative has the same terms, and some more."""

@@ -67,10 +67,7 @@ class Head(Linear):
     def gradients(self, em: Emitter, ps: Pass, g: Ref, g0: Ref | None, out: Gradients) -> None:
         source = self.inputs[0]
         x, w = ps.values[source], ps.weights[self.weight.name]
-        gx = None
-        if source in out.wanted_values:
-            gx = em.like(f"gradient of input of {self.name}", x)
-            out.add(source, gx)
+        gx = self.new_gradient(em, ps, out) if source in out.wanted_values else None
         found = {
             slot.name: out.of(em, slot, ps.tasks) for slot in self.slots if slot.name in out.wanted_params
         }

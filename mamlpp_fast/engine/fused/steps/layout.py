@@ -62,7 +62,7 @@ class Relayout(Plain):
         x = viewed(em, x, lambda t: t.view(*lead, *self.shape), f"{prefix}{self.name}")
         return settled(em, x, f"{prefix}{self.name}") if self.settle[0] else x
 
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] not in out.wanted_values:
             return
         lead, name = (ps.tasks, ps.images), f"gradient of input of {self.name}"

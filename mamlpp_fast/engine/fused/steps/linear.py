@@ -86,20 +86,17 @@ class Conv(OneBackward):
         u, v = (None, None) if g0 is None else (ps.tangents.get(source), ps.directions.get(name))
         both = source in out.wanted_values and name in out.wanted_params and (u is None) == (v is None)
         if both and self.gradients_op is not None:
-            gx, gw = em.like(f"gradient of input of {self.name}", x), out.of(em, self.weight, ps.tasks)
+            gx, gw = self.new_gradient(em, ps, out), out.of(em, self.weight, ps.tasks)
             second = [None] * 3 if u is None else [u, v, g0]
             rounds = em.operand_dtype is not None and self._rounds(em, ps)
             operands = [em.operand(r) if r is not None and rounds else r for r in (x, w, g, *second)]
             flops = 2 * self._flops(ps, 1 if u is None else 2)
             em.call(ps.op(self.gradients_op), *operands, self.stride, self.padding, gx, gw, flops=flops)
-            out.add(source, gx)
             out.params[name] = gw
             return
         if source in out.wanted_values:
             pairs = [(g, w)] + ([] if v is None or g0 is None else [(g0, v)])
-            gx = em.like(f"gradient of input of {self.name}", x)
-            self._product(em, ps, self.to_input_op, pairs, gx)
-            out.add(source, gx)
+            self._product(em, ps, self.to_input_op, pairs, self.new_gradient(em, ps, out))
         if name in out.wanted_params:
             pairs = [self._weight_pair(x, g)]
             if u is not None and g0 is not None:
@@ -231,9 +228,7 @@ class Linear(OneBackward):
         u, v = ps.tangents.get(source), ps.directions.get(name)
         if source in out.wanted_values:
             terms = [(g, _transposed(w))] + ([] if v is None or g0 is None else [(g0, _transposed(v))])
-            gx = em.like(f"gradient of input of {self.name}", x)
-            self._product(em, ps, terms, None, gx)
-            out.add(source, gx)
+            self._product(em, ps, terms, None, self.new_gradient(em, ps, out))
         if name in out.wanted_params:
             terms = [(_transposed(x), g)] + ([] if u is None or g0 is None else [(_transposed(u), g0)])
             gw = out.of(em, self.weight, ps.tasks)
@@ -255,9 +250,6 @@ class Plain(Step):
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
         raise NotImplementedError
 
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        raise NotImplementedError
-
     def forward(self, em: Emitter, ps: Pass) -> None:
         ps.values[self.output] = self.apply(em, ps, [ps.values[i] for i in self.inputs], "")
 
@@ -265,11 +257,8 @@ class Plain(Step):
         xs = [ps.tangents[i] for i in self.inputs if i in ps.tangents]
         ps.tangents[self.output] = self.apply(em, ps, xs, "tangent of ")
 
-    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        self.transpose(em, ps, gy, out)
-
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
-        self.transpose(em, ps, gy_dot, out)
+        self.backward(em, ps, gy_dot, out)
 
 
 class Add(Plain):
@@ -278,7 +267,7 @@ class Add(Plain):
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
         return em.sum(f"{prefix}{self.name}", xs)
 
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         for i in self.inputs:
             if i in out.wanted_values:
                 out.add(i, gy)
@@ -301,6 +290,6 @@ class Flatten(Plain):
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
         return xs[0].reshape(ps.tasks, ps.images, *self.shape)
 
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] in out.wanted_values:
             out.add(self.inputs[0], gy.reshape(*ps.values[self.inputs[0]].shape))

@@ -86,9 +86,7 @@ class NormActPool(Affine):
 
     def _outputs(self, em: Emitter, ps: Pass, out: Gradients) -> tuple[Ref, Ref, Ref]:
         """Where the gradients of the input, of weight and of bias go."""
-        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
-        out.add(self.inputs[0], gx)
-        shape = self._stats_shape(ps)
+        gx, shape = self.new_gradient(em, ps, out), self._stats_shape(ps)
         if self.group:  # of every image first
             each = [em.new(f"gradient of {self.name}'s {p}", shape) for p in ("weight", "bias")]
             return self._view(ps, gx), each[0], each[1]
@@ -170,6 +168,4 @@ class FrozenNorm(Step):
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] in out.wanted_values:
-            gx = em.like(f"gradient of input of {self.name}", gy)
-            em.call(aten.mul.out, gy, ps.saved[self.name], out=gx)
-            out.add(self.inputs[0], gx)
+            em.call(aten.mul.out, gy, ps.saved[self.name], out=self.new_gradient(em, ps, out))

@@ -80,9 +80,8 @@ class Smooth(Sloped):
         if gy is None or u is None or source not in out.wanted_values:
             self.backward(em, ps, gy_dot, out)
             return
-        gx = em.like(f"gradient of input of {self.name}", gy_dot)
+        gx = self.new_gradient(em, ps, out)
         em.call(ops.pointwise_bend.default, ps.values[source], gy_dot, gy, u, self.function, self.a, gx)
-        out.add(source, gx)
 
 
 @dataclass
@@ -99,7 +98,7 @@ class Times(Plain):
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
         return self._times(em, xs[0], f"{prefix}{self.name}")
 
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] in out.wanted_values:
             out.add(self.inputs[0], self._times(em, gy, f"gradient of input of {self.name}"))
 
@@ -137,11 +136,9 @@ class Dropout(Plain):
         em.call(aten.mul.out, xs[0], self._mask(em, ps), out=out)
         return out
 
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] in out.wanted_values:
-            gx = em.like(f"gradient of input of {self.name}", gy)
-            em.call(aten.mul.out, gy, self._mask(em, ps), out=gx)
-            out.add(self.inputs[0], gx)
+            em.call(aten.mul.out, gy, self._mask(em, ps), out=self.new_gradient(em, ps, out))
 
 
 @dataclass

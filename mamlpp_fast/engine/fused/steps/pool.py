@@ -43,11 +43,9 @@ class MaxPool(Step):
         ps.tangents[self.output] = out
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        if self.inputs[0] not in out.wanted_values:
-            return
-        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
-        em.call(ops.window_max_place.default, gy, ps.saved[self.name], list(self.window), gx)
-        out.add(self.inputs[0], gx)
+        if self.inputs[0] in out.wanted_values:
+            gx = self.new_gradient(em, ps, out)
+            em.call(ops.window_max_place.default, gy, ps.saved[self.name], list(self.window), gx)
 
     def backward_tangent(self, em: Emitter, ps: Pass, gy: Ref | None, gy_dot: Ref, out: Gradients) -> None:
         self.backward(em, ps, gy_dot, out)
@@ -67,9 +65,7 @@ class AveragePool(Plain):
         em.call(ops.window_mean.default, xs[0], list(self.window), self._images(out))
         return out
 
-    def transpose(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
-        if self.inputs[0] not in out.wanted_values:
-            return
-        gx = em.like(f"gradient of input of {self.name}", ps.values[self.inputs[0]])
-        em.call(ops.window_mean_place.default, self._images(gy), list(self.window), gx)
-        out.add(self.inputs[0], gx)
+    def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
+        if self.inputs[0] in out.wanted_values:
+            gx = self.new_gradient(em, ps, out)
+            em.call(ops.window_mean_place.default, self._images(gy), list(self.window), gx)
