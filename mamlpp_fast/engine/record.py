@@ -197,7 +197,7 @@ def _told_by_objects(
     if all(map(of_library, kinds)):
         return
     passes = [_watched(original, x, places=places, stand_in=lambda p: p)]
-    if not all(isinstance(p, nn.Parameter) for p in original.parameters()):
+    if not all(isinstance(p, nn.Parameter) for p in nn.Module.parameters(original)):
         passes.append(_watched(_own_copy(model), x, places=places, stand_in=_as_parameter))
     for recorder in passes:
         if recorder.problem is not None:
