@@ -14,6 +14,8 @@ __all__ = ["PLUMBING", "names_in"]
 
 _OTHERS = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "mamlpp_fast"}
 """Packages whose code calls nothing of a model's but the model."""
+_AROUND = "_mamlpp_fast_routed"
+"""Of a class that :mod:`mamlpp_fast.accelerated` makes of a user's: its forward names that, and so all methods."""
 PLUMBING = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
@@ -47,7 +49,7 @@ def _parts(model: nn.Module) -> frozenset[Any]:
             parts.add(found)
         else:
             cls = found if isinstance(found, type) else type(found)
-            parts.update(c for c in cls.__mro__ if _own(c.__module__))
+            parts.update(c for c in cls.__mro__ if _own(c.__module__) and _AROUND not in vars(c))
     return frozenset(parts)
 
 
