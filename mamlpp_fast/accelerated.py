@@ -206,7 +206,7 @@ def network_of(model: nn.Module, inputs: reference.Inputs) -> DifferentiableNetw
 
 def functional_call(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    tensors: reference.Tensors,
     args: tuple[Any, ...] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -221,10 +221,10 @@ def functional_call(
     return predicted(model, tensors, reference.Arguments(args, dict(kwargs or {})))
 
 
-def predicted(model: nn.Module, tensors: Mapping[str, Tensor], x: reference.Inputs) -> Any:
+def predicted(model: nn.Module, tensors: reference.Tensors, x: reference.Inputs) -> Any:
     """:func:`mamlpp_fast.reference.predicted`, from the kernels where they serve it (on a CPU)."""
     with reference.swapped(model, tensors):
-        first = next(model.parameters(), None)
+        first = next(nn.Module.parameters(model), None)  # one's own may return a list
         own = (
             first is not None and first.device.type == "cpu" and not isinstance(model, torch.jit.ScriptModule)
         )

@@ -30,7 +30,8 @@ def copy_of(model: _M) -> _M:
     try:
         copied = copy.deepcopy(model, memo)
         # PyTorch copies what is set on a tensor, but not on a parameter.
-        for p, own in zip(model.parameters(), copied.parameters(), strict=False):
+        both = map(nn.Module.parameters, (model, copied))  # one's own `parameters` may return others
+        for p, own in zip(*both, strict=False):
             own.__dict__.update(copy.deepcopy(p.__dict__, memo))
         return copied
     except Exception as error:  # whatever a class of the user's raises
@@ -52,7 +53,7 @@ def detached_memo(model: nn.Module) -> dict[int, object]:
 def tied_function(model: nn.Module) -> str | None:
     """Where a function lies in a model that closes over a module or tensor of it; None where there is none."""
     own: set[int] = {id(m) for m in model.modules()}
-    own |= {id(t) for t in (*model.parameters(), *model.buffers())}
+    own |= {id(t) for t in (*nn.Module.parameters(model), *model.buffers())}
     for path, module in model.named_modules():
         for attribute, value in vars(module).items():
             for leaf in pytree.tree_leaves(value):

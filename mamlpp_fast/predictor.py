@@ -51,7 +51,8 @@ class Predictor:
         self.step, self.stats = step, stats
         self.tensors: dict[str, Tensor] | None = None
         try:
-            self.model = copy_of(model).eval()
+            self.model = copy_of(model)
+            self.model.eval()  # a `train` of one's own may return nothing
         except ValueError:
             self.model = model
             own = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -218,14 +218,15 @@ def _under_transforms(
 def _made(model: nn.Module, x: reference.Inputs) -> _Route:
     if type(model).__call__ is not nn.Module.__call__:
         return Refusal("its class has a __call__ of its own, which is around what is served")
-    if next(model.parameters(), None) is None:
+    own = list(nn.Module.parameters(model))  # one's own may return others, or a list
+    if not own:
         return Refusal("expected parameters, there are none")
-    for t in (*model.parameters(), *model.buffers()):
+    for t in (*own, *model.buffers()):
         if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided:
             return Refusal(
                 f"a parameter or buffer is no plain tensor, but a {type(t).__name__} of {t.layout}"
             )
-    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    tensors = [*own, *(b for b in model.buffers() if b.is_floating_point())]
     given = tensors_of(x)
     if any(t.dtype != tensors[0].dtype for t in tensors) or len({t.device for t in (*tensors, *given)}) > 1:
         return Refusal("expected parameters and buffers of one type on the examples' device")

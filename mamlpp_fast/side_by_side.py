@@ -19,6 +19,7 @@ from mamlpp_fast._modes import plainly
 from mamlpp_fast.copying import tied_function
 from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.shared import held
 from mamlpp_fast.ops._library import transformed
 from mamlpp_fast.reference.code import own_bases, values_named
 
@@ -189,6 +190,23 @@ def _finished(result: Any, gradients: _Gradients) -> Any:
     return result
 
 
+def _constants(model: nn.Module) -> list[tuple[Tensor, int, Tensor | None]]:
+    """The tensors of a model that take no gradient and are no buffers, with their versions.
+
+    And the values of those that may be running statistics [C]: norms do not count their changes.
+    """
+    buffers = {id(b) for b in model.buffers()}
+    found = {id(t): t for t in held(model) if id(t) not in buffers and not t.requires_grad}
+    return [
+        (t, _version(t), t.clone() if t.ndim == 1 and t.layout is torch.strided else None)
+        for t in found.values()
+    ]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
 class _Copy:
     """A thread's modules, around the same parameters."""
 
@@ -231,6 +249,7 @@ class _Team:
         self.step = step
         self.tasks = tasks
         self.modules = list(model.modules())
+        self.constants = _constants(model)
         self.copies = [_Copy(model) for _ in range(width)]
         self.results: list[tuple[Any, _Gradients] | None] = [None] * len(tasks)
         self.buffers: list[dict[tuple[int, str], Tensor]] = [{} for _ in tasks]
@@ -264,6 +283,11 @@ class _Team:
                 raise RuntimeError("map_tasks: a step changed a parameter in place, which the threads share")
             if p.grad is not grad or (grad is not None and grad._version != written):
                 raise RuntimeError("map_tasks: a step called backward(); return the loss instead")
+        if any(_version(t) != v or (was is not None and not _same(t, was)) for t, v, was in self.constants):
+            raise RuntimeError(
+                "map_tasks: a step changed a tensor of the model in place that is no buffer, which the threads share; "
+                "threads=1 runs it"
+            )
         if not torch.equal(drawn, torch.get_rng_state()):
             raise RuntimeError(
                 "map_tasks: a step drew random numbers, whose order threads do not keep; draw them before, or "
@@ -301,20 +325,20 @@ class _Team:
         self.evaluated |= _within.evaluated
         # Batch norms themselves raise no versions.
         self.written |= any(mine[key]._version != version for key, version in written.items())
-        held = [c._buffers for _, c in copied.pairs]
-        self.buffers[task] = {key: held[key[0]].get(key[1]) for key in mine}  # type: ignore[misc]
+        ends = [c._buffers for _, c in copied.pairs]
+        self.buffers[task] = {key: ends[key[0]].get(key[1]) for key in mine}  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """Within it the original's forward raises in a step, and afterwards it holds what it held."""
-        held = [(vars(m).get("forward"), dict(m._parameters), dict(m._buffers)) for m in self.modules]
-        for module, (own, *_) in zip(self.modules, held, strict=True):
+        before = [(vars(m).get("forward"), dict(m._parameters), dict(m._buffers)) for m in self.modules]
+        for module, (own, *_) in zip(self.modules, before, strict=True):
             vars(module)["forward"] = _guard(own if own is not None else module.forward)
         try:
             yield
         finally:
             swapped = False
-            for module, (own, parameters, buffers) in zip(self.modules, held, strict=True):
+            for module, (own, parameters, buffers) in zip(self.modules, before, strict=True):
                 if own is None:
                     del vars(module)["forward"]
                 else:

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import mamlpp_fast as mf
+import mamlpp_fast.compat.learn2learn as l2l
 from mamlpp_fast import routes as module
 
 pytestmark = pytest.mark.usefixtures("nothing_accelerated")
@@ -374,3 +375,55 @@ def test_a_model_whose_shapes_the_first_call_tells() -> None:
         found.append([model(x.float()), model(x.float()), *model.state_dict().values()])
     torch.testing.assert_close(found[1], found[0])
     assert "one operation" in mf.acceleration(model)
+
+
+class Functional(nn.Module):
+    """As code for MAML of old: weights in one list, and running statistics that are no buffers."""
+
+    def __init__(self, statistics: str = "parameters", listed: bool = True) -> None:
+        super().__init__()
+        features = (
+            3 if statistics == "parameters" else 1100
+        )  # more than a look at a model reads the values of
+        weights = torch.randn(features, 64), torch.ones(features), torch.zeros(features)
+        self.vars = nn.ParameterList([*weights, torch.randn(WAYS, features)])
+        self.mean, self.var = torch.zeros(2, features, dtype=torch.float64)
+        self.var += 1
+        if statistics == "parameters":
+            self.mean, self.var = (nn.Parameter(t, requires_grad=False) for t in (self.mean, self.var))
+        self.listed = listed
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return self.vars if self.listed else super().parameters(recurse)
+
+    def forward(self, x: Tensor, vars: Any = None) -> Tensor:
+        first, gain, shift, last = self.vars if vars is None else vars
+        h = F.batch_norm(F.linear(x.flatten(1), first), self.mean, self.var, gain, shift, True)
+        return F.linear(h.tanh(), last)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("statistics", ["parameters", "attributes"])
+@pytest.mark.parametrize("way", ["accelerate", "functional_call", "clone"])
+def test_running_statistics_that_are_no_buffers(way: str, statistics: str, listed: bool) -> None:
+    """They move as often as the model is called; and ``parameters()`` may be a list."""
+    torch.manual_seed(0)
+    plain = Functional(statistics, listed).double()
+    fast = copy.deepcopy(plain)
+    if way == "accelerate":
+        mf.accelerate(fast)
+    for x, y, target, _ in data(3):
+        found = []
+        for model in (plain, fast):
+            call: Any = model
+            if model is fast and way == "functional_call":
+                call = lambda x: mf.functional_call(fast, {}, x)  # noqa: E731
+            elif model is fast and way == "clone":
+                call = l2l.algorithms.MAML(fast, 0.1).clone()
+            own = list(plain.vars if model is plain else fast.vars)
+            grads = torch.autograd.grad(F.cross_entropy(call(x), y), own, create_graph=True)
+            curved = torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), own)
+            found.append([*grads, *curved, call(target)])
+            if way != "clone" or statistics == "attributes":  # a clone has parameters of its own
+                found[-1] += [model.mean.clone(), model.var.clone()]
+        torch.testing.assert_close(found[1], found[0], **CLOSE)

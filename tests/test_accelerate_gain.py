@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import mamlpp_fast as mf
 from mamlpp_fast import routes
 from mamlpp_fast.engine.fused import differentiable, lowering
+from mamlpp_fast.reference.code import names_in
 
 
 class First(nn.Module):
@@ -300,3 +301,24 @@ def test_examples_that_cannot_be_checked_on_decide_nothing() -> None:
     assert "one operation" not in mf.acceleration(model)
     model(x)
     assert "one operation" in mf.acceleration(model)
+
+
+class Fitting(nn.Module):
+    """With a method that takes derivatives, which its forward does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.norm(self.first(x))
+        return made
+
+    def fit(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self(x).square().sum(), list(self.parameters()))
+
+
+def test_methods_that_a_forward_does_not_call_cost_its_calls_nothing() -> None:
+    """An accelerated model's forward names the class; each call was watched for derivatives, and its buffers copied."""
+    assert names_in(mf.accelerate(Fitting())) == names_in(Fitting()) >= {"norm", "first"}
+    assert "grad" not in names_in(mf.accelerate(Fitting()))

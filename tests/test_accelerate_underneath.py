@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,25 @@ def test_a_functional_call_is_of_the_kernels_where_they_serve_it() -> None:
     assert all(p is not given[n] for n, p in model.named_parameters())
     with pytest.raises(KeyError, match="expected names"):
         mf.functional_call(model, {"none": x}, x)
+
+
+@pytest.mark.parametrize("call", [mf.functional_call, mf.reference.functional_call])
+def test_parameters_and_buffers_may_be_given_apart(call: Any) -> None:
+    """As to PyTorch's ``functional_call``."""
+    torch.manual_seed(0)
+    model = (
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4)).double().eval()
+    )
+    x = data(1)[0][0]
+    weights = {n: (p * 1.5).detach() for n, p in model.named_parameters()}
+    buffers = {n: b + 1 for n, b in model.named_buffers()}
+    expected = torch.func.functional_call(model, (weights, buffers), (x,))
+    for given in ((weights, buffers), [buffers, weights], weights | buffers):
+        torch.testing.assert_close(call(model, given, x), expected, **CLOSE)
+    with pytest.raises(ValueError, match=r"each name in one mapping, got '0\.bias' in two"):
+        call(model, (weights, weights), x)
+    with pytest.raises(TypeError, match="expected tensors by name, got a Tensor"):
+        call(model, list(weights.values()), x)
 
 
 def plainly_called(model: nn.Module, given: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -257,6 +257,10 @@ def test_options_and_their_mistakes() -> None:
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     with pytest.raises(ValueError, match="expected a module that is not functional"):
         higher.monkeypatch(fmodel)
+    model.parameters = lambda: list(model.named_parameters())[1:]  # type: ignore[assignment, method-assign]
+    with pytest.raises(ValueError, match=r"expected parameters\(\) to give every parameter"):
+        higher.monkeypatch(model)
+    del model.parameters
     with pytest.raises(ValueError, match="track_higher_grads: expected a bool"):
         higher.monkeypatch(model, track_higher_grads=1)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="recurse=False"):

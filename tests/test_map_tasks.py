@@ -435,6 +435,23 @@ def _counts(model: nn.Module, task: Any) -> Tensor:
     return F.cross_entropy(model(task[0]), task[1]) * model.calls
 
 
+def _keeps(model: nn.Module, task: Any) -> Tensor:
+    """Running statistics that are no buffers, whose norm counts no change of them."""
+    return F.cross_entropy(F.batch_norm(model(task[0]), model.mean, model.var, training=True), task[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_statistics_that_threads_share_are_refused(frozen: bool) -> None:
+    model = nn.Linear(4, 3).double()
+    for name, t in (("mean", torch.zeros(3)), ("var", torch.ones(3))):
+        setattr(model, name, nn.Parameter(t.double(), requires_grad=False) if frozen else t.double())
+    tasks = [(torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3) for _ in range(4)]
+    with pytest.raises(RuntimeError, match="changed a tensor of the model in place that is no buffer"):
+        mf.map_tasks(_keeps, tasks, model)
+    assert model.weight.grad is None
+    assert len(mf.map_tasks(_keeps, tasks, model, threads=1)) == 4
+
+
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize(
     ("unkept", "message"),

@@ -1,7 +1,7 @@
 """Derivatives of any order through norms: of functions, and of models whose forward takes gradients itself."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -483,3 +483,15 @@ def test_what_takes_no_gradient_is_called_once_with_pytorchs_norms() -> None:
     with See():
         assert torch.equal(reference.predicted(model, {}, x), y)
     assert seen.count(F.layer_norm) == 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_statistics_that_are_no_buffers_move_once_a_call(frozen: bool) -> None:
+    right, model = energies("batch")
+    norm, names = cast(Any, model.net[1]), ("running_mean", "running_var")
+    for name in names:
+        value = norm._buffers.pop(name)
+        setattr(norm, name, nn.Parameter(value, requires_grad=False) if frozen else value)
+    for x in task()[:2]:
+        close([mf.functional_call(model, {}, x)], [right(x)])
+        close([getattr(norm, name) for name in names], [getattr(right.net[1], name) for name in names])

@@ -246,3 +246,28 @@ def test_autocast_around_a_learner_changes_nothing(engine: str) -> None:
             found: list[Any] = [learner.meta_step(random_batch()), learner.evaluate(random_batch())]
         results.append(found)
     assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+class _Frozen(nn.Sequential):
+    """Many a network keeps its norms in evaluation mode by a ``train`` of its own, which returns nothing."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_whose_train_returns_nothing(engine: str) -> None:
+    found, batch = [], random_batch()
+    for kind in (nn.Sequential, _Frozen):
+        torch.manual_seed(0)
+        pixels, ways = batch.support_x[0, 0].numel(), 1 + int(batch.support_y.max())
+        learner = mf.MAMLPlusPlus(
+            kind(nn.Flatten(), nn.Linear(pixels, ways)),
+            mf.MAMLConfig(steps=2),
+            engine=engine,
+            precision="float64",  # type: ignore[arg-type]
+        )
+        loss = learner.meta_step(batch).loss
+        predict = learner.adapt(batch.support_x[0], batch.support_y[0])
+        found.append((loss, learner.evaluate(batch).logits, predict(batch.target_x[0])))
+    assert_close(found[1], found[0], rtol=0, atol=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from helpers import small_conv4
 from record_helpers import Net, draw_array, recorded
+from test_accelerate import CLOSE, WAYS, data
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import mamlpp_fast as mf
 from mamlpp_fast import reference
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.fingerprint import fingerprint
@@ -263,3 +265,83 @@ def test_no_gradient_mode_of_the_caller_changes_nothing() -> None:
     with torch.no_grad():
         assert not any(op.constant for op in recorded(net).operations)
     assert recorded(net).shapes == expected.shapes
+
+
+class Log:
+    """What a forward writes to besides its model."""
+
+    def __init__(self) -> None:
+        self.calls, self.shapes, self.mean = 0, list[tuple[int, ...]](), torch.zeros(3, dtype=torch.float64)
+
+
+LOG, CALLS, SHAPES, MEAN = Log(), 0, list[tuple[int, ...]](), torch.zeros(3, dtype=torch.float64)
+
+
+class Logging(nn.Module):
+    shapes: ClassVar[dict[int, tuple[int, ...]]] = {}
+    calls = 0
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 3), nn.Linear(3, WAYS)
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        global CALLS, FRESH
+        mean = MEAN
+        if self.where == "global":
+            CALLS += 1
+            FRESH = globals().get("FRESH", 0) + 1
+            SHAPES.append(tuple(x.shape))
+        elif self.where == "class":
+            Logging.calls += 1
+            Logging.fresh = getattr(Logging, "fresh", 0) + 1
+            Logging.shapes[Logging.calls] = tuple(x.shape)
+        else:
+            LOG.calls += 1
+            LOG.shapes.append(tuple(x.shape))
+            mean = LOG.mean
+        h = F.batch_norm(self.first(x.flatten(1)), mean, torch.ones_like(mean), None, None, True)
+        made: Tensor = self.last(h.tanh())
+        return made
+
+
+def logged() -> list[Any]:
+    state = [
+        globals().get("FRESH"),
+        getattr(Logging, "fresh", None),
+        CALLS,
+        *SHAPES,
+        Logging.calls,
+        *Logging.shapes.values(),
+        LOG.calls,
+        *LOG.shapes,
+    ]
+    return [*state, MEAN.clone(), LOG.mean.clone()]
+
+
+@pytest.mark.usefixtures("nothing_accelerated")
+@pytest.mark.parametrize("where", ["global", "class", "object"])
+def test_what_a_forward_writes_beside_the_model_is_written_by_its_calls_alone(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for accelerated in (False, True):
+        for name, value in (("LOG", Log()), ("CALLS", 0), ("SHAPES", []), ("MEAN", torch.zeros(3).double())):
+            monkeypatch.setitem(globals(), name, value)
+        monkeypatch.setattr(Logging, "shapes", {})
+        monkeypatch.setattr(Logging, "calls", 0)
+        monkeypatch.delitem(globals(), "FRESH", raising=False)
+        monkeypatch.delattr(Logging, "fresh", raising=False)
+        torch.manual_seed(0)
+        model = Logging(where).double()
+        if accelerated:
+            mf.accelerate(model)
+        for x, y, target, _ in data(3):
+            F.cross_entropy(model(x), y).backward()
+            model.eval()
+            model(target[:4])
+            model.train()
+        found.append([*logged(), [p.grad for p in model.parameters()]])
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+    assert model.first.weight.grad is not None

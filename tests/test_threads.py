@@ -155,13 +155,16 @@ def test_initial_parameters_come_from_the_seed_alone() -> None:
 @pytest.mark.parametrize("what", ["record", "seeded", "build"])
 def test_the_generator_of_the_process_is_left_to_others(what: str) -> None:
     """Whatever is drawn from it meanwhile stays drawn, and nothing else is."""
-    layer, found = nn.Linear(2, 3), []
+    layer, drawn = (
+        nn.Linear(2, 3),
+        queue.SimpleQueue[Tensor](),
+    )  # a recording puts a list back that its pass fills
     torch.manual_seed(0)
     expected = [torch.rand(2) for _ in range(4)]
     torch.manual_seed(0)
 
     def draw() -> None:
-        thread = threading.Thread(target=lambda: found.append(torch.rand(2)))
+        thread = threading.Thread(target=lambda: drawn.put(torch.rand(2)))
         thread.start()
         thread.join()
 
@@ -181,6 +184,7 @@ def test_the_generator_of_the_process_is_left_to_others(what: str) -> None:
         torch.testing.assert_close(own, list(torch.rand(2, 2, generator=torch.Generator().manual_seed(5))))
     else:
         initial(3)
+    found = [drawn.get() for _ in range(drawn.qsize())]
     found += [torch.rand(2) for _ in range(4 - len(found))]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 

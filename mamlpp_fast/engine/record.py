@@ -36,11 +36,12 @@ from mamlpp_fast._seeded import OwnGenerators
 from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.counts import Count, StandIns, computes, integers, learn
-from mamlpp_fast.engine.fingerprint import fingerprint
+from mamlpp_fast.engine.fingerprint import Fingerprint, fingerprint
 from mamlpp_fast.engine.named import of_library, tensors_named
 from mamlpp_fast.engine.operation import Operation
 from mamlpp_fast.engine.recorder import Recorder, as_fast_weight
 from mamlpp_fast.engine.shared import NOTHING, Shared, held, in_memory_of, shared, with_a_graph
+from mamlpp_fast.engine.undone import undone
 from mamlpp_fast.inputs import examples_of, joined, structure_of, tensors_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -197,7 +198,7 @@ def _told_by_objects(
     if all(map(of_library, kinds)):
         return
     passes = [_watched(original, x, places=places, stand_in=lambda p: p)]
-    if not all(isinstance(p, nn.Parameter) for p in original.parameters()):
+    if not all(isinstance(p, nn.Parameter) for p in nn.Module.parameters(original)):
         passes.append(_watched(_own_copy(model), x, places=places, stand_in=_as_parameter))
     for recorder in passes:
         if recorder.problem is not None:
@@ -369,6 +370,19 @@ def _watched(
     """Runs one pass under both modes, on stand-ins for the model's tensors, and where ``counting`` for its counts."""
     recorder = Recorder(model, tensors_of(inputs), places, answers, stand_in)
     before = fingerprint(model)
+    with undone(model, before.functions):
+        _pass(recorder, model, inputs, gradient, counting, before)
+    return recorder
+
+
+def _pass(
+    recorder: Recorder,
+    model: nn.Module,
+    inputs: reference.Inputs,
+    gradient: bool,
+    counting: bool,
+    before: Fingerprint,
+) -> None:
     states = before.states()
     counts = StandIns(model) if counting else contextlib.nullcontext()
     with _random_state() as drawn:
@@ -397,7 +411,6 @@ def _watched(
         recorder.counts = counts.counts
         if counts.used:
             recorder.complain(type(model).__name__, _COMPUTES)
-    return recorder
 
 
 @contextmanager

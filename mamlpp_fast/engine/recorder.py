@@ -88,7 +88,7 @@ class Recorder(TorchFunctionMode):
                 continue
             if not t.requires_grad:
                 self._references[id(t)] = Constant(t)
-                self._fixed[_storage(t)] = "an attribute"
+                self._fixed.setdefault(_storage(t), "an attribute")
             if i in shared.held:
                 self._aliases[id(t)] = shared.held[i]
         self._attributes = {name: _identities(t) for name, t in self.stand_ins.items()}
@@ -188,6 +188,7 @@ class Recorder(TorchFunctionMode):
             self.complain(self.here(), f"{type(args[0]).__name__} normalises in a way of its own")
         recorded = self._norm(*args) if norm else None
         before = self._copies(references)
+        kept = self._kept(func, given)
         result = func(*args, **kwargs)
         executed, written, reads, drawn = watch.executed, watch.written, watch.reads, tuple(watch.drawn)
         references |= {
@@ -197,6 +198,7 @@ class Recorder(TorchFunctionMode):
             recorded = tree_map(lambda t: references.get(id(t), t), (args, kwargs))
         # Of what is drawn otherwise, or for nothing that depends on the input, each pass would get the same numbers.
         draws = watch.draws or (drawn and (func not in _DROPOUTS or _all_constant(references.values())))
+        written = [*written, *(t for t, value in kept if not torch.equal(t, value))]
         watch.clear()
         name = name_of(func)
         for known in (self._aliases[id(t)] for t in given if executed and id(t) in self._aliases):
@@ -280,6 +282,17 @@ class Recorder(TorchFunctionMode):
         copies = {i: Constant(r.tensor.clone()) for i, r in found.items() if self._own(_storage(r.tensor))}
         self.watch.clear()
         return copies
+
+    def _kept(self, func: Any, given: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What may be running statistics of a norm and are no buffers, with their values before it writes to them."""
+        if func not in _WRITERS:
+            return []
+        others = [
+            t for t in given if isinstance(self._known(t), (Parameter, Constant)) and not t.requires_grad
+        ]
+        kept = [(t, t.clone()) for t in others]
+        self.watch.clear()
+        return kept
 
     def _own(self, place: int) -> bool:
         """Whether memory is of constants of the forward's own that no operation has read."""
@@ -444,6 +457,10 @@ def _classes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 _NORMS = (reference.per_step_norm, F.batch_norm)
+_WRITERS = frozenset(
+    {F.batch_norm, torch.batch_norm, torch.native_batch_norm, F.instance_norm, torch.instance_norm}
+)
+"""Of which the operators' schemas do not say that they write to running statistics."""
 _KNOWN_NORMS = (reference.PerStepBatchNorm2d.normalise, PerStepBatchNorm2d.normalise)
 # Their draws are drawn anew in every pass.
 _DROPOUTS = frozenset(

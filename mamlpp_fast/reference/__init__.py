@@ -11,7 +11,15 @@ inner loop), ``meta.py`` (the meta-gradient, evaluation).
 """
 
 from mamlpp_fast.reference.adapting import adapted_names
-from mamlpp_fast.reference.calling import Arguments, Inputs, called, functional_call, predicted, swapped
+from mamlpp_fast.reference.calling import (
+    Arguments,
+    Inputs,
+    Tensors,
+    called,
+    functional_call,
+    predicted,
+    swapped,
+)
 from mamlpp_fast.reference.inner import (
     LossFn,
     check_recomputation,
@@ -50,6 +58,7 @@ __all__ = [
     "MetaResult",
     "PerStepBatchNorm2d",
     "Task",
+    "Tensors",
     "Watch",
     "WeightNormByFormula",
     "adapted_names",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from mamlpp_fast.reference.orders import rightly
 from mamlpp_fast.reference.weights import right_weight_norm
 
-__all__ = ["Arguments", "Inputs", "called", "functional_call", "predicted", "swapped"]
+__all__ = ["Arguments", "Inputs", "Tensors", "called", "functional_call", "predicted", "swapped"]
 
 Inputs = Any
 """What a model is given: a tensor; a tuple, for ``model(*inputs)``; a dict, for ``model(**inputs)``; or arguments."""
+
+Tensors = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+"""Tensors by name; several such mappings, of parameters and of buffers say, that have no name in common."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Arguments:
 
 def functional_call(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     args: tuple[Any, ...] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -40,20 +43,22 @@ def functional_call(
 
     Args:
         model: any module; not to be called by another thread meanwhile.
-        tensors: by the names of ``model.named_parameters()`` or ``named_buffers()``, every alias of a name included.
+        tensors: by the names of ``model.named_parameters()`` or ``named_buffers()``, every alias of a name included; or
+            several such mappings.
         args: positional arguments, or the only one.
         kwargs: keyword arguments.
 
     Raises:
         KeyError: for a name that ``model`` lacks.
-        ValueError: for two different values of one tied tensor.
+        TypeError: for tensors without names.
+        ValueError: for two different values of one tied tensor, or a name in two mappings.
     """
     with swapped(model, tensors), right_weight_norm(model):
         given = args if isinstance(args, tuple) else (args,)
         return rightly(model, lambda: model(*given, **(kwargs or {})))
 
 
-def predicted(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
+def predicted(model: nn.Module, tensors: Tensors, inputs: Inputs) -> Any:
     """What ``model`` makes of inputs with ``tensors`` in place of its own; see :func:`functional_call`."""
     with swapped(model, tensors), right_weight_norm(model):
         return rightly(model, lambda: called(model, inputs))
@@ -69,10 +74,10 @@ def called(model: Callable[..., Any], inputs: Inputs) -> Any:
 
 
 @contextlib.contextmanager
-def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped(model: nn.Module, tensors: Tensors) -> Iterator[None]:
     """Within it ``model`` holds ``tensors`` in place of its own; see :func:`functional_call`."""
     new: dict[int, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in _named(tensors):
         held = _held(model, name)
         if new.setdefault(id(held), tensor) is not tensor:
             raise ValueError(f"tensors: expected one value for a tied tensor, got another for {name!r}")
@@ -89,6 +94,18 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for table, leaf, old in replaced:
             table[leaf] = old
+
+
+def _named(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all mappings with their names."""
+    seen = set[str]()
+    for part in (tensors,) if isinstance(tensors, Mapping) else tensors:
+        if not isinstance(part, Mapping):
+            raise TypeError(f"tensors: expected tensors by name, got a {type(part).__name__}")
+        if twice := seen & part.keys():
+            raise ValueError(f"tensors: expected each name in one mapping, got {min(twice)!r} in two")
+        seen |= part.keys()
+        yield from part.items()
 
 
 def _held(model: nn.Module, name: str) -> Tensor:

@@ -205,10 +205,15 @@ def normalises(model: nn.Module) -> bool:
 
 def _state(model: nn.Module) -> Callable[[], None]:
     """Makes what puts back buffers, attributes, what is in their lists and dicts, and random numbers, once."""
-    with torch._C.DisableTorchFunction():
-        buffers = [(b, b.detach().clone()) for b in model.buffers()]
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     own = [value for m in modules for name, value in vars(m).items() if name not in PLUMBING]
+    with torch._C.DisableTorchFunction():
+        # Running statistics [C] may be frozen parameters, or attributes.
+        others = [
+            t for t in (*nn.Module.parameters(model), *own) if isinstance(t, Tensor) and not t.requires_grad
+        ]
+        written = [*model.buffers(), *(t for t in others if t.ndim == 1 and t.layout is torch.strided)]
+        buffers = [(b, b.detach().clone()) for b in written]
     places: list[dict[str, Any]] = [place for m in modules for place in (vars(m), m._buffers)]
     named = [(place, dict(place)) for place in (*places, *(v for v in own if type(v) is dict))]
     listed = [(found, list(found)) for found in own if type(found) is list]

@@ -260,7 +260,7 @@ class _Copier:
             "_non_persistent_buffers_set": set(original._non_persistent_buffers_set),
             "_parameters": own,
             "_buffers": dict(original._buffers),
-            "_fast_indices": {name: self.indices[id(p)] for name, p in own.items() if p is not None},
+            "_fast_indices": {name: self.index(name, p) for name, p in own.items() if p is not None},
         }
         new.__dict__.update(state)
         self.places.extend((own, name, index) for name, index in new._fast_indices.items())
@@ -269,6 +269,11 @@ class _Copier:
             for name, child in original._modules.items()
         }
         return new
+
+    def index(self, name: str, p: nn.Parameter) -> int:
+        if id(p) not in self.indices:
+            raise ValueError(f"module: expected parameters() to give every parameter, got all but {name!r}")
+        return self.indices[id(p)]
 
 
 @lru_cache(maxsize=1)
