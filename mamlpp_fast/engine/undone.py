@@ -29,8 +29,8 @@ def undone(model: nn.Module, functions: Iterable[types.FunctionType]) -> Iterato
     """Puts back globals and closed-over values that functions name, and attributes of the classes of modules.
 
     Which objects they are; what lists, dicts, sets and objects of the user's classes among them hold, up to 1000
-    entries and 3 levels of each; and the values of tensors, up to 65536. Attributes of the modules are left: they are copies' own.
-    What other threads write to the same places meanwhile is lost.
+    entries and 3 levels of each; and the values of tensors, up to 65536. Attributes of the modules are left: they are
+    copies' own. What other threads write to the same places meanwhile is lost.
 
     Args:
         model: that the pass is made through.
