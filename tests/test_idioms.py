@@ -146,8 +146,7 @@ def _samples_twice() -> bool:
     (g,) = torch.autograd.grad(F.grid_sample(x, grid, align_corners=False).sum(), grid, create_graph=True)
     try:
         torch.autograd.grad(g.sum(), grid, allow_unused=True)
-    except RuntimeError as error:
-        assert "grid_sampler_2d_backward is not implemented" in str(error)
+    except RuntimeError:
         return False
     return True
 
@@ -163,7 +162,7 @@ def test_the_textbook(name: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -
     learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(**SETTINGS), engine=engine, precision="float64")
     if name == "turned" and not _samples_twice():
         with pytest.raises((RuntimeError, ValueError), match="grid_sampler_2d_backward is not implemented"):
-            learner.meta_step(batch_of(shape))
+            learner.meta_gradient(mf.EpisodeBatch(*batch_of(shape), by_class=False))
         return
     compare(learner, book, batch_of(shape))
     if engine == "autograd":
