@@ -159,6 +159,7 @@ def on_a_gpu(precision: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(testing, "_interprets", return_value=True))
         stack.enter_context(mock.patch.object(FusedEngine, "_convolves", return_value=False))
         stack.enter_context(mock.patch.object(linear, "_FEW_CHANNELS", 0))
+        stack.enter_context(mock.patch.object(linear, "pays_in_bfloat16", return_value=True))
         stack.enter_context(mock.patch.object(base, "launches_cost", return_value=True))
         # Labels are looked at on a CPU alone.
         stack.enter_context(mock.patch.object(FusedEngine, "_plain", lambda self, _: self._plain_loss))

@@ -61,6 +61,8 @@ def test_a_whole_meta_step_could_be_launched(
         assert row["faults"] == []
         assert {*LOOPS[precision], "forward_apply", "_update"} <= {k["name"] for k in row["kernels"]}
     assert omniglot["triton"] + omniglot["aten"] <= nodes
+    # Operands are rounded by operations of PyTorch, whatever the CPU at hand would rather do.
+    assert (omniglot["aten"] > 50) == (precision == "bfloat16")
     rows = omniglot["predicted"]
     assert sum(row["nodes"] for row in rows) == omniglot["triton"] + omniglot["aten"]
     assert {row["operation"] for row in rows if row["flops"]} >= {"task_conv2d", "task_conv2d_gradients"}
