@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from mamlpp_fast.engine.named import installed
 from mamlpp_fast.engine.objects import ENTRIES
 from mamlpp_fast.reference.code import FUNCTIONS, from_library, globals_of, own_bases, written_in
+from mamlpp_fast.reference.orders import put_back
 
 __all__ = ["undone"]
 
@@ -124,9 +124,7 @@ class _Kept:
 
         def back() -> None:
             if not torch.equal(t, before):
-                # PyTorch's norms do not count their changes, for the sake of graphs that keep the tensor.
-                with torch.no_grad(), _unsafe_preserve_version_counter(t):
-                    t.copy_(before)
+                put_back(t, before)
 
         self.undo.append(back)
 

@@ -25,6 +25,7 @@ __all__ = [
     "layer_norm",
     "normalises",
     "norms_of_any_order",
+    "put_back",
     "rightly",
 ]
 
@@ -203,6 +204,12 @@ def normalises(model: nn.Module) -> bool:
     return any(isinstance(m, _NORMS) for m in modules) or not _FUNCTIONS.isdisjoint(names_in(model))
 
 
+def put_back(t: Tensor, values: Tensor) -> None:
+    """Gives a tensor its earlier values, as norms write to one: uncounted, for the sake of graphs that keep it."""
+    with torch.no_grad(), _unsafe_preserve_version_counter(t):
+        t.copy_(values)
+
+
 def _state(model: nn.Module) -> Callable[[], None]:
     """Makes what puts back buffers, attributes, what is in their lists and dicts, and random numbers, once."""
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
@@ -228,9 +235,7 @@ def _state(model: nn.Module) -> Callable[[], None]:
         for found, items in listed:
             found[:] = items
         for b, before in buffers:
-            # PyTorch's norms do not count their changes, for the sake of graphs that keep the buffers.
-            with torch.no_grad(), _unsafe_preserve_version_counter(b):
-                b.copy_(before)
+            put_back(b, before)
         torch.set_rng_state(random)
         torch.cuda.set_rng_state_all(of_devices)
 
