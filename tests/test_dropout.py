@@ -96,14 +96,17 @@ class Connections(nn.Module):
 
 
 class Direct(nn.Module):
-    def __init__(self) -> None:
+    """Attention without heads, for which PyTorch makes one up, or none."""
+
+    def __init__(self, axes: tuple[int, ...] = (1,)) -> None:
         super().__init__()
-        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, WAYS)
+        self.body, self.head, self.axes = nn.Linear(4, 4), nn.Linear(4, WAYS), axes
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         p = 0.2 if self.training else 0.0
-        return self.head(F.scaled_dot_product_attention(h, h, h, dropout_p=p, is_causal=True).sum(1))
+        h = F.scaled_dot_product_attention(h, h, h, dropout_p=p, is_causal=True)
+        return self.head(h.sum(self.axes) if self.axes else h)
 
 
 def _images() -> nn.Module:
@@ -163,6 +166,8 @@ NETWORKS: dict[str, Case] = {
     "attention": (lambda: Attention(False), (3, 4)),
     "attention-weights": (lambda: Attention(True), (3, 4)),
     "direct-attention": (Direct, (3, 4)),
+    "direct-attention-of-examples": (lambda: Direct(()), (4,)),
+    "direct-attention-of-sets": (lambda: Direct((1, 2, 3)), (2, 1, 3, 4)),
     "lstm": (lambda: _recurrent(nn.LSTM), (3, 4)),
     "gru-both-ways": (lambda: _recurrent(nn.GRU, bidirectional=True), (2, 4)),
     "weights": (Connections, (5,)),

@@ -265,13 +265,20 @@ class _Tracer(TorchDispatchMode):
         return None
 
     def _draw(self, func: OpOverload, t: Tensor, draw: Draw) -> Tensor:
-        """The next draw, which is a leaf, in a trace with ones."""
-        if self._draws[self.drawn : self.drawn + 1] != [(draw.shape, draw.chance)]:
+        """The next draw, which is a leaf, in a trace with ones; axes of one may be others than in the forward.
+
+        (Of attention without heads torch 2.14 makes one up.)
+        """
+        expected = self._draws[self.drawn : self.drawn + 1]
+        if [(_sizes(shape), chance) for shape, chance in expected] != [(_sizes(draw.shape), draw.chance)]:
             raise Untraceable(f"{packet_of(func)} draws random numbers")
         if func._schema.is_mutable and (id(t) in self._aliased or isinstance(self.term(t).source, str)):
             raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
         ones = t.fill_(1) if func._schema.is_mutable else torch.ones_like(t)
-        self.know(ones, Term(draw_leaf(self.drawn)))
+        term = Term(draw_leaf(self.drawn))
+        if expected[0][0] != draw.shape:
+            term = Term(self.table.node(aten.view.default, (term, draw.shape), {}, (Form.of(ones),)))
+        self.know(ones, term)
         self.drawn += 1
         return ones
 
@@ -293,6 +300,10 @@ class _Tracer(TorchDispatchMode):
             raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
         target: Tensor = args[0]
         return target
+
+
+def _sizes(shape: tuple[int, ...]) -> list[int]:
+    return [n for n in shape if n != 1]
 
 
 _Given = Mapping[str, Tensor]
