@@ -24,6 +24,9 @@ __all__ = ["lean", "lean_mode", "lean_vjp"]
 
 _Mode = TypeVar("_Mode", bound=TorchDispatchMode)
 
+_frames: Any = torch._C._dynamo.eval_frame
+_AS_IT_IS = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+
 
 def lean(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method as it is where the compiler is loaded, else what its mark is around."""
@@ -33,6 +36,8 @@ def lean(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return (method if "torch._dynamo" in sys.modules else inner)(*args, **kwargs)
 
+    # Else a compiled function of the caller's compiles this too, anew for every operator that it meets.
+    _frames.set_code_exec_strategy(call.__code__, _AS_IT_IS)
     return call
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, func, nn
 
 import mamlpp_fast as mf
 from mamlpp_fast import routes as module
+from mamlpp_fast.engine.executions import Executions
 
 Grads = list[Tensor]
 REFUSED = "does not currently support double backward"
@@ -101,3 +102,37 @@ def test_eager_calls_are_served_beside_compiled_ones() -> None:
     assert "one operation" not in mf.acceleration(fast)
     torch.testing.assert_close(meta(fast, *task), meta(plain, *task), **CLOSE)
     assert "one operation" in mf.acceleration(fast)
+
+
+class _Gated(nn.Module):
+    """Has a function compiled that a block of it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 12), nn.Linear(6, 3)
+        self.gate = _gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gate(*self.body(x).chunk(2, 1)))
+
+
+@torch.compile(backend="eager")
+def _gate(x: Tensor, y: Tensor) -> Tensor:
+    return F.silu(x) * y
+
+
+def test_a_learner_is_not_compiled_with_its_models_functions() -> None:
+    """What watches a forward was compiled anew for each operator, up to the compiler's limit."""
+    torch.manual_seed(0)
+    sides = ((torch.randn(2, 4, 4).double(), torch.randint(3, (2, 4))) for _ in range(2))
+    batch = mf.EpisodeBatch(*(t for side in sides for t in side), by_class=False)
+    losses = []
+    for engine in ("auto", "reference"):
+        torch.manual_seed(1)
+        config = mf.MAMLConfig(steps=2)
+        learner = mf.MAMLPlusPlus(_Gated(), config, engine=engine, precision="float64")  # type: ignore[arg-type]
+        losses.append(learner.meta_gradient(batch).task_losses)
+    torch.testing.assert_close(*losses, **CLOSE)
+    watch = Executions.__torch_dispatch__.__code__
+    frames: Any = torch._C._dynamo.eval_frame
+    assert not frames._debug_get_cache_entry_list(watch)
