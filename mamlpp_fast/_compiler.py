@@ -32,13 +32,12 @@ def lean(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method as it is where the compiler is loaded, else what its mark is around."""
     inner = inspect.unwrap(method)
 
-    @functools.wraps(inner)
     def call(*args: Any, **kwargs: Any) -> Any:
         return (method if "torch._dynamo" in sys.modules else inner)(*args, **kwargs)
 
     # Else a compiled function of the caller's compiles this too, anew for every operator that it meets.
     _frames.set_code_exec_strategy(call.__code__, _AS_IT_IS)
-    return call
+    return functools.wraps(inner)(call)
 
 
 def lean_mode(mode: type[_Mode]) -> type[_Mode]:
