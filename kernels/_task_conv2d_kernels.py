@@ -124,10 +124,9 @@ def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, I
                 for block in tl.static_range(UNROLL):
                     c = (tile % rounds * UNROLL + block) * BK + tl.arange(0, BK)
                     left = tl.load(left_row + c[None, :], mask=row_inside & column_inside, other=0.0)
-                    if TRANSPOSED:
-                        weight = (tap * CB + b) * CA + c[:, None]
-                    else:
-                        weight = (tap * CA + c)[:, None] * CB + b
+                    weight = (
+                        (tap * CB + b) * CA + c[:, None] if TRANSPOSED else (tap * CA + c)[:, None] * CB + b
+                    )
                     step = _dot(left, tl.load(w + weight), step, ACC, PRECISION)
                 result = _taken_up(result, step, PRECISION)
             else:
@@ -140,10 +139,11 @@ def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, I
                 pixel = (n * IH + y) * IW + x
                 inside = row_inside & column_inside & real[None, :]
                 left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
-                if TRANSPOSED:
-                    weight = (tap * CB * CA + c)[:, None] + b * CA
-                else:
-                    weight = ((tap * CA + c) * CB)[:, None] + b
+                weight = (
+                    (tap[:, None] * CB + b) * CA + c[:, None]
+                    if TRANSPOSED
+                    else (tap * CA + c)[:, None] * CB + b
+                )
                 right = tl.load(w + weight, mask=real[:, None], other=0.0)
                 result = _dot(left, right, result, ACC, PRECISION)
     written = (m < M)[:, None] & (cb < CB)[None, :]
