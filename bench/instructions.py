@@ -64,27 +64,27 @@ def _clocks(name: str) -> float:
 
 
 def products(cubin: bytes) -> dict[str, float] | None:
-    """Of the innermost loop with the most arithmetic of products: its instructions and what of them they are.
+    """Of the innermost loop of products that spends the most instructions beside them: all, and what of them they are.
 
-    Where a kernel has several with at least half as much, the one that spends the most instructions beside them.
+    Every loop with instructions of tensor cores is one of products: one that is unrolled does not hide the other.
+    Where there is none, it is the loop with the most FFMA.
 
     Returns:
         ``instructions``; ``matrix``, the tensor cores', ``instructions per 4 matrix`` and, on sm_90, ``clocks`` that
         they take; or ``ffma`` and ``ffma share``; None where no loop has either.
     """
 
-    def arithmetic(loop: Counter[str]) -> int:
-        return 1000 * sum(loop[name] for name in loop if _matrix(name)) + loop["FFMA"]
+    def spent(loop: Counter[str]) -> float:
+        count = sum(loop[name] for name in loop if _matrix(name))
+        return sum(loop.values()) / count if count else 0
 
     found = loops(cubin)
-    most = max(map(arithmetic, found), default=0)
-    large = [loop for loop in found if 0 < most <= 2 * arithmetic(loop)]
-    loop = max(large, key=lambda loop: sum(loop.values()) / arithmetic(loop), default=Counter[str]())
+    loop = max(found, key=lambda loop: (spent(loop), loop["FFMA"]), default=Counter[str]())
     total, matrix = sum(loop.values()), sum(loop[name] for name in loop if _matrix(name))
     if matrix:
         clocks = sum(_clocks(name) * count for name, count in loop.items())
-        spent = {"instructions": total, "matrix": matrix, "instructions per 4 matrix": 4 * total / matrix}
-        return spent | ({"clocks": clocks} if clocks else {})
+        of_all = {"instructions": total, "matrix": matrix, "instructions per 4 matrix": 4 * total / matrix}
+        return of_all | ({"clocks": clocks} if clocks else {})
     if loop["FFMA"]:
         return {"instructions": total, "ffma": loop["FFMA"], "ffma share": loop["FFMA"] / total}
     return None

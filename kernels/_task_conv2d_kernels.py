@@ -19,10 +19,10 @@ def _source(i, tap, padding, stride, size, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         shifted = i + padding - tap
         position = shifted // stride
-        inside = (shifted >= 0) & (position * stride == shifted) & (position < size)
+        inside = (position * stride == shifted) & (position.to(tl.uint32) < size)
     else:
         position = i * stride - padding + tap
-        inside = (position >= 0) & (position < size)
+        inside = position.to(tl.uint32) < size
     return position, inside
 
 
@@ -41,20 +41,33 @@ def _dot(a, b, accumulator, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator + a b. By "tf32x3" the operands are cut in two, and the product of both rests, 2^-22 of ab, left out.
 
     Tensor cores cut 13 bits off a rest (2^-21 of ab for both) and cut their sums off where others round: hence a sum
-    of its own for each block, which an ordinary addition takes up. Triton's own "tf32x3" also looks for NaN in each
-    number and each sum: 1.7 times the instructions.
+    of its own for each step (`_begun`), which an ordinary addition takes up (`_taken_up`). Triton's own "tf32x3" also
+    looks for NaN in each number and each sum: 1.7 times the instructions.
     """
     if PRECISION == "tf32x3":
         large_a, rest_a = _parts(a)
         large_b, rest_b = _parts(b)
-        part = tl.zeros([a.shape[0], b.shape[1]], ACC)
-        part = tl.dot(rest_a, large_b, part, input_precision="tf32", out_dtype=ACC)
-        part = tl.dot(large_a, rest_b, part, input_precision="tf32", out_dtype=ACC)
-        part = tl.dot(large_a, large_b, part, input_precision="tf32", out_dtype=ACC)
-        total = accumulator + part
+        # large_a once more, in other words: of an operand that comes twice, or first as part of another, Triton 3.8
+        # finds both forms, in registers as they are loaded and as they are multiplied. In machine code it is one.
+        again = ((a.to(tl.int32, bitcast=True) + 0x1000) >> 13 << 13).to(tl.float32, bitcast=True)
+        accumulator = tl.dot(large_a, rest_b, accumulator, input_precision="tf32", out_dtype=ACC)
+        accumulator = tl.dot(rest_a, large_b, accumulator, input_precision="tf32", out_dtype=ACC)
+        total = tl.dot(again, large_b, accumulator, input_precision="tf32", out_dtype=ACC)
     else:
         total = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=ACC)
     return total
+
+
+@triton.jit
+def _begun(total, PRECISION: tl.constexpr):
+    """What the products of a step are added to."""
+    return tl.zeros_like(total) if PRECISION == "tf32x3" else total
+
+
+@triton.jit
+def _taken_up(total, step, PRECISION: tl.constexpr):
+    """The sum with a step's products."""
+    return total + step if PRECISION == "tf32x3" else step
 
 
 @triton.jit
@@ -72,17 +85,24 @@ def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, I
     """A tile of a [T, images, IH, IW, CA] convolved with w, or (TRANSPOSED) the adjoint; out [T, images, OH, OW, CB].
 
     DENSE takes one tap at a time, UNROLL blocks of channels for the one address and mask of its pixels, and needs
-    channels in multiples of 16; otherwise taps and channels are one axis.
+    channels in multiples of BK UNROLL; otherwise taps and channels are one axis. Rows past the last are the last one
+    again, columns those of the beginning, which needs no mask: what they give is not written.
     """
     m = row * BM + tl.arange(0, BM)
     cb = column * BN + tl.arange(0, BN)
     t = task.to(tl.int64)
-    n = m // (OH * OW)
-    i = (m % (OH * OW) // OW)[:, None]
-    j = (m % OW)[:, None]
+    real_row = tl.minimum(m, M - 1)
+    n = (real_row // (OH * OW))[:, None]
+    i = (real_row % (OH * OW) // OW)[:, None]
+    j = (real_row % OW)[:, None]
+    b = (cb % CB)[None, :]
     task_a = t * (M // (OH * OW)) * IH * IW * CA
     task_w = (task % TW).to(tl.int64) * TAPS * CA * CB
-    rounds: tl.constexpr = (CA + BK * UNROLL - 1) // (BK * UNROLL)
+    # Where a pixel's operand for the first tap would be; that for another is then as far away for all pixels.
+    shifted: tl.constexpr = not TRANSPOSED or STRIDE == 1
+    sign: tl.constexpr = -1 if TRANSPOSED else 1
+    corner = ((n * IH + i * STRIDE - sign * PAD_Y) * IW + j * STRIDE - sign * PAD_X).to(tl.int64) * CA
+    rounds: tl.constexpr = CA // (BK * UNROLL)
     constant: tl.constexpr = TAPS * rounds if DENSE else (TAPS * CA + BK - 1) // BK
     tiles = constant
     if ROLLED:  # a number that the compiler does not know, lest it unrolls the loop
@@ -96,23 +116,19 @@ def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, I
                 tap = tile // rounds
                 y, row_inside = _source(i, tap // KW, PAD_Y, STRIDE, IH, TRANSPOSED)
                 x, column_inside = _source(j, tap % KW, PAD_X, STRIDE, IW, TRANSPOSED)
-                left_row = a + ((n[:, None] * IH + y) * IW + x) * CA
-                inside = row_inside & column_inside & (m < M)[:, None]
+                if shifted:
+                    left_row = a + corner + sign * (tap // KW * IW + tap % KW) * CA
+                else:
+                    left_row = a + ((n * IH + y) * IW + x) * CA
+                step = _begun(result, PRECISION)
                 for block in tl.static_range(UNROLL):
                     c = (tile % rounds * UNROLL + block) * BK + tl.arange(0, BK)
-                    if CA % (BK * UNROLL) == 0:
-                        left = tl.load(left_row + c[None, :], mask=inside, other=0.0)
-                    else:
-                        left = tl.load(left_row + c[None, :], mask=inside & (c < CA)[None, :], other=0.0)
-                    if TRANSPOSED:
-                        weight = (tap * CB + cb)[None, :] * CA + c[:, None]
-                    else:
-                        weight = (tap * CA + c)[:, None] * CB + cb[None, :]
-                    if CA % (BK * UNROLL) == 0 and CB % BN == 0:
-                        right = tl.load(w + weight)
-                    else:
-                        right = tl.load(w + weight, mask=(c < CA)[:, None] & (cb < CB)[None, :], other=0.0)
-                    result = _dot(left, right, result, ACC, PRECISION)
+                    left = tl.load(left_row + c[None, :], mask=row_inside & column_inside, other=0.0)
+                    weight = (
+                        (tap * CB + b) * CA + c[:, None] if TRANSPOSED else (tap * CA + c)[:, None] * CB + b
+                    )
+                    step = _dot(left, tl.load(w + weight), step, ACC, PRECISION)
+                result = _taken_up(result, step, PRECISION)
             else:
                 k = tile * BK + tl.arange(0, BK)
                 tap = k // CA
@@ -120,14 +136,15 @@ def _product_tile(a_ptr, w_ptr, a2_ptr, w2_ptr, out_ptr, pairs, M, OH, OW, IH, I
                 real = tap < TAPS
                 y, row_inside = _source(i, (tap // KW)[None, :], PAD_Y, STRIDE, IH, TRANSPOSED)
                 x, column_inside = _source(j, (tap % KW)[None, :], PAD_X, STRIDE, IW, TRANSPOSED)
-                pixel = (n[:, None] * IH + y) * IW + x
-                inside = row_inside & column_inside & (m < M)[:, None] & real[None, :]
+                pixel = (n * IH + y) * IW + x
+                inside = row_inside & column_inside & real[None, :]
                 left = tl.load(a + pixel * CA + c[None, :], mask=inside, other=0.0)
-                if TRANSPOSED:
-                    weight = (tap * CB * CA + c)[:, None] + cb[None, :] * CA
-                else:
-                    weight = ((tap * CA + c) * CB)[:, None] + cb[None, :]
-                right = tl.load(w + weight, mask=real[:, None] & (cb < CB)[None, :], other=0.0)
+                weight = (
+                    (tap[:, None] * CB + b) * CA + c[:, None]
+                    if TRANSPOSED
+                    else (tap * CA + c)[:, None] * CB + b
+                )
+                right = tl.load(w + weight, mask=real[:, None], other=0.0)
                 result = _dot(left, right, result, ACC, PRECISION)
     written = (m < M)[:, None] & (cb < CB)[None, :]
     tl.store(out_ptr + t * M * CB + m[:, None] * CB + cb[None, :], result, mask=written)
@@ -217,7 +234,8 @@ def _weight_tile(x_ptr, g_ptr, x2_ptr, g2_ptr, part_ptr, counter_ptr, out_ptr, p
             left = tl.load(left_at, mask=inside, other=0.0)
             row = tl.minimum(m, stop - 1)  # what comes after the last row is zero in x
             right = tl.load(g + right_channel[None, :] + row[:, None].to(tl.int64) * CB)
-            result = _dot(left, right, result, ACC, PRECISION)
+            step = _dot(left, right, _begun(result, PRECISION), ACC, PRECISION)
+            result = _taken_up(result, step, PRECISION)
     at = t.to(tl.int64) * TAPS * CA * CB + ((tap * CA + c) * CB)[:, None] + cb[None, :]
     written = real[:, None] & (cb < CB)[None, :]
     out_ptr += (t // TW).to(tl.int64) * gap

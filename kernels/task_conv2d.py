@@ -13,6 +13,7 @@ cores that have room for it by three products of TF32, otherwise, or where ``MAM
 """
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -185,21 +186,26 @@ def _product(
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(co, tile.constants["BN"]), tasks)
     kernels._product[grid](
         *tensors, out, pairs, rows, oh, ow, height, width, taps, len(w), ci, co, kw, taps, stride, pad_y, pad_x,
-        TRANSPOSED=transposed, **tile.constants, **_unrolling(tile, ci, arch), **tile.options,
+        TRANSPOSED=transposed, **(tile.constants | _steps(tile, ci, arch)), **tile.options,
     )  # fmt: skip
 
 
-def _unrolling(tile: _Tile, channels: int, arch: int) -> dict[str, Any]:
-    """Blocks of channels that a step of the loop over taps takes: up to four, without a rest.
+def _steps(tile: _Tile, channels: int, arch: int) -> dict[str, Any]:
+    """Of the loop over taps: blocks of channels without a rest, and as many in a step as shared memory has room for.
 
     On sm_80 one: there operands of tensor cores lie in registers, which do not suffice for more.
     """
-    dense, precision = tile.constants["DENSE"], tile.constants["PRECISION"]
-    blocks = triton.cdiv(channels, tile.constants["BK"])
-    rolled = dense and arch < 90 and (precision != "ieee" or tile.constants["BK"] == 64)
-    most = 2 if precision == "tf32x3" else 4
-    unroll = max(n for n in range(1, most + 1) if blocks % n == 0) if dense and not rolled else 1
-    return {"UNROLL": unroll, "ROLLED": rolled}
+    dense, precision, depth = (tile.constants[name] for name in ("DENSE", "PRECISION", "BK"))
+    if not dense:
+        return {"BK": depth, "UNROLL": 1, "ROLLED": False}
+    rolled = arch < 90 and (precision != "ieee" or depth == 64)
+    block = math.gcd(channels, depth)
+    blocks, most = channels // block, (3 if tile.num_stages == 3 else 4) * depth // block
+    return {
+        "BK": block,
+        "UNROLL": 1 if rolled else max(n for n in range(1, most + 1) if blocks % n == 0),
+        "ROLLED": rolled,
+    }
 
 
 def to_weight(
@@ -258,7 +264,7 @@ def _both(tile: _Tile, weight: _Tile, channels: int, arch: int) -> dict[str, Any
     """Constants of one launch for both gradients, tiles of as many columns, by as many warps."""
     shared = {n: v for n, v in tile.constants.items() if n != "DENSE"}
     own = {"WEIGHT_BM": weight.constants["BM"], "WEIGHT_BK": weight.constants["BK"]}
-    return shared | own | _unrolling(tile, channels, arch)
+    return shared | own | _steps(tile, channels, arch)
 
 
 _GEOMETRIES = {True: (48, 64, 6), False: (1, 64, 6)}
@@ -284,7 +290,7 @@ def _constants(
         return weight.constants
     if order == "gradients":
         return _both(tile, weight, channels, arch)
-    return tile.constants | {"TRANSPOSED": order == "to_input", **_unrolling(tile, channels, arch)}
+    return tile.constants | {"TRANSPOSED": order == "to_input"} | _steps(tile, channels, arch)
 
 
 def launch_configurations() -> Iterator[Configuration]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ARCHS = (80, 90, 100)
 
@@ -69,6 +70,23 @@ def test_bfloat16_products_use_warpgroup_instructions_on_hopper(compiled: list[d
     ]
     assert rows
     assert _named([r for r in rows if "wgmma.mma_async" not in r["instructions"]]) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.float32, "ieee"), (torch.bfloat16, "ieee")],
+)
+def test_a_step_of_any_channels_fits_shared_memory(dtype: torch.dtype, precision: str) -> None:
+    """Whole blocks of channels, as many stages of which lie in shared memory as the launch asks for."""
+    from mamlpp_fast.kernels import aot, task_conv2d
+
+    for channels in range(16, 1040, 16):
+        tile = task_conv2d._tile(dtype, True, precision, weight=False, arch=90)
+        held = tile.constants | task_conv2d._steps(tile, channels, 90)
+        depth = held["BK"] * held["UNROLL"]
+        assert channels % depth == 0
+        taken = tile.num_stages * (held["BM"] + held["BN"]) * depth * dtype.itemsize
+        assert taken <= aot.SHARED_MEMORY_LIMIT[90], channels
 
 
 def test_interpreter_is_refused() -> None:

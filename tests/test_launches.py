@@ -43,7 +43,11 @@ LOOPS = {
         "_gradient_products": ("instructions per 4 matrix", 20, 110),
     },
 }
-"""What the loops of the products spend their instructions on: the measure, and what it lies between."""
+"""What the loops of the products spend their instructions on: the measure, and what it lies between.
+
+At most 110 for 4 matrix instructions; three products of one pair of operands spend less forward, where they load,
+cut and find pixels once for all: 96 holds them to that.
+"""
 
 
 @pytest.mark.parametrize(
@@ -66,8 +70,7 @@ def test_a_whole_meta_step_could_be_launched(
     rows = omniglot["predicted"]
     assert sum(row["nodes"] for row in rows) == omniglot["triton"] + omniglot["aten"]
     assert {row["operation"] for row in rows if row["flops"]} >= {"task_conv2d", "task_conv2d_gradients"}
-    both = [k for k in mini["kernels"] if k["name"] == "_gradient_products"]
-    for kernel in (*omniglot["kernels"], *both):
+    for kernel in (*omniglot["kernels"], *(mini["kernels"] if precision != "ieee" else ())):
         if kernel["name"] in LOOPS[precision]:
             measure, least, most = LOOPS[precision][kernel["name"]]
             assert least <= kernel["loop"][measure] <= most, kernel
@@ -128,10 +131,8 @@ def test_what_a_loop_spends_on_products(monkeypatch: pytest.MonkeyPatch) -> None
         "instructions per 4 matrix": 16,
         "clocks": 16,
     }
-    half, small = Counter({"HGMMA.64x64": 8, "LDS": 92}), Counter({"HGMMA.64x64": 7, "LDS": 900})
-    monkeypatch.setattr(
-        instructions, "loops", lambda _: [Counter({"HGMMA.64x64": 16, "LDS": 80}), half, small]
-    )
+    unrolled, other = Counter({"HGMMA.64x64": 72, "LDS": 360}), Counter({"HGMMA.64x64": 8, "LDS": 92})
+    monkeypatch.setattr(instructions, "loops", lambda _: [unrolled, other, Counter(FFMA=800)])
     found = instructions.products(b"")
     assert found is not None
     assert (found["instructions"], found["clocks"]) == (100, 256)
