@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved
 from test_accelerate import CLOSE, WAYS, conv_net, data, mlp, pair, served
 from torch import Tensor, nn
 
@@ -40,8 +41,7 @@ def anil(model: nn.Module, head: str, order: bool = True) -> dict[str, Tensor]:
         fast = {n: p for n, p in own.items() if n.startswith(head)}
         for _ in range(3):
             loss = F.cross_entropy(mf.reference.functional_call(model, fast, (x,)), y)
-            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=order)
-            fast = {n: p - 0.3 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+            fast = moved(loss, fast, 0.3, order)
         F.cross_entropy(mf.reference.functional_call(model, fast, (target_x,)), target_y).backward()
     found = {n: p.grad for n, p in own.items() if p.grad is not None}
     return found | {f"buffer {n}": b for n, b in model.named_buffers()}

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import maml_loss
 from torch import Tensor, nn
 from torch.autograd import grad as gradient_of
 from torch.nn.functional import layer_norm as by_layer
@@ -219,15 +220,7 @@ def task() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def textbook(model: nn.Module, predict: Callable[..., Tensor], first_order: bool = False) -> list[Tensor]:
     """The meta-gradients and buffers after two inner steps."""
-    sx, sy, tx, ty = task()
-    fast = dict(model.named_parameters())
-    for _ in range(2):
-        loss = F.mse_loss(predict(model, fast, (sx,)), sy)
-        grads = torch.autograd.grad(
-            loss, list(fast.values()), create_graph=not first_order, allow_unused=True
-        )
-        fast = {n: p if g is None else p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-    target = F.mse_loss(predict(model, fast, (tx,)), ty)
+    target = maml_loss(predict, model, task(), loss_fn=F.mse_loss, second_order=not first_order)
     grads = torch.autograd.grad(target, list(model.parameters()), allow_unused=True)
     return [*(g for g in grads if g is not None), *(b for b in model.buffers() if b.is_floating_point())]
 
