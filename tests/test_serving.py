@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import maml_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -121,15 +122,6 @@ def test_casts_to_the_models_own_dtype(cast: Callable[[Tensor], Tensor]) -> None
     assert_close(found_logits, witness.evaluate(tasks).logits, check_dtype=False, rtol=1e-4, atol=1e-4)
 
 
-class OneOutput(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-
 class Turned(nn.Module):
     """Complex numbers as a parameter, a buffer, or both."""
 
@@ -170,7 +162,8 @@ def test_complex_numbers_stay_what_they_are(weight: bool) -> None:
 
 def test_arguments_that_a_rule_does_not_foresee() -> None:
     x, y = torch.ones(2, 3, 4), torch.ones(2, 3, 1)
-    learner = mf.MAMLPlusPlus(OneOutput(), mf.MAMLConfig(steps=1, loss="mse"))
+    model = Calls(lambda m, x: F.linear(x, m.weight), weight=nn.Parameter(torch.ones(4)))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=1, loss="mse"))
     with pytest.raises(ValueError, match="expected a target for each prediction"):
         learner.meta_gradient(mf.EpisodeBatch(x, y, x, y))
 
