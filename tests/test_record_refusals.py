@@ -260,24 +260,17 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+_GRADIENT = "has a hook on its gradient"
 HOOKS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "forward": (lambda net: net.body.register_forward_hook(_nothing), "body", "has a forward hook"),
     "pre": (lambda net: net.body.register_forward_pre_hook(_nothing), "body", "has a forward-pre hook"),
     "backward": (lambda net: net.head.register_full_backward_hook(_nothing), "head", "has a backward hook"),
-    "backward-pre": (
-        lambda net: net.register_full_backward_pre_hook(_nothing),
-        "Net",
-        "has a backward-pre hook",
-    ),
-    "gradient": (
-        lambda net: net.head.weight.register_hook(_nothing),
-        "head.weight",
-        "has a hook on its gradient",
-    ),
+    "backward-pre": (lambda n: n.register_full_backward_pre_hook(_nothing), "Net", "has a backward-pre hook"),
+    "gradient": (lambda net: net.head.weight.register_hook(_nothing), "head.weight", _GRADIENT),
     "accumulated": (
         lambda net: net.head.bias.register_post_accumulate_grad_hook(_nothing),
         "head.bias",
-        "has a hook on its gradient",
+        _GRADIENT,
     ),
 } | {
     f"global-{kind}": (
