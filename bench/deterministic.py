@@ -1,7 +1,6 @@
 """What deterministic mode costs: whole meta-iterations with and without it, in turn.
 
-python -m bench.deterministic [--workload omniglot-5w1s] [--engines fused,fused:bfloat16,autograd]
-                              [--seconds 20] [--json FILE]
+python -m bench.deterministic [--seconds 20] [--json FILE]
 """
 
 from __future__ import annotations
@@ -20,13 +19,11 @@ from mamlpp_fast.workloads import WORKLOADS
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--workload", choices=WORKLOADS, default="omniglot-5w1s")
-    parser.add_argument("--engines", default="fused,fused:bfloat16,autograd")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each engine")
     options = parser.parse_args()
-    workload = WORKLOADS[options.workload]
+    workload = WORKLOADS["omniglot-5w1s"]
     rows: list[dict[str, Any]] = []
-    for name in options.engines.split(","):
+    for name in ("fused", "fused:bfloat16", "autograd"):
         engine, _, precision = name.partition(":")
         jobs = {}
         for mode, context in (("default", nullcontext), ("deterministic", deterministic_algorithms)):
@@ -34,7 +31,7 @@ def main() -> int:
                 learner = learner_of(workload, name, "cpu")
             jobs[mode] = job(learner, workload)
         times = interleaved(jobs, options.seconds)
-        row = {"workload": options.workload, "engine": engine, "precision": precision or "float32"}
+        row = {"workload": workload.name, "engine": engine, "precision": precision or "float32"}
         row |= {f"{mode}_ms": 1e3 * t.median for mode, t in times.items()}
         row["cost"] = times["deterministic"].median / times["default"].median - 1
         rows.append(row)

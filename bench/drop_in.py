@@ -1,7 +1,7 @@
 """Loops of other people's kind before and after a line of theirs is changed, and the learner on the same problem.
 
     python -m bench.peers.environments --only higher,learn2learn       # once, for the scripts of these
-    python -m bench.drop_in [--only TEXT;...] [--tasks 2] [--seconds 4] [--list] [--json FILE]
+    python -m bench.drop_in [--only TEXT;...] [--tasks 2] [--seconds 4] [--json FILE]
 
 What each loop is stands in `bench.drop_in_loops`, but for the scripts of `higher` and `learn2learn`: these run with
 either import line in a process of their own. The results of "before", "after" and of `MAMLPlusPlus`, where it computes
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,31 +105,23 @@ def rows(tasks: int) -> Iterator[Row]:
                 replace(sizes, tasks=tasks if sizes.image_size < 84 else 1),
                 lambda _, builds=builds: {which: Local(build) for which, build in builds.items()},  # type: ignore[misc]
             )
-    for library, module, scripts, iterations in (
-        ("higher", "bench.peers.higher_scripts", higher_scripts.SCRIPTS, 1),
-        (
-            "learn2learn",
-            "bench.learn2learn_scripts",
-            learn2learn_scripts.SCRIPTS,
-            learn2learn_scripts.ITERATIONS,
-        ),
+    for library, scripts, iterations in (
+        ("higher", higher_scripts, 1),
+        ("learn2learn", learn2learn_scripts, learn2learn_scripts.ITERATIONS),
     ):
-        for name in scripts:
-
-            def jobs(
-                stack: ExitStack,
-                library: str = library,
-                module: str = module,
-                name: str = name,
-                iterations: int = iterations,
-            ) -> dict[str, Local | Remote]:
-                return {
-                    which: Remote(stack.enter_context(worker(library, module, name, which)), iterations)
-                    for which in ("before", "after")
-                }
-
+        for name in scripts.SCRIPTS:
+            jobs = partial(_remotes, library, scripts.__name__, name, iterations)
             tolerance = _ADAM if name == "maml-adam" else 1e-9
             yield Row(f"{library}: {name}", "import", Sizes(5, tasks), jobs, tolerance)
+
+
+def _remotes(
+    library: str, module: str, name: str, iterations: int, stack: ExitStack
+) -> dict[str, Local | Remote]:
+    return {
+        which: Remote(stack.enter_context(worker(library, module, name, which)), iterations)
+        for which in ("before", "after")
+    }
 
 
 def worker(library: str, module: str, name: str, which: str) -> Worker:
@@ -193,15 +186,11 @@ def main() -> int:
     )
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line")
-    parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
     done = {name_of(row): row for row in earlier(arguments.json)}
     faults = 0
     for row in rows(arguments.tasks):
         if not any(text in f"{row.script}, {row.changed}" for text in arguments.only.split(";")):
-            continue
-        if arguments.list:
-            print(row.script, row.changed, row.sizes.ways, row.sizes.shots, row.sizes.image_size, sep=", ")
             continue
         found = measure(row, arguments.seconds) | taken()
         done[name_of(found)] = found

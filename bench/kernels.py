@@ -1,7 +1,7 @@
 """Every operation and order against PyTorch's: times, ratios, rates and shares of the machine's ceilings.
 
-    python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv,first-layer,head,dispatch] [--threads N]
-                            [--device D] [--seconds S] [--passes N] [--check] [--json FILE]
+    python -m bench.kernels [--groups batch-norm,lslr,norm-act-pool,conv,first-layer,head,dispatch]
+                            [--device D] [--seconds S] [--passes N] [--json FILE]
 
 Ours, PyTorch's and a copy of as many bytes take turns in one process; a time is a median, `noise` what two timings of
 ours differ by. An operation whose result fails its check against float64 gets no time, and the exit status is 1.
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bench.cases import GROUPS, all_cases
-from bench.harness import Case, check, keep, machine, parser_of, peak_flops, rows
+from bench.harness import keep, machine, parser_of, peak_flops, rows
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -32,30 +31,15 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def check_all(cases: Sequence[Case]) -> int:
-    wrong = 0
-    for case in cases:
-        torch.manual_seed(0)
-        fault = check(case, case.make())
-        wrong += fault is not None
-        print(f"{case.name}: {fault or 'right'}", flush=True)
-    return int(wrong > 0)
-
-
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--groups", default=",".join(GROUPS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--check", action="store_true", help="check results, take no times")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row and pass")
     parser.add_argument("--passes", type=int, default=1, help="through all rows, times pooled")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)
     cases = list(all_cases(arguments.groups.split(",")))
-    if arguments.check:
-        return check_all(cases)
     peak = peak_flops() / 1e9
     print(json.dumps(machine() | {"peak_gflop_per_s": peak}))
     found = []

@@ -1,6 +1,6 @@
 """28 networks that people meta-train: which engine takes each, and its time beside a textbook loop's.
 
-    python -m bench.networks [NAME ...] [--seconds 4] [--threads 2] [--json FILE]
+    python -m bench.networks [NAME ...] [--seconds 4] [--json FILE]
 
 Second-order MAML with a rate for each tensor, five inner steps, float32 on two threads, by ``engine="auto"`` (and
 ``"fused"`` where that is another), by the loop of ``bench.networks.textbook`` and by ``torch.func`` (``grad`` of
@@ -447,12 +447,11 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--grown", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in CASES]:
         parser.error(f"NAME: expected one of {', '.join(CASES)}, got {unknown[0]}")
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(2)
     if arguments.grown:
         print(grown(CASES[arguments.names[0]], arguments.grown))
         return

@@ -45,8 +45,8 @@ class Calls(nn.Module):
         for name, part in parts.items():
             setattr(self, name, part)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.how(self, x)
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.how(self, *x)
 
 
 def batch(seed: int, size: int = 8) -> Batch:

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
@@ -51,10 +53,29 @@ def noise(*shape: int, images: int = 6, ways: int = 3, seed: int = 0) -> mf.Epis
     return mf.EpisodeBatch(x, labels, q, labels)
 
 
-def moved(loss: Tensor, weights: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+def moved(
+    loss: Tensor, weights: dict[str, Tensor], rate: float, second_order: bool = True
+) -> dict[str, Tensor]:
     """The weights after a textbook's step on a loss of them, differentiable; what takes no part in it stays."""
-    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order, allow_unused=True)
     return {n: p if g is None else p - rate * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+
+
+def maml_loss(
+    call: Callable[[Any, dict[str, Tensor], tuple[Any, ...]], Tensor],
+    model: nn.Module,
+    task: tuple[Tensor, ...],
+    rate: float = 0.1,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    *,
+    second_order: bool = True,
+) -> Tensor:
+    """The loss on a task's targets after two of a textbook's steps, the model called as ``functional_call`` is."""
+    x, y, target_x, target_y = task
+    fast: dict[str, Tensor] = dict(model.named_parameters())
+    for _ in range(2):
+        fast = moved(loss_fn(call(model, fast, (x,)), y), fast, rate, second_order)
+    return loss_fn(call(model, fast, (target_x,)), target_y)
 
 
 def form_of(model: nn.Module) -> Fingerprint:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved
 from torch import Tensor, nn
 
 import mamlpp_fast as mf
@@ -122,8 +123,7 @@ def textbook(
         fast, total = dict(own), torch.zeros((), dtype=torch.float64)
         for k in range(steps):
             loss = F.cross_entropy(torch.func.functional_call(model, fast, (x,)), y)
-            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order)
-            fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+            fast = moved(loss, fast, 0.1, second_order)
             if multi_step or k == steps - 1:
                 total = total + F.cross_entropy(
                     torch.func.functional_call(model, fast, (target_x,)), target_y

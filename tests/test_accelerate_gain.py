@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import random_batch, small_conv4
 from test_accelerate import conv_net, mlp
 from torch import Tensor, nn
@@ -233,16 +234,9 @@ def test_a_fault_of_ours_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_powers(power: Callable[[Tensor, Tensor], Tensor]) -> None:
-    class Power(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(4, 3)
-            self.p = nn.Parameter(torch.tensor(1.7))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return power(self.body(x).exp(), self.p)
-
-    plain = Power().double()
+    plain = Calls(
+        lambda m, x: power(m.body(x).exp(), m.p), body=nn.Linear(4, 3), p=nn.Parameter(torch.tensor(1.7))
+    ).double()
     own = mf.accelerate(copy.deepcopy(plain))
     x = torch.randn(5, 4, dtype=torch.float64)
     assert_close(of_both_orders(own, x), of_both_orders(plain, x), rtol=1e-9, atol=1e-11)

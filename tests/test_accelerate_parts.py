@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
+from helpers import moved
 from test_accelerate import CLOSE, WAYS, conv_net, data, mlp, pair, served
 from torch import Tensor, nn
 
@@ -40,8 +42,7 @@ def anil(model: nn.Module, head: str, order: bool = True) -> dict[str, Tensor]:
         fast = {n: p for n, p in own.items() if n.startswith(head)}
         for _ in range(3):
             loss = F.cross_entropy(mf.reference.functional_call(model, fast, (x,)), y)
-            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=order)
-            fast = {n: p - 0.3 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+            fast = moved(loss, fast, 0.3, order)
         F.cross_entropy(mf.reference.functional_call(model, fast, (target_x,)), target_y).backward()
     found = {n: p.grad for n, p in own.items() if p.grad is not None}
     return found | {f"buffer {n}": b for n, b in model.named_buffers()}
@@ -128,18 +129,6 @@ def critic() -> nn.Module:
     )
 
 
-class Flat(nn.Module):
-    """Outputs without an axis beside the examples', of a critic."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = critic()
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.net(x).view(-1)
-        return made
-
-
 def penalty(model: nn.Module) -> Iterator[Tensor]:
     """Losses and gradients of a WGAN's critic with a gradient penalty; the examples' own gradient too."""
     generator = torch.Generator().manual_seed(1)
@@ -158,7 +147,7 @@ def penalty(model: nn.Module) -> Iterator[Tensor]:
         yield from (b.clone() for b in model.buffers())
 
 
-@pytest.mark.parametrize("make", [critic, Flat])
+@pytest.mark.parametrize("make", [critic, lambda: Calls(lambda m, x: m.net(x).view(-1), net=critic())])
 def test_a_gradient_penalty(make: Callable[[], nn.Module]) -> None:
     plain, fast = pair(make)
     torch.testing.assert_close(list(penalty(fast)), list(penalty(plain)), **CLOSE)

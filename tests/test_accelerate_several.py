@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import maml_loss
 from test_several_inputs import CASES, CLOSE, Pictures, Recommender, learner_of, made
 from torch import Tensor, func, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,16 +40,14 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
 
 def textbook(model: nn.Module, name: str, call: Call) -> list[Tensor]:
     """Losses, meta-gradients and buffers of second-order MAML."""
+
+    def swapped(model: nn.Module, fast: dict[str, Tensor], x: Any) -> Tensor:
+        with mf.reference.swapped(model, fast):
+            return call(model, *x)
+
     own, losses = dict(model.named_parameters()), []
     for task in made(name):
-        fast = dict(own)
-        for _ in range(2):
-            with mf.reference.swapped(model, fast):
-                loss = F.cross_entropy(call(model, task.support_x), task.support_y)
-            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-            fast = {n: p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-        with mf.reference.swapped(model, fast):
-            total = F.cross_entropy(call(model, task.target_x), task.target_y)
+        total = maml_loss(swapped, model, (task.support_x, task.support_y, task.target_x, task.target_y))
         total.backward()
         losses.append(total.detach())
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own.values()]

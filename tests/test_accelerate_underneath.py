@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from test_accelerate import CLOSE, WAYS, Scaled, conv_net, data, mlp
 from torch import Tensor, nn
 
@@ -237,17 +238,6 @@ def script(model: nn.Module, fused: bool, kind: str, again: bool = False) -> dic
     return found | {f"buffer {n}": b for n, b in model.named_buffers()}
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = nn.GRU(8, 5, batch_first=True)
-        self.last = nn.Linear(5, WAYS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.last(self.rows(x.squeeze(1))[0][:, -1])
-        return made
-
-
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +258,11 @@ SCRIPTS: dict[str, Callable[[], nn.Module]] = {
     ),
     "per step": converted(),
     "own parameters": Scaled,
-    "recurrent": Recurrent,
+    "recurrent": lambda: Calls(
+        lambda m, x: m.last(m.rows(x.squeeze(1))[0][:, -1]),
+        rows=nn.GRU(8, 5, batch_first=True),
+        last=nn.Linear(5, WAYS),
+    ),
     "tied": Tied,
     "accelerated": lambda: mf.accelerate(mlp(nn.GELU)),
 }  # fmt: skip

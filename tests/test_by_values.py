@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import gradients, noise
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -114,23 +115,15 @@ def test_elements_that_a_mask_picks_in_a_loop_of_ones_own() -> None:
     assert "one operation" in mf.acceleration(own)
 
 
-class Scaled(nn.Module):
-    """A network with a scalar that adapts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(4, 6)
-        self.scale = nn.Parameter(torch.tensor(0.7))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.body(x)) * self.scale)
-
-
 @pytest.mark.parametrize("rates", ["tensor", "element"])
 def test_a_scalar_adapts_by_a_rate_of_its_own(rates: str) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
-        return Scaled()
+        return Calls(
+            lambda m, x: m.head(F.relu(m.body(x)) * m.scale),
+            body=nn.Linear(4, 6),
+            scale=nn.Parameter(torch.tensor(0.7)),
+            head=nn.Linear(6, 3),
+        )
 
     compare(make, "fused", rates=rates)

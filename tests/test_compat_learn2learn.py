@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -255,15 +256,8 @@ def test_detach_cuts_the_graph(keep: bool) -> None:
 
 
 def test_a_recurrent_network_adapts() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, WAYS)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.rnn(x)[0][:, -1])
-
-    model = Reader().double()
+    parts = {"rnn": nn.GRU(3, 4, batch_first=True), "head": nn.Linear(4, WAYS)}
+    model = Calls(lambda m, x: m.head(m.rnn(x)[0][:, -1]), **parts).double()
     data = (torch.randn(6, 5, 3).double(), torch.arange(WAYS).repeat(2)) * 2
     witness = copy.deepcopy(model)
     textbook(witness, data, dict.fromkeys(dict(model.named_parameters()), RATE)).backward()

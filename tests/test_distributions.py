@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import gradients
 from torch import Tensor, nn
 from torch import distributions as td
@@ -242,14 +243,7 @@ def test_questions_of_a_loss_s_own_are_refused() -> None:
 
 
 def test_a_model_that_has_a_distribution_is_handed_over() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, OUTPUTS)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return td.Normal(self.layer(x), 1.0).mean
-
-    own = mf.MAMLPlusPlus(Model(), mf.MAMLConfig(steps=1), precision="float64", loss_fn=F.mse_loss)
+    model = Calls(lambda m, x: td.Normal(m.layer(x), 1.0).mean, layer=nn.Linear(3, OUTPUTS))
+    own = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=1), precision="float64", loss_fn=F.mse_loss)
     own.meta_gradient(batch("normal, fixed"))
     assert own.engine.name == "autograd" and "__bool__ asks for values" in own.engine_reason

@@ -84,17 +84,6 @@ class Attention(nn.Module):
         return self.head(h.mean(1))
 
 
-class Connections(nn.Module):
-    """Drops weights, and keeps doing so in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Linear(5, 6), nn.Linear(6, WAYS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(F.linear(x, F.dropout(self.first.weight, 0.3), self.first.bias)))
-
-
 class Direct(nn.Module):
     """Attention without heads, for which PyTorch makes one up, or none."""
 
@@ -170,7 +159,15 @@ NETWORKS: dict[str, Case] = {
     "direct-attention-of-sets": (lambda: Direct((1, 2, 3)), (2, 1, 3, 4)),
     "lstm": (lambda: _recurrent(nn.LSTM), (3, 4)),
     "gru-both-ways": (lambda: _recurrent(nn.GRU, bidirectional=True), (2, 4)),
-    "weights": (Connections, (5,)),
+    # Drops weights, and keeps doing so in evaluation.
+    "weights": (
+        lambda: Calls(
+            lambda m, x: m.head(torch.tanh(F.linear(x, F.dropout(m.first.weight, 0.3), m.first.bias))),
+            first=nn.Linear(5, 6),
+            head=nn.Linear(6, WAYS),
+        ),
+        (5,),
+    ),
 }
 
 
@@ -381,15 +378,6 @@ def test_a_scale_that_is_wrong_is_found_by_the_check(monkeypatch: pytest.MonkeyP
     assert own.engine.name == "autograd" and "off the reference loop's" in own.engine_reason
 
 
-class Baked(nn.Module):
-    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.body, self.draw = nn.Linear(5, WAYS), draw
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.draw(self.body(x))
-
-
 @pytest.mark.parametrize(
     "draw",
     [
@@ -404,9 +392,9 @@ class Baked(nn.Module):
 )
 def test_other_draws_are_refused(draw: Callable[[Tensor], Tensor]) -> None:
     """What the recording would take for fixed, above all."""
-    x = torch.randn(4, 5)
+    x, model = torch.randn(4, 5), Calls(lambda m, x: draw(m.body(x)), body=nn.Linear(5, WAYS))
     with pytest.raises(Unsupported, match="draws random numbers"):
-        record(Baked(draw), x, torch.cat([x, x[:1]]))
+        record(model, x, torch.cat([x, x[:1]]))
 
 
 def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,11 +58,6 @@ class ByClassMethod(ByMethod):
         return scale
 
 
-class Within(Base):
-    def factor(self) -> float:
-        return sum(scale for _ in range(1))
-
-
 class ByLambda(Base):
     def forward(self, x: Tensor) -> Tensor:
         scaled = lambda z: z * scale  # noqa: E731
@@ -184,11 +179,6 @@ def kept() -> float:
     return scale
 
 
-class ByCache(Base):
-    def factor(self) -> float:
-        return kept()
-
-
 class OfAllClasses(type):
     @property
     def now(cls) -> float:
@@ -199,24 +189,20 @@ class OfAKind(metaclass=OfAllClasses):
     pass
 
 
-class ByMetaclass(Base):
-    def factor(self) -> float:
-        return OfAKind.now
-
-
 _held = {"scale": 1.0}
 shown = types.MappingProxyType(_held)
 
 
-class ByProxy(Base):
-    def factor(self) -> float:
-        return shown["scale"]
-
-
+FACTORS: dict[str, Callable[[Any], float]] = {
+    "Within": lambda self: sum(scale for _ in range(1)),
+    "ByCache": lambda self: kept(),
+    "ByMetaclass": lambda self: OfAKind.now,
+    "ByProxy": lambda self: shown["scale"],
+}
 MODELS = (
-    *(ByProperty, ByStaticMethod, ByClassMethod, Within, ByLambda, OtherFunction, ByEnvironment, ByDefault),
+    *(ByProperty, ByStaticMethod, ByClassMethod, ByLambda, OtherFunction, ByEnvironment, ByDefault),
     *(OfAnObject, OfACall, OfAClassItHolds, OfItsClassSCall, OfItsClassSObject, ByDescriptor, ByDecorator),
-    *(ByPartialMethod, ByCache, ByMetaclass, ByProxy),
+    *(ByPartialMethod, *(type(name, (Base,), {"factor": factor}) for name, factor in FACTORS.items())),
 )
 
 

@@ -49,26 +49,6 @@ class Base(following_helpers.Base):
         return y
 
 
-class ThroughAModule(Base):
-    def factor(self) -> float:
-        return named_helpers.factor()
-
-
-class ConstantOfAModule(Base):
-    def factor(self) -> float:
-        return named_helpers.scale
-
-
-class TableOfAModule(Base):
-    def factor(self) -> float:
-        return named_helpers.settings["scale"]
-
-
-class ClassOfAModule(Base):
-    def factor(self) -> float:
-        return named_helpers.Settings.scale
-
-
 class OtherOfAModule(Base):
     def forward(self, x: Tensor) -> Tensor:
         return named_helpers.act(self.body(x))
@@ -79,41 +59,6 @@ class ImportedWithin(Base):
         from named_helpers import scale as own
 
         return own
-
-
-class ByGetattr(Base):
-    def factor(self) -> Any:
-        return getattr(named_helpers, "scale")  # noqa: B009
-
-
-class EnvironmentByGetattr(Base):
-    def factor(self) -> float:
-        return float(getattr(os, "environ").get("SCALE", "1"))  # noqa: B009
-
-
-class ObjectByGetattr(Base):
-    def factor(self) -> Any:
-        return getattr(self.settings, "scale")  # noqa: B009
-
-
-class ByAttrgetter(Base):
-    def factor(self) -> Any:
-        return operator.attrgetter("settings.scale")(self)
-
-
-class ByGlobals(Base):
-    def factor(self) -> Any:
-        return globals()["scale"]
-
-
-class ByContext(Base):
-    def factor(self) -> float:
-        return context.get()
-
-
-class ByABoundMethod(Base):
-    def factor(self) -> float:
-        return bound()
 
 
 class Parent(Base):
@@ -153,11 +98,6 @@ def nested(depth: int) -> Callable[[], float]:
 
 
 deep = nested(12)
-
-
-class Deep(Base):
-    def factor(self) -> float:
-        return deep()
 
 
 class ByIndex(Base):
@@ -218,28 +158,39 @@ def _settings(model: Any, patch: pytest.MonkeyPatch) -> None:
     model.settings.scale = 3.0
 
 
+FACTORS: dict[str, tuple[Callable[[Any], Any], Change]] = {
+    "ThroughAModule": (lambda self: named_helpers.factor(), _module),
+    "ConstantOfAModule": (lambda self: named_helpers.scale, _module),
+    "TableOfAModule": (
+        lambda self: named_helpers.settings["scale"],
+        lambda model, patch: patch.setitem(named_helpers.settings, "scale", 3.0),
+    ),
+    "ClassOfAModule": (
+        lambda self: named_helpers.Settings.scale,
+        lambda model, patch: patch.setattr(named_helpers.Settings, "scale", 3.0),
+    ),
+    "ByGetattr": (lambda self: getattr(named_helpers, "scale"), _module),  # noqa: B009
+    "EnvironmentByGetattr": (
+        lambda self: float(getattr(os, "environ").get("SCALE", "1")),  # noqa: B009
+        lambda model, patch: patch.setenv("SCALE", "3"),
+    ),
+    "ObjectByGetattr": (lambda self: getattr(self.settings, "scale"), _settings),  # noqa: B009
+    "ByAttrgetter": (lambda self: operator.attrgetter("settings.scale")(self), _settings),
+    "ByGlobals": (lambda self: globals()["scale"], _global),
+    "ByContext": (lambda self: context.get(), lambda model, patch: context.set(3.0)),
+    "ByABoundMethod": (
+        lambda self: bound(),
+        lambda model, patch: patch.setattr(bound.__self__, "scale", 3.0),  # type: ignore[attr-defined]
+    ),
+    "Deep": (lambda self: deep(), _global),
+}
 MODELS: dict[type[Base], Change] = {
-    ThroughAModule: _module,
-    ConstantOfAModule: _module,
-    TableOfAModule: lambda model, patch: patch.setitem(named_helpers.settings, "scale", 3.0),
-    ClassOfAModule: lambda model, patch: patch.setattr(named_helpers.Settings, "scale", 3.0),
+    **{type(name, (Base,), {"factor": factor}): change for name, (factor, change) in FACTORS.items()},
     OtherOfAModule: lambda model, patch: patch.setattr(named_helpers, "act", torch.cosh),
     ImportedWithin: _module,
-    ByGetattr: _module,
-    EnvironmentByGetattr: lambda model, patch: patch.setenv("SCALE", "3"),
-    ObjectByGetattr: _settings,
-    ByAttrgetter: _settings,
-    ByGlobals: _global,
-    ByContext: lambda model, patch: context.set(3.0),
-    ByABoundMethod: lambda model, patch: patch.setattr(bound.__self__, "scale", 3.0),  # type: ignore[attr-defined]
-    BySuper: _global,
-    BySuperForward: _global,
-    ByAnotherModule: _global,
-    Deep: _global,
-    ByIndex: _global,
-    ByMissing: _global,
-    ByOperator: _global,
-    ByWith: _global,
+    **dict.fromkeys(
+        (BySuper, BySuperForward, ByAnotherModule, ByIndex, ByMissing, ByOperator, ByWith), _global
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from front_end_helpers import Calls
 from helpers import gradients, lowered, random_batch, small_conv4, small_learner
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -19,17 +20,9 @@ from mamlpp_fast.engine.fused.engine import FusedEngine
 from mamlpp_fast.engine.fused.program import Emitter
 
 
-class Calls(nn.Module):
-    """A convolution, a linear layer and a tensor of its own, put together by ``how``."""
-
-    def __init__(self, how: Callable[..., Any]) -> None:
-        super().__init__()
-        self.how = how
-        self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(32, 3)
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.how(self, x)
+def net(how: Callable[..., Any]) -> nn.Module:
+    """A convolution, a linear layer and a tensor, put together."""
+    return Calls(how, conv=nn.Conv2d(1, 2, 3), head=nn.Linear(32, 3), scale=nn.Parameter(torch.ones(())))
 
 
 class Mean(nn.Module):
@@ -57,12 +50,12 @@ def _tied() -> nn.Module:
     ("model", "message"),
     [
         (_Pair(), r"_Pair: its forward raises, .*missing 1 required positional argument"),
-        (Calls(lambda m, x: (m.conv(x), x)), "Calls: expected forward to return one tensor of predictions"),
-        (Calls(lambda m, x: x), "Calls: expected forward to return one tensor of predictions"),
+        (net(lambda m, x: (m.conv(x), x)), "Calls: expected forward to return one tensor of predictions"),
+        (net(lambda m, x: x), "Calls: expected forward to return one tensor of predictions"),
         (nn.Sequential(nn.BatchNorm2d(1, momentum=None)), "0: __float__ asks for values"),
         (_normed_twice(), "1: 1.running_mean is used more than once in a pass"),
-        (Calls(lambda m, x: m.conv(x).view(-1, 8)), r"output: expected predictions \[N, \.\.\.\]"),
-        (Calls(lambda m, x: m.head(m.conv(x).flatten(1)).sort(1)[0].unique()), "unique.* asks for values"),
+        (net(lambda m, x: m.conv(x).view(-1, 8)), r"output: expected predictions \[N, \.\.\.\]"),
+        (net(lambda m, x: m.head(m.conv(x).flatten(1)).sort(1)[0].unique()), "unique.* asks for values"),
     ],
 )
 def test_what_has_no_rules_is_named(model: nn.Module, message: str) -> None:
@@ -96,7 +89,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         (_tied(), ["conv2d", "conv2d"]),
         (nn.Sequential(nn.GELU(), nn.Tanh(), nn.SiLU(), nn.Sigmoid(), nn.ELU(0.7), nn.GELU("tanh")), []),
         (nn.Sequential(nn.Softplus()), ["softplus"]),
-        (Calls(lambda m, x: torch.cos(0.5 * m.conv(x)).sin_().mul_(2)), []),
+        (net(lambda m, x: torch.cos(0.5 * m.conv(x)).sin_().mul_(2)), []),
         (nn.Sequential(nn.MaxPool2d(3, 2, 1)), []),
         (nn.Sequential(nn.MaxPool2d(2, dilation=2)), ["max_pool2d"]),
         (nn.Sequential(nn.MaxPool2d(4, 3, ceil_mode=True)), ["max_pool2d"]),
@@ -111,10 +104,10 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2)), []),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(4, 4), nn.InstanceNorm2d(4)), []),
         (nn.Sequential(nn.Linear(6, 3)), ["linear"]),
-        (Calls(lambda m, x: m.conv(x) + m.scale), ["add"]),
-        (Calls(lambda m, x: m.conv(x) + 1), ["add"]),
-        (Calls(lambda m, x: m.conv(x) * len(x)), ["mul"]),
-        (Calls(lambda m, x: m.conv(x).mean(1)), ["mean"]),
+        (net(lambda m, x: m.conv(x) + m.scale), ["add"]),
+        (net(lambda m, x: m.conv(x) + 1), ["add"]),
+        (net(lambda m, x: m.conv(x) * len(x)), ["mul"]),
+        (net(lambda m, x: m.conv(x).mean(1)), ["mean"]),
     ],
 )
 def test_other_operations_and_arguments_become_generic_steps(model: nn.Module, names: list[str]) -> None:
@@ -144,7 +137,7 @@ def test_other_operations_and_arguments_become_generic_steps(model: nn.Module, n
     ids=["function", "method", "shape", "size", "numbers"],
 )
 def test_ways_to_flatten(flat: Callable[[Tensor], Tensor]) -> None:
-    assert kinds(Calls(lambda m, x: m.head(flat(m.conv(x))))) == ["Conv", "Bias", "Flatten", "Linear"]
+    assert kinds(net(lambda m, x: m.head(flat(m.conv(x))))) == ["Conv", "Bias", "Flatten", "Linear"]
 
 
 def test_a_mean_of_height_and_width_is_a_pooling() -> None:

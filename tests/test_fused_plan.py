@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import lowered, random_batch, small_conv4, small_learner
 from torch import Tensor, nn
 
@@ -214,17 +215,11 @@ def test_a_rule_that_refuses_holds_no_memory() -> None:
     def call() -> weakref.ref[Tensor]:
         examples = torch.zeros(2, 6)
         # `+` with a parameter: no rule, but a generic step.
-        kinds = [s.kind for s in lowered(Shifted(), examples.shape[1:]).steps]
+        parts = {"head": nn.Linear(6, 3), "shift": nn.Parameter(torch.zeros(6))}
+        shifted = Calls(lambda m, x: m.head(x + m.shift), **parts)
+        kinds = [s.kind for s in lowered(shifted, examples.shape[1:]).steps]
         assert "generic add" in kinds
         return weakref.ref(examples)
-
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head, self.shift = nn.Linear(6, 3), nn.Parameter(torch.zeros(6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x + self.shift)
 
     gc.collect()
     gc.disable()

@@ -165,44 +165,6 @@ def plainly(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def scaled_by_a_leaf(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return plainly(model, x, y) * torch.ones((), dtype=torch.float64, requires_grad=True)
-
-
-def penalised(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return plainly(model, x, y) + sum(p.square().sum() for p in model.parameters())
-
-
-def two_calls(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return plainly(model, x, y) + plainly(model, x + 1, y)
-
-
-def by_the_examples(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return plainly(model, x.requires_grad_(), y)
-
-
-def frozen(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    model[0].weight.requires_grad_(False)
-    return plainly(model, x, y)
-
-
-def listened_to(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    model[0].weight.register_hook(lambda g: 2 * g)
-    return plainly(model, x, y)
-
-
-def a_node_listened_to(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    logits = model(x)
-    logits.grad_fn.register_hook(lambda inputs, outputs: None)
-    return F.cross_entropy(logits, y)
-
-
-def a_node_listened_to_before(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    logits = model(x)
-    logits.grad_fn.register_prehook(lambda outputs: None)
-    return F.cross_entropy(logits, y)
-
-
 def changed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     loss = plainly(model, x, y)
     with torch.no_grad():
@@ -210,20 +172,30 @@ def changed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def freed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    loss = plainly(model, x, y)
-    loss.backward()
-    return loss
+def noted(note: Callable[[Any], object]) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """Something is done with the node of the call's result."""
+
+    def change(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        note(logits.grad_fn)
+        return F.cross_entropy(logits, y)
+
+    return change
 
 
-def of_many(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return model(x)[:, :1].square().sum(0)
-
-
-OTHERS = [
-    scaled_by_a_leaf, penalised, two_calls, by_the_examples, frozen, listened_to, a_node_listened_to,
-    a_node_listened_to_before, changed, freed, of_many,
-]  # fmt: skip
+OTHERS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "scaled by a leaf": lambda m, x, y: plainly(m, x, y) * torch.ones((), dtype=x.dtype, requires_grad=True),
+    "penalised": lambda m, x, y: plainly(m, x, y) + sum(p.square().sum() for p in m.parameters()),
+    "two calls": lambda m, x, y: plainly(m, x, y) + plainly(m, x + 1, y),
+    "by the examples": lambda m, x, y: plainly(m, x.requires_grad_(), y),
+    "frozen": lambda m, x, y: m[0].weight.requires_grad_(False) is None or plainly(m, x, y),
+    "listened to": lambda m, x, y: m[0].weight.register_hook(lambda g: 2 * g) and plainly(m, x, y),
+    "a node listened to": noted(lambda node: node.register_hook(lambda inputs, outputs: None)),
+    "a node listened to before": noted(lambda node: node.register_prehook(lambda outputs: None)),
+    "changed": changed,
+    "freed": lambda m, x, y: (loss := plainly(m, x, y)).backward() or loss,
+    "of many": lambda m, x, y: m(x)[:, :1].square().sum(0),
+}
 
 
 def test_what_is_no_loss_of_one_call_alone_is_for_autograd() -> None:
@@ -234,8 +206,8 @@ def test_what_is_no_loss_of_one_call_alone_is_for_autograd() -> None:
     assert steps_of_loss(loss.detach(), own, RATE) is None
     with torch.no_grad():
         assert steps_of_loss(loss, own, RATE) is None
-    for other in OTHERS:
-        assert steps_of_loss(*call(other), RATE) is None, other.__name__
+    for name, other in OTHERS.items():
+        assert steps_of_loss(*call(other), RATE) is None, name
 
 
 def retained(model: MAML) -> list[Tensor]:

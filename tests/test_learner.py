@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from helpers import gradients, random_batch, small_conv4, small_learner
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -136,15 +137,8 @@ def test_auto_leaves_the_fused_engine_when_the_shapes_of_a_batch_stop_it() -> No
 
 
 def test_accuracy_has_its_shape_whatever_the_predictions() -> None:
-    class Scalar(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(2, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(x).squeeze(-1)
-
-    learner = mf.MAMLPlusPlus(Scalar(), mf.MAMLConfig(steps=2, loss="mse"))
+    model = Calls(lambda m, x: m.head(x).squeeze(-1), head=nn.Linear(2, 1))
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2, loss="mse"))
     batch = mf.EpisodeBatch(*(torch.randn(3, 4, 2), torch.randn(3, 4)) * 2)
     assert learner.meta_step(batch).accuracy.shape == ()
     evaluation = learner.evaluate(batch)
@@ -276,17 +270,13 @@ def test_clamping_passes_over_what_is_frozen() -> None:
 
 @pytest.mark.parametrize("engine", ["autograd", "reference"])
 def test_attention_is_said_to_run_by_the_math_kernel(engine: str) -> None:
-    class Attending(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-            self.head = nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-
     x, y = torch.randn(2, 3, 5, 4), torch.arange(3).repeat(2, 1)
-    learner = mf.MAMLPlusPlus(Attending(), mf.MAMLConfig(steps=2), engine=engine)  # type: ignore[arg-type]
+    model = Calls(
+        lambda m, x: m.head(m.attention(x, x, x, need_weights=False)[0].mean(1)),
+        attention=nn.MultiheadAttention(4, 2, batch_first=True),
+        head=nn.Linear(4, 3),
+    )
+    learner = mf.MAMLPlusPlus(model, mf.MAMLConfig(steps=2), engine=engine)  # type: ignore[arg-type]
     learner.meta_step(mf.EpisodeBatch(x, y, x, y))
     assert "attention (attention) by PyTorch's math kernel" in learner.explain()
 

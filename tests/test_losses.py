@@ -112,18 +112,8 @@ def one_variance(z: Tensor, y: Tensor) -> Tensor:
     )
 
 
-def typed_shares(z: Tensor, y: Tensor) -> Tensor:
-    """Shares in the process's own float32, whatever the predictions are."""
-    return (0.1 * (1 - F.one_hot(y, WAYS)) * z.sigmoid() + F.one_hot(y, WAYS).float() * (1 - z) ** 2).sum()
-
-
 def one_hot(z: Tensor, y: Tensor) -> Tensor:
     return (F.softmax(z, -1) - F.one_hot(y, WAYS)).square().sum(-1).mean()
-
-
-def typed(z: Tensor, y: Tensor) -> Tensor:
-    """Casts, and sizes that follow the number of examples."""
-    return ((z - y.to(z.dtype).unsqueeze(1)) ** 2).sum() / len(z) + z.new_zeros(len(z)).sum()
 
 
 def constant_part(z: Tensor, y: Tensor) -> Tensor:
@@ -158,9 +148,17 @@ KINDS: dict[str, tuple[Loss, Labels]] = {
     "gaussian": (gaussian, few),
     "likelihood": (likelihood, few),
     "likelihood-one-variance": (one_variance, few),
-    "typed-shares": (typed_shares, classes),
+    # Shares in the process's own float32, whatever the predictions are.
+    "typed-shares": (
+        lambda z, y: (0.1 * (1 - (p := F.one_hot(y, WAYS))) * z.sigmoid() + p.float() * (1 - z) ** 2).sum(),
+        classes,
+    ),
     "one-hot": (one_hot, classes),
-    "typed": (typed, classes),
+    # Casts, and sizes that follow the number of examples.
+    "typed": (
+        lambda z, y: ((z - y.to(z.dtype).unsqueeze(1)) ** 2).sum() / len(z) + z.new_zeros(len(z)).sum(),
+        classes,
+    ),
     "constant-part": (constant_part, classes),
 }
 
@@ -330,30 +328,10 @@ def _branches(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y) * (2 if y.sum() > 3 else 1)
 
 
-def _lists(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y) * len(set(y.tolist()))
-
-
 def _keeps(z: Tensor, y: Tensor) -> Tensor:
     loss = F.cross_entropy(z, y)
     SEEN.append(loss.item())
     return loss
-
-
-def _noisy(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z + 0.1 * torch.randn_like(z), y)
-
-
-def _dropping(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(F.dropout(z, 0.5), y)
-
-
-def _in_place(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z.mul_(2), y)
-
-
-def _by_python(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y) * random.random()
 
 
 def _by_example(z: Tensor, y: Tensor) -> Tensor:
@@ -387,12 +365,12 @@ def _hooked() -> nn.Module:
     ("loss", "why"),
     [
         (_branches, "__bool__ asks for values"),
-        (_lists, "tolist asks for values"),
+        (lambda z, y: F.cross_entropy(z, y) * len(set(y.tolist())), "tolist asks for values"),
         (_keeps, "item asks for values"),
-        (_noisy, "randn_like draws random numbers"),
-        (_dropping, "dropout draws random numbers"),
-        (_in_place, "in-place operation"),
-        (_by_python, "draws random numbers"),
+        (lambda z, y: F.cross_entropy(z + 0.1 * torch.randn_like(z), y), "randn_like draws random numbers"),
+        (lambda z, y: F.cross_entropy(F.dropout(z, 0.5), y), "dropout draws random numbers"),
+        (lambda z, y: F.cross_entropy(z.mul_(2), y), "in-place operation"),
+        (lambda z, y: F.cross_entropy(z, y) * random.random(), "draws random numbers"),
         (_by_example, "executes other operations for another number of examples"),
         (_Weighted(), "got an object of _Weighted"),
         (_Weighted().__call__, "got an object of method"),

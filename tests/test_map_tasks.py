@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import maml_loss
 from test_accelerate import CLOSE, Scaled, conv_net, data, mlp
 from torch import Tensor, nn
 
@@ -30,15 +31,10 @@ def threads(own_threads: None, nothing_accelerated: None) -> None:
 
 def step(model: nn.Module, task: Task) -> Tensor:
     """MAML of a textbook."""
-    x, y, target, goal = task
     # Torch's leaves fast weights in a model that holds a module under two names.
-    call = mf.functional_call if isinstance(model, Tied) else torch.func.functional_call
-    fast = dict(model.named_parameters())
-    for _ in range(2):
-        loss = F.cross_entropy(call(model, fast, (x,)), y)
-        grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-        fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads, strict=True)}
-    return F.cross_entropy(call(model, fast, (target,)), goal)
+    return maml_loss(
+        mf.functional_call if isinstance(model, Tied) else torch.func.functional_call, model, task
+    )
 
 
 def own(make: Callable[[], nn.Module]) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import moved
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
@@ -68,8 +69,7 @@ class _Textbook(nn.Module):
         fast = self.adapted()
         for self.step in range(STEPS):
             loss = F.cross_entropy(torch.func.functional_call(self, fast, (x,)), y)
-            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=create_graph)
-            fast = {n: p - RATE * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+            fast = moved(loss, fast, RATE, create_graph)
             yield fast
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import maml_loss
 from torch import Tensor, nn
 from torch.autograd import grad as gradient_of
 from torch.nn.functional import layer_norm as by_layer
@@ -30,43 +31,25 @@ def statistics() -> tuple[Tensor, Tensor]:
     return torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
 
 
-def batch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
-    mean, var = running or (None, None)
-    return F.batch_norm(x, mean, var, w, b, training=True, momentum=0.3, eps=0.1)
+def _rows(w: Tensor) -> Tensor:
+    return w[:, None].expand(4, 6)
 
 
-def batch_by_torch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
-    mean, var = running or (None, None)
-    return torch.batch_norm(x, w, b, mean, var, True, 0.3, 0.1, False)
-
-
-def instance(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
-    mean, var = running or (None, None)
-    return F.instance_norm(x, mean, var, w, b, True, 0.3, 0.1)
-
-
-def instance_by_torch(x: Tensor, w: Tensor, b: Tensor, *running: Tensor) -> Tensor:
-    mean, var = running or (None, None)
-    return torch.instance_norm(x, w, b, mean, var, True, 0.3, 0.1, False)
-
-
-def layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return F.layer_norm(x, (4, 6), w[:, None].expand(4, 6), b[:, None].expand(4, 6), 0.1)
-
-
-def layer_by_torch(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return torch.layer_norm(x, [4, 6], w[:, None].expand(4, 6), b[:, None].expand(4, 6), 0.1)
-
-
-AXES: dict[Callable[..., Tensor], tuple[int, ...]] = {
-    batch: (0, 2),
-    batch_by_torch: (0, 2),
-    instance: (2,),
-    instance_by_torch: (2,),
-    layer: (1, 2),
-    layer_by_torch: (1, 2),
+# By PyTorch's functions and by what they call, with running statistics behind the affine parameters; and the axes.
+NORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
+    "batch": (lambda x, w, b, m=None, v=None: F.batch_norm(x, m, v, w, b, True, 0.3, 0.1), (0, 2)),
+    "batch_by_torch": (
+        lambda x, w, b, m=None, v=None: torch.batch_norm(x, w, b, m, v, True, 0.3, 0.1, False),
+        (0, 2),
+    ),
+    "instance": (lambda x, w, b, m=None, v=None: F.instance_norm(x, m, v, w, b, True, 0.3, 0.1), (2,)),
+    "instance_by_torch": (
+        lambda x, w, b, m=None, v=None: torch.instance_norm(x, w, b, m, v, True, 0.3, 0.1, False),
+        (2,),
+    ),
+    "layer": (lambda x, w, b: F.layer_norm(x, (4, 6), _rows(w), _rows(b), 0.1), (1, 2)),
+    "layer_by_torch": (lambda x, w, b: torch.layer_norm(x, [4, 6], _rows(w), _rows(b), 0.1), (1, 2)),
 }
-BY_CHANNEL = [norm for norm in AXES if norm not in (layer, layer_by_torch)]
 
 
 def given() -> list[Tensor]:
@@ -87,10 +70,12 @@ def derivatives(norm: Callable[..., Tensor]) -> list[Tensor]:
     return [f.detach() for f in found]
 
 
-@pytest.mark.parametrize("norm", AXES)
-def test_derivatives_are_those_of_the_norm_written_out(norm: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("name", NORMS)
+def test_derivatives_are_those_of_the_norm_written_out(name: str) -> None:
+    norm, axes = NORMS[name]
+
     def written_out(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        var, mean = torch.var_mean(x, AXES[norm], correction=0, keepdim=True)
+        var, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
         return (x - mean) / (var + 0.1).sqrt() * w[:, None] + b[:, None]
 
     with reference.norms_of_any_order():
@@ -98,9 +83,9 @@ def test_derivatives_are_those_of_the_norm_written_out(norm: Callable[..., Tenso
     torch.testing.assert_close(found, derivatives(written_out), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("norm", BY_CHANNEL)
-def test_running_statistics_move_once(norm: Callable[..., Tensor]) -> None:
-    expected, found = statistics(), statistics()
+@pytest.mark.parametrize("name", [name for name in NORMS if "layer" not in name])
+def test_running_statistics_move_once(name: str) -> None:
+    norm, expected, found = NORMS[name][0], statistics(), statistics()
     y = norm(*given(), *expected)
     with reference.norms_of_any_order():
         torch.testing.assert_close(norm(*given(), *found), y)
@@ -108,11 +93,9 @@ def test_running_statistics_move_once(norm: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("norm", [batch, instance])
-def test_results_have_the_type_of_pytorchs_and_its_error(
-    norm: Callable[..., Tensor], dtype: torch.dtype
-) -> None:
-    tensors = [t.detach().to(dtype) for t in given()]
+@pytest.mark.parametrize("name", ["batch", "instance"])
+def test_results_have_the_type_of_pytorchs_and_its_error(name: str, dtype: torch.dtype) -> None:
+    norm, tensors = NORMS[name][0], [t.detach().to(dtype) for t in given()]
     exact = norm(*(t.double() for t in tensors))
     expected = norm(*tensors)
     with reference.norms_of_any_order():
@@ -219,15 +202,7 @@ def task() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def textbook(model: nn.Module, predict: Callable[..., Tensor], first_order: bool = False) -> list[Tensor]:
     """The meta-gradients and buffers after two inner steps."""
-    sx, sy, tx, ty = task()
-    fast = dict(model.named_parameters())
-    for _ in range(2):
-        loss = F.mse_loss(predict(model, fast, (sx,)), sy)
-        grads = torch.autograd.grad(
-            loss, list(fast.values()), create_graph=not first_order, allow_unused=True
-        )
-        fast = {n: p if g is None else p - 0.1 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-    target = F.mse_loss(predict(model, fast, (tx,)), ty)
+    target = maml_loss(predict, model, task(), loss_fn=F.mse_loss, second_order=not first_order)
     grads = torch.autograd.grad(target, list(model.parameters()), allow_unused=True)
     return [*(g for g in grads if g is not None), *(b for b in model.buffers() if b.is_floating_point())]
 

@@ -260,49 +260,26 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+_GRADIENT = "has a hook on its gradient"
 HOOKS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "forward": (lambda net: net.body.register_forward_hook(_nothing), "body", "has a forward hook"),
-    "forward-pre": (
-        lambda net: net.body.register_forward_pre_hook(_nothing),
-        "body",
-        "has a forward-pre hook",
-    ),
+    "pre": (lambda net: net.body.register_forward_pre_hook(_nothing), "body", "has a forward-pre hook"),
     "backward": (lambda net: net.head.register_full_backward_hook(_nothing), "head", "has a backward hook"),
-    "backward-pre": (
-        lambda net: net.register_full_backward_pre_hook(_nothing),
-        "Net",
-        "has a backward-pre hook",
-    ),
-    "gradient": (
-        lambda net: net.head.weight.register_hook(_nothing),
-        "head.weight",
-        "has a hook on its gradient",
-    ),
+    "backward-pre": (lambda n: n.register_full_backward_pre_hook(_nothing), "Net", "has a backward-pre hook"),
+    "gradient": (lambda net: net.head.weight.register_hook(_nothing), "head.weight", _GRADIENT),
     "accumulated": (
         lambda net: net.head.bias.register_post_accumulate_grad_hook(_nothing),
         "head.bias",
-        "has a hook on its gradient",
+        _GRADIENT,
     ),
-    "global-forward": (
-        lambda net: torch_module.register_module_forward_hook(_nothing),
+} | {
+    f"global-{kind}": (
+        lambda net, name=f"register_module_{full}{kind}_hook": getattr(torch_module, name)(_nothing),
         "torch.nn",
-        "has a global forward hook on all modules",
-    ),
-    "global-forward-pre": (
-        lambda net: torch_module.register_module_forward_pre_hook(_nothing),
-        "torch.nn",
-        "has a global forward_pre hook on all modules",
-    ),
-    "global-backward": (
-        lambda net: torch_module.register_module_full_backward_hook(_nothing),
-        "torch.nn",
-        "has a global backward hook on all modules",
-    ),
-    "global-backward-pre": (
-        lambda net: torch_module.register_module_full_backward_pre_hook(_nothing),
-        "torch.nn",
-        "has a global backward_pre hook on all modules",
-    ),
+        f"has a global {kind} hook on all modules",
+    )
+    for full, kinds in {"": ("forward", "forward_pre"), "full_": ("backward", "backward_pre")}.items()
+    for kind in kinds
 }
 
 

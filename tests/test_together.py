@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from front_end_helpers import Calls
 from test_accelerate import CLOSE, Scaled, conv_net, data, mlp
 from test_accelerate_underneath import NETS, STEPS, Tied, own_loss
 from torch import Tensor, nn
@@ -194,15 +195,6 @@ class StatefulLoss:
         return F.cross_entropy(prediction, y) * (1 + 0.01 * self.calls)
 
 
-class Tempered(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(prediction * self.temperature, y)
-
-
 def deciding(prediction: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(prediction, y) * (2.0 if prediction.mean() > 0 else 1.0)
 
@@ -215,7 +207,14 @@ def deciding(prediction: Tensor, y: Tensor) -> Tensor:
         (hooked("gradient"), None, "has a hook on its gradient"),
         (hooked("output"), None, "has a forward hook"),
         (NETS["PyTorch's norms"], StatefulLoss, "loss: expected a function"),
-        (NETS["PyTorch's norms"], Tempered, "loss: has parameters"),
+        (
+            NETS["PyTorch's norms"],
+            lambda: Calls(
+                lambda m, z, y: F.cross_entropy(z * m.t, y),
+                t=nn.Parameter(torch.tensor(1.5, dtype=torch.float64)),
+            ),
+            "loss: has parameters",
+        ),
         (NETS["PyTorch's norms"], lambda: deciding, "loss: "),
     ],
     ids=["counts", "writes", "gradient hook", "hook", "loss counts", "loss learns", "loss decides"],

@@ -30,31 +30,11 @@ pytestmark = [
 ]
 
 
-def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return ops.per_step_batch_norm(x, weight, bias, negative_slope=0.1)
-
-
 def plain_batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """By hand: PyTorch's own is wrong in some of these (docs/derivations/per_step_batch_norm.md)."""
     centred = x - x.mean(0)
     y = centred * (centred.square().mean(0) + 1e-5).rsqrt() * weight + bias
     return F.leaky_relu(y, 0.1)
-
-
-def update(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
-    return ops.lslr_update(theta, grad, rates, torch.tensor([0, 5, 7]), 1)
-
-
-def plain_update(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
-    return theta - torch.cat([rates[:1, 1].expand(5), rates[1:, 1].expand(2)]) * grad
-
-
-def elementwise(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
-    return ops.lslr_update(theta, grad, rates, None, 1)
-
-
-def plain_elementwise(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
-    return theta - rates[1] * grad
 
 
 def module(kind: type[reference.PerStepBatchNorm2d]) -> Function:
@@ -63,31 +43,30 @@ def module(kind: type[reference.PerStepBatchNorm2d]) -> Function:
     return lambda x, weight, bias: mf.reference.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
 
-def operation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Without the function above it, which knows of transforms."""
-    made: Tensor = torch.ops.mamlpp_fast.per_step_batch_norm(x, weight, bias, None, 1e-5, 0.1)[0]
-    return made
-
-
-def update_operation(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
-    made: Tensor = torch.ops.mamlpp_fast.lslr_update(theta, grad, rates, torch.tensor([0, 5, 7]), 1)
-    return made
-
-
-def elementwise_operation(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
-    made: Tensor = torch.ops.mamlpp_fast.lslr_update(theta, grad, rates, None, 1)
-    return made
-
-
 def plain_module(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = x.movedim(1, -1)
     return plain_batch_norm(rows.flatten(0, 2), weight[0], bias[0]).view(rows.shape).movedim(-1, 1)
 
 
+OFFSETS = torch.tensor([0, 5, 7])
+
+
+def plain_update(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
+    return theta - torch.cat([rates[:1, 1].expand(5), rates[1:, 1].expand(2)]) * grad
+
+
+def plain_elementwise(theta: Tensor, grad: Tensor, rates: Tensor) -> Tensor:
+    return theta - rates[1] * grad
+
+
 FUNCTIONS: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
-    "batch-norm": (batch_norm, plain_batch_norm, [(6, 3), (3,), (3,)]),
-    "lslr": (update, plain_update, [(2, 7), (2, 7), (2, 3)]),
-    "element": (elementwise, plain_elementwise, [(2, 7), (2, 7), (3, 7)]),
+    "batch-norm": (
+        lambda *t: ops.per_step_batch_norm(*t, negative_slope=0.1),
+        plain_batch_norm,
+        [(6, 3), (3,), (3,)],
+    ),
+    "lslr": (lambda *t: ops.lslr_update(*t, OFFSETS, 1), plain_update, [(2, 7), (2, 7), (2, 3)]),
+    "element": (lambda *t: ops.lslr_update(*t, None, 1), plain_elementwise, [(2, 7), (2, 7), (3, 7)]),
     "module": (
         module(mf.PerStepBatchNorm2d),
         module(reference.PerStepBatchNorm2d),
@@ -95,10 +74,15 @@ FUNCTIONS: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     ),
 }
 
+# Without the functions above them, which know of transforms.
+OWN = torch.ops.mamlpp_fast
 OPERATIONS: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
-    "batch-norm operation": (operation, plain_batch_norm, [(6, 3), (3,), (3,)]),
-    "lslr operation": (update_operation, plain_update, [(2, 7), (2, 7), (2, 3)]),
-    "element operation": (elementwise_operation, plain_elementwise, [(2, 7), (2, 7), (3, 7)]),
+    "batch-norm operation": (
+        lambda *t: OWN.per_step_batch_norm(*t, None, 1e-5, 0.1)[0],
+        *FUNCTIONS["batch-norm"][1:],
+    ),
+    "lslr operation": (lambda *t: OWN.lslr_update(*t, OFFSETS, 1), *FUNCTIONS["lslr"][1:]),
+    "element operation": (lambda *t: OWN.lslr_update(*t, None, 1), *FUNCTIONS["element"][1:]),
 }
 
 

@@ -1,6 +1,6 @@
 """Makes a virtual environment for each of the peers' libraries, with pinned versions, in a cache folder.
 
-    python -m bench.peers.environments [--cache DIR] [--only NAME,...] [--missing] [--cuda]
+    python -m bench.peers.environments [--only NAME,...] [--missing]
 
 ``--missing`` leaves alone what is there as asked for. What could not be installed, and why, is recorded and printed;
 the driver lists it.
@@ -30,13 +30,11 @@ class Environment:
         main: the package it is named for in the results, then the others that pip installs.
         sources: packages of which only the files of the source distribution are taken.
         cython: of those, the Cython files to compile where they lie.
-        cuda: what replaces ``packages`` on a GPU.
     """
 
     packages: tuple[str, ...]
     sources: tuple[str, ...] = ()
     cython: tuple[str, ...] = ()
-    cuda: tuple[str, ...] | None = None
 
 
 _TORCH = ("torch==2.13.0", "numpy==2.4.6")
@@ -50,7 +48,7 @@ ENVIRONMENTS = {
     "learn2learn": Environment(
         (*_TORCH, *_BUILDS, *_LOADS), sources=("learn2learn==0.2.0",), cython=("learn2learn/data/*.pyx",)
     ),
-    "jax": Environment(("jax==0.10.2", "numpy==2.4.6"), cuda=("jax[cuda12]==0.10.2", "numpy==2.4.6")),
+    "jax": Environment(("jax==0.10.2", "numpy==2.4.6")),
 }
 _RECORD = "environment.json"
 
@@ -115,14 +113,13 @@ def _unpack(python: Path, requirement: str) -> None:
                     tar.extract(member, site, filter="data")
 
 
-def make(cache: Path, name: str, environment: Environment, cuda: bool) -> dict[str, Any]:
+def make(cache: Path, name: str, environment: Environment) -> dict[str, Any]:
     """Makes the environment anew and records how it went."""
     folder = cache / name
     python = python_of(folder)
-    packages = environment.cuda if cuda and environment.cuda else environment.packages
     try:
         _run(sys.executable, "-m", "venv", "--clear", folder)
-        _run(python, "-m", "pip", "install", "-q", *packages)
+        _run(python, "-m", "pip", "install", "-q", *environment.packages)
         for source in environment.sources:
             _unpack(python, source)
         for pattern in environment.cython:
@@ -139,30 +136,27 @@ def make(cache: Path, name: str, environment: Environment, cuda: bool) -> dict[s
     return record
 
 
-def _complete(cache: Path, name: str, cuda: bool) -> bool:
+def _complete(cache: Path, name: str) -> bool:
     """Whether the environment has the versions that are asked for."""
     record, wanted = recorded(cache, name), ENVIRONMENTS[name]
     if record["fault"] is not None:
         return False
-    packages = wanted.cuda if cuda and wanted.cuda else wanted.packages
-    pinned = (re.sub(r"\[.*\]", "", package).split("==") for package in (*packages, *wanted.sources))
+    pinned = (package.split("==") for package in (*wanted.packages, *wanted.sources))
     # A local part, as in 2.13.0+cpu, says how a version was built.
     return all(record["versions"].get(package, "").split("+")[0] == version for package, version in pinned)
 
 
 def main() -> int:
     parser = parser_of(__doc__, json=False)
-    parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--only", default=",".join(ENVIRONMENTS))
     parser.add_argument("--missing", action="store_true", help="only what is not there yet")
-    parser.add_argument("--cuda", action="store_true", help="what a GPU needs")
     arguments = parser.parse_args()
-    failed = False
+    cache, failed = default_cache(), False
     for name in arguments.only.split(","):
-        if arguments.missing and _complete(arguments.cache, name, arguments.cuda):
+        if arguments.missing and _complete(cache, name):
             print(f"{name}: there already", flush=True)
             continue
-        record = make(arguments.cache, name, ENVIRONMENTS[name], arguments.cuda)
+        record = make(cache, name, ENVIRONMENTS[name])
         print(f"{name}: {record['fault'] or 'installed'}", flush=True)
         failed = failed or record["fault"] is not None
     return int(failed)
