@@ -19,7 +19,7 @@ from mamlpp_fast.engine.fused.held import Held
 from mamlpp_fast.engine.lanes import watched
 from mamlpp_fast.inputs import Call, call_of, tensors_of
 from mamlpp_fast.ops._library import transformed
-from mamlpp_fast.reference.code import ROUTED
+from mamlpp_fast.reference.code import ROUTED, standing_for
 
 __all__ = ["accelerate", "acceleration", "functional_call"]
 
@@ -109,18 +109,7 @@ def _routed(cls: Any) -> Any:
             return _new, (cls, *args[1:]), *rest
         return made, args, *rest
 
-    own: Any = type(
-        cls.__name__,
-        (cls,),
-        {
-            "forward": forward,
-            "__reduce_ex__": reduce,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            ROUTED: True,
-        },
-    )
+    own = standing_for(cls, {"forward": forward, "__reduce_ex__": reduce, ROUTED: True})
     return own
 
 

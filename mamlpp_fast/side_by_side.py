@@ -21,7 +21,7 @@ from mamlpp_fast.engine import lanes
 from mamlpp_fast.engine.fingerprint import fingerprint
 from mamlpp_fast.engine.shared import held
 from mamlpp_fast.ops._library import transformed
-from mamlpp_fast.reference.code import own_bases, values_named
+from mamlpp_fast.reference.code import own_bases, standing_for, values_named
 
 __all__ = ["map_tasks"]
 
@@ -396,8 +396,7 @@ def _watched(cls: Any) -> Any:
         made: Tensor = cls.forward(self, input)
         return made
 
-    about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {"forward": forward, **about})
+    return standing_for(cls, {"forward": forward})
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -218,6 +218,34 @@ def test_a_model_that_changes_at_each_call_is_not_recorded_for_ever(monkeypatch:
     torch.testing.assert_close(copy.deepcopy(fast)(x), copy.deepcopy(plain)(x), **CLOSE)
 
 
+def test_what_a_forward_sets_of_its_class_the_users_class_has() -> None:
+    class Written(Beside):
+        calls = 0
+        latest: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            if hasattr(type(self), "latest"):
+                del type(self).latest
+            self.__class__.latest = super().forward(x) * type(self).calls
+            return self.latest
+
+    x = data(1)[0][0]
+    results = []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        model = Written("plain").double()
+        Written.calls = 0
+        cls = type(mf.accelerate(model) if accelerated else model)
+        results.append(torch.stack([model(x).detach() for _ in range(6)]))
+        assert Written.calls == cls.calls == 6 and cls.latest is Written.latest
+        cls.calls = 9
+        assert Written.calls == 9
+        del cls.latest
+        assert not hasattr(Written, "latest")
+    torch.testing.assert_close(results[1], results[0], **CLOSE)
+
+
 class Annealed(Beside):
     scale = 1.0
 

@@ -17,7 +17,6 @@ from mamlpp_fast.ops import (  # noqa: F401 - registers them
 from mamlpp_fast.ops.lslr_update import lslr_update
 from mamlpp_fast.ops.per_step_batch_norm import (
     per_step_batch_norm,
-    per_step_batch_norm_eval,
     per_step_batch_norm_with_stats,
     update_running_stats,
 )
@@ -25,7 +24,6 @@ from mamlpp_fast.ops.per_step_batch_norm import (
 __all__ = [
     "lslr_update",
     "per_step_batch_norm",
-    "per_step_batch_norm_eval",
     "per_step_batch_norm_with_stats",
     "update_running_stats",
 ]

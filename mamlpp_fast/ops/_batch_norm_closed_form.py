@@ -17,12 +17,12 @@ _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check(x: Tensor, weight: Tensor, bias: Tensor, step: int | None) -> None:
     if x.dtype not in _TYPES:
         raise TypeError(f"x: expected float64, float32, bfloat16 or float16, got {x.dtype}")
-    check_shapes(x, weight, bias, step)
+    _check_shapes(x, weight, bias, step)
     if x.numel() // max(_channels(x), 1) < (2 * x.shape[0] if x.dim() == 5 else 2):
         raise ValueError(f"x: expected more than one value per channel, got shape {list(x.shape)}")
 
 
-def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, step: int | None) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor, step: int | None) -> None:
     if x.dim() not in (2, 4, 5):
         raise ValueError(f"x: expected shape [N, C], [N, C, H, W] or [T, N, C, H, W], got {list(x.shape)}")
     channels = _channels(x)
@@ -44,12 +44,12 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, step: int | None) -> N
         raise ValueError(f"bias: expected the shape {list(weight.shape)} of weight, got {list(bias.shape)}")
 
 
-def channel_axis(x: Tensor) -> int:
+def _channel_axis(x: Tensor) -> int:
     return 2 if x.dim() == 5 else 1
 
 
 def _channels(x: Tensor) -> int:
-    return x.shape[channel_axis(x)]
+    return x.shape[_channel_axis(x)]
 
 
 def statistics_shape(x: Tensor) -> tuple[int, ...]:
@@ -61,21 +61,21 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    return x.dim() > 2 and not x.is_contiguous() and x.stride(channel_axis(x)) == 1
+    return x.dim() > 2 and not x.is_contiguous() and x.stride(_channel_axis(x)) == 1
 
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:
     """x itself or a copy of it, without gaps, in one of the two memory orders."""
     if not channels_last:
         return x.contiguous()
-    axis = channel_axis(x)
+    axis = _channel_axis(x)
     return x.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
 def _empty_like(x: Tensor) -> Tensor:
     if not is_channels_last(x):
         return x.new_empty(x.shape)
-    axis = channel_axis(x)
+    axis = _channel_axis(x)
     return x.movedim(axis, -1).new_empty(x.movedim(axis, -1).shape).movedim(-1, axis)
 
 

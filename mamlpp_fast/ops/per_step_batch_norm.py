@@ -25,7 +25,6 @@ from mamlpp_fast.ops._library import define, differentiate, launcher, transforme
 __all__ = [
     "kept_versions",
     "per_step_batch_norm",
-    "per_step_batch_norm_eval",
     "per_step_batch_norm_with_stats",
     "update_running_stats",
 ]
@@ -190,56 +189,6 @@ def per_step_batch_norm_with_stats(
         return y, mean.detach(), var.detach()
     y, mean, _, var = _forward(x, weight, bias, step, eps, slope)
     return y, mean, var
-
-
-def per_step_batch_norm_eval(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    step: int | None = None,
-    eps: float = 1e-5,
-    negative_slope: float | None = None,
-) -> Tensor:
-    """Batch norm with given statistics: (x − running_mean)/√(running_var + ε)·γ + β, then the leaky ReLU.
-
-    Plain PyTorch, differentiable in everything as often as wanted.
-
-    Args:
-        x: as in :func:`per_step_batch_norm`; one value per channel will do.
-        weight, bias: as in :func:`per_step_batch_norm`.
-        running_mean, running_var: [C]; or [steps, C] with ``step``.
-        step: row of those of weight, bias, running_mean and running_var that have steps.
-        eps, negative_slope: as in :func:`per_step_batch_norm`.
-
-    Returns:
-        y, of the shape and type of x.
-
-    Raises:
-        ValueError: shapes do not belong together, or step is out of range.
-    """
-    channels = x.shape[closed_form.channel_axis(x)] if x.dim() > 1 else 0
-    closed_form.check_shapes(x, weight, bias, step if weight.dim() == 2 else None)
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        if list(value.shape) != [channels] and not (
-            step is not None
-            and value.dim() == 2
-            and value.shape[1] == channels
-            and 0 <= step < value.shape[0]
-        ):
-            raise ValueError(
-                f"{name}: expected shape [{channels}], or [steps > step, {channels}] with a step, "
-                f"got {list(value.shape)}, step {step}"
-            )
-    gamma, beta, mean, var = (
-        closed_form.spread(v[step] if v.dim() == 2 and step is not None else v, x)
-        for v in (weight, bias, running_mean, running_var)
-    )
-    y = (x - mean) * (gamma * torch.rsqrt(var + eps)) + beta
-    y = y if negative_slope is None else torch.nn.functional.leaky_relu(y, negative_slope)
-    return y.to(x.dtype)
 
 
 def update_running_stats(

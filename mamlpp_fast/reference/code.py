@@ -28,6 +28,7 @@ __all__ = [
     "named_by",
     "names_in",
     "own_bases",
+    "standing_for",
     "values_named",
     "written_in",
 ]
@@ -47,6 +48,25 @@ _STDLIB = sysconfig.get_path("stdlib")
 
 PLUMBING = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
+
+
+def standing_for(cls: Any, own: dict[str, Any]) -> Any:
+    """A class like ``cls``, under its name, with these entries in place of its own.
+
+    What a forward sets of its class later, a count at ``type(self)`` say, it sets of the user's.
+    """
+    made: Any = None  # until it is: what its own making sets is its own
+
+    class Kind(type(cls)):  # type: ignore[misc]
+        def __setattr__(kind, name: str, value: Any) -> None:
+            setattr(cls, name, value) if kind is made else super().__setattr__(name, value)
+
+        def __delattr__(kind, name: str) -> None:
+            delattr(cls, name) if kind is made else super().__delattr__(name)
+
+    about = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    made = Kind(cls.__name__, (cls,), about | own)
+    return made
 
 
 def named_by(code: types.CodeType, *operations: str) -> tuple[str, ...]:
