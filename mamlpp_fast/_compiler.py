@@ -24,8 +24,16 @@ __all__ = ["lean", "lean_mode", "lean_vjp"]
 
 _Mode = TypeVar("_Mode", bound=TorchDispatchMode)
 
-_frames: Any = torch._C._dynamo.eval_frame
-_AS_IT_IS = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+
+def _skip(code: types.CodeType) -> None:
+    """Has a compiled function of the caller's not compile this too, anew for every operator that it meets.
+
+    ``torch.compiler.disable`` does so as well, but loads the compiler. A torch without these names is slower alone.
+    """
+    with contextlib.suppress(AttributeError):
+        frames: Any = torch._C._dynamo.eval_frame
+        as_it_is = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(code, as_it_is)
 
 
 def lean(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,8 +43,7 @@ def lean(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return (method if "torch._dynamo" in sys.modules else inner)(*args, **kwargs)
 
-    # Else a compiled function of the caller's compiles this too, anew for every operator that it meets.
-    _frames.set_code_exec_strategy(call.__code__, _AS_IT_IS)
+    _skip(call.__code__)
     return functools.wraps(inner)(call)
 
 
