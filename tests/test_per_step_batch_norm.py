@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from batch_norm_helpers import LAYOUTS, compare, derivatives, random, witness
 from helpers import spare_the_interpreter
 from torch import Tensor
