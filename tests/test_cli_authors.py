@@ -53,7 +53,7 @@ def test_a_run_stopped_exported_and_imported_ends_as_the_undisturbed_one(tmp_pat
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
     assert main(command(experiment, data, whole)) == 0
     assert main([*command(experiment, data, first), "--max-iters", "6"]) == 0
-    theirs = tmp_path / "train_model_latest"
+    theirs = tmp_path / "saved_models" / "train_model_latest"
     assert main(["export", str(first), "--out", str(theirs)]) == 0
     arguments = [
         "--config",

@@ -220,7 +220,7 @@ def test_unfinished_runs(run: Path, tmp_path: Path) -> None:
     fresh = _copy(run, tmp_path / "fresh")
     for name in ("summary.json", "metrics.jsonl"):
         (fresh / name).unlink()
-    assert "not finished" in Page(write_report([fresh], tmp_path / "fresh.html")).text("main")
+    assert "not finished" in Page(write_report([fresh], tmp_path / "pages" / "fresh.html")).text("main")
     cut = _copy(run, tmp_path / "cut")
     content = (cut / "metrics.jsonl").read_text()
     (cut / "metrics.jsonl").write_text(content[:-40])

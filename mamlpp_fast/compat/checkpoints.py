@@ -293,7 +293,7 @@ def export_checkpoint(folder: str | Path, out: str | Path, *, legacy: bool = Fal
 
     Args:
         folder: a run's folder.
-        out: the file.
+        out: the file; its folder is made.
         legacy: the format of PyTorch before 1.6.
 
     Returns:
@@ -323,6 +323,7 @@ def export_checkpoint(folder: str | Path, out: str | Path, *, legacy: bool = Fal
     }
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(out), buffer.getvalue())
     return state["iteration"], notes
 

@@ -28,7 +28,8 @@ def write_report(
 
     Args:
         folders: the runs' folders.
-        out: the page; without it ``report.html`` in the folder of one run, in the current folder for several.
+        out: the page, whose folder is made; without it ``report.html`` in the folder of one run, in the current
+            folder for several.
         tasks: test tasks over which confusions are counted; 0 for none.
         data_path: where the data set lies; where each run found it without it.
         device: where the confusions are computed.
@@ -51,6 +52,7 @@ def write_report(
         for run in runs
     ]
     path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page(runs, all_figures(runs), found, script).encode())
     return path
 
