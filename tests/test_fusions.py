@@ -243,9 +243,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     **{
         name: lambda name=name: jittered(Net(THEN[name.removeprefix("adapting-")]))  # type: ignore[misc]
         for name in (
-            *("negative-slope", "norm-read-twice", "norm-detached", "pool-first", "adapting-whole"),
-            *("adapting-negative-slope", "adapting-norm-read-twice", "adapting-conv-detached"),
-            *("adapting-norm-detached", "adapting-pool-first"),
+            "negative-slope",
+            "norm-read-twice",
+            "norm-detached",
+            "pool-first",
+            "adapting-whole",
+            "adapting-negative-slope",
+            "adapting-norm-read-twice",
+            "adapting-conv-detached",
+            "adapting-norm-detached",
+            "adapting-pool-first",
         )
     },
 }

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import op_helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_on_any_threads, spare_the_interpreter
-from op_helpers import MOVING, backend_fixture, opcheck, tangents, wide
+from op_helpers import (
+    MOVING,
+    assert_double_backward,
+    assert_errs_at_most_twice_as_much_as_pytorch,
+    assert_orders,
+    assert_shared_directions,
+    backend_fixture,
+    opcheck,
+    tangents,
+    wide,
+)
 from torch import Tensor
 
 from mamlpp_fast.ops.norm_act_pool import output_shape
@@ -128,25 +137,22 @@ class Case:
 def test_four_orders(backend: str, name: str, pool: bool, slope: float) -> None:
     # To Triton's kernels the slope is a number like another.
     spare_the_interpreter(backend, slope != 0.01 and name not in ("odd", "odd-columns"))
-    op_helpers.assert_orders(
-        Case(SHAPES[name], pool=pool, slope=slope, per_task=slope == 0.01), 1e-11, scaled=False
-    )
+    assert_orders(Case(SHAPES[name], pool=pool, slope=slope, per_task=slope == 0.01), 1e-11, scaled=False)
 
 
 @pytest.mark.parametrize("moving", MOVING.values(), ids=MOVING)
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
 @pytest.mark.parametrize("name", ["even", "odd", "odd-64", "odd-columns", "smallest"])
 def test_orders_along_moving_weights(backend: str, name: str, pool: bool, moving: tuple[str, ...]) -> None:
-    spare_the_interpreter(backend, name != "odd" and len(moving) == 1)
     case = Case(SHAPES[name], pool=pool, per_task=name != "odd", moving=moving)
     case.gamma[..., 1] = 0
-    op_helpers.assert_orders(case, 1e-11, scaled=False)
+    assert_orders(case, 1e-11, scaled=False)
 
 
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "dense"])
 def test_the_tangents_are_the_double_backward(backend: str, pool: bool) -> None:
     case = Case((2, 3, 7, 5, 5), pool=pool, per_task=True, moving=("gamma", "beta"))
-    op_helpers.assert_double_backward(case, "z", lambda *inputs: plain(*inputs, case.slope, pool))
+    assert_double_backward(case, "z", lambda *inputs: plain(*inputs, case.slope, pool))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,7 @@ def test_groups_of_channels_and_rows_for_several_tasks(
 ) -> None:
     spare_the_interpreter(backend, group > 1)  # the closed form's
     case = Case(shape, pool=pool, per_task=True, moving=moving, group=group, each=each)
-    op_helpers.assert_orders(case, 1e-11, scaled=False)
+    assert_orders(case, 1e-11, scaled=False)
 
 
 def test_groups_with_a_large_mean_in_float32(backend: str) -> None:
@@ -181,16 +187,15 @@ def test_groups_with_a_large_mean_in_float32(backend: str) -> None:
 
 
 def test_directions_shared_by_all_tasks(backend: str) -> None:
-    op_helpers.assert_shared_directions(Case((3, 2, 5, 4, 6), moving=("gamma", "beta")))
+    assert_shared_directions(Case((3, 2, 5, 4, 6), moving=("gamma", "beta")))
 
 
 @pytest.mark.parametrize("moving", [(), ("gamma", "beta")], ids=["fixed", "moving"])
 def test_large_mean_in_float32_errs_at_most_twice_as_much_as_pytorch(
     backend: str, moving: tuple[str, ...]
 ) -> None:
-    spare_the_interpreter(backend, not moving)
     case = Case((1, 4, 14, 14, 16), dtype=torch.float32, offset=1e3, moving=moving)
-    op_helpers.assert_errs_at_most_twice_as_much_as_pytorch(case, but=("mean",))
+    assert_errs_at_most_twice_as_much_as_pytorch(case, but=("mean",))
 
 
 def test_float32_is_close(backend: str) -> None:
@@ -300,7 +305,7 @@ def test_one_launch_for_both_passes_and_two(
 
     monkeypatch.setattr(kernels, "_WHOLE", whole)
     with use_backend("triton"):
-        op_helpers.assert_orders(Case(shape, pool=pool, per_task=per_task, slope=slope), 1e-11, scaled=False)
+        assert_orders(Case(shape, pool=pool, per_task=per_task, slope=slope), 1e-11, scaled=False)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no interpreter")

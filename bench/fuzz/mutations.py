@@ -138,17 +138,21 @@ def png_of(rng: random.Random, data: bytes) -> bytes:
 
 
 _NAMES = (
-    *(
-        "os mkdir",
-        "posix mkdir",
-        "builtins eval",
-        "builtins bytearray",
-        "builtins list",
-        "builtins frozenset",
-    ),
-    *("numpy dtype", "numpy ndarray", "numpy.core.multiarray _reconstruct", "numpy._core.multiarray scalar"),
-    *("numpy._core.numeric _frombuffer", "_codecs encode", "collections OrderedDict"),
-    *("torch._utils _rebuild_tensor_v2", "torch FloatStorage"),
+    ("os", "mkdir"),
+    ("posix", "mkdir"),
+    ("builtins", "eval"),
+    ("builtins", "bytearray"),
+    ("builtins", "list"),
+    ("builtins", "frozenset"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch", "FloatStorage"),
 )
 
 
@@ -160,7 +164,7 @@ def program(rng: random.Random, canary: str) -> bytes:
     """A pickle of random operations on a stack that mostly has what they need."""
     parts = [b"\x80\x04"]
     for _ in range(rng.randrange(1, 60)):
-        module, name = rng.choice(_NAMES).split()
+        module, name = rng.choice(_NAMES)
         number = partial(rng.choice, NUMBERS)
         parts.append(
             rng.choice(
