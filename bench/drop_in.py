@@ -98,12 +98,11 @@ def rows(tasks: int) -> Iterator[Row]:
     """All lines, with so many tasks where a loop has tasks; of large images one."""
     for loop in LOOPS:
         for sizes in loop.sizes:
-            builds = loop.jobs
             yield Row(
                 loop.name,
                 loop.changed,
                 replace(sizes, tasks=tasks if sizes.image_size < 84 else 1),
-                lambda _, builds=builds: {which: Local(build) for which, build in builds.items()},  # type: ignore[misc]
+                partial(_locals, loop.jobs),
             )
     for library, scripts, iterations in (
         ("higher", higher_scripts, 1),
@@ -113,6 +112,10 @@ def rows(tasks: int) -> Iterator[Row]:
             jobs = partial(_remotes, library, scripts.__name__, name, iterations)
             tolerance = _ADAM if name == "maml-adam" else 1e-9
             yield Row(f"{library}: {name}", "import", Sizes(5, tasks), jobs, tolerance)
+
+
+def _locals(builds: dict[str, Build], stack: ExitStack) -> dict[str, Local | Remote]:
+    return {which: Local(build) for which, build in builds.items()}
 
 
 def _remotes(

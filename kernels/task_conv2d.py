@@ -186,22 +186,22 @@ def _product(
     grid = (triton.cdiv(rows, tile.constants["BM"]), triton.cdiv(co, tile.constants["BN"]), tasks)
     kernels._product[grid](
         *tensors, out, pairs, rows, oh, ow, height, width, taps, len(w), ci, co, kw, taps, stride, pad_y, pad_x,
-        TRANSPOSED=transposed, **(tile.constants | _steps(tile, ci, arch)), **tile.options,
+        TRANSPOSED=transposed, **_stepped(tile, ci, arch), **tile.options,
     )  # fmt: skip
 
 
-def _steps(tile: _Tile, channels: int, arch: int) -> dict[str, Any]:
-    """Of the loop over taps: blocks of channels without a rest, and as many in a step as shared memory has room for.
+def _stepped(tile: _Tile, channels: int, arch: int) -> dict[str, Any]:
+    """A tile's constants. Over taps: blocks of channels without a rest, as many a step as shared memory has room for.
 
     On sm_80 one: there operands of tensor cores lie in registers, which do not suffice for more.
     """
     dense, precision, depth = (tile.constants[name] for name in ("DENSE", "PRECISION", "BK"))
     if not dense:
-        return {"BK": depth, "UNROLL": 1, "ROLLED": False}
+        return tile.constants | {"UNROLL": 1, "ROLLED": False}
     rolled = arch < 90 and (precision != "ieee" or depth == 64)
     block = math.gcd(channels, depth)
     blocks, most = channels // block, (3 if tile.num_stages == 3 else 4) * depth // block
-    return {
+    return tile.constants | {
         "BK": block,
         "UNROLL": 1 if rolled else max(n for n in range(1, most + 1) if blocks % n == 0),
         "ROLLED": rolled,
@@ -262,9 +262,8 @@ def gradients(
 
 def _both(tile: _Tile, weight: _Tile, channels: int, arch: int) -> dict[str, Any]:
     """Constants of one launch for both gradients, tiles of as many columns, by as many warps."""
-    shared = {n: v for n, v in tile.constants.items() if n != "DENSE"}
-    own = {"WEIGHT_BM": weight.constants["BM"], "WEIGHT_BK": weight.constants["BK"]}
-    return shared | own | _steps(tile, channels, arch)
+    shared = {n: v for n, v in _stepped(tile, channels, arch).items() if n != "DENSE"}
+    return shared | {"WEIGHT_BM": weight.constants["BM"], "WEIGHT_BK": weight.constants["BK"]}
 
 
 _GEOMETRIES = {True: (48, 64, 6), False: (1, 64, 6)}
@@ -290,7 +289,7 @@ def _constants(
         return weight.constants
     if order == "gradients":
         return _both(tile, weight, channels, arch)
-    return tile.constants | {"TRANSPOSED": order == "to_input"} | _steps(tile, channels, arch)
+    return _stepped(tile, channels, arch) | {"TRANSPOSED": order == "to_input"}
 
 
 def launch_configurations() -> Iterator[Configuration]:

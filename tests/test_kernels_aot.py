@@ -82,7 +82,7 @@ def test_a_step_of_any_channels_fits_shared_memory(dtype: torch.dtype, precision
 
     for channels in range(16, 1040, 16):
         tile = task_conv2d._tile(dtype, True, precision, weight=False, arch=90)
-        held = tile.constants | task_conv2d._steps(tile, channels, 90)
+        held = task_conv2d._stepped(tile, channels, 90)
         depth = held["BK"] * held["UNROLL"]
         assert channels % depth == 0
         taken = tile.num_stages * (held["BM"] + held["BN"]) * depth * dtype.itemsize

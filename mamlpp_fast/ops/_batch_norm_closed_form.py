@@ -17,15 +17,9 @@ _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check(x: Tensor, weight: Tensor, bias: Tensor, step: int | None) -> None:
     if x.dtype not in _TYPES:
         raise TypeError(f"x: expected float64, float32, bfloat16 or float16, got {x.dtype}")
-    _check_shapes(x, weight, bias, step)
-    if x.numel() // max(_channels(x), 1) < (2 * x.shape[0] if x.dim() == 5 else 2):
-        raise ValueError(f"x: expected more than one value per channel, got shape {list(x.shape)}")
-
-
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor, step: int | None) -> None:
     if x.dim() not in (2, 4, 5):
         raise ValueError(f"x: expected shape [N, C], [N, C, H, W] or [T, N, C, H, W], got {list(x.shape)}")
-    channels = _channels(x)
+    channels = x.shape[_channel_axis(x)]
     if step is not None:
         if weight.dim() != 2 or weight.shape[1] != channels:
             raise ValueError(
@@ -42,14 +36,12 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor, step: int | None) -> 
         )
     if bias.shape != weight.shape:
         raise ValueError(f"bias: expected the shape {list(weight.shape)} of weight, got {list(bias.shape)}")
+    if x.numel() // max(channels, 1) < (2 * x.shape[0] if x.dim() == 5 else 2):
+        raise ValueError(f"x: expected more than one value per channel, got shape {list(x.shape)}")
 
 
 def _channel_axis(x: Tensor) -> int:
     return 2 if x.dim() == 5 else 1
-
-
-def _channels(x: Tensor) -> int:
-    return x.shape[_channel_axis(x)]
 
 
 def statistics_shape(x: Tensor) -> tuple[int, ...]:
