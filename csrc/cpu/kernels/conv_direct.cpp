@@ -159,7 +159,7 @@ MultiplyRow<T> pick_row(int rows) {
 
 template <class T>
 MultiplyRow<T> pick_row(int rows, int vectors) {
-  if constexpr (kMaxVectors > 2) {
+  if constexpr (kMaxVectors<T> > 2) {
     if (vectors == 4) return pick_row<T, 4>(rows);
     if (vectors == 3) return pick_row<T, 3>(rows);
   }

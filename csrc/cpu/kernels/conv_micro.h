@@ -10,16 +10,14 @@
 
 namespace mf::MF_ISA::conv {
 
-#if MF_VECTOR_BYTES == 64
-constexpr int kMaxVectors = 4;
-#else
-constexpr int kMaxVectors = 2;
-#endif
+/// Double precision is for checks: half as wide a block is half as many kernels to compile.
+template <class T>
+constexpr int kMaxVectors = MF_VECTOR_BYTES == 64 && !std::is_same_v<T, double> ? 4 : 2;
 constexpr int kMaxRows = 6;
 template <class T>
 constexpr int kLanes = Vec<T>::size;
 template <class T>
-constexpr int kPanel = kMaxVectors * kLanes<T>;
+constexpr int kPanel = kMaxVectors<T> * kLanes<T>;
 
 /// How kernels of T take their operands: sums are Acc, memory holds Stored, `values` of them an element of T.
 template <class T>
@@ -119,7 +117,7 @@ inline Multiply<T> pick_rows(int rows) {
 /// The block kernel of `rows` rows and `vectors` vectors.
 template <class T, int Step>
 inline Multiply<T> pick(int rows, int vectors) {
-  if constexpr (kMaxVectors > 2) {
+  if constexpr (kMaxVectors<T> > 2) {
     if (vectors == 4) return pick_rows<T, 4, Step>(rows);
     if (vectors == 3) return pick_rows<T, 3, Step>(rows);
   }
@@ -146,7 +144,7 @@ inline void multiply_partial(Multiply<T> kernel, Block<T> block, int rows, int64
 template <class T>
 inline void copy_padded(T* to, const T* from, [[maybe_unused]] int64_t next, int64_t n, int64_t width) {
   if (n == kPanel<T> && width == n) {
-    for (int v = 0; v < kMaxVectors; ++v) Vec<T>::load(from + v * kLanes<T>).store(to + v * kLanes<T>);
+    for (int v = 0; v < kMaxVectors<T>; ++v) Vec<T>::load(from + v * kLanes<T>).store(to + v * kLanes<T>);
     return;
   }
   for (int64_t c = 0; c < n; ++c) to[c] = from[c];

@@ -9,8 +9,8 @@ namespace mf {
 
 struct FirstLayer {
   int64_t height, width, ci;  // padded image
-  int64_t kh, kw, co, stride;
-  int64_t rows, columns;  // of the pooled result
+  int64_t kh, kw, co, stride = 0;
+  int64_t rows = 0, columns = 0;  // of the pooled result
   int64_t values() const { return kh * kw * ci; }
   int64_t out_height() const { return height - kh + 1; }
   int64_t out_width() const { return width - kw + 1; }

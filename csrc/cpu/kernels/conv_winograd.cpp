@@ -178,7 +178,7 @@ void turned_product(const float* a, int64_t pitch, const float* b, int64_t lengt
 inline int64_t chains(int64_t rows, int64_t length) { return divide_up(rows, kMaxRows) * divide_up(length, kChain); }
 
 inline auto pick_product(int vectors) {
-  if constexpr (kMaxVectors > 2) {
+  if constexpr (kMaxVectors<float> > 2) {
     if (vectors == 4) return product<4>;
     if (vectors == 3) return product<3>;
   }
@@ -186,7 +186,7 @@ inline auto pick_product(int vectors) {
 }
 
 inline auto pick_turned(int vectors) {
-  if constexpr (kMaxVectors > 2) {
+  if constexpr (kMaxVectors<float> > 2) {
     if (vectors == 4) return turned_product<4>;
     if (vectors == 3) return turned_product<3>;
   }
