@@ -75,7 +75,7 @@ def predict(
     learner: MAMLPlusPlus,
     sampler: EpisodeSampler,
     num_tasks: int,
-    batch_size: int,
+    meta_batch: int,
     *,
     between: Callable[[], None] = lambda: None,
 ) -> Predictions:
@@ -85,9 +85,10 @@ def predict(
         learner: at the parameters to judge; unchanged.
         sampler: the tasks.
         num_tasks: number of tasks.
-        batch_size: tasks a rank takes at once.
-        between: called before every batch, as often on every rank; may raise to stop.
+        meta_batch: tasks of a meta-batch; a rank takes those of five at once, for nothing is kept for a backward pass.
+        between: called before every such batch, as often on every rank; may raise to stop.
     """
+    batch_size = 5 * meta_batch
     ranks = learner.ranks
     rows: list[int] = []
     logits: list[Tensor] = []
