@@ -310,7 +310,7 @@ def _compile(recipe: _Recipe, compiler: str, cmake: str, ninja: str, folder: Pat
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     levels, best = _levels()
     kernels = len(list(recipe.source.glob("csrc/cpu/kernels/*.cpp"))) * (1 if best else len(levels))
-    seconds = 5 * (1 + (30 + 3 * kernels) // (5 * cores))
+    seconds = 5 * (1 + (20 + 2 * kernels) // (5 * cores))
     print(f"mamlpp_fast: building native kernels (once, about {seconds} s) ...", file=sys.stderr, flush=True)
     configure = [cmake, "-S", str(recipe.source), "-B", str(work), "-G", "Ninja", *recipe.arguments]
     configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -219,7 +219,7 @@ def test_each_process_has_a_gpu_of_its_own(
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
-RUN: dict[str, Any] = {"tasks": 4, "val_tasks": 20, "test_tasks": 7, "checkpoint_seconds": 0.0}
+RUN: dict[str, Any] = {"tasks": 4, "val_tasks": 100, "test_tasks": 7, "checkpoint_seconds": 0.0}
 
 
 def run(out: Path, data: Path, **options: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "msl_epochs": 2,
     "epochs": 3,
     "iterations_per_epoch": 3,
-    "val_tasks": 5,
+    "val_tasks": 21,
     "test_tasks": 7,
     "ensemble": 2,
 }

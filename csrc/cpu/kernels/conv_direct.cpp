@@ -58,7 +58,7 @@ bool read_unpacked(const Gather& p) {
 template <class T, int Step>
 void accumulate_block(const Block<T>& block, int rows, int64_t lanes, int vectors, const Segment* segments,
                       int64_t count, int64_t step_a, const T* panel, int64_t step_b, bool accumulate) {
-  const Multiply<T> kernel = pick<T, Step>(rows, vectors);
+  const Multiply<T> kernel = pick<T, kCompiledStep<T, Step>>(rows, vectors);
   if (lanes == vectors * kLanes<T>) {
     kernel(block, segments, count, step_a, panel, step_b, accumulate);
   } else {

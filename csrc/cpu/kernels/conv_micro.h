@@ -10,7 +10,8 @@
 
 namespace mf::MF_ISA::conv {
 
-/// Double precision is for checks: half as wide a block is half as many kernels to compile.
+/// Double precision is for checks: half as wide a block is half as many kernels to compile, and one step for all a
+/// third.
 template <class T>
 constexpr int kMaxVectors = MF_VECTOR_BYTES == 64 && !std::is_same_v<T, double> ? 4 : 2;
 constexpr int kMaxRows = 6;
@@ -56,6 +57,8 @@ struct Block {
 /// Reduction steps of the row pointers known when compiled; the panel is then dense. kAnyStep leaves both to the
 /// caller.
 constexpr int kAnyStep = 0;
+template <class T, int Step>
+constexpr int kCompiledStep = std::is_same_v<T, double> ? kAnyStep : Step;
 
 template <class T, int MR, int NV, int Step>
 void multiply(const Block<T>& block, const Segment* segments, int64_t count, int64_t step_a, const T* panel,
