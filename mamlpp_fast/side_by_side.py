@@ -7,7 +7,7 @@ import functools
 import itertools
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
@@ -63,10 +63,11 @@ def map_tasks(
         ValueError: a model whose modules or functions refer to the model itself by other ways than submodules, or look
             something up by module (``table[self]``, ``table[id(self)]``);
             ``threads`` below 1; results that carry a graph in another place, or a loss that is no single number.
-        RuntimeError: a step that called the original model, changed a parameter, an attribute of a module or a buffer
-            other than the running statistics of batch norms with a momentum, evaluated batch norms or wrote their
-            statistics where steps train them, called ``backward`` itself, or drew random numbers on the CPU,
-            whose order threads do not keep. No gradient has been added then, nor where a step itself raised.
+        RuntimeError: a step that called the original model, or another module with other tensors in it, changed a
+            parameter, an attribute of a module or a buffer other than the running statistics of the model's batch
+            norms with a momentum, evaluated batch norms or wrote their statistics where steps train them, called
+            ``backward`` itself, or drew random numbers on the CPU, whose order threads do not keep. No gradient has
+            been added then, nor where a step itself raised.
     """
     tasks = list(tasks)
     if threads is not None and threads < 1:
@@ -76,7 +77,7 @@ def map_tasks(
     if known is None or known.of_a_thread:
         return [_finished(*_one(step, model, task)) for task in tasks]
     _check(model, known.functions)
-    return _Team(step, tasks, model, width).run()
+    return _Team(step, tasks, model, known.modules(), width).run()
 
 
 def _alone(model: nn.Module) -> bool:
@@ -242,13 +243,91 @@ class _Copy:
         }
 
 
+class _Beside:
+    """Modules that are no part of the model and that its functions or the step reach: the threads share them.
+
+    They may be called as they are. With other tensors in them, by ``functional_call`` say, one thread would compute
+    with those of another; what they keep of a call (statistics) would come in the threads' order.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        self.before = [
+            (dict(vars(m)), dict(m._parameters), dict(m._buffers), _cloned(m._buffers)) for m in self.modules
+        ]
+        self.swapped = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it a step that has put other tensors into a module cannot call it; afterwards its own are back."""
+        hooks = [m.register_forward_pre_hook(_refusal(m)) for m in self.modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, (_, parameters, buffers, _) in zip(self.modules, self.before, strict=True):
+                tables: list[tuple[dict[str, Any], dict[str, Any]]]
+                tables = [(module._parameters, parameters), (module._buffers, buffers)]
+                for table, own in tables:
+                    self.swapped |= any(table.get(name) is not t for name, t in own.items())
+                    table.update(own)
+
+    def check(self) -> None:
+        """Raises where the modules are not what they were."""
+        if self.swapped:
+            raise RuntimeError("map_tasks: a step put other tensors into a module that the threads share")
+        for module, (attributes, _, _, buffers) in zip(self.modules, self.before, strict=True):
+            name = _changed(attributes, vars(module)) or next(
+                (n for n, b in buffers.items() if not _same(module._buffers.get(n), b)), None
+            )
+            if name is not None:
+                with torch.no_grad():
+                    for _, _, own, values in self.before:
+                        for n, value in values.items():
+                            own[n].copy_(value)  # type: ignore[union-attr]
+                raise RuntimeError(
+                    f"map_tasks: a step changed {name} of a {type(module).__name__} beside the model, which the "
+                    "threads share; make it a submodule of the model, or threads=1"
+                )
+
+
+def _refusal(module: nn.Module) -> Callable[[nn.Module, Any], None]:
+    held = [(t, dict(t)) for m in module.modules() for t in (m._parameters, m._buffers)]
+
+    def refuse(called: nn.Module, args: Any) -> None:  # a copy that a step makes has the hook as well
+        if (
+            called is module
+            and getattr(_within, "now", False)
+            and any(table.get(name) is not t for table, own in held for name, t in own.items())
+        ):
+            raise RuntimeError(
+                f"map_tasks: a step called a {type(module).__name__} beside the model with other tensors than its own, "
+                "which the threads share; make it a submodule of the model, or threads=1"
+            )
+
+    return refuse
+
+
+def _cloned(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in buffers.items() if b is not None}
+
+
 class _Team:
     """One call of :func:`map_tasks` on several threads."""
 
-    def __init__(self, step: Callable[[Any, _T], Any], tasks: list[_T], model: nn.Module, width: int) -> None:
+    def __init__(
+        self,
+        step: Callable[[Any, _T], Any],
+        tasks: list[_T],
+        model: nn.Module,
+        reached: Iterable[nn.Module],
+        width: int,
+    ) -> None:
         self.step = step
         self.tasks = tasks
         self.modules = list(model.modules())
+        self.beside = _Beside({m for r in reached for m in r.modules()}.difference(self.modules))
         self.constants = _constants(model)
         self.copies = [_Copy(model) for _ in range(width)]
         self.results: list[tuple[Any, _Gradients] | None] = [None] * len(tasks)
@@ -271,7 +350,7 @@ class _Team:
                 self.errors[task] = error
                 raise
 
-        with self._guarded():
+        with self._guarded(), self.beside.watched():
             try:
                 lanes.each(on_lane, len(self.tasks), len(self.copies))
             except BaseException:
@@ -288,6 +367,7 @@ class _Team:
                 "map_tasks: a step changed a tensor of the model in place that is no buffer, which the threads share; "
                 "threads=1 runs it"
             )
+        self.beside.check()
         if not torch.equal(drawn, torch.get_rng_state()):
             raise RuntimeError(
                 "map_tasks: a step drew random numbers, whose order threads do not keep; draw them before, or "

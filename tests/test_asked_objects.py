@@ -48,10 +48,22 @@ class Settings:
         return self.by
 
 
+class Factor(nn.Module):
+    by = 1.0
+
+    def forward(self, x: float) -> float:
+        return self.by * x
+
+
 class Deep(Settings):
     def __init__(self) -> None:
         super().__init__()
         self.inner = Settings()
+        self.inner.module = Factor()  # type: ignore[attr-defined]
+
+    def call(self, x: float) -> float:
+        made: float = self.inner.module(x)  # type: ignore[attr-defined]
+        return made
 
 
 def _ever() -> Iterator[float]:
@@ -176,6 +188,11 @@ CASES: dict[str, tuple[How, Change, str]] = {
     "deep in a table": (
         lambda m: m.table["deep"].inner.get(),
         _put("by", lambda m: m.table["deep"].inner),
+        SERVED,
+    ),
+    "a module deep in an object": (
+        lambda m: m.table["deep"].call(1.0),
+        _put("by", lambda m: m.table["deep"].inner.module),
         SERVED,
     ),
     "bytes": (lambda m: BYTES[0], lambda m, value: BYTES.__setitem__(0, int(value)), SERVED),

@@ -245,6 +245,82 @@ def test_a_step_that_calls_the_shared_model_is_refused(part: str) -> None:
     assert len(found) == 4 and "forward" not in vars(shared)
 
 
+def _by_critic(call: Callable[..., Tensor], copied: bool = False) -> Callable[[], tuple[Any, nn.Module]]:
+    """A step that adapts another module than the model, closed over; or a copy of it."""
+
+    def make() -> tuple[Any, nn.Module]:
+        critic = own(mlp)
+
+        def by_critic(model: nn.Module, task: Task) -> Tensor:
+            net = copy.deepcopy(critic) if copied else critic
+            return step(model, task) + maml_loss(call, net, task)
+
+        return by_critic, critic
+
+    return make
+
+
+class ByObject:
+    """Such a step that is an object, which holds the other module in another object."""
+
+    def __init__(self) -> None:
+        self.nets = types.SimpleNamespace(critic=own(mlp), call=torch.func.functional_call)
+
+    def __call__(self, model: nn.Module, task: Task) -> Tensor:
+        return step(model, task) + maml_loss(self.nets.call, self.nets.critic, task)
+
+
+def _by_object() -> tuple[Any, nn.Module]:
+    made = ByObject()
+    return made, made.nets.critic
+
+
+def _by_norm() -> tuple[Any, nn.Module]:
+    norms = [nn.BatchNorm1d(3).double()]
+    return lambda model, task: norms[0](model(task[0])).square().sum(), norms[0]
+
+
+def _by_layer() -> tuple[Any, nn.Module]:
+    layers = {"last": nn.Linear(3, 3).double()}
+    return lambda model, task: layers["last"](model(task[0])).square().sum(), layers["last"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_by_critic(torch.func.functional_call), "called a Sequential beside the model with other tensors"),
+        (_by_critic(mf.functional_call), "called a Sequential beside the model with other tensors"),
+        (_by_object, "called a Sequential beside the model with other tensors"),
+        (_by_norm, "changed running_mean of a BatchNorm1d beside the model"),
+        (_by_critic(torch.func.functional_call, copied=True), None),
+        (_by_layer, None),
+    ],
+)
+def test_modules_beside_the_model_are_called_as_they_are(
+    make: Callable[[], tuple[Any, nn.Module]], words: str | None
+) -> None:
+    """With other tensors in them a thread would compute with another's, and leave those behind."""
+    model, other = own(mlp), own(mlp)
+    beside, shared = make()
+    torch.manual_seed(0)
+    before, state = dict(shared.named_parameters()), copy.deepcopy(shared.state_dict())
+    if words is not None:
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match=words):
+                mf.map_tasks(beside, data(4), model)
+            assert all(p is before[n] for n, p in shared.named_parameters())
+            torch.testing.assert_close(shared.state_dict(), state, rtol=0, atol=0)
+        assert all(p.grad is None for p in (*model.parameters(), *shared.parameters()))
+    threads = None if words is None else 1
+    found = mf.map_tasks(beside, data(4), model, threads=threads), left(model), left(shared)
+    shared.load_state_dict(state)
+    shared.zero_grad()
+    expected = loop(beside, data(4), other), left(other), left(shared)
+    torch.testing.assert_close(found[0], expected[0], **CLOSE)
+    torch.testing.assert_close(found[1], expected[1], **CLOSE)
+    assert not shared._forward_pre_hooks
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()

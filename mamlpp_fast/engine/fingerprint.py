@@ -105,6 +105,10 @@ class Fingerprint:
                 return why
         return self._unseen[0] if self._unseen else None
 
+    def modules(self) -> list[nn.Module]:
+        """Those that it looks at or past: of the model, and what the functions name beside it."""
+        return [value for value in self._held if isinstance(value, nn.Module)]
+
     def states(self) -> list[bytes]:
         """The insides, where they can be pickled, of objects known by identity: costly, to be read around one pass."""
         return [pickled(value) for value in self._opaque]
@@ -498,9 +502,11 @@ def _fingerprint(model: nn.Module, beside: tuple[object, ...], **how: bool) -> F
     reader.child(model)
     for value in beside:
         reader.value(value, 0)
-    queue, training = reader.queue, model.training
-    for module in queue:  # grows meanwhile
-        reader.module(module, training)
-    if reader.objects:
-        reach(reader)
+    read = 0
+    while read < len(reader.queue):
+        for module in itertools.islice(reader.queue, read, None):  # grows meanwhile
+            reader.module(module, model.training)
+            read += 1
+        if reader.objects:
+            reach(reader)  # to further modules, perhaps
     return Fingerprint(reader)
