@@ -30,12 +30,34 @@ def _without(name: str, norm: nn.Module) -> nn.Module:
     return norm
 
 
+class Several(nn.Module):
+    """A norm over all elements of sets [n, B, ...], as of points, nodes or frames: [n * B, ...] at a time."""
+
+    def __init__(self, norm: nn.Module, elements_first: bool = False) -> None:
+        super().__init__()
+        self.norm, self.elements_first = norm, elements_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.elements_first:
+            x = x.transpose(0, 1)
+        y: Tensor = self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return y.transpose(0, 1) if self.elements_first else y
+
+
 # One example's shape, what stands in front of the norm, and the norm.
 KINDS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "1d of features": ((6,), lambda: nn.Linear(6, 4), lambda: nn.BatchNorm1d(4, eps=1e-3, momentum=0.3)),
     "1d of sequences": ((2, 5), lambda: nn.Conv1d(2, 4, 3), lambda: nn.BatchNorm1d(4)),
     "2d": ((1, 5, 5), lambda: nn.Conv2d(1, 4, 3), lambda: nn.BatchNorm2d(4)),
     "3d": ((1, 4, 5, 3), lambda: nn.Conv3d(1, 4, 3), lambda: nn.BatchNorm3d(4, momentum=0.2)),
+    "several rows": ((5, 6), lambda: nn.Linear(6, 4), lambda: Several(nn.BatchNorm1d(4, momentum=0.3))),
+    "elements first": ((5, 6), lambda: nn.Linear(6, 4), lambda: Several(nn.BatchNorm1d(4), True)),
+    "several sequences": (
+        (3, 2, 5),
+        lambda: nn.Linear(5, 7),
+        lambda: Several(nn.BatchNorm1d(2, affine=False)),
+    ),
+    "several images": ((2, 3, 4, 5), lambda: nn.Linear(5, 6), lambda: Several(nn.BatchNorm2d(3))),
     "cumulative": ((6,), lambda: nn.Linear(6, 4), lambda: nn.BatchNorm1d(4, momentum=None)),
     "no weights": ((1, 5, 5), lambda: nn.Conv2d(1, 4, 3), lambda: nn.BatchNorm2d(4, affine=False)),
     "no bias": ((2, 5), lambda: nn.Conv1d(2, 4, 3), lambda: _without("bias", nn.BatchNorm1d(4))),
@@ -103,9 +125,14 @@ def _pair(kind: str, config: mf.MAMLConfig, engine: str) -> tuple[_Textbook, mf.
     return plain, mf.MAMLPlusPlus(model, config, engine=engine, precision="float64")  # type: ignore[arg-type]
 
 
+def _norm(module: nn.Module) -> nn.Module:
+    return module.norm if isinstance(module, Several) else module
+
+
 def _rows(norms: nn.ModuleList, name: str, like: Tensor) -> Tensor:
     """Of the textbook's norms what one norm holds."""
-    values = [getattr(n, name).grad if name in ("weight", "bias") else getattr(n, name) for n in norms]
+    own = [_norm(n) for n in norms]
+    values = [getattr(n, name).grad if name in ("weight", "bias") else getattr(n, name) for n in own]
     return torch.stack(values).view_as(like)
 
 
@@ -128,7 +155,7 @@ def test_a_norm_trains_and_evaluates_as_in_a_textbook_loop(
     model = learner.model
     for ours, theirs in ((model[0], plain.body), (model[4], plain.head)):
         assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-9, atol=1e-11)
-    norm = model[1]
+    norm = _norm(model[1])
     for name in ("weight", "bias"):
         if (p := getattr(norm, name)) is not None:
             assert_close(p.grad, _rows(plain.norms, name, p), rtol=1e-9, atol=1e-11)
@@ -151,8 +178,19 @@ def test_a_norm_trains_and_evaluates_as_in_a_textbook_loop(
         assert_close(learner.state_dict()["model"], state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["no weights", "no bias", "no weight"])
-def test_a_batch_norm_without_weights_is_fused(kind: str) -> None:
+FUSED = [
+    "no weights",
+    "no bias",
+    "no weight",
+    "several rows",
+    "elements first",
+    "several sequences",
+    "several images",
+]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_batch_norm_is_fused(kind: str) -> None:
     _, learner = _pair(kind, CONFIGS["maml++"], "auto")
     learner.meta_gradient(_batch(KINDS[kind][0]))
     assert learner.engine.name == "fused"

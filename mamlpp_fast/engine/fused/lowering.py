@@ -209,7 +209,7 @@ class Lowering:
     def _lower(self, op: Operation, other: Operation) -> None:
         self._begin(op, other)
         fn = _RULES.get(op.function)
-        if fn is not None and not self._regular():
+        if fn is not None and not self._regular() and not (op.function in _ALONE and self.rows > 1):
             fn = None
         refusal: Unsupported | None = None
         if fn is not None:
@@ -301,6 +301,21 @@ class Lowering:
         assert self.op.output is not None
         return self.recording.shapes[self.op.output]
 
+    @property
+    def rows(self) -> int:
+        """How many rows of the output [N * rows, ...] an example has; 0 where its first axis is another's.
+
+        What is computed of all rows alike does not depend on which rows are an example's.
+        """
+        op, other = self.op, self.other
+        if op.output is None or (op.args, op.kwargs) != (other.args, other.kwargs):
+            return 0
+        pairs = zip((op, other), self.recording.examples, strict=True)
+        sizes = [(o.tensors[0][0][:1], n, o.tensors[0][0][1:]) for o, n in pairs]
+        found = {(*divmod(first[0], n), rest) if first else (0, 1, rest) for first, n, rest in sizes}
+        (rows, over, _), *others = found
+        return 0 if over or others else rows
+
     def index(self, argument: Any) -> int:
         """The recorded value that an argument is."""
         if not isinstance(argument, Value):
@@ -350,6 +365,21 @@ class Lowering:
                 self._values[index] = value
             return value, self.shapes[value]
         return self._values[index], self.shapes[self._values[index]]
+
+    def of_rows(self, argument: Any) -> tuple[int, tuple[int, ...]]:
+        """An argument of the output's shape, [N * rows, C, ...], as images [rows * H, W, C] of the examples."""
+        (_, channels, *sides), rows = self.op.tensors[0][0], self.rows
+        height, width = (*sides, 1)[0], math.prod(sides[1:])
+        shape, split = (rows * height, width, channels), (rows, channels, height, width)
+        native = self.native(self.index(argument))
+        return self._add(Relayout, (native,), shape, split, (0, 2, 3, 1), (True, False)), shape
+
+    def to_rows(self, value: int) -> None:
+        """Makes such images what the operation leaves."""
+        shape, rows = self.op.tensors[0][0], self.rows
+        height, width, channels = self.shapes[value]
+        split = rows, height // rows, width, channels
+        self.native_step(Relayout, (value,), shape, split, (0, 3, 1, 2), (False, True), rows)
 
     def native(self, index: int) -> int:
         """A recorded value in the model's own layout."""

@@ -35,8 +35,8 @@ from mamlpp_fast.engine.operation import Buffer, Value
 from mamlpp_fast.ops.pointwise import FUNCTIONS
 
 _BATCH_NORMS = (
-    "of images, sequences or features; weights per step, shared, adapted in the inner loop, one of them alone, or none"
-    "; not with `momentum=None`"
+    "of images, sequences or features, also of several an example ([N * B, ...]); weights per step, shared, adapted in "
+    "the inner loop, one of them alone, or none; not with `momentum=None`"
 )
 _GROUP_NORMS = "of images and sequences, statistics of the input alone"
 _POINTWISE = "of features, and of images and sequences behind other steps of this table"
@@ -116,6 +116,8 @@ def _per_step_norm(
         **tensors,
     )
     if negative_slope is not None:
+        if low.rows > 1:
+            raise low.refusal("batch norm: expected no activation in one with several rows an example")
         assert low.op.output is not None
         _activation(low, Value(low.op.output), negative_slope)
 
@@ -135,7 +137,8 @@ def _batch_norm(
     rows: int = 1,
     statistics_rows: int = 1,
 ) -> None:
-    x, shape = low.images(input, axes=(1, 2, 3, 4))
+    several = low.rows > 1
+    x, shape = low.of_rows(input) if several else low.images(input, axes=(1, 2, 3, 4))
     names = [None if p is None else low.parameter(p) for p in (weight, bias)]
     slots = [None if n is None else low.vector(n) for n in names]
     adapting = bool(low.adapted.intersection(names))
@@ -172,7 +175,9 @@ def _batch_norm(
         x = low.step(FrozenNorm, (x,), shape, shared, not adapting, eps)
     if adapting and not isinstance(affine, Scaling):
         x = low.step(ScaleShift, (x,), shape, *slots)
-    if len(low.shape) == 1:  # features, not images of one pixel
+    if several:
+        low.to_rows(x)
+    elif len(low.shape) == 1:  # features, not images of one pixel
         low.step(Flatten, (x,), low.shape)
 
 

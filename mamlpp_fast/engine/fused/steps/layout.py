@@ -49,17 +49,22 @@ class Relayout(Plain):
         split: the shape of an example of the input, axes split or merged.
         order: of those axes in the output, which merges them to ``shape``.
         settle: whether the output, and the gradient of the input, are to lie contiguous: where kernels read them.
+        several: the length of the first of those axes where it becomes rows of the output [N * several, ...]; else 0.
     """
 
     split: tuple[int, ...]
     order: tuple[int, ...]
     settle: tuple[bool, bool]
+    several: int = 0
 
     def apply(self, em: Emitter, ps: Pass, xs: list[Ref], prefix: str) -> Ref:
         lead = (ps.tasks, ps.images)
         x = viewed(em, xs[0], lambda t: t.view(*lead, *self.split), f"{prefix}{self.name}")
         x = x.view(lambda t: t.permute(0, 1, *(i + 2 for i in self.order)))
-        x = viewed(em, x, lambda t: t.view(*lead, *self.shape), f"{prefix}{self.name}")
+        shape = (
+            (ps.tasks, ps.images * self.several, *self.shape[1:]) if self.several else (*lead, *self.shape)
+        )
+        x = viewed(em, x, lambda t: t.view(shape), f"{prefix}{self.name}")
         return settled(em, x, f"{prefix}{self.name}") if self.settle[0] else x
 
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
