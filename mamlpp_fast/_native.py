@@ -32,9 +32,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["NativeError", "NativeStatus", "build", "load", "set_threads", "status"]
+__all__ = ["NativeError", "NativeStatus", "build", "few", "load", "set_threads", "status"]
 
 _LIBRARY = "libmamlpp_fast.so"
+_FEW = 1 << 22  # elements of which two threads update Adam a millisecond sooner than one
 _AVX512 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _LEVEL_FLAGS = {
     "avx2": {"avx2", "fma"},
@@ -114,6 +115,24 @@ def set_threads(count: int) -> None:
     """How many threads the kernels take when the calling thread calls them; torch's own number stays."""
     if _set_threads is not None:
         _set_threads(count)
+
+
+@contextlib.contextmanager
+def few(elements: int) -> Iterator[None]:
+    """Within it loops of the calling thread over so many elements run on it alone, unless there are millions.
+
+    A thread of OpenMP's that took a share then waits for the next loop, busily, for milliseconds: on a core that one of
+    our lanes could have. With the native library alone, as the lanes are its.
+    """
+    threads = torch.get_num_threads()
+    if _set_threads is None or elements > _FEW or threads == 1:
+        yield
+        return
+    _set_threads(1)
+    try:
+        yield
+    finally:
+        _set_threads(threads)
 
 
 def build() -> Path:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamlpp_fast import adam, labels, reference
+from mamlpp_fast import _native, adam, labels, reference
 from mamlpp_fast._modes import undisturbed
 from mamlpp_fast.adaptation import adapt
 from mamlpp_fast.config import MAMLConfig
@@ -343,7 +343,7 @@ class MAMLPlusPlus:
         """
         adam.set_learning_rate(self.optimizer, self.meta_lr())
         adam.align(self.optimizer)
-        with one_thread(self.deterministic):
+        with one_thread(self.deterministic), _native.few(sum(p.numel() for p in self._trainable)):
             (self.optimizer.step if step is None else step)()
         self.iteration += 1
 

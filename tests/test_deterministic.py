@@ -9,6 +9,7 @@ from torch import Tensor
 from train_helpers import draw_folder, metrics_of, tiny_arguments
 
 import mamlpp_fast as mf
+from mamlpp_fast import _native
 from mamlpp_fast.cli import main
 from mamlpp_fast.engine.deterministic import one_thread
 
@@ -93,3 +94,18 @@ def test_threads_come_back_after_an_error() -> None:
     with pytest.raises(ValueError, match="on 1"):
         failing()
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(not _native.load(), reason="no native library")
+def test_small_updates_take_no_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    learner = mf.MAMLPlusPlus(
+        mf.Conv4(1, 3, image_size=12, filters=4, stages=2, num_steps=2), mf.MAMLConfig(steps=2)
+    )
+    seen: list[int] = []
+    learner.meta_gradient(random_batch(tasks=2, dtype=torch.float32))
+    learner.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    learner.apply_gradient()
+    monkeypatch.setattr(_native, "_FEW", 0)
+    learner.apply_gradient()
+    assert seen == [1, 2] and torch.get_num_threads() == 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mamlpp_fast import _native
 from mamlpp_fast.data.archives import shown
 from mamlpp_fast.data.authors import authors_episode, authors_seed
 from mamlpp_fast.data.classes import ImageClasses
@@ -23,6 +25,7 @@ def _signed(value: int) -> int:
     return ((value + 2**63) % 2**64) - 2**63
 
 
+_PASSES = 4  # over the pixels of a batch: taken, turned, converted, divided
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = _signed(0x94D049BB133111EB)
@@ -152,7 +155,9 @@ class EpisodeSampler:
         """
         if start < 0 or count < 1:
             raise DataError(f"start, count: expected start >= 0 and count >= 1, got {start} and {count}")
-        return self._gather(*self.draws(start, count))
+        pixels = count * self.ways * (self.shots + self.targets) * math.prod(self.split.image_shape)
+        with _native.few(_PASSES * pixels if self.device.type == "cpu" else 0):
+            return self._gather(*self.draws(start, count))
 
     def batch_from(self, counter: Tensor, count: int) -> EpisodeBatch:
         """As :meth:`batch`, the start being read on the device: nothing waits, so a CUDA graph can hold it.
