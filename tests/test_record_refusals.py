@@ -153,9 +153,6 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str, str]] = {
         "__bool__ asks for values",
     ),
     "dropout": (lambda net, h: h * F.dropout(torch.ones(4), 0.5), "Net", "dropout draws random numbers"),
-    "noise": (lambda net, h: h + torch.randn(4), "Net", "randn draws random numbers"),
-    "noise-like": (lambda net, h: h + torch.rand_like(h), "Net", "rand_like draws random numbers"),
-    "in-place-noise": (lambda net, h: h + torch.empty(4).normal_(), "Net", "normal_ draws random numbers"),
     "python-random": (lambda net, h: h * random.random(), "Net", "draws random numbers"),
     "numpy-random": (lambda net, h: h * float(draw_array()), "Net", "draws random numbers"),
     "function": (

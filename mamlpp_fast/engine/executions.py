@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,34 +13,115 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mamlpp_fast._compiler import lean_mode
+from mamlpp_fast._seeded import seeded
 
 __all__ = ["Draw", "Executions", "draws", "sized_by_values"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draw:
-    """Zeros and ones that a call draws from the process's generator, as dropout does for its mask.
+    """Numbers that a call draws from the process's generator, as dropout does for its mask.
 
     Attributes:
         shape: of the tensor, with the examples.
         strides: numbers are drawn in the order in which its elements lie in memory.
-        chance: of a one.
+        method: of tensors, which draws the same numbers in place, ``"normal_"`` say.
+        arguments: of that method: numbers, or the chances of ones as a tensor.
+        dtype: of the tensor, which the numbers of most methods depend on.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    chance: float
+    method: str
+    arguments: tuple[float | Tensor, ...]
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Draw | None:
-        """What a call of an operator draws; None where it is no such draw."""
+    def of(
+        cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], t: Tensor | None = None
+    ) -> Draw | None:
+        """What a call of an operator draws; None where it is no such draw, or where that cannot be told.
+
+        Args:
+            t: what the call makes, or a tensor of that form; where None the call's first argument.
+        """
         given = _named(func, args) | dict(kwargs)
-        if func not in (torch.ops.aten.bernoulli_.float, torch.ops.aten.bernoulli.p):
+        if func not in _METHODS or given.get("generator") is not None:
             return None
-        if given.get("generator") is not None:
+        method, defaults = _METHODS[func]
+        t = given.get("self") if t is None else t
+        if t is None:
             return None
-        t: Tensor = given["self"]
-        return cls(tuple(t.shape), tuple(t.stride()), float(given.get("p", 0.5)))
+        own = [given["self"].clone()] if func is aten.bernoulli.default else []
+        own += [float(given.get(name, default)) for name, default in defaults.items()]
+        return cls(tuple(t.shape), tuple(t.stride()), method, tuple(own), t.dtype)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the tensor has neither gaps in memory nor elements that share their place."""
+        count = math.prod(self.shape)
+        reach = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        return count > 0 and reach == count
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """How many numbers of which kind, whatever type and place they have."""
+        return [n for n in self.shape if n != 1], self.method, self.arguments
+
+    @property
+    def by_values(self) -> bool:
+        """Whether the numbers follow those of a tensor."""
+        return any(isinstance(a, Tensor) for a in self.arguments)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The smallest type in which the method draws the same numbers: for zeros and ones a byte."""
+        return torch.bool if self.method == "bernoulli_" else self.dtype
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Draw):
+            return NotImplemented
+        plain = [
+            (d.shape, d.strides, d.method, d.dtype, [type(a) for a in d.arguments]) for d in (self, other)
+        ]
+        return plain[0] == plain[1] and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+            for a, b in zip(self.arguments, other.arguments, strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.strides, self.method, self.dtype))
+
+    def into(self, place: Tensor, generator: torch.Generator | None = None) -> None:
+        """Draws into a tensor of the draw's shape and strides; by default from the process's generator."""
+        getattr(place, self.method)(*self.arguments, generator=generator)
+
+    def again(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether :meth:`into` draws what a call that makes a tensor draws, which depends on PyTorch's version."""
+        own = torch.empty_strided(self.shape, self.strides, dtype=self.stored)
+        with seeded(0):
+            made = func(*args, **kwargs)
+        with seeded(0):
+            self.into(own)
+        return torch.equal(made, own.to(made.dtype))
+
+
+aten = torch.ops.aten
+_NORMAL, _UNIFORM = {"mean": 0.0, "std": 1.0}, {"from": 0.0, "to": 1.0}
+# Operators by the method that draws the same: itself in place, and what makes a tensor of its own.
+_METHODS: dict[Any, tuple[str, dict[str, float]]] = {
+    aten.bernoulli_.float: ("bernoulli_", {"p": 0.5}),
+    aten.bernoulli.p: ("bernoulli_", {"p": 0.5}),
+    aten.bernoulli.default: ("bernoulli_", {}),
+    aten.normal_.default: ("normal_", _NORMAL),
+    aten.normal.float_float: ("normal_", _NORMAL),
+    aten.randn.default: ("normal_", _NORMAL),
+    aten.randn_like.default: ("normal_", _NORMAL),
+    aten.uniform_.default: ("uniform_", _UNIFORM),
+    aten.rand.default: ("uniform_", _UNIFORM),
+    aten.rand_like.default: ("uniform_", _UNIFORM),
+    aten.exponential_.default: ("exponential_", {"lambd": 1.0}),
+}
 
 
 @lean_mode
@@ -60,10 +142,6 @@ class Executions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.executed.append(str(func))
-        if (draw := Draw.of(func, args, kwargs)) is not None:
-            self.drawn.append(draw)
-        else:
-            self.draws |= draws(func, args, kwargs)
         self.reads |= torch.Tag.data_dependent_output in func.tags or sized_by_values(func, args)
         if func._schema.is_mutable:
             given = _named(func, args) | kwargs
@@ -71,7 +149,14 @@ class Executions(TorchDispatchMode):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     leaves = tree_leaves(given.get(argument.name))
                     self.written += [t for t in leaves if isinstance(t, Tensor)]
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if draws(func, args, kwargs):
+            draw = Draw.of(func, args, kwargs, result)
+            if draw is not None and (func._schema.is_mutable or draw.again(func, args, kwargs)):
+                self.drawn.append(draw)
+            else:
+                self.draws = True
+        return result
 
 
 def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

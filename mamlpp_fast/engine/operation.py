@@ -74,7 +74,7 @@ class Operation:
         outputs: values written, one for each tensor among what the call returned.
         tensors: their shapes and types.
         constant: the outputs take part in no gradient although an argument does (``detach``, ``no_grad``).
-        draws: of dropout in it, in order.
+        draws: of dropout in it, in order; of an operation without arguments, noise, all that it is.
     """
 
     function: Callable[..., Any]

@@ -5,7 +5,7 @@ arguments; it names the operations. A dispatch mode underneath sees what each of
 executes beside them: writes, draws of random numbers and reads of values are told by the operators' own schemas.
 Whatever makes a pass no fixed list of operations is found here and named, never guessed at:
 
-- values that decide (``if x.sum() > 0``, ``.item()``), draws of random numbers but dropout's, hooks,
+- values that decide (``if x.sum() > 0``, ``.item()``), draws of random numbers that cannot be drawn beforehand, hooks,
   ``autograd.Function``;
 - writes to parameters, to the input, to buffers other than a batch norm's statistics, to attributes;
 - memory that is changed in place and then read by another name.
@@ -37,6 +37,7 @@ from mamlpp_fast.copying import copy_of
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.counts import Count, StandIns, computes, integers, learn
 from mamlpp_fast.engine.fingerprint import Fingerprint, fingerprint
+from mamlpp_fast.engine.generators import handles
 from mamlpp_fast.engine.named import of_library, tensors_named
 from mamlpp_fast.engine.operation import Operation
 from mamlpp_fast.engine.recorder import Recorder, as_fast_weight
@@ -147,6 +148,9 @@ def record(
         raise Unsupported(type(model).__name__, "executes other operations where no gradient is taken")
     if not first.counts == second.counts == third.counts:
         raise Unsupported(type(model).__name__, "counts otherwise for another number of examples")
+    drawing = any(op.draws for op in second.operations)
+    if drawing and handles(lambda: _watched(_own_copy(model), other, places=places)):
+        raise Unsupported(type(model).__name__, "seeds a random generator, or asks for its state")
     _told_by_objects(model, original, other, places, second)
     given = tensors_of(x)
     shapes = {i: tuple(t.shape[1:]) for i, t in enumerate(given)}
@@ -181,7 +185,7 @@ def record(
 def _calls(recorder: Recorder) -> list[tuple[Any, ...]]:
     # A norm's settings say how many rows it has, of which a copy may keep one.
     return [
-        (op.function, op.args, None if op.function is reference.per_step_norm else op.kwargs)
+        (op.function, op.args, None if op.function is reference.per_step_norm else op.kwargs, op.draws)
         for op in recorder.operations
     ]
 

@@ -196,8 +196,12 @@ class Recorder(TorchFunctionMode):
         }
         if recorded is None:
             recorded = tree_map(lambda t: references.get(id(t), t), (args, kwargs))
+        noise = bool(drawn) and self._noise(func, given, result, drawn)
         # Of what is drawn otherwise, or for nothing that depends on the input, each pass would get the same numbers.
-        draws = watch.draws or (drawn and (func not in _DROPOUTS or _all_constant(references.values())))
+        fixed = func not in _DROPOUTS or _all_constant(references.values())
+        draws = watch.draws or (drawn and fixed and not noise)
+        if noise:
+            recorded = (), {}
         written = [*written, *(t for t, value in kept if not torch.equal(t, value))]
         watch.clear()
         name = name_of(func)
@@ -229,9 +233,20 @@ class Recorder(TorchFunctionMode):
             self._statistics.update(r.name for r in tree_leaves(recorded) if isinstance(r, Buffer))
         elif self._counts(func, recorded):
             return result
-        self._write(written, name, _all_constant(references.values()))
+        self._write(written, name, not noise and _all_constant(references.values()))
         self._keep(func, recorded, result, made, given, args, drawn)
         return result
+
+    def _noise(self, func: Any, given: Sequence[Tensor], result: Any, drawn: Sequence[Draw]) -> bool:
+        """Whether a call's result is nothing but what it draws, whatever is in the tensors that it is given."""
+        if func not in _NOISE or len(drawn) != 1 or not isinstance(result, Tensor):
+            return False
+        draw = drawn[0]
+        whole = (tuple(result.shape), tuple(result.stride())) == (draw.shape, draw.strides) and draw.dense
+        if draw.by_values:
+            whole &= all(isinstance(self._known(t), Constant) for t in given)
+        # A gradient of what is overwritten, or gives the form, is zero, which is another thing than none.
+        return whole and not result.requires_grad
 
     def _looks_at_variances(self, input: Any, target: Any, var: Any, *_: Any, **__: Any) -> None:
         """Records the question that ``F.gaussian_nll_loss`` begins with: it raises where a variance is negative."""
@@ -364,7 +379,8 @@ class Recorder(TorchFunctionMode):
         in_graph = any(t.requires_grad for t in given)
         references = [r for r in tree_leaves(recorded) if is_reference(r)]
         # Of a tensor that makes another out of plain numbers only the type counts.
-        if _all_constant(references) or (func is Tensor.new_tensor and len(references) == 1):
+        constant = _all_constant(references) and not drawn
+        if constant or (func is Tensor.new_tensor and len(references) == 1):
             for t in made:
                 self._references[id(t)] = Constant(t)
                 self._fixed.setdefault(_storage(t), _OWN)
@@ -462,7 +478,7 @@ _WRITERS = frozenset(
 )
 """Of which the operators' schemas do not say that they write to running statistics."""
 _KNOWN_NORMS = (reference.PerStepBatchNorm2d.normalise, PerStepBatchNorm2d.normalise)
-# Their draws are drawn anew in every pass.
+# What they draw is part of what they compute.
 _DROPOUTS = frozenset(
     {
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -471,6 +487,15 @@ _DROPOUTS = frozenset(
         *(torch.feature_alpha_dropout, torch.feature_alpha_dropout_),
         *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
         *(torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu),
+        F.gumbel_softmax,
+    }
+)
+# Their result is what they draw.
+_NOISE = frozenset(
+    {
+        *(torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.normal),
+        *(torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_),
+        *(Tensor.normal_, Tensor.uniform_, Tensor.exponential_),
     }
 )
 _DETACHES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mamlpp_fast import reference
+from mamlpp_fast._compiler import lean_mode
 from mamlpp_fast._seeded import seeded
 from mamlpp_fast.engine.base import UncheckedError, Unsupported, called_modules, first_line
 from mamlpp_fast.engine.counts import unmoved
@@ -98,7 +100,7 @@ def check_meta_gradient(
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     all_rates = _exact(rates.rates)
     model.train()
-    with _reference(model, exact), _numbers(prepared), torch.enable_grad():
+    with _numbers(prepared, model), _reference(model, exact), torch.enable_grad():
         result = reference.meta_gradient(
             model,
             rates.as_dict(all_rates),
@@ -137,7 +139,7 @@ def check_evaluation(
         prepared.run(batch, generator=torch.Generator().manual_seed(_SEED))
     exact = {name: _exact(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     model.eval()
-    with _reference(model, exact), _numbers(prepared):
+    with _numbers(prepared, model), _reference(model, exact):
         expected = reference.evaluate_task(
             model,
             rates.as_dict(_exact(rates.rates)),
@@ -275,9 +277,39 @@ def _reference(model: nn.Module, exact: Mapping[str, Tensor]) -> Iterator[None]:
             norm.step = step
 
 
-def _numbers(prepared: Prepared) -> AbstractContextManager[object]:
+@contextmanager
+def _numbers(prepared: Prepared, model: nn.Module) -> Iterator[None]:
     """Within it the model draws what the program did; it costs a call of Python for each operator."""
-    return seeded(_SEED) if prepared.masks.nbytes else nullcontext()
+    if not prepared.masks.nbytes:
+        yield
+        return
+    of_float32 = all(p.dtype is torch.float32 for p in model.parameters())
+    narrower = _Narrower() if of_float32 else nullcontext()  # type: ignore[no-untyped-call]
+    with seeded(_SEED), narrower:
+        yield
+
+
+@lean_mode
+class _Narrower(TorchDispatchMode):
+    """Within it what is drawn in float64 is drawn as in float32, of which the same seed gives other numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        narrow = tree_map(_narrow, (args, kwargs))
+        made = func(*narrow[0], **narrow[1])
+        if func._schema.is_mutable:
+            return args[0].copy_(made)
+        leaves = tree_leaves((args, kwargs))
+        wide = any(a is torch.float64 or (isinstance(a, Tensor) and a.dtype is torch.float64) for a in leaves)
+        return made.double() if wide and isinstance(made, Tensor) else made
+
+
+def _narrow(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype is torch.float64:
+        return value.float()
+    return torch.float32 if value is torch.float64 else value
 
 
 def _exact(t: Tensor) -> Tensor:

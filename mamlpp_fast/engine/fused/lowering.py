@@ -30,6 +30,7 @@ from mamlpp_fast.engine.fused.steps import (
     Dropout,
     FrozenNorm,
     Generic,
+    Noise,
     NormActPool,
     Relayout,
     Slot,
@@ -208,6 +209,9 @@ class Lowering:
 
     def _lower(self, op: Operation, other: Operation) -> None:
         self._begin(op, other)
+        if op.draws and not op.inputs():
+            self._noise()
+            return
         fn = _RULES.get(op.function)
         if fn is not None and not self._regular() and not (op.function in _ALONE and self.rows > 1):
             fn = None
@@ -243,6 +247,15 @@ class Lowering:
     def _foreign(self, dtype: torch.dtype) -> bool:
         """Whether a type is of another precision than the model's, which no rule computes in."""
         return dtype.is_floating_point and dtype != self.dtype
+
+    def _noise(self) -> None:
+        """What is drawn beforehand, as an activation without inputs."""
+        (index,), ((shape, dtype),) = self.op.outputs, self.op.tensors
+        if self._foreign(dtype) and (dtype, self.dtype) != (torch.float32, torch.float64):
+            raise self.refusal(f"{self.op.name} draws random numbers of {dtype} in a model of {self.dtype}")
+        draws = {n: op.draws[0] for n, op in zip(self.recording.examples, (self.op, self.other), strict=True)}
+        own = None if dtype == self.dtype else dtype
+        self._natives[index] = self._add(Noise, (), self.recording.shapes.get(index, shape), draws, own)
 
     def _generic(self) -> None:
         op = self.op
@@ -462,7 +475,7 @@ def _acts(step: Step) -> bool:
     """Whether a step does something besides its output: running statistics, or a draw that others come behind."""
     if isinstance(step, Generic):
         return any(op.draws for op in step.recorded.examples.values())
-    return isinstance(step, (NormActPool, FrozenNorm, Dropout))
+    return isinstance(step, (NormActPool, FrozenNorm, Dropout, Noise))
 
 
 def _copied(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Masks of dropout: drawn before an iteration's passes, so that all rules of a pass read the same.
+"""Masks of dropout, and noise: drawn before an iteration's passes, so that all rules of a pass read the same.
 
 They are drawn on the calling thread from the process's generator, task after task and pass after pass, in the order and
 in the shapes in which PyTorch's own operations draw them in a loop over tasks: after ``torch.manual_seed`` the numbers
@@ -26,7 +26,7 @@ class Mask:
 
     Attributes:
         draw: of one task.
-        memory: [T, M]: what is drawn, in the order of the draws, or in that of ``arrange``; of every lane.
+        memory: [T, M]: what is drawn, in the order of memory, or in that of ``arrange``; of every lane.
         one: what a one becomes.
         arrange: from a view [..., *draw.shape] to one with the axes that memory has; None for these themselves.
     """
@@ -71,17 +71,23 @@ class PassMasks:
         draw: Draw,
         one: float = 1.0,
         arrange: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Ref:
         """A mask [T, *draw.shape], or what ``arrange`` makes of that; the same whenever it is asked for.
+
+        Args:
+            dtype: of the mask; by default that of the program.
 
         Raises:
             ValueError: for a draw with gaps in memory.
         """
         count = math.prod(draw.shape)
-        if 1 + sum((n - 1) * s for n, s in zip(draw.shape, draw.strides, strict=True)) != count:
+        if not draw.dense:
             raise ValueError("expected a draw without gaps in memory")
         if key not in self.masks:
-            zeros = torch.zeros(self.tasks, count, dtype=em.dtype, device=em.device)
+            zeros = torch.zeros(
+                self.tasks, count, dtype=em.dtype if dtype is None else dtype, device=em.device
+            )
             self.masks[key] = Mask(draw, em.own("a mask of dropout", zeros, each=True), one, arrange)
         mask = self.masks[key]
         if mask.arrange is None:
@@ -103,28 +109,29 @@ class Masks:
         self._masks = [mask for one in passes for mask in one.masks.values()]
         self._tasks, self._groups = tasks, groups
         self._drawn: list[Tensor] = []
-        self._draws: list[tuple[Tensor, float]] = []
+        self._draws: list[tuple[Draw, Tensor]] = []
 
     @property
     def nbytes(self) -> int:
-        """Of what :meth:`draw` keeps: a byte a number."""
-        return self._groups * self._tasks * sum(math.prod(m.draw.shape) for m in self._masks)
+        """Of what :meth:`draw` keeps: a byte a zero or one, noise as the model has it."""
+        sizes = (math.prod(m.draw.shape) * m.draw.stored.itemsize for m in self._masks)
+        return self._groups * self._tasks * sum(sizes)
 
     def draw(self, generator: torch.Generator | None = None) -> None:
         """Draws those of an iteration; by default from the process's generator."""
         if not self._drawn:
             total = self._groups * self._tasks
             self._drawn = [
-                torch.empty(total, math.prod(m.draw.shape), dtype=torch.bool, device="cpu")
+                torch.empty(total, math.prod(m.draw.shape), dtype=m.draw.stored, device="cpu")
                 for m in self._masks
             ]
             self._draws = [
-                (mask.seen(drawn[task]), mask.draw.chance)
+                (mask.draw, mask.seen(drawn[task]))
                 for task in range(total)
                 for mask, drawn in zip(self._masks, self._drawn, strict=True)
             ]
-        for place, chance in self._draws:
-            place.bernoulli_(chance, generator=generator)
+        for draw, place in self._draws:
+            draw.into(place, generator)
 
     def load(self, group: int, lane: int) -> None:
         """Gives a lane the masks of a group of tasks."""

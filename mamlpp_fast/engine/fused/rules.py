@@ -350,7 +350,7 @@ def _add(low: Lowering, input: Any, other: Any, *, alpha: Any = 1) -> None:
     F.dropout3d,
     torch.dropout,
     torch.feature_dropout,
-    takes="of elements and of channels, on a CPU ([masks](#dropout))",
+    takes="of elements and of channels, on a CPU ([masks](#dropout-and-noise))",
 )
 def _dropout(
     low: Lowering,

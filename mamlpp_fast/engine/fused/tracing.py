@@ -11,6 +11,7 @@ found again by the backward rules, and what no result needs is never emitted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -187,7 +188,7 @@ class _Tracer(TorchDispatchMode):
         drawn: how many of them were.
     """
 
-    def __init__(self, table: Table, draws: Sequence[tuple[tuple[int, ...], float]] = ()) -> None:
+    def __init__(self, table: Table, draws: Sequence[Draw] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
         self.drawn = 0
@@ -270,13 +271,13 @@ class _Tracer(TorchDispatchMode):
         (Of attention without heads torch 2.14 makes one up.)
         """
         expected = self._draws[self.drawn : self.drawn + 1]
-        if [(_sizes(shape), chance) for shape, chance in expected] != [(_sizes(draw.shape), draw.chance)]:
+        if draw.by_values or [d.numbers for d in expected] != [draw.numbers]:
             raise Untraceable(f"{packet_of(func)} draws random numbers")
         if func._schema.is_mutable and (id(t) in self._aliased or isinstance(self.term(t).source, str)):
             raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
         ones = t.fill_(1) if func._schema.is_mutable else torch.ones_like(t)
         term = Term(draw_leaf(self.drawn))
-        if expected[0][0] != draw.shape:
+        if expected[0].shape != draw.shape:
             term = Term(self.table.node(aten.view.default, (term, draw.shape), {}, (Form.of(ones),)))
         self.know(ones, term)
         self.drawn += 1
@@ -300,10 +301,6 @@ class _Tracer(TorchDispatchMode):
             raise Untraceable(f"{packet_of(func)} writes to memory that has another name too")
         target: Tensor = args[0]
         return target
-
-
-def _sizes(shape: tuple[int, ...]) -> list[int]:
-    return [n for n in shape if n != 1]
 
 
 _Given = Mapping[str, Tensor]
@@ -341,7 +338,7 @@ class Traced:
         self.device = device
         self.smooth = [name for name, leaf in leaves.items() if leaf.smooth]
         lead = (tasks,) if tasks > 1 else ()
-        self._draws = [((*lead, *draw.shape), draw.chance) for draw in draws]
+        self._draws = [dataclasses.replace(draw, shape=(*lead, *draw.shape)) for draw in draws]
         self._table = Table()
         self._found: dict[Any, list[Term]] = {}
 

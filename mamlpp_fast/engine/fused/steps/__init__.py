@@ -9,7 +9,7 @@ from mamlpp_fast.engine.fused.steps.layout import Relayout
 from mamlpp_fast.engine.fused.steps.linear import Add, Bias, Conv, Detach, Flatten, Linear, TransposedConv
 from mamlpp_fast.engine.fused.steps.loss import CrossEntropy, Loss, SquaredError, loss_of
 from mamlpp_fast.engine.fused.steps.norm import FrozenNorm, NormActPool
-from mamlpp_fast.engine.fused.steps.pointwise import Activation, Dropout, ScaleShift, Smooth, Times
+from mamlpp_fast.engine.fused.steps.pointwise import Activation, Dropout, Noise, ScaleShift, Smooth, Times
 from mamlpp_fast.engine.fused.steps.pool import AveragePool, MaxPool
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Linear",
     "Loss",
     "MaxPool",
+    "Noise",
     "NormActPool",
     "Pass",
     "Relayout",

@@ -15,7 +15,7 @@ from mamlpp_fast.engine.fused.program import Emitter, Ref
 from mamlpp_fast.engine.fused.steps.base import Gradients, OneBackward, Pass, Slot, Step, aten
 from mamlpp_fast.engine.fused.steps.linear import Plain
 
-__all__ = ["Activation", "Dropout", "ScaleShift", "Smooth", "Times"]
+__all__ = ["Activation", "Dropout", "Noise", "ScaleShift", "Smooth", "Times"]
 
 ops = torch.ops.mamlpp_fast
 
@@ -139,6 +139,29 @@ class Dropout(Plain):
     def backward(self, em: Emitter, ps: Pass, gy: Ref, out: Gradients) -> None:
         if self.inputs[0] in out.wanted_values:
             em.call(aten.mul.out, gy, self._mask(em, ps), out=self.new_gradient(em, ps, out))
+
+
+@dataclass
+class Noise(Step):
+    """Random numbers of a pass, in the model's own layout, the same in all rules of the pass.
+
+    Attributes:
+        draws: of a task, by the number of examples.
+        dtype: of the numbers; None for the model's.
+    """
+
+    draws: Mapping[int, Draw]
+    dtype: torch.dtype | None
+
+    @property
+    def constant(self) -> bool:
+        return True
+
+    def forward(self, em: Emitter, ps: Pass) -> None:
+        if ps.images not in self.draws:
+            raise Unsupported(self.name, f"noise: not recorded with {ps.images} examples")
+        key = self.name, self.output
+        ps.values[self.output] = ps.drawn.of(em, key, self.draws[ps.images], dtype=self.dtype)
 
 
 @dataclass
