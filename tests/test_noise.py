@@ -21,6 +21,7 @@ import mamlpp_fast as mf
 from mamlpp_fast.engine.base import Unsupported
 from mamlpp_fast.engine.executions import Draw
 from mamlpp_fast.engine.record import record
+from mamlpp_fast.models import DropBlock
 
 Draws = Callable[[Tensor], Tensor]
 
@@ -102,11 +103,18 @@ def _images() -> nn.Module:
     )
 
 
+def _drop_block() -> nn.Module:
+    """As in a residual network: what is left is scaled by how much that is."""
+    layers = nn.Conv2d(2, 4, 3, padding=1), DropBlock(0.2, 3), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(256, WAYS))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{name: (lambda f=f: _mlp(f), (5,)) for name, f in BETWEEN.items()},  # type: ignore[misc]
     "encoder": (_encoder, (5,)),
     "images": (_images, (2, 8, 8)),
     "input": (lambda: nn.Sequential(Calls(lambda m, x: x + torch.randn_like(x)), nn.Linear(5, 3)), (5,)),
+    "drop-block": (lambda: _drop_block(), (2, 8, 8)),
 }
 
 
