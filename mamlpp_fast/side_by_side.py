@@ -267,11 +267,7 @@ class _Beside:
             for hook in hooks:
                 hook.remove()
             for module, (_, parameters, buffers, _) in zip(self.modules, self.before, strict=True):
-                tables: list[tuple[dict[str, Any], dict[str, Any]]]
-                tables = [(module._parameters, parameters), (module._buffers, buffers)]
-                for table, own in tables:
-                    self.swapped |= any(table.get(name) is not t for name, t in own.items())
-                    table.update(own)
+                self.swapped |= _put_back(module, parameters, buffers)
 
     def check(self) -> None:
         """Raises where the modules are not what they were."""
@@ -307,6 +303,16 @@ def _refusal(module: nn.Module) -> Callable[[nn.Module, Any], None]:
             )
 
     return refuse
+
+
+def _put_back(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any]) -> bool:
+    """Gives a module the tensors that it held; whether it held others."""
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]]
+    pairs = [(module._parameters, parameters), (module._buffers, buffers)]
+    swapped = any(table.get(name) is not t for table, own in pairs for name, t in own.items())
+    for table, own in pairs:
+        table.update(own)
+    return swapped
 
 
 def _cloned(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -423,11 +429,7 @@ class _Team:
                     del vars(module)["forward"]
                 else:
                     vars(module)["forward"] = own
-                tables: list[tuple[dict[str, Any], dict[str, Any]]]
-                tables = [(module._parameters, parameters), (module._buffers, buffers)]
-                for table, kept in tables:
-                    swapped |= any(table.get(name) is not t for name, t in kept.items())
-                    table.update(kept)
+                swapped |= _put_back(module, parameters, buffers)
         if swapped:
             raise RuntimeError("map_tasks: a step put other tensors into the original model")
 

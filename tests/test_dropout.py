@@ -69,6 +69,24 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert_close(found[name], value, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def assert_numbers_of_the_reference(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, batch = make().double(), batch_of(*shape)
+    ours, reference = learner(model), learner(model, "reference")
+    for seed in (3, 4):
+        assert_same(results(ours, batch, seed), results(reference, batch, seed))
+    assert ours.engine.name == "fused"
+
+
+def assert_form_of_the_sweep(make: Callable[[], nn.Module], memory: str, **settings: Any) -> None:
+    """Of models of images [2, 8, 8], in three steps."""
+    torch.manual_seed(0)
+    model, batch = make().double(), batch_of(2, 8, 8, tasks=4)
+    ours, reference = learner(model, steps=3, **settings), learner(model, "reference", steps=3, **settings)
+    ours.engine.memory = memory  # type: ignore[attr-defined]
+    assert_same(results(ours, batch), results(reference, batch))
+
+
 # Networks ------------------------------------------------------------------------------------------------------------
 
 
@@ -173,25 +191,14 @@ NETWORKS: dict[str, Case] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_numbers_of_the_reference_after_the_same_seed(name: str) -> None:
     """Masks, losses, meta-gradients, statistics, evaluation, and where the generator stands afterwards."""
-    torch.manual_seed(0)
-    make, shape = NETWORKS[name]
-    model, batch = make().double(), batch_of(*shape)
-    ours, reference = learner(model), learner(model, "reference")
-    for seed in (3, 4):
-        assert_same(results(ours, batch, seed), results(reference, batch, seed))
-    assert ours.engine.name == "fused"
+    assert_numbers_of_the_reference(*NETWORKS[name])
 
 
 @pytest.mark.parametrize("msl", [True, False])
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_every_form_of_the_sweep(msl: bool, second_order: bool, memory: str) -> None:
-    torch.manual_seed(0)
-    model, batch = _images().double(), batch_of(2, 8, 8, tasks=4)
-    settings = {"msl": msl, "second_order": second_order, "steps": 3}
-    ours, reference = learner(model, **settings), learner(model, "reference", **settings)
-    ours.engine.memory = memory  # type: ignore[attr-defined]
-    assert_same(results(ours, batch), results(reference, batch))
+    assert_form_of_the_sweep(_images, memory, msl=msl, second_order=second_order)
 
 
 def test_any_groups_and_threads_give_the_same() -> None:

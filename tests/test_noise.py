@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from front_end_helpers import Calls, Net, batch, pair
 from helpers import kept_threads
-from test_dropout import WAYS, assert_same, batch_of, learner, results
+from test_dropout import (
+    WAYS,
+    assert_form_of_the_sweep,
+    assert_numbers_of_the_reference,
+    assert_same,
+    batch_of,
+    learner,
+    results,
+)
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 from torch.testing import assert_close
@@ -114,20 +122,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "encoder": (_encoder, (5,)),
     "images": (_images, (2, 8, 8)),
     "input": (lambda: nn.Sequential(Calls(lambda m, x: x + torch.randn_like(x)), nn.Linear(5, 3)), (5,)),
-    "drop-block": (lambda: _drop_block(), (2, 8, 8)),
+    "drop-block": (_drop_block, (2, 8, 8)),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_numbers_of_the_reference_after_the_same_seed(name: str) -> None:
     """Losses, meta-gradients, statistics, evaluation, and where the generator stands; checked as every first batch."""
-    torch.manual_seed(0)
-    make, shape = NETWORKS[name]
-    model, data = make().double(), batch_of(*shape)
-    ours, reference = learner(model), learner(model, "reference")
-    for seed in (3, 4):
-        assert_same(results(ours, data, seed), results(reference, data, seed))
-    assert ours.engine.name == "fused"
+    assert_numbers_of_the_reference(*NETWORKS[name])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -148,12 +150,7 @@ def test_a_model_of_float32_draws_in_float32(name: str) -> None:
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_every_form_of_the_sweep(msl: bool, second_order: bool, memory: str) -> None:
-    torch.manual_seed(0)
-    model, data = _images().double(), batch_of(2, 8, 8, tasks=4)
-    settings = {"msl": msl, "second_order": second_order, "steps": 3}
-    ours, reference = learner(model, **settings), learner(model, "reference", **settings)
-    ours.engine.memory = memory  # type: ignore[attr-defined]
-    assert_same(results(ours, data), results(reference, data))
+    assert_form_of_the_sweep(_images, memory, msl=msl, second_order=second_order)
 
 
 def test_any_groups_and_threads_give_the_same() -> None:

@@ -323,11 +323,9 @@ class Lowering:
         op, other = self.op, self.other
         if op.output is None or (op.args, op.kwargs) != (other.args, other.kwargs):
             return 0
-        pairs = zip((op, other), self.recording.examples, strict=True)
-        sizes = [(o.tensors[0][0][:1], n, o.tensors[0][0][1:]) for o, n in pairs]
-        found = {(*divmod(first[0], n), rest) if first else (0, 1, rest) for first, n, rest in sizes}
-        (rows, over, _), *others = found
-        return 0 if over or others else rows
+        (first, _), (second, _), (n, m) = op.tensors[0], other.tensors[0], self.recording.examples
+        rows, rest = (first[0] // n if first else 0), first[1:]
+        return rows if (first, second) == ((rows * n, *rest), (rows * m, *rest)) else 0
 
     def index(self, argument: Any) -> int:
         """The recorded value that an argument is."""
